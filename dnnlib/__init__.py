@@ -1,0 +1,6 @@
+"""Plumbing that needs no torch: dictionaries, class construction, downloads, logging, formatting."""
+
+from .download import open_url
+from .util import EasyDict, Logger, UserError, construct_class_by_name, format_time, write_atomically
+
+__all__ = ["EasyDict", "Logger", "UserError", "construct_class_by_name", "format_time", "open_url", "write_atomically"]

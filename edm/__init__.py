@@ -1,0 +1,1 @@
+"""The teacher's side: training, sampling, data sets, published files, metrics."""

@@ -1,0 +1,1 @@
+"""Metrics of generated images: pure functions of detector features."""

@@ -1,0 +1,1 @@
+"""torch plumbing: processes and devices, snapshots, statistics."""

@@ -1,0 +1,102 @@
+"""Processes and devices, resolved once. Without torchrun everything here works as a group of one process."""
+
+import datetime
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from dnnlib import UserError
+
+GRADIENT_BUCKET_BYTES = 64 << 20  # one all-reduce carries about this much
+
+
+def init(device: str | None = None, timeout_sec: float = 1800) -> torch.device:
+    """Joins torchrun's process group (nccl on CUDA, else gloo) and returns this process's device.
+
+    device: 'cuda', 'mps' or 'cpu'; None takes the first of cuda, mps, cpu that is there.
+    Errors: UserError when the device isn't there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = device or next(name for name, there in available.items() if there)
+    if not available.get(kind):
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise UserError(f"--device={kind} is not available here; available: {there}")
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} processes but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    resolved = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(resolved)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_sec))
+    return resolved
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args, **kwargs) -> None:
+    """Prints on process 0 only."""
+    if rank() == 0:
+        print(*args, **kwargs)
+        sys.stdout.flush()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over all processes, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sums the gradients of all processes, in place, in few large messages.
+
+    Parameters without a gradient must be so on every process (frozen ones are).
+    """
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        dist.all_reduce(flat)
+        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def broadcast_module(module: torch.nn.Module) -> None:
+    """Gives every process the parameters and buffers of process 0."""
+    if dist.is_initialized():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and (size >= GRADIENT_BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+    if bucket:
+        yield bucket

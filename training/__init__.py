@@ -1,0 +1,1 @@
+"""EDM's science: networks, losses, augmentation, data, teacher training."""
