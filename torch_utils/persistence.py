@@ -4,7 +4,16 @@ import copy
 import functools
 from typing import Any, TypeVar
 
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dnnlib import UserError
+
 Class = TypeVar("Class", bound=type)
+
+FACTORIES = {torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn}
+FACTORIES |= {torch.randint, torch.zeros, torch.logspace, torch.randperm}
+SPARE_ELEMENTS = 1 << 20  # tables and intermediate values that a constructor makes beside its weights
 
 
 def persistent_class(cls: Class) -> Class:
@@ -36,3 +45,57 @@ def persistent_class(cls: Class) -> Class:
 def is_persistent(obj: Any) -> bool:
     """Whether the class of `obj` itself (not only a base of it) carries `persistent_class`."""
     return getattr(type(obj), "_persistent_class", None) is type(obj)
+
+
+def construct(cls: type, args: tuple, kwargs: dict, state: dict[str, torch.Tensor] | None, source: Any) -> Any:
+    """`cls(*args, **kwargs)`, with the weights `state` if it is a module (None is for classes that aren't).
+
+    The arguments may come from a file of strangers, so building may allocate no more than about what `state` holds.
+    No random numbers are drawn from the global generator. `source` names the file in messages.
+
+    Errors: UserError when the arguments or the weights don't fit the class.
+    """
+    elements = sum(tensor.numel() for tensor in state.values()) if state is not None else 0
+    try:
+        with torch.random.fork_rng(devices=[]), _AllocationLimit(2 * elements + SPARE_ELEMENTS):
+            obj = cls(*args, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor raises on arguments that it wasn't made for
+        raise UserError(
+            f"{source}: {cls.__name__} refuses the constructor arguments there: {one_line(error)}"
+        ) from None
+    if state is not None:
+        try:
+            obj.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise UserError(f"{source}: the weights don't fit {cls.__name__}: {one_line(error)}") from None
+    return obj
+
+
+def one_line(error: Exception, length: int = 300) -> str:
+    """An error's text without line breaks, shortened."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+class _AllocationLimit(TorchFunctionMode):
+    """While active, the tensors that torch is asked to create may have `elements` elements in all."""
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self._left = elements
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in FACTORIES:
+            # First on the meta device, which knows the shape and takes no memory.
+            self._left -= function(*args, **{**kwargs, "device": "meta"}).numel()
+            if self._left < 0:
+                raise MemoryError("they ask for far more weights than the file holds")
+        return function(*args, **kwargs)
+
+
+def _reconstruct_persistent_obj(meta: dict) -> Any:
+    """The name under which EDM's tools find their own function of this purpose; snapshots are opened otherwise here."""
+    raise UserError("plain unpickling would run code from the snapshot: open it with edm.zoo.load_network")

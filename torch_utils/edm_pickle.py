@@ -1,0 +1,144 @@
+"""Snapshots in EDM's pickle format: read without running their code, written so that EDM's own tools open them."""
+
+import copy
+import inspect
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+
+from . import persistence
+from .inert_pickle import GLOBALS, Record, read_file
+
+MAX_MODULES = 100_000
+MAX_DEPTH = 64
+VERSION = 6  # of the format
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The snapshot's items: plain values and `Record`s, which `build` turns into objects.
+
+    Errors: UserError, one line that names the file.
+    """
+    contents = read_file(path)
+    if type(contents) is not dict:
+        raise UserError(f"{path}: not a snapshot in EDM's format: it holds a {type(contents).__name__}")
+    return contents
+
+
+def build(record: Any, classes: Mapping[str, type], source: Any) -> Any:
+    """An object of our class of the record's name, with its constructor arguments and, for a module, its weights.
+
+    record:   a persistent object's `Record`.
+    classes:  class name -> class; no other class is built.
+    source:   the file, for messages.
+    Errors: UserError when the class is unknown or the arguments or weights don't fit it.
+    """
+    if type(record) is not Record:
+        raise UserError(f"{source}: a persistent object is missing where one is expected")
+    if record.class_name not in classes:
+        known = ", ".join(classes)
+        raise UserError(f"{source}: holds a {record.class_name[:80]!r}, which is none of: {known}")
+    cls = classes[record.class_name]
+    args, kwargs = record.state.get("_init_args"), record.state.get("_init_kwargs")
+    if type(args) is not tuple or type(kwargs) is not dict or not _is_plain((args, kwargs)):
+        raise UserError(f"{source}: the constructor arguments of {record.class_name} are not plain values")
+    state = state_dict(record, source) if issubclass(cls, torch.nn.Module) else None
+    return persistence.construct(cls, args, {str(key): value for key, value in kwargs.items()}, state, source)
+
+
+def state_dict(record: Record, source: Any) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a module's record, named as `Module.state_dict()` does it."""
+    tensors, pending, modules = {}, [("", record, 0)], 0
+    try:
+        while pending:
+            prefix, module, depth = pending.pop()
+            modules += 1
+            if modules > MAX_MODULES or depth > MAX_DEPTH:
+                raise ValueError
+            transient = module.state["_non_persistent_buffers_set"]
+            for kind in ("_parameters", "_buffers"):
+                for name, tensor in module.state[kind].items():
+                    if tensor is None or name in transient:
+                        continue
+                    if type(tensor) is not torch.Tensor:
+                        raise TypeError
+                    tensors[prefix + name] = tensor
+            for name, child in module.state["_modules"].items():
+                if child is not None:
+                    pending.append((f"{prefix}{name}.", child, depth + 1))
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError(f"{source}: the network in it is damaged: fetch the file again") from None
+    return tensors
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether `value` consists of numbers, text and short nested containers of them."""
+    if type(value) in (list, tuple):
+        return depth < 4 and len(value) < 1000 and all(_is_plain(v, depth + 1) for v in value)
+    if type(value) is dict:
+        return depth < 4 and len(value) < 1000 and all(_is_plain(v, depth + 1) for v in value.values())
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def write(file: BinaryIO, **contents: Any) -> None:
+    """Pickles objects of persistent classes and plain values, as EDM does: `write(file, ema=net)`.
+
+    The source of every class's module goes into the file, so that EDM's tools can rebuild the objects without this
+    project. Modules go as they are: copy, move to the CPU and freeze them before.
+
+    Errors: UserError when something in it has a class that the format has no place for.
+    """
+    _Pickler(file, protocol=4).dump(contents)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if persistence.is_persistent(obj):
+            return persistence._reconstruct_persistent_obj, (self._meta(obj),)
+        if inspect.isclass(obj) or inspect.isroutine(obj):  # pickled by name, which our reader and EDM's must admit
+            name = f"{obj.__module__} {obj.__qualname__}"
+            if name not in GLOBALS:
+                raise UserError(f"{name.replace(' ', '.')} has no place in an EDM pickle: save as .safetensors instead")
+        if isinstance(obj, torch.dtype):  # pickles as a bare name
+            raise UserError(f"{obj} has no place in an EDM pickle: save as .safetensors instead")
+        return NotImplemented
+
+    def _meta(self, obj: Any) -> dict[str, Any]:
+        cls = type(obj)
+        return {
+            "type": "class",
+            "version": VERSION,
+            "module_src": self._source(cls.__module__),
+            "class_name": cls.__name__,
+            "state": {name: _without_numpy(value) for name, value in vars(obj).items()},
+        }
+
+    def _source(self, module: str) -> str:
+        """One string object for each module, so that the file holds it once."""
+        sources = vars(self).setdefault("sources", {})
+        if module not in sources:
+            sources[module] = inspect.getsource(sys.modules[module])
+        return sources[module]
+
+
+def _without_numpy(value: Any) -> Any:
+    """Numpy scalars as Python numbers: their pickles name a module that differs between NumPy 1 and 2."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(_without_numpy(v) for v in value)
+    if type(value) is dict:
+        return {key: _without_numpy(v) for key, v in value.items()}
+    return value
+
+
+def frozen_copy(net: torch.nn.Module) -> torch.nn.Module:
+    """A copy on the CPU, in eval mode and without gradients, as snapshots hold it."""
+    return copy.deepcopy(net).eval().requires_grad_(False).cpu()
