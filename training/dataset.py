@@ -67,12 +67,12 @@ class FileTree:
         """The contents of one of `names()`, at most MAX_FILE_BYTES."""
         try:
             with self._open_zip().open(name) if self.is_zip else open(self.path / name, "rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+                size = self._open_zip().getinfo(name).file_size if self.is_zip else os.fstat(file.fileno()).st_size
+                if size > MAX_FILE_BYTES:
+                    raise ValueError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+                return file.read(size)
         except Exception as error:  # zipfile passes on what its decompressors raise
             raise DatasetError(f"{self.what}: can't read {name}: {str(error) or type(error).__name__}") from None
-        if len(data) > MAX_FILE_BYTES:
-            raise DatasetError(f"{self.what}: {name} is larger than {MAX_FILE_BYTES >> 20} MiB")
-        return data
 
     def read_image(self, name: str) -> Image.Image:
         """The image file `name`, as `decode_image` gives it."""
@@ -152,7 +152,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     use_labels: read classes from dataset.json; without, label_dim is 0.
     xflip: append a mirrored copy of every image, which doubles the length.
     cache: keep the decoded images in memory if they take at most MAX_CACHE_BYTES; workers share them.
-    Errors: DatasetError (one line naming --data), also from items, for all that can be wrong with the files.
+    option: the command-line option that errors name.
+    Errors: DatasetError (one line naming `option`), also from items, for all that can be wrong with the files.
     """
 
     def __init__(
@@ -163,8 +164,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         xflip: bool = False,
         seed: int = 0,
         cache: bool = False,
+        option: str = "--data",
     ):
-        self._tree = FileTree(path)
+        self._tree = FileTree(path, option)
         self.name = self._tree.path.resolve().stem
         self._names = image_names(self._tree)
         self._labels = read_labels(self._tree, self._names) if use_labels else None

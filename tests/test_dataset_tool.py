@@ -1,0 +1,269 @@
+"""The data set tool on every kind of source, read back through ImageFolderDataset."""
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from edm.dataset_tool import fit, main
+from training.dataset import ImageFolderDataset
+
+RNG = np.random.default_rng(0)
+GRAY = RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+CLASSES = [3, 1, 4, 1, 9]
+
+
+def run(*options, **named):
+    """The tool's one line of output."""
+    arguments = [*options, *(f"--{name.replace('_', '-')}={value}" for name, value in named.items())]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def error(*options, **named):
+    """The one line that the tool refuses with, nothing being written."""
+    arguments = [*options, *(f"--{name.replace('_', '-')}={value}" for name, value in named.items())]
+    before = listing(Path(named["dest"]).parent)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("Error: --")
+    assert result.output.count("\n") == 1
+    assert listing(Path(named["dest"]).parent) == before
+    return result.output
+
+
+def listing(folder):
+    return sorted(folder.rglob("*"))
+
+
+def idx(array):
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def mnist(folder, images=GRAY, labels=CLASSES):
+    path = folder / "t-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(images)))
+    if labels is not None:
+        (folder / "t-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.array(labels, np.uint8))))
+    return path
+
+
+def cifar10(path, batches, names=("data_batch_2", "data_batch_1", "test_batch")):
+    """A tar.gz with a pickle for each of `batches`, an object or bytes as they are."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, batch in zip(names, batches):
+            data = batch if isinstance(batch, bytes) else pickle.dumps(batch, protocol=2)
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def batch(images, labels):
+    return {b"data": images.reshape(len(images), -1), b"labels": list(labels), b"filenames": [b"x"]}
+
+
+def tree(folder, images, names):
+    for image, name in zip(images, names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image if image.ndim == 2 else image.transpose(1, 2, 0)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "deep/out"])
+def test_mnist_with_labels(tmp_path, dest):
+    line = run(source=mnist(tmp_path), dest=tmp_path / dest)
+    assert line == f"{tmp_path / dest}: 5 images, 28x28, gray, 10 classes\n"
+    images, labels = zip(*ImageFolderDataset(tmp_path / dest, use_labels=True))
+    assert np.array_equal(images, GRAY[:, None])
+    assert np.array_equal(labels, np.eye(10)[CLASSES])
+
+
+def test_mnist_without_labels_and_max_images(tmp_path):
+    assert "no labels" in run(source=mnist(tmp_path, labels=None), dest=tmp_path / "out.zip", max_images=3)
+    data = ImageFolderDataset(tmp_path / "out.zip")
+    assert np.array_equal([image for image, _ in data], GRAY[:3, None])
+
+
+def test_layout_of_the_output(tmp_path):
+    run(source=mnist(tmp_path), dest=tmp_path / "a.zip", max_images=2)
+    run(source=mnist(tmp_path), dest=tmp_path / "b.zip", max_images=2)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    names = ["00000/img00000000.png", "00000/img00000001.png"]
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.namelist() == [*names, "dataset.json"]
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        assert json.loads(archive.read("dataset.json")) == {"labels": [[names[0], 3], [names[1], 1]]}
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_resolution(tmp_path, side):
+    run(source=mnist(tmp_path, np.full_like(GRAY, 77)), dest=tmp_path / "out.zip", resolution=f"{side}x{side}")
+    image = ImageFolderDataset(tmp_path / "out.zip")[4][0]
+    assert image.shape == (1, side, side)
+    assert np.all(image == 77)
+
+
+def test_resizing_antialiases():
+    stripes = Image.fromarray(np.tile(np.uint8([[0, 255]]), (32, 16)))  # above what 8 pixels can carry
+    assert np.ptp(np.array(fit(stripes, (8, 8)))[:, 1:-1]) <= 8
+
+
+def test_cropping():
+    ramp = Image.fromarray(np.tile(np.arange(60, dtype=np.uint8), (20, 1)))  # 60 wide, 20 high, value = column
+    assert fit(ramp, None) is ramp
+    assert np.array_equal(np.array(fit(ramp, (20, 20), "center-crop"))[5], np.arange(20, 40))
+    wide = np.array(fit(ramp, (40, 20), "center-crop-wide"))
+    assert wide.shape == (40, 40)
+    assert np.array_equal(wide[10:30], np.tile(np.arange(10, 50), (20, 1)))
+    assert not wide[:10].any()
+    assert not wide[30:].any()
+
+
+def test_cifar10(tmp_path):
+    batches = [batch(COLOUR[3:], CLASSES[3:]), batch(COLOUR[:3], CLASSES[:3]), batch(COLOUR[:1], [0])]
+    run(source=cifar10(tmp_path / "cifar-10-python.tar.gz", batches), dest=tmp_path / "out.zip")
+    images, labels = zip(*ImageFolderDataset(tmp_path / "out.zip", use_labels=True))
+    assert np.array_equal(images, COLOUR)
+    assert np.array_equal(np.argmax(labels, 1), CLASSES)
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_cifar10_pickles_execute_nothing(tmp_path, capfd):
+    for i, content in enumerate(
+        [
+            Hostile(),
+            batch(COLOUR, CLASSES) | {b"x": Hostile()},
+            b"cnumpy\nload\n(S'x'\ntR.",
+            batch(COLOUR, CLASSES[:4]),
+            batch(COLOUR, [10] * 5),
+            {b"data": COLOUR},
+            {b"data": [1], b"labels": [1]},
+            [],
+            b"",
+        ]
+    ):
+        path = cifar10(tmp_path / f"{i}.tar.gz", [content])
+        assert "--source" in error(source=path, dest=tmp_path / "out.zip")
+    assert "executed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_folder_and_zip(tmp_path, colour):
+    originals = COLOUR if colour else GRAY
+    names = [f"{c}/{i}.png" for i, c in enumerate("abcde")]
+    folder = tree(tmp_path / "in", originals, names)
+    (folder / "dataset.json").write_text(json.dumps({"labels": [list(pair) for pair in zip(names, CLASSES)]}))
+    run(source=folder, dest=tmp_path / "1.zip")
+    run(source=tmp_path / "1.zip", dest=tmp_path / "2")
+    images, labels = zip(*ImageFolderDataset(tmp_path / "2", use_labels=True))
+    assert np.array_equal(images, originals if colour else originals[:, None])
+    assert np.array_equal(np.argmax(labels, 1), CLASSES)
+
+
+def test_labels_from_folders(tmp_path):
+    folder = tree(tmp_path / "in", GRAY, ["cat/0.png", "ant/1.png", "bee/2.png", "cat/3.png", "bee/4.png"])
+    run("--labels-from-folders", source=folder, dest=tmp_path / "out.zip")
+    _, labels = zip(*ImageFolderDataset(tmp_path / "out.zip", use_labels=True))
+    assert np.argmax(labels, 1).tolist() == [0, 1, 1, 2, 2]
+    assert "folders" in error("--labels-from-folders", source=mnist(tmp_path), dest=tmp_path / "b.zip")
+
+
+def test_gray_images_join_colour_ones(tmp_path):
+    folder = tree(tmp_path / "in", [GRAY[0], COLOUR[0, :, :28, :28]], ["0.png", "1.png"])
+    run(source=folder, dest=tmp_path / "out.zip")
+    data = ImageFolderDataset(tmp_path / "out.zip")
+    assert np.array_equal(data[0][0], np.stack([GRAY[0]] * 3))
+
+
+def test_lmdb(tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(GRAY[0]).save(file, "png")
+    monkeypatch.setitem(sys.modules, "lmdb", fake_lmdb({b"k": file.getvalue()}))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "data.mdb").touch()
+    run(source=tmp_path / "in", dest=tmp_path / "out.zip")
+    assert np.array_equal(ImageFolderDataset(tmp_path / "out.zip")[0][0], GRAY[:1])
+    monkeypatch.setitem(sys.modules, "lmdb", None)  # not installed
+    assert "pip install lmdb" in error(source=tmp_path / "in", dest=tmp_path / "b.zip")
+
+
+def fake_lmdb(content):
+    """The part of lmdb that the tool calls, over a dict."""
+
+    class Transaction:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def cursor(self):
+            return self
+
+        def iternext(self, values):
+            return iter(sorted(content))
+
+        def get(self, key):
+            return memoryview(content[key])
+
+    class Environment:
+        def begin(self, buffers=False):
+            return Transaction()
+
+    return types.SimpleNamespace(open=lambda *args, **kwargs: Environment(), Error=OSError)
+
+
+def test_refuses_to_overwrite(tmp_path):
+    source, dest = mnist(tmp_path), tmp_path / "out"
+    dest.mkdir()
+    run(source=source, dest=dest, max_images=1)  # an empty folder is no loss
+    assert "--dest" in error(source=source, dest=dest)
+    (tmp_path / "out.zip").write_bytes(b"precious")
+    assert "--dest" in error(source=source, dest=tmp_path / "out.zip")
+    assert (tmp_path / "out.zip").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_failure_leaves_nothing(tmp_path, dest):
+    folder = tree(tmp_path / "in", [*COLOUR, COLOUR[0, :, :30, :30]], [f"{i}.png" for i in range(6)])
+    assert "image 5 is 30x30" in error(source=folder, dest=tmp_path / dest)
+    (folder / "5.png").write_bytes(b"broken")
+    assert "5.png" in error(source=folder, dest=tmp_path / dest)
+
+
+def test_errors_of_the_source(tmp_path):
+    dest = tmp_path / "out.zip"
+    assert "doesn't exist" in error(source=tmp_path / "missing", dest=dest)
+    path = mnist(tmp_path, labels=[1, 2])
+    assert "2 labels" in error(source=path, dest=dest)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "--source" in error(source=path, dest=dest)
+    for content in (b"", b"text", idx(GRAY)[:-1], idx(GRAY) + b"\0", idx(GRAY[0]), b"\0\0\x08\x03" + b"\xff" * 12):
+        path.write_bytes(content)
+        assert "--source" in error(source=path, dest=dest)
+
+
+def test_errors_of_options(tmp_path):
+    source, dest = mnist(tmp_path), tmp_path / "out.zip"
+    for value in ("16", "0x0", "16x16x16", "-1x1", "9000x9000", "16x8", "8x16"):
+        assert "--resolution" in error(source=source, dest=dest, resolution=value)
+    assert "--resolution" in error(source=source, dest=dest, transform="center-crop")
+    assert "--resolution" in error(source=source, dest=dest, transform="center-crop-wide", resolution="8x16")
