@@ -1,7 +1,280 @@
-"""Downloads into a cache folder: streamed, checked, and present whole or not at all."""
+"""Downloads into a cache folder: streamed, checked, and present whole or not at all.
 
+The cache mirrors the web: `https://host/a/b.pkl` lies at `$DNNLIB_CACHE_DIR/host/a/b.pkl` (without that variable
+`~/.cache/dnnlib/host/a/b.pkl`). A file put there by hand is used like a downloaded one. Beside it, `b.pkl.sha256`
+records the hash it had when first seen; a file that has another hash later is refused.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import url2pathname
+
+from .util import UserError, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes that start at the same time would each download
+    fcntl = None
+
+CHUNK_BYTES = 1 << 16  # what has arrived of a broken chunk is lost
+CONNECT_SEC, READ_SEC = 20, 60
+RETRIES = 5
+MAX_RETRY_SEC = 30
+RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
-def open_url(*a, **k):  # replaced below by the full version
-    raise NotImplementedError
+def is_url(source: Any) -> bool:
+    """Whether `source` is an http(s) or file address rather than a path."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://", "file://"))
+
+
+def open_url(
+    source: str | os.PathLike, sha256: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> BinaryIO:
+    """Opens a path, a file:// or an http(s) address for reading bytes; the latter is downloaded first.
+
+    Errors: UserError when it can't be had.
+    """
+    path = local_path(source, sha256, cache_dir)
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: check the file name") from None
+
+
+def local_path(
+    source: str | os.PathLike, sha256: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> Path:
+    """The local file behind a path, a file:// or an http(s) address; the latter is downloaded first.
+
+    Errors: UserError when it can't be had.
+    """
+    if not is_url(source):
+        path = Path(source).expanduser()
+    elif urlsplit(source).scheme == "file":
+        path = Path(url2pathname(unquote(urlsplit(source).path)))
+    else:
+        return download(source, sha256, cache_dir)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: check the file name")
+    return path
+
+
+def cache_path(url: str, cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where the file of an http(s) address lies in the cache, whether it is there or not."""
+    parts = urlsplit(url)
+    folder = cache_dir or os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib"
+    host = parts.netloc.rpartition("@")[2].lower()  # without user and password
+    names = [quote(unquote(name), safe=" +=,@") for name in f"{host}{parts.path}".split("/")]
+    names = [name for name in names if name not in ("", ".", "..")]
+    if parts.query:
+        names[-1] += "%3F" + quote(parts.query, safe="=")
+    return Path(folder).expanduser().joinpath(*names)
+
+
+def download(
+    url: str,
+    sha256: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    *,
+    retry_sec: float = 1.0,
+) -> Path:
+    """The path of the file behind an http(s) address in the cache, downloaded if it isn't there yet.
+
+    A broken transfer is resumed, until `RETRIES` more attempts bring nothing new; the pauses start at `retry_sec`
+    seconds and double.
+    Processes that ask for the same file at once download it once.
+
+    sha256:     the expected hash in hex, if known.
+    cache_dir:  instead of the folder named in the module's docstring.
+    Errors: UserError, one line, when the file can't be fetched or has another hash than expected or first seen.
+    """
+    parts = urlsplit(url)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.path.endswith(("/", ".."))
+        or not parts.path
+    ):
+        raise UserError(f"{url}: not the http:// or https:// address of a file")
+    path = cache_path(url, cache_dir)
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_name(f".{path.name}.lock")):
+                if not path.is_file():  # another process may have fetched it meanwhile
+                    _Transfer(url, path, sha256, retry_sec).run()
+        _check(path, sha256, url)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error} (while downloading {url})") from None
+    return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # file systems without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Broken(Exception):
+    """A transfer that may succeed when tried again; its text says why it broke."""
+
+
+class _Transfer:
+    """One download: what has arrived lies in a hidden file beside the target, which is renamed when it is whole."""
+
+    def __init__(self, url: str, path: Path, sha256: str | None, retry_sec: float):
+        self._url, self._path, self._sha256, self._retry_sec = url, path, sha256, retry_sec
+        self._part = path.with_name(f".{path.name}.part")
+        self._validator: str | None = None  # names the version of the file whose beginning is in the part file
+        if sha256 is None:
+            self._part.unlink(missing_ok=True)  # of an unknown version: only a known hash could vouch for the whole
+
+    def run(self) -> None:
+        resumed = self._part.exists()
+        self._fetch()
+        found = hash_file(self._part)
+        if self._sha256 not in (None, found) and resumed:  # the part file was of another version
+            self._part.unlink()
+            self._fetch()
+            found = hash_file(self._part)
+        if self._sha256 not in (None, found):
+            self._part.unlink()
+            raise UserError(
+                f"{self._url}: sha256 is {found}, not {self._sha256} as published: the download is discarded"
+            )
+        first = _record(self._path).get("sha256")
+        if self._sha256 is None and first not in (None, found):
+            self._part.unlink()
+            raise UserError(
+                f"{self._url}: sha256 is {found}, but was {first} when first seen: the download is discarded;"
+                f" delete {_record_path(self._path)} to accept the change"
+            )
+        os.replace(self._part, self._path)
+
+    def _fetch(self) -> None:
+        import requests  # slow to import, and needed only here
+
+        with requests.Session() as session:
+            failures, most = 0, 0
+            while failures <= RETRIES:
+                try:
+                    return self._attempt(session)
+                except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
+                    raise UserError(f"{self._url}: leads to an address that is not http(s): {error}") from None
+                except (_Broken, requests.exceptions.RequestException) as error:
+                    reason = _reason(error)
+                failures = failures + 1 if self._received() <= most else 1  # a long file over a bad line gets there too
+                most = max(most, self._received())
+                if failures <= RETRIES:
+                    time.sleep(min(self._retry_sec * 2 ** (failures - 1), MAX_RETRY_SEC))
+        raise UserError(
+            f"{self._url}: cannot be downloaded ({reason}): fetch it on another machine and put it under {self._path}"
+        )
+
+    def _received(self) -> int:
+        return self._part.stat().st_size if self._part.exists() else 0
+
+    def _attempt(self, session: Any) -> None:
+        have = self._received() if self._sha256 or self._validator else 0  # else the two halves may differ in version
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+            if self._validator:
+                headers["If-Range"] = self._validator
+        with session.get(self._url, headers=headers, stream=True, timeout=(CONNECT_SEC, READ_SEC)) as response:
+            status = response.status_code
+            if (
+                status == 416
+            ):  # nothing after what is there: whole, or nonsense; the hash can't tell which, so start anew
+                self._part.unlink(missing_ok=True)
+                raise _Broken("the server can't continue the transfer")
+            if status in RETRY_STATUS:
+                raise _Broken(f"the server answers {status} {response.reason}")
+            if status not in (200, 206):
+                raise UserError(
+                    f"{self._url}: the server answers {status} {response.reason}: check the address, or fetch the file"
+                    f" elsewhere and put it under {self._path}"
+                )
+            if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                self._part.unlink(missing_ok=True)
+                raise _Broken("the server continues at another place")
+            self._receive(response, have if status == 206 else 0)
+
+    def _receive(self, response: Any, start: int) -> None:
+        from tqdm import tqdm
+
+        etag = response.headers.get("ETag", "")
+        self._validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length and length.isdigit() else None
+        quiet = not sys.stderr.isatty()
+        with (
+            open(self._part, "ab" if start else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=self._path.name, disable=quiet) as bar,
+        ):
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+            if total is not None and file.tell() != total:
+                raise _Broken(f"the connection broke after {file.tell()} of {total} bytes")
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause in one line: requests wraps it three times."""
+    while isinstance(getattr(error, "reason", None) or (error.args[0] if error.args else None), Exception):
+        error = getattr(error, "reason", None) or error.args[0]
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What was recorded when the file was first seen; empty if nothing was."""
+    try:
+        record = json.loads(_record_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _check(path: Path, sha256: str | None, url: str) -> None:
+    """Compares a cached file with the expected and the first-seen hash; it is read again only if it was touched."""
+    stat, record = path.stat(), _record(path)
+    touched = (record.get("bytes"), record.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns)
+    found = hash_file(path) if touched or not record.get("sha256") else record["sha256"]
+    if sha256 not in (None, found):
+        raise UserError(f"{path}: sha256 is {found}, not {sha256} as published: delete the file to fetch it again")
+    if sha256 is None and record.get("sha256", found) != found:
+        raise UserError(
+            f"{path}: sha256 is {found}, but was {record['sha256']} when first seen: delete the file to fetch it again,"
+            f" or {_record_path(path)} to accept the change"
+        )
+    if touched or record.get("sha256") != found:
+        record = {"sha256": found, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "url": url}
+        with contextlib.suppress(OSError), write_atomically(_record_path(path)) as file:  # a read-only cache is fine
+            file.write(json.dumps(record).encode())

@@ -1,0 +1,185 @@
+"""dnnlib.download against a local server: whole or not at all, resumed, checked, shared between processes."""
+
+import hashlib
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from dnnlib import UserError, download
+
+CONTENT = bytes(range(256)) * 2048  # 512 kB
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/file whole, with ranges; /drop breaks in the middle of the first answer; /noresume ignores ranges and breaks."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append((self.path, self.headers.get("Range")))
+        name = self.path.split("?")[0]
+        if name == "/moved":
+            return self._redirect("/file")
+        if name == "/moved-to-disk":
+            return self._redirect("file:///etc/hostname")
+        if name == "/busy" and len(server.requests) < 3:
+            return self.send_error(503)
+        if name not in ("/file", "/drop", "/noresume", "/busy"):
+            return self.send_error(404)
+        start = 0
+        if self.headers.get("Range") and name != "/noresume":
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        first = [path for path, _ in server.requests].count(self.path) == 1
+        self.wfile.write(body[: len(body) // 2] if first and name in ("/drop", "/noresume") else body)
+        return None
+
+    def _redirect(self, target):
+        self.send_response(302)
+        self.send_header("Location", target)
+        self.end_headers()
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.content, server.requests = CONTENT, []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fetch(url, folder, sha256=None):
+    return download.download(url, sha256, folder, retry_sec=0.001)
+
+
+def refused(*args, **kwargs):
+    with pytest.raises(UserError) as error:
+        fetch(*args, **kwargs)
+    assert "\n" not in error.value.message
+    return error.value.message
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith((".sha256", ".lock"))]
+
+
+def test_fetched_once_and_kept(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    path = download.download(f"{server.url}/file", SHA256)
+    assert path == download.cache_path(f"{server.url}/file")
+    assert path.is_relative_to(tmp_path)
+    assert path.read_bytes() == CONTENT
+    with download.open_url(f"{server.url}/file") as file:
+        assert file.read() == CONTENT
+    assert len(server.requests) == 1
+
+
+def test_paths_and_file_urls_open_without_a_network(tmp_path):
+    path = tmp_path / "a b.bin"
+    path.write_bytes(b"abc")
+    for source in (path, str(path), path.as_uri()):
+        with download.open_url(source) as file:
+            assert file.read() == b"abc"
+    with pytest.raises(UserError, match="no such file"):
+        download.open_url(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+@pytest.mark.parametrize("name", ["moved", "drop", "noresume", "busy"])
+def test_arrives_whole(server, tmp_path, name, sha256):
+    assert fetch(f"{server.url}/{name}", tmp_path, sha256).read_bytes() == CONTENT
+    assert len(leftovers(tmp_path)) == 1
+    if name == "drop":
+        assert server.requests == [("/drop", None), ("/drop", f"bytes={len(CONTENT) // 2}-")]
+
+
+def test_a_killed_download_is_resumed_only_under_a_known_hash(server, tmp_path):
+    path = download.cache_path(f"{server.url}/file", tmp_path)
+    path.parent.mkdir(parents=True)
+    for begun, sha256, asked in [(CONTENT[:1000], SHA256, "bytes=1000-"), (CONTENT[:1000], None, None)]:
+        path.with_name(".file.part").write_bytes(begun)
+        assert fetch(f"{server.url}/file", tmp_path, sha256).read_bytes() == CONTENT
+        assert server.requests[-1] == ("/file", asked)
+        path.unlink()
+    path.with_name(".file.part").write_bytes(b"of another version")
+    assert fetch(f"{server.url}/file", tmp_path, SHA256).read_bytes() == CONTENT
+
+
+def test_not_found_is_said_at_once(server, tmp_path):
+    assert "404" in refused(f"{server.url}/absent", tmp_path)
+    assert len(server.requests) == 1
+    assert not leftovers(tmp_path)
+
+
+def test_redirects_lead_only_to_http(server, tmp_path):
+    assert "not http" in refused(f"{server.url}/moved-to-disk", tmp_path)
+    for url in ("ftp://host/file", "http:///file", "http://host/", "http://host/a/..", "file:///etc/hostname"):
+        assert "address of a file" in refused(url, tmp_path)
+    assert not leftovers(tmp_path)
+
+
+def test_wrong_hash_leaves_nothing(server, tmp_path):
+    assert SHA256 in refused(f"{server.url}/file", tmp_path, "0" * 64)
+    assert not leftovers(tmp_path)
+
+
+def test_a_change_since_first_seen_is_refused(server, tmp_path):
+    path = fetch(f"{server.url}/file", tmp_path)
+    path.write_bytes(b"changed on disk")
+    assert "first seen" in refused(f"{server.url}/file", tmp_path)
+    path.unlink()
+    server.content = b"changed at the source"
+    assert "first seen" in refused(f"{server.url}/file", tmp_path)
+    assert not path.exists()
+    path.with_name("file.sha256").unlink()
+    assert fetch(f"{server.url}/file", tmp_path).read_bytes() == server.content
+
+
+def test_offline_names_the_place_to_put_the_file(tmp_path):
+    with socket.socket() as closed:  # a port that nobody listens on
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/a/file.pkl"
+    path = download.cache_path(url, tmp_path)
+    message = refused(url, tmp_path)
+    assert url in message
+    assert str(path) in message
+    assert not leftovers(tmp_path)
+    path.write_bytes(CONTENT)
+    assert fetch(url, tmp_path, SHA256) == path
+    assert "published" in refused(url, tmp_path, "0" * 64)
+
+
+def test_concurrent_requests_download_once(server, tmp_path):
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(fetch(f"{server.url}/drop", tmp_path))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 1
+    assert len(paths) == 6
+    assert paths[0].read_bytes() == CONTENT
+    assert len(server.requests) == 2  # the broken one and its continuation
+
+
+def test_cache_path_stays_inside_the_cache(tmp_path):
+    for url in ("http://u:secret@Host/../../etc/x", "http://host/%2e%2e/%2fetc/x?a=/../b", "http://host//a\\b/x"):
+        path = download.cache_path(url, tmp_path)
+        assert path.resolve().is_relative_to(tmp_path.resolve())
+        assert "secret" not in str(path)
