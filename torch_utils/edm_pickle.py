@@ -47,7 +47,7 @@ def build(record: Any, classes: Mapping[str, type], source: Any) -> Any:
         raise UserError(f"{source}: holds a {record.class_name[:80]!r}, which is none of: {known}")
     cls = classes[record.class_name]
     args, kwargs = record.state.get("_init_args"), record.state.get("_init_kwargs")
-    if type(args) is not tuple or type(kwargs) is not dict or not _is_plain((args, kwargs)):
+    if type(args) is not tuple or type(kwargs) is not dict or not is_plain((args, kwargs)):
         raise UserError(f"{source}: the constructor arguments of {record.class_name} are not plain values")
     state = state_dict(record, source) if issubclass(cls, torch.nn.Module) else None
     return persistence.construct(cls, args, {str(key): value for key, value in kwargs.items()}, state, source)
@@ -78,12 +78,12 @@ def state_dict(record: Record, source: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _is_plain(value: Any, depth: int = 0) -> bool:
+def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether `value` consists of numbers, text and short nested containers of them."""
     if type(value) in (list, tuple):
-        return depth < 4 and len(value) < 1000 and all(_is_plain(v, depth + 1) for v in value)
+        return depth < 4 and len(value) < 1000 and all(is_plain(v, depth + 1) for v in value)
     if type(value) is dict:
-        return depth < 4 and len(value) < 1000 and all(_is_plain(v, depth + 1) for v in value.values())
+        return depth < 4 and len(value) < 1000 and all(is_plain(v, depth + 1) for v in value.values())
     return value is None or type(value) in (bool, int, float, str)
 
 
