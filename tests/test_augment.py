@@ -18,7 +18,7 @@ FILTER_ERROR = 0.03  # sym6 is not symmetric: what is turned moves by a tenth of
 
 
 def blob(z):
-    """A smooth picture by complex pixel coordinates about the centre; near 0 at the edges, so mirrored ones stay unseen."""
+    """A smooth picture by complex pixel coordinates about the centre, near 0 where mirrored edges would show."""
     return np.exp(-(((z.real - 1.5) / 3.5) ** 2) - ((z.imag + 1) / 3) ** 2)
 
 
