@@ -1,8 +1,14 @@
 """Means and deviations of training statistics, over images and processes, between two ticks."""
 
+import json
 import math
+import time
+from pathlib import Path
 
+import psutil
 import torch
+
+from dnnlib import format_time
 
 from . import distributed
 
@@ -37,3 +43,48 @@ class Collector:
             if math.isfinite(mean):
                 result[name] = {"num": int(count), "mean": mean, "std": math.sqrt(max(squares / count - mean**2, 0.0))}
         return result
+
+
+class TickLog:
+    """Prints one line a tick and appends one JSON record a tick to `stats.jsonl`, on process 0."""
+
+    def __init__(self, run_dir: Path, device: torch.device, elapsed_sec: float = 0.0):
+        self._path = run_dir / "stats.jsonl"
+        self._device = device
+        self._start = time.time() - elapsed_sec
+        self._tick_start = time.time()
+        self._tick_nimg: int | None = None
+
+    @property
+    def elapsed_sec(self) -> float:
+        return time.time() - self._start
+
+    def resume_clock(self, nimg: int) -> None:
+        """Training goes on: what happened since `tick` (snapshots, metrics) is no training time."""
+        self._tick_start, self._tick_nimg = time.time(), nimg
+
+    def tick(self, tick: int, nimg: int, statistics: dict[str, dict[str, float]]) -> None:
+        """statistics: what `Collector.collect` returns."""
+        seconds = time.time() - self._tick_start
+        images = nimg - (self._tick_nimg or 0)
+        rate = images / seconds if images else 0.0
+        gpu = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
+        cpu = psutil.Process().memory_info().rss / 2**30
+        fields = {
+            "Progress/tick": tick,
+            "Progress/kimg": nimg / 1e3,
+            "Timing/total_sec": self.elapsed_sec,
+            "Timing/sec_per_tick": seconds,
+            "Timing/img_per_sec": rate,
+            "Resources/cpu_mem_GB": cpu,
+            "Resources/gpu_mem_GB": gpu,
+        }
+        distributed.print0(
+            f"tick {tick:<5d} kimg {nimg / 1e3:<9.1f} time {format_time(self.elapsed_sec):<12s}"
+            f" sec/tick {seconds:<7.1f} img/sec {rate:<7.1f} cpumem {cpu:.1f}GB gpumem {gpu:.1f}GB"
+            + "".join(f" {name.split('/')[-1]} {s['mean']:.4g}" for name, s in statistics.items())
+        )
+        if distributed.rank() == 0:
+            record = {**fields, **{name: s["mean"] for name, s in statistics.items()}, "timestamp": time.time()}
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -1,0 +1,157 @@
+"""Trains an EDM-family diffusion model: python -m edm.train --outdir=runs --data=images.zip --duration=200"""
+
+import click
+
+from dnnlib import UserError
+from edm.run_folder import IntList
+
+ARCHITECTURES = {
+    "ddpmpp": {
+        "model_type": "SongUNet",
+        "embedding_type": "positional",
+        "encoder_type": "standard",
+        "decoder_type": "standard",
+        "channel_mult_noise": 1,
+        "resample_filter": [1, 1],
+        "model_channels": 128,
+        "channel_mult": [2, 2, 2],
+    },
+    "ncsnpp": {
+        "model_type": "SongUNet",
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "decoder_type": "standard",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+        "model_channels": 128,
+        "channel_mult": [2, 2, 2],
+    },
+    "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
+}
+PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
+
+
+@click.command()
+@click.option("--outdir", help="Where to make the run folder", required=True)
+@click.option("--data", help="Training images: folder or zip", required=True)
+@click.option("--cond", help="Train a class-conditional model", type=bool, default=False, show_default=True)
+@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="ddpmpp", show_default=True)
+@click.option("--precond", type=click.Choice(list(PRECONDITIONINGS)), default="edm", show_default=True)
+@click.option("--cbase", help="Channels at full resolution [default: by --arch]", type=click.IntRange(min=4))
+@click.option("--cres", help="Channel multiplier per resolution [default: by --arch]", type=IntList())
+@click.option("--blocks", help="Residual blocks per resolution [default: by --arch]", type=click.IntRange(min=1))
+@click.option("--attn", help="Resolutions with self-attention [default: by --arch]", type=IntList())
+@click.option("--dropout", type=click.FloatRange(0, 1), default=0.13, show_default=True)
+@click.option("--augment", help="Augmentation probability, 0 = off", type=click.FloatRange(0, 1), default=0.12)
+@click.option("--xflip", help="Add the mirrored images", type=bool, default=False, show_default=True)
+@click.option("--fp16", help="Half precision on a GPU", type=bool, default=False, show_default=True)
+@click.option("--duration", help="Length in Mimg", type=click.FloatRange(0, min_open=True), default=200.0)
+@click.option("--batch", help="Images per update", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--batch-gpu", help="Images per process and round", type=click.IntRange(min=1))
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True)
+@click.option("--lr-rampup", help="Warm-up in kimg", type=click.FloatRange(0), default=10_000.0, show_default=True)
+@click.option("--lr-decay", type=click.Choice(["none", "linear", "cosine"]), default="none", show_default=True)
+@click.option("--ema", help="Half-life of the moving average in Mimg", type=click.FloatRange(0), default=0.5)
+@click.option("--ls", help="Loss scaling", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--bench", help="cuDNN benchmarking", type=bool, default=True, show_default=True)
+@click.option("--cache", help="Keep the images in memory", type=bool, default=True, show_default=True)
+@click.option("--workers", help="Data-loader processes", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+@click.option("--desc", help="Description in the run folder's name")
+@click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
+@click.option("--tick", help="Report every so many kimg", type=click.FloatRange(0, min_open=True), default=50.0)
+@click.option("--snap", help="Snapshot every so many ticks", type=click.IntRange(min=1), default=50)
+@click.option("--dump", help="Training state every so many ticks", type=click.IntRange(min=1), default=500)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--transfer", help="Start from the weights of this network")
+@click.option("--resume", help="Training state, or run folder, to continue")
+@click.option("-n", "--dry-run", help="Print the options and stop", is_flag=True)
+def main(**options):
+    """Train a diffusion model (EDM, VP or VE) on a folder or zip of images."""
+    import json
+    from pathlib import Path
+
+    import torch
+
+    from edm import run_folder, zoo
+    from torch_utils import distributed, misc
+    from training import augment, loss, networks
+    from training.dataset import ImageFolderDataset
+    from training.training_loop import training_loop
+
+    resume = run_folder.resolve_resume(options["resume"])
+    dataset = ImageFolderDataset(
+        options["data"], use_labels=options["cond"], xflip=options["xflip"], cache=options["cache"]
+    )
+    network_kwargs, config = build_config(options, dataset)
+    precond, loss_name = PRECONDITIONINGS[options["precond"]]
+    summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
+    device = distributed.init(options["device"])
+    misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+    distributed.print0(json.dumps(summary, indent=2))
+    if options["dry_run"]:
+        return
+
+    torch.backends.cudnn.benchmark = options["bench"]
+    misc.seed_at(config.seed)
+    net = getattr(networks, precond)(**network_kwargs)
+    if options["transfer"]:
+        copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
+    pipe = augment.AugmentPipe(p=options["augment"], **augment.EDM_MULTIPLIERS) if options["augment"] else None
+    description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
+    with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
+
+        def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
+            path = Path(run_dir) / f"network-snapshot-{nimg // 1000:06d}.safetensors"
+            zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name)
+
+        training_loop(config, net, dataset, getattr(loss, loss_name)(), pipe, run_dir, device, save_snapshot, resume)
+    distributed.shutdown()
+
+
+def build_config(options, dataset):
+    """(constructor arguments of the network, TrainingConfig) from the command line and the data set's shape."""
+    from training.training_loop import TrainingConfig
+
+    network = dict(ARCHITECTURES[options["arch"]])
+    network.update(
+        img_resolution=dataset.resolution,
+        img_channels=dataset.num_channels,
+        label_dim=dataset.label_dim,
+        use_fp16=options["fp16"],
+        dropout=options["dropout"],
+        augment_dim=9 if options["augment"] else 0,
+    )
+    given = {"model_channels": "cbase", "channel_mult": "cres", "num_blocks": "blocks", "attn_resolutions": "attn"}
+    network.update({name: options[option] for name, option in given.items() if options[option] is not None})
+    if dataset.resolution >> (len(network["channel_mult"]) - 1) < 1:
+        raise UserError(f"--cres={network['channel_mult']} halves {dataset.resolution} pixels too often; give fewer")
+    config = TrainingConfig(
+        total_kimg=options["duration"] * 1000,
+        batch=options["batch"],
+        batch_gpu=options["batch_gpu"],
+        lr=options["lr"],
+        lr_rampup_kimg=options["lr_rampup"],
+        lr_decay=options["lr_decay"],
+        ema_halflife_kimg=options["ema"] * 1000,
+        loss_scaling=options["ls"],
+        kimg_per_tick=options["tick"],
+        snapshot_ticks=options["snap"],
+        state_ticks=options["dump"],
+        seed=options["seed"],
+        workers=options["workers"],
+    )
+    return network, config
+
+
+def copy_weights(source, target, name):
+    """Copies every parameter and buffer that both networks have in the same shape; refuses when none fits."""
+    state = target.state_dict()
+    fitting = {k: v for k, v in source.state_dict().items() if k in state and state[k].shape == v.shape}
+    if not fitting:
+        raise UserError(f"--transfer={name}: no weight of it fits this network; give the same --arch, --cbase, --cres")
+    target.load_state_dict(fitting, strict=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Denoising losses that train diffusion models (arXiv:2206.00364, Table 1). Per-pixel, [N, C, H, W].
+
+Snapshots embed this file's source, so it imports nothing but torch, numpy, the standard library and
+torch_utils.persistence. Random draws come in this order: noise level [N, 1, 1, 1], augmentation, noise.
+"""
+
+import torch
+
+from torch_utils import persistence
+
+
+def _denoising_loss(net, images, sigma, weight, labels, augment_pipe):
+    """weight * (D(y + sigma n; sigma) - y)^2 with y the augmented images."""
+    y, augment_labels = augment_pipe(images) if augment_pipe is not None else (images, None)
+    noise = torch.randn_like(y) * sigma
+    return weight * (net(y + noise, sigma, labels, augment_labels=augment_labels) - y) ** 2
+
+
+@persistence.persistent_class
+class VPLoss:
+    """Variance preserving: t uniform on [epsilon_t, 1], weight 1/sigma^2."""
+
+    def __init__(self, beta_d=19.9, beta_min=0.1, epsilon_t=1e-5):
+        self.beta_d = beta_d
+        self.beta_min = beta_min
+        self.epsilon_t = epsilon_t
+
+    def __call__(self, net, images, labels=None, augment_pipe=None):
+        t = 1 + torch.rand([images.shape[0], 1, 1, 1], device=images.device) * (self.epsilon_t - 1)
+        sigma = ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
+        return _denoising_loss(net, images, sigma, 1 / sigma**2, labels, augment_pipe)
+
+
+@persistence.persistent_class
+class VELoss:
+    """Variance exploding: sigma log-uniform on [sigma_min, sigma_max], weight 1/sigma^2."""
+
+    def __init__(self, sigma_min=0.02, sigma_max=100.0):
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+
+    def __call__(self, net, images, labels=None, augment_pipe=None):
+        u = torch.rand([images.shape[0], 1, 1, 1], device=images.device)
+        sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** u
+        return _denoising_loss(net, images, sigma, 1 / sigma**2, labels, augment_pipe)
+
+
+@persistence.persistent_class
+class EDMLoss:
+    """EDM: sigma log-normal, weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
+
+    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
+        self.P_mean = P_mean
+        self.P_std = P_std
+        self.sigma_data = sigma_data
+
+    def __call__(self, net, images, labels=None, augment_pipe=None):
+        sigma = (torch.randn([images.shape[0], 1, 1, 1], device=images.device) * self.P_std + self.P_mean).exp()
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        return _denoising_loss(net, images, sigma, weight, labels, augment_pipe)
