@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +91,7 @@ class _AllocationLimit(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in FACTORIES:
             # First on the meta device, which knows the shape and takes no memory.
-            self._left -= function(*args, **{**kwargs, "device": "meta"}).numel()
+            self._left -= math.prod(function(*args, **{**kwargs, "device": "meta"}).shape)
             if self._left < 0:
                 raise MemoryError("they ask for far more weights than the file holds")
         return function(*args, **kwargs)

@@ -1,0 +1,243 @@
+"""edm.zoo: networks and published files by name, path or URL, in both formats."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dnnlib import UserError
+from dnnlib.download import cache_path
+from edm import zoo
+from edm.published import FILES, NETWORK_KINDS
+from torch_utils.persistence import persistent_class
+from training.networks import EDMPrecond, VPPrecond
+
+DATA = Path(__file__).parent / "data"
+TINY = {"img_resolution": 8, "img_channels": 1, "model_type": "SongUNet", "model_channels": 8, "channel_mult": [1]}
+TINY |= {"num_blocks": 1, "attn_resolutions": [], "dropout": 0.13}
+
+
+@persistent_class
+class Linear(torch.nn.Module):
+    def __init__(self, width, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        self.weight = torch.nn.Parameter(torch.randn(width, width))
+
+
+class Foreign(torch.nn.Linear):
+    pass
+
+
+def refused(function, *args, **kwargs):
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in error.value.message
+    return error.value.message
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def safetensors_header(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(path, header, rest):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("edm-format-*.pkl")), ids=lambda path: path.stem)
+def test_edm_files_load_and_survive_both_formats(path, tmp_path):
+    expected = {name: torch.from_numpy(array) for name, array in np.load(path.with_suffix(".npz")).items()}
+    net = zoo.load_network(path)
+    assert not net.training
+    assert net.metadata == {}
+    assert {(p.dtype, p.device.type, p.requires_grad) for p in net.parameters()} == {(torch.float32, "cpu", False)}
+    D = net(expected["x"], expected["sigma"], expected.get("class_labels"))
+    assert (D - expected["D"]).abs().max() < 1e-5 * expected["D"].abs().max()
+    for suffix in (".safetensors", ".pkl"):
+        zoo.save_network(net, tmp_path / f"net{suffix}", kind="sid-generator", init_sigma=2.5)
+        back = zoo.load_network(str(tmp_path / f"net{suffix}"))
+        assert equal(back, net)
+        assert (type(back), back.init_args, back.init_kwargs) == (type(net), net.init_args, net.init_kwargs)
+        assert back.metadata == {"kind": "sid-generator", "init_sigma": 2.5}
+        assert torch.equal(back(expected["x"], expected["sigma"], expected.get("class_labels")), D)
+
+
+def test_buffers_are_used_as_stored(tmp_path):
+    net = VPPrecond(**{**TINY, "channel_mult": [1, 2], "resample_filter": [1, 3, 3, 1]})
+    buffers = dict(net.named_buffers())
+    assert buffers
+    for buffer in buffers.values():
+        buffer.mul_(2)
+    for suffix in zoo.SUFFIXES:
+        zoo.save_network(net, tmp_path / f"net{suffix}")
+        assert equal(zoo.load_network(tmp_path / f"net{suffix}"), net)
+
+
+def test_saving_changes_neither_network_nor_file_on_failure(tmp_path, monkeypatch):
+    net, path = EDMPrecond(**TINY).train(), tmp_path / "net.safetensors"
+    path.write_bytes(b"before")
+    for suffix in zoo.SUFFIXES:
+        zoo.save_network(net, tmp_path / f"other{suffix}")
+    assert net.training
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    monkeypatch.setattr(zoo, "_safetensors_bytes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        zoo.save_network(net, path)
+    assert path.read_bytes() == b"before"
+    assert ".pt" in refused(zoo.save_network, net, tmp_path / "net.pt")
+    assert "absent" in refused(zoo.save_network, net, tmp_path / "absent" / "net.pkl")
+    assert "persistent_class" in refused(zoo.save_network, Foreign(1, 1), tmp_path / "net.pkl")
+    assert {file.name for file in tmp_path.iterdir()} == {"net.safetensors", "other.safetensors", "other.pkl"}
+
+
+def test_equal_networks_make_equal_files(tmp_path):
+    net = EDMPrecond(**TINY)
+    for suffix in zoo.SUFFIXES:
+        files = [tmp_path / f"{name}{suffix}" for name in "ab"]
+        for file in files:
+            zoo.save_network(net, file, init_sigma=2.5, kind="sid-generator")
+        hashes = {zoo.network_hash(zoo.load_network(file)) for file in files}
+        assert hashes == {zoo.network_hash(net)}
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_classes_of_others(tmp_path):
+    net = Linear(3, scale=2.0)
+    for suffix in zoo.SUFFIXES:
+        path = tmp_path / f"net{suffix}"
+        zoo.save_network(net, path)
+        assert "Linear" in refused(zoo.load_network, path)
+        back = zoo.load_network(path, classes={"Linear": Linear})
+        assert equal(back, net)
+        assert back.scale == 2.0
+
+
+def test_clones():
+    net = EDMPrecond(8, 1, **{key: value for key, value in TINY.items() if not key.startswith("img")}).eval()
+    net.requires_grad_(False)
+    net.metadata = {"kind": "teacher"}
+    rng = torch.get_rng_state()
+    clone = zoo.clone_network(net, dropout=0.5, use_fp16=True, label_dim=0)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert clone.init_kwargs == {**TINY, "dropout": 0.5, "use_fp16": True, "label_dim": 0}
+    assert clone.use_fp16
+    assert not clone.training
+    assert not any(parameter.requires_grad for parameter in clone.parameters())
+    for copied in (clone, zoo.clone_network(net)):
+        assert equal(copied, net)
+        assert copied.metadata == net.metadata
+        with torch.no_grad():
+            next(copied.parameters()).add_(1)
+        assert not equal(copied, net)
+    assert "img_channels=3" in refused(zoo.clone_network, net, img_channels=3)
+    assert "colour" in refused(zoo.clone_network, net, colour=3)
+    foreign = Foreign(2, 2)
+    assert equal(zoo.clone_network(foreign), foreign)
+    assert "dropout" in refused(zoo.clone_network, foreign, dropout=0.1)
+
+
+def test_hash_sees_names_shapes_types_and_values():
+    net = Linear(2)
+    expected = hashlib.sha256(b"weight torch.float32 [2, 2]\n" + net.weight.detach().numpy().tobytes()).hexdigest()
+    assert zoo.network_hash(net) == expected
+    changed = Linear(2)
+    assert zoo.network_hash(changed) != expected
+    assert zoo.network_hash(net.bfloat16()) != expected
+
+
+def test_other_items_of_a_snapshot():
+    path = DATA / "edm-format-edm-ddpmpp.pkl"
+    assert zoo.load_item(path, "dataset_kwargs")["resolution"] == 16
+    assert zoo.load_item(path, "absent") is None
+    assert "AugmentPipe" in refused(zoo.load_item, path, "augment_pipe")
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    zoo.save_network(Linear(2), good)
+    header, rest = safetensors_header(good)
+    network = json.loads(header["__metadata__"]["network"])
+
+    def changed(**changes):
+        metadata = {"network": json.dumps({**network, **changes})}
+        return with_header(bad, {**header, "__metadata__": metadata}, rest)
+
+    classes = {"Linear": Linear}
+    assert zoo.load_network(changed(), classes).init_args == (2,)
+    cases = {
+        "none of": {"class_name": "os.system"},
+        "far more": {"init_args": [1 << 20]},
+        "plain": {"init_kwargs": {"scale": [[[[[[1]]]]]]}},
+        "don't fit": {"init_args": [3]},
+        "refuses": {"init_args": []},
+        "metadata": {"metadata": 3},
+    }
+    for message, changes in cases.items():
+        assert message in refused(zoo.load_network, changed(**changes), classes)
+    assert "how to build" in refused(zoo.load_network, with_header(bad, {**header, "__metadata__": {}}, rest), classes)
+    for data in (b"", b"\xff" * 16, good.read_bytes()[:-1], good.read_bytes()[:20], (1 << 30).to_bytes(8, "little")):
+        bad.write_bytes(data)
+        assert str(bad) in refused(zoo.load_network, bad, classes)
+
+
+def test_sources_that_are_nothing(tmp_path):
+    assert "edm-cifar10-32x32-uncond-vp" in refused(zoo.load_network, "edm-cifar10-32x32-uncond")
+    assert "no published reference" in refused(zoo.resolve, tmp_path / "absent.npz", "reference")
+    assert "published reference" in refused(zoo.load_network, "cifar10-32x32")
+    (tmp_path / "state.pt").touch()
+    assert ".safetensors" in refused(zoo.load_network, tmp_path / "state.pt")
+    (tmp_path / "loss.pkl").write_bytes(b"\x80\x04}.")
+    assert "ema" in refused(zoo.load_network, tmp_path / "loss.pkl")
+
+
+def test_published_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    known = json.loads((DATA / "published_networks.json").read_text())
+    assert set(known) == {name for name, file in FILES.items() if file.kind == "teacher"}
+    assert len({file.url for file in FILES.values()}) == len(FILES)
+    for name, file in FILES.items():
+        assert file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32
+        path = cache_path(file.url)
+        if file.sha256 is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())  # put there by hand
+            assert zoo.resolve(name, "network" if file.kind in NETWORK_KINDS else file.kind) == path
+            assert zoo.resolve(file.url) == path
+
+
+def test_what_is_published_about_a_generator_travels_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    path = cache_path(FILES["sid-ffhq64"].url)
+    path.parent.mkdir(parents=True)
+    path.write_bytes((DATA / "edm-format-edm-ddpmpp.pkl").read_bytes())
+    for source in ("sid-ffhq64", FILES["sid-ffhq64"].url, path):
+        metadata = zoo.load_network(source).metadata
+        assert (metadata["kind"], metadata["init_sigma"], metadata["name"]) == ("sid-generator", 2.5, "sid-ffhq64")
+    path = cache_path(FILES["sid-cifar10-cond"].url)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"tampered with")
+    assert FILES["sid-cifar10-cond"].sha256 in refused(zoo.load_network, "sid-cifar10-cond")
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    run = CliRunner().invoke
+    assert all(name in run(zoo.main, ["list"]).output for name in FILES)
+    source, there = str(DATA / "edm-format-vp-ddpmpp.pkl"), str(tmp_path / "net.safetensors")
+    done = run(zoo.main, ["convert", source, there])
+    assert done.exit_code == 0, done.output
+    assert zoo.network_hash(zoo.load_network(there)) in done.output
+    assert run(zoo.main, ["fetch", "unknown"]).exit_code == 2
