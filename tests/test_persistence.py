@@ -192,7 +192,7 @@ def hostile(mark):
         "getattr": Call(getattr, Call(__import__, "os"), "system"),
         "chain": Call(map, Call(getattr, dict, "get"), [Call(eval, command)]),
         "object array": np.array([Call(eval, command)], dtype=object),
-        "object scalar": Call(np._core.multiarray.scalar, np.dtype("O"), Call(eval, command)),
+        "object scalar": Call(np.float64(0).__reduce__()[0], np.dtype("O"), Call(eval, command)),
         "numpy array": np.zeros(3),
         "torch.load": Call(torch.load, str(mark)),
         "code in a storage": Call(load_bytes, evil),
