@@ -1,0 +1,280 @@
+"""Samplers (arXiv:2206.00364, Algorithms 1 and 2) and seeded image generation.
+
+Every sampler is called as `sampler(net, latents, class_labels=None, randn_like=torch.randn_like, ...)`:
+
+    net           a denoiser (training/networks.py)
+    latents       [N, C, H, W], standard normal
+    class_labels  [N, label_dim] or None
+    randn_like    draws noise like a tensor; used by stochastic samplers only
+    returns       [N, C, H, W], images in about [-1, 1]
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from dnnlib import UserError
+
+
+@torch.no_grad()
+def one_step_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, init_sigma=2.5):
+    """One network evaluation at noise level `init_sigma` (SiD, arXiv:2404.04057)."""
+    sigma = torch.full([latents.shape[0], 1, 1, 1], init_sigma, device=latents.device)
+    return net(init_sigma * latents, sigma, class_labels)
+
+
+@torch.no_grad()
+def heun_sampler(
+    net,
+    latents,
+    class_labels=None,
+    randn_like=torch.randn_like,
+    num_steps=18,
+    sigma_min=0.002,
+    sigma_max=80.0,
+    rho=7.0,
+    S_churn=0.0,
+    S_min=0.0,
+    S_max=float("inf"),
+    S_noise=1.0,
+):
+    """EDM's second-order sampler, deterministic unless S_churn > 0; 2 num_steps - 1 network evaluations."""
+    sigmas = _karras_steps(num_steps, *_limit_range(net, sigma_min, sigma_max), rho, latents.device)
+    sigmas = _until_zero(net.round_sigma(sigmas))
+    x = latents.to(torch.float64) * sigmas[0]
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0.0
+        sigma_hat = net.round_sigma(sigma * (1 + gamma))
+        x_hat = x + (sigma_hat**2 - sigma**2).sqrt() * S_noise * randn_like(x)
+        slope = (x_hat - _denoise(net, x_hat, sigma_hat, class_labels)) / sigma_hat
+        x = x_hat + (sigma_next - sigma_hat) * slope
+        if i < num_steps - 1:
+            slope_next = (x - _denoise(net, x, sigma_next, class_labels)) / sigma_next
+            x = x_hat + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+    return x
+
+
+@torch.no_grad()
+def ablation_sampler(
+    net,
+    latents,
+    class_labels=None,
+    randn_like=torch.randn_like,
+    num_steps=18,
+    sigma_min=None,
+    sigma_max=None,
+    rho=7.0,
+    solver="heun",
+    discretization="edm",
+    schedule="linear",
+    scaling="none",
+    epsilon_s=1e-3,
+    C_1=0.001,
+    C_2=0.008,
+    M=1000,
+):
+    """The family of deterministic samplers of EDM's ablation: DDPM's, NCSN++'s and iDDPM's choices, step by step.
+
+    solver euler | heun; discretization vp | ve | iddpm | edm; schedule vp | ve | linear; scaling vp | none.
+    """
+    choices = {"solver": (solver, "euler heun"), "discretization": (discretization, "vp ve iddpm edm")}
+    choices |= {"schedule": (schedule, "vp ve linear"), "scaling": (scaling, "vp none")}
+    for option, (value, known) in choices.items():
+        if value not in known.split():
+            raise UserError(f"--{option}={value}: choose one of {known.replace(' ', ', ')}")
+
+    low, high = _default_range(discretization, epsilon_s)
+    low, high = _limit_range(net, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
+    vp = _VPSchedule.through(low, high, epsilon_s)
+    sigma, sigma_deriv, sigma_inv = _schedules(vp)[schedule]
+    s, s_deriv = _scalings(sigma, sigma_deriv)[scaling]
+    if discretization == "vp":
+        i = torch.arange(num_steps, dtype=torch.float64, device=latents.device)
+        steps = vp.sigma(1 + i / (num_steps - 1) * (epsilon_s - 1))
+    elif discretization == "ve":
+        i = torch.arange(num_steps, dtype=torch.float64, device=latents.device)
+        steps = (high**2 * (low**2 / high**2) ** (i / (num_steps - 1))).sqrt()
+    elif discretization == "iddpm":
+        steps = _iddpm_steps(num_steps, low, high, C_1, C_2, M, latents.device)
+    else:
+        steps = _karras_steps(num_steps, low, high, rho, latents.device)
+    times = _until_zero(sigma_inv(net.round_sigma(steps)))
+
+    def slope(x, t):
+        denoised = _denoise(net, x / s(t), sigma(t), class_labels)
+        return (sigma_deriv(t) / sigma(t) + s_deriv(t) / s(t)) * x - sigma_deriv(t) * s(t) / sigma(t) * denoised
+
+    x = latents.to(torch.float64) * (sigma(times[0]) * s(times[0]))
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+        d = slope(x, t)
+        x_next = x + (t_next - t) * d
+        if solver == "heun" and i < num_steps - 1:
+            x_next = x + (t_next - t) * (d + slope(x_next, t_next)) / 2
+        x = x_next
+    return x
+
+
+def _denoise(net, x, sigma, class_labels):
+    return net(x, sigma.expand(x.shape[0]), class_labels).to(torch.float64)
+
+
+def _limit_range(net, sigma_min, sigma_max):
+    return max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+
+
+def _until_zero(steps):
+    return torch.cat([steps.to(torch.float64), torch.zeros_like(steps[:1], dtype=torch.float64)])
+
+
+def _karras_steps(num_steps, sigma_min, sigma_max, rho, device):
+    ramp = torch.arange(num_steps, dtype=torch.float64, device=device) / max(num_steps - 1, 1)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+class _VPSchedule:
+    """sigma(t) of the variance-preserving process with noise rates beta_d, beta_min."""
+
+    def __init__(self, beta_d: float, beta_min: float):
+        self.beta_d, self.beta_min = beta_d, beta_min
+
+    @classmethod
+    def through(cls, sigma_min: float, sigma_max: float, epsilon_s: float) -> "_VPSchedule":
+        """The one with sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max."""
+        low, high = math.log(sigma_min**2 + 1), math.log(sigma_max**2 + 1)
+        beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
+        return cls(beta_d, high - 0.5 * beta_d)
+
+    def sigma(self, t):
+        return (torch.as_tensor(0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
+
+    def sigma_deriv(self, t):
+        sigma = self.sigma(t)
+        return 0.5 * (self.beta_min + self.beta_d * t) * (sigma + 1 / sigma)
+
+    def sigma_inv(self, sigma):
+        return ((self.beta_min**2 + 2 * self.beta_d * (sigma**2 + 1).log()).sqrt() - self.beta_min) / self.beta_d
+
+
+def _default_range(discretization, epsilon_s):
+    if discretization == "vp":
+        vp = _VPSchedule(19.9, 0.1)
+        return float(vp.sigma(torch.tensor(epsilon_s, dtype=torch.float64))), float(vp.sigma(torch.ones([]).double()))
+    return {"ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}[discretization]
+
+
+def _schedules(vp):
+    """{name: (sigma(t), its derivative, its inverse)}"""
+    return {
+        "vp": (vp.sigma, vp.sigma_deriv, vp.sigma_inv),
+        "ve": (lambda t: t.sqrt(), lambda t: 0.5 / t.sqrt(), lambda sigma: sigma**2),
+        "linear": (lambda t: t, torch.ones_like, lambda sigma: sigma),
+    }
+
+
+def _scalings(sigma, sigma_deriv):
+    """{name: (s(t), its derivative)}"""
+
+    def s(t):
+        return 1 / (1 + sigma(t) ** 2).sqrt()
+
+    return {
+        "vp": (s, lambda t: -sigma(t) * sigma_deriv(t) * s(t) ** 3),
+        "none": (torch.ones_like, torch.zeros_like),
+    }
+
+
+def _iddpm_steps(num_steps, sigma_min, sigma_max, C_1, C_2, M, device):
+    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float64) / M / (C_2 + 1)).sin() ** 2
+    u = torch.zeros(M + 1, dtype=torch.float64)
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
+    u = u[(u >= sigma_min) & (u <= sigma_max)]
+    index = ((len(u) - 1) / (num_steps - 1) * torch.arange(num_steps, dtype=torch.float64)).round().to(torch.int64)
+    return u[index].to(device)
+
+
+# ----------------------------------------------------------------------------
+# Seeded generation.
+
+SAMPLERS: dict[str, Callable] = {"heun": heun_sampler, "ablation": ablation_sampler, "one-step": one_step_sampler}
+
+
+class SeededDraws:
+    """One CPU generator per image, so that an image depends on its seed alone, not on the batch or the device."""
+
+    def __init__(self, seeds: Iterable[int], device: torch.device):
+        self._generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
+        self._device = device
+
+    def randn(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[N, *shape]"""
+        draws = [torch.randn(*shape, generator=g, dtype=dtype) for g in self._generators]
+        return torch.stack(draws).to(self._device)
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        return self.randn(x.shape[1:], x.dtype)
+
+    def randint(self, high: int) -> torch.Tensor:
+        """[N] int64"""
+        return torch.cat([torch.randint(high, [1], generator=g) for g in self._generators]).to(self._device)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as uint8."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def default_sampler(net: torch.nn.Module) -> str:
+    """'one-step' for a generator, which carries its start noise level in its metadata, else 'heun'."""
+    return "one-step" if "init_sigma" in getattr(net, "metadata", {}) else "heun"
+
+
+def sample(
+    net: torch.nn.Module, seeds: Iterable[int], sampler: str | None = None, class_idx: int | None = None, **options
+) -> torch.Tensor:
+    """One image per seed, [N, C, H, W] float, on the network's device.
+
+    sampler: a key of SAMPLERS; None: `default_sampler`. class_idx: one class for all images; None: drawn by seed.
+    options: the sampler's. Draws per image: latents, then the class, then the sampler's own.
+    """
+    device = next(net.parameters()).device
+    draws = SeededDraws(seeds, device)
+    latents = draws.randn([net.img_channels, net.img_resolution, net.img_resolution])
+    labels = None
+    if net.label_dim:
+        labels = torch.eye(net.label_dim, device=device)[draws.randint(net.label_dim)]
+        if class_idx is not None:
+            labels = torch.eye(net.label_dim, device=device)[[class_idx]].repeat(len(latents), 1)
+    elif class_idx is not None:
+        raise UserError("--class: this network is unconditional; leave the option out")
+    name = sampler or default_sampler(net)
+    if name == "one-step" and "init_sigma" not in options:
+        options["init_sigma"] = getattr(net, "metadata", {}).get("init_sigma", 2.5)
+    return SAMPLERS[name](net, latents, labels, randn_like=draws.randn_like, **options)
+
+
+def generate_images(
+    net: torch.nn.Module,
+    seeds: Iterable[int],
+    batch: int = 64,
+    class_idx: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    **options,
+) -> Iterator[torch.Tensor]:
+    """uint8 batches [n, C, H, W] on the CPU, one image per seed in order; arguments as for `sample`.
+
+    steps: of the Heun or ablation sampler; 1 on its own means the one-step sampler.
+    Errors: UserError when class_idx is out of range or the network has no classes.
+    """
+    if class_idx is not None and net.label_dim and not 0 <= class_idx < net.label_dim:
+        raise UserError(f"--class={class_idx}: the network's classes are 0 to {net.label_dim - 1}")
+    if steps is not None:
+        sampler = sampler or ("one-step" if steps == 1 else "heun")
+        if sampler != "one-step":
+            options["num_steps"] = steps
+    seeds = list(seeds)
+    for start in range(0, len(seeds), batch):
+        yield to_uint8(sample(net, seeds[start : start + batch], sampler, class_idx, **options)).cpu()

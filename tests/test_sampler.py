@@ -1,0 +1,90 @@
+"""Samplers against the reference numbers and against the exact solution for Gaussian data."""
+
+import parity
+import pytest
+import torch
+
+from dnnlib import UserError
+from edm import sampler
+
+SAMPLES = parity.arrays("samplers.npz")
+NETWORKS = sorted({key.split("/")[0] for key in SAMPLES})
+RUNS = {
+    "heun_steps5": lambda *a: sampler.heun_sampler(*a, num_steps=5),
+    "heun_steps5_churn40_seed11": lambda *a: sampler.heun_sampler(
+        *a, num_steps=5, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003
+    ),
+    "one_step_sigma2.5": lambda *a: sampler.one_step_sampler(*a, init_sigma=2.5),
+}
+for _run in ("euler_vp_vp_vp", "heun_ve_ve_none", "heun_iddpm_linear_none", "heun_edm_vp_vp"):
+    RUNS[f"ablation_{_run}_steps5"] = lambda *a, run=_run: sampler.ablation_sampler(
+        *a, num_steps=5, **dict(zip(("solver", "discretization", "schedule", "scaling"), run.split("_")))
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("run", sorted(RUNS))
+def test_reference_samples(name, run):
+    net = parity.seeded_network(name)
+    torch.manual_seed(11)
+    images = RUNS[run](net, SAMPLES[f"{name}/latents"], SAMPLES.get(f"{name}/class_labels"))
+    parity.assert_close(images, SAMPLES[f"{name}/{run}"])
+
+
+class GaussianDenoiser(torch.nn.Module):
+    """The optimal denoiser of N(0, s^2): D = s^2 / (s^2 + sigma^2) x."""
+
+    img_resolution, img_channels, label_dim, sigma_min, sigma_max = 4, 1, 0, 0.0, float("inf")
+    s = 0.7
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        return self.s**2 / (self.s**2 + sigma.reshape(-1, 1, 1, 1) ** 2) * x
+
+    def round_sigma(self, sigma):
+        return sigma
+
+
+def test_heun_converges_to_the_exact_flow_at_second_order():
+    """For Gaussian data the probability flow is x(sigma) = x(sigma_max) sqrt((s^2+sigma^2)/(s^2+sigma_max^2))."""
+    net, latents = GaussianDenoiser(), torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    exact = latents * 80 * net.s / (net.s**2 + 80**2) ** 0.5
+    error = [(sampler.heun_sampler(net, latents, num_steps=n) - exact).abs().max() for n in (32, 64, 128)]
+    assert 3 < error[0] / error[1] < 5
+    assert 3 < error[1] / error[2] < 5
+
+
+def test_an_image_depends_on_its_seed_alone():
+    net = parity.seeded_network("edm-adm-cond")
+    for options in ({"steps": 3, "S_churn": 10.0}, {"steps": 1}):
+        one = torch.cat(list(sampler.generate_images(net, [5, 6, 7], batch=3, **options)))
+        two = torch.cat(list(sampler.generate_images(net, [7, 5, 2**32 + 6], batch=1, **options)))
+        difference = one.int() - two[[1, 2, 0]].int()  # convolutions of another batch size round differently
+        assert difference.abs().max() <= 1
+        assert (difference == 0).float().mean() > 0.99
+
+
+def test_one_step_is_chosen_by_metadata():
+    net = parity.seeded_network("edm-ddpmpp-gray")
+    assert sampler.default_sampler(net) == "heun"
+    net.metadata = {"init_sigma": 1.5}
+    assert sampler.default_sampler(net) == "one-step"
+    latents = sampler.SeededDraws([3], torch.device("cpu")).randn([1, 16, 16])
+    torch.testing.assert_close(sampler.sample(net, [3]), net(1.5 * latents, torch.tensor([1.5])))
+
+
+def test_classes():
+    net = parity.seeded_network("edm-adm-cond")
+    by_class = [next(sampler.generate_images(net, [0], class_idx=c, steps=1)) for c in (0, 1)]
+    assert not torch.equal(*by_class)
+    with pytest.raises(UserError, match="--class=10"):
+        next(sampler.generate_images(net, [0], class_idx=10))
+    with pytest.raises(UserError, match="--class"):
+        next(sampler.generate_images(parity.seeded_network("edm-ddpmpp-gray"), [0], class_idx=0))
+
+
+def test_to_uint8():
+    assert sampler.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
