@@ -1,1 +1,5 @@
-"""Metrics of generated images: pure functions of detector features."""
+"""Metrics of generated images: pure functions of detector features, and what gathers the features."""
+
+from .frechet import frechet_distance
+
+__all__ = ["frechet_distance"]

@@ -1,0 +1,194 @@
+"""Detectors: what turns images into features and class probabilities.
+
+Two kinds of file hold one: a TorchScript file called as NVIDIA's Inception is, and a `.safetensors` of one of the
+classes in DETECTOR_CLASSES (class and constructor arguments in its header; nothing in the file is executed).
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import dnnlib
+
+from .small_classifier import SmallClassifier
+
+DEFAULT_DETECTOR = "inception-2015-12-05"
+DETECTOR_CLASSES = {"SmallClassifier": SmallClassifier}
+HASH_CHUNK_BYTES = 1 << 20
+PROBE_RESOLUTION = 32  # a TorchScript file doesn't tell its number of features: it is asked with one such image
+
+
+class Detector(ABC):
+    """Features and class probabilities of images; results are float32 on `device`.
+
+    name: the file's name without its suffix.
+    path: the file it came from; sha256: that file's hash.
+    feature_dim: number of features.
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        self.path, self.name, self.device = path, path.stem, device
+        self.sha256 = file_sha256(path)
+
+    feature_dim: int
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, feature_dim] of uint8 images [N, C, H, W]. Errors: UserError when images don't fit the detector."""
+        return self.measure(images)[0]
+
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, K] softmax of uint8 images [N, C, H, W]. Errors: UserError, also when the detector has no classes."""
+        return self.measure(images, features=False, probabilities=True)[1]
+
+    @abstractmethod
+    def check(self, channels: int, resolution: int) -> None:
+        """Raises UserError if images of this shape don't fit the detector."""
+
+    @abstractmethod
+    def measure(
+        self, images: torch.Tensor, features: bool = True, probabilities: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(features, probabilities) of uint8 images [N, C, H, W], in one pass where possible; None if not asked."""
+
+
+class TorchScriptDetector(Detector):
+    """A TorchScript file called `(images, return_features=True)` and `(images, no_output_bias=True)`."""
+
+    def __init__(self, path: Path, device: torch.device):
+        super().__init__(path, device)
+        self._module = _load_torchscript(path, device)
+
+    @cached_property
+    def feature_dim(self) -> int:
+        probe = torch.zeros(1, 3, PROBE_RESOLUTION, PROBE_RESOLUTION, dtype=torch.uint8)
+        return self.features(probe).shape[1]
+
+    def check(self, channels: int, resolution: int) -> None:
+        if channels not in (1, 3):
+            raise dnnlib.UserError(f"--detector={self.path} wants images of 1 or 3 channels, these have {channels}")
+
+    @torch.inference_mode()
+    def measure(self, images, features=True, probabilities=False):
+        self.check(*images.shape[1:3])
+        images = images.to(self.device)
+        images = images.expand(-1, 3, -1, -1).contiguous() if images.shape[1] == 1 else images
+        return (
+            self._call(images, return_features=True) if features else None,
+            self._call(images, no_output_bias=True) if probabilities else None,
+        )
+
+    def _call(self, images: torch.Tensor, **option: bool) -> torch.Tensor:
+        try:
+            return self._module(images, **option).to(torch.float32)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise dnnlib.UserError(
+                f"--detector={self.path} can't be called with {next(iter(option))}=True as NVIDIA's Inception is: "
+                + str(error).strip().splitlines()[-1]
+            ) from error
+
+
+class ModuleDetector(Detector):
+    """A network that lives here, called `(uint8 images) -> (features, logits)`; weights from a `.safetensors`.
+
+    metadata: what the header records beside the class: how it was made, its accuracy.
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        super().__init__(path, device)
+        self._module, self.metadata = _load_module(path)
+        self._module.to(device)
+        self.feature_dim = self._module.feature_dim
+
+    def check(self, channels: int, resolution: int) -> None:
+        net = self._module
+        fits = channels == net.img_channels or (channels, net.img_channels) == (1, 3)
+        if not fits or resolution != net.img_resolution:
+            raise dnnlib.UserError(
+                f"--detector={self.path} measures {net.img_resolution}x{net.img_resolution} images of"
+                f" {net.img_channels} channel(s), these are {resolution}x{resolution} with {channels};"
+                " use the detector made for them"
+            )
+
+    @torch.inference_mode()
+    def measure(self, images, features=True, probabilities=False):
+        self.check(*images.shape[1:3])
+        images = images.to(self.device).expand(-1, self._module.img_channels, -1, -1)
+        hidden, logits = self._module(images)
+        return hidden if features else None, logits.softmax(1) if probabilities else None
+
+
+def load_detector(source: str | os.PathLike = DEFAULT_DETECTOR, device: torch.device | str = "cpu") -> Detector:
+    """The detector in a file, behind a URL, or known to `edm.zoo` by name.
+
+    Errors: UserError when it can't be found or isn't a detector.
+    """
+    from edm import zoo
+
+    path = zoo.resolve(source, kind="detector")
+    kind = ModuleDetector if path.suffix == ".safetensors" else TorchScriptDetector
+    return kind(path, torch.device(device))
+
+
+def save_detector(
+    module: torch.nn.Module, path: str | os.PathLike, init_kwargs: dict, dtype: torch.dtype = torch.float16, **metadata
+) -> None:
+    """Writes a module of one of DETECTOR_CLASSES as `.safetensors`.
+
+    init_kwargs: the arguments its constructor got; metadata: plain values recorded beside them.
+    """
+    from safetensors.torch import save
+
+    class_name = type(module).__name__
+    assert class_name in DETECTOR_CLASSES
+    weights = {
+        k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype) for k, v in module.state_dict().items()
+    }
+    header = {"class_name": class_name, "init_kwargs": json.dumps(init_kwargs), "metadata": json.dumps(metadata)}
+    with dnnlib.write_atomically(path) as file:
+        file.write(save({name: weight.contiguous() for name, weight in weights.items()}, metadata=header))
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _load_module(path: Path) -> tuple[torch.nn.Module, dict]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        class_name = header.get("class_name")
+        if class_name not in DETECTOR_CLASSES:
+            raise ValueError(f"its header names the class {class_name}; known: {', '.join(DETECTOR_CLASSES)}")
+        module = DETECTOR_CLASSES[class_name](**json.loads(header["init_kwargs"]))
+        module.load_state_dict(weights)
+        metadata = json.loads(header.get("metadata", "{}"))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise dnnlib.UserError(f"--detector={path} is not a detector of this project: {reason}") from error
+    return module.eval().requires_grad_(False), metadata
+
+
+def _load_torchscript(path: Path, device: torch.device) -> torch.nn.Module:
+    """The one place that depends on TorchScript, which PyTorch has deprecated."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise dnnlib.UserError(f"--detector={path} is not a TorchScript file; give one, or a .safetensors") from error

@@ -1,0 +1,244 @@
+"""One pass over images yields every metric asked for, each with a record of how it was made."""
+
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import tqdm
+
+import dnnlib
+from torch_utils import distributed
+
+from .detector import DEFAULT_DETECTOR, Detector, load_detector
+from .frechet import frechet_distance
+from .inception_score import SPLITS, InceptionScore
+from .kid import kernel_distance
+from .precision_recall import NEIGHBOUR, precision_recall
+from .reference import Reference, load_reference
+from .sources import FolderSource, ImageSource, array_source
+from .statistics import FeatureStatistics
+
+DEFAULT_BATCH = 64
+GATHERED_ROWS = 4096  # rows of features in one message
+NAME_PATTERN = re.compile(r"(?P<kind>fid|is|kid|pr)(?P<num>\d+)(?:(?P<kilo>k)(?P<k>\d+)?)?(?P<full>_full)?")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a name like `fid50k_full` says: kind, number of images, and for precision/recall the neighbour k.
+
+    full: for kid and pr, compare with all real images; without, with as many as are generated. FID compares with
+    its reference either way.
+    """
+
+    name: str
+    kind: str
+    num: int
+    k: int
+    full: bool
+
+
+def parse_metric(name: str) -> Metric:
+    """The metric of a name: fid, is, kid or pr; the number of images (`50k`, `1000`); for pr the neighbour; `_full`.
+
+    Errors: UserError for any other name, and for a number of images too small for the metric.
+    """
+    match = NAME_PATTERN.fullmatch(name)
+    if match is None or (match["k"] and match["kind"] != "pr"):
+        raise dnnlib.UserError(f"--metrics={name} is unknown; use names like fid50k, is50k, kid50k_full, pr50k3_full")
+    kind, k = match["kind"], int(match["k"] or NEIGHBOUR)
+    num = int(match["num"]) * (1000 if match["kilo"] else 1)
+    least = {"fid": 2, "is": SPLITS, "kid": 2, "pr": k + 1}[kind]
+    if num < least or k < 1:
+        raise dnnlib.UserError(f"--metrics={name}: {kind} needs at least {least} images")
+    return Metric(name, kind, num, k, match["full"] is not None)
+
+
+def fid_name(num: int) -> str:
+    """`fid50k` for 50000, `fid1234` for 1234."""
+    return f"fid{num // 1000}k" if num and num % 1000 == 0 else f"fid{num}"
+
+
+@dataclass
+class Measured:
+    """What a pass over images has left: by number of images from the first one, and features in order."""
+
+    statistics: dict[int, FeatureStatistics]
+    scores: dict[int, InceptionScore]
+    features: torch.Tensor | None  # float32 [N, D] on the CPU
+
+
+def measure(
+    source: ImageSource,
+    detector: Detector,
+    batch: int = DEFAULT_BATCH,
+    statistics: Iterable[int] = (),
+    scores: Iterable[int] = (),
+    features: int = 0,
+    progress: bool = False,
+) -> Measured:
+    """Passes once over the images of all processes; every process must call it and gets the same result.
+
+    statistics, scores: numbers of images, from the first one, to take feature statistics and inception scores of.
+    features: of how many images to keep the features.
+    Errors: UserError when the source has too few images, or they don't fit the detector.
+    """
+    moments = {num: FeatureStatistics(detector.feature_dim, detector.device) for num in statistics}
+    scored = {num: InceptionScore(num) for num in scores}
+    num_images = max([*moments, *scored, features])
+    if source.size is not None and source.size < num_images:
+        raise dnnlib.UserError(
+            f"{num_images} images are asked for but there are only {source.size}; ask for at most so many by --num"
+            " or in the name of the metric"
+        )
+    if source.channels is not None:
+        detector.check(source.channels, source.resolution)
+    kept = torch.zeros(features, detector.feature_dim) if features else None
+    rank, processes = distributed.rank(), distributed.world_size()
+    with tqdm.tqdm(total=num_images, unit="img", disable=None if progress and rank == 0 else True) as bar:
+        for start, images in source.batches(num_images, batch, rank, processes):
+            hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
+            for num, moment in moments.items():
+                moment.append(hidden[: max(num - start, 0)])
+            for num, score in scored.items():
+                score.append(probabilities[: max(num - start, 0)], start)
+            if start < features:
+                kept[start : start + len(images)] = hidden[: features - start].cpu()
+            bar.update(min(len(images) * processes, num_images - bar.n))
+    for moment in moments.values():
+        moment.merge_processes()
+    communication = detector.device if detector.device.type == "cuda" else "cpu"
+    for score in scored.values():
+        score.merge_processes(communication)
+    if kept is not None and processes > 1:
+        for rows in kept.split(GATHERED_ROWS):  # each row is zero on all processes but one
+            rows.copy_(distributed.all_reduce_sum(rows.to(communication, copy=True)))
+    return Measured(moments, scored, kept)
+
+
+class Evaluator:
+    """Metrics of image sources, with the detector, the reference and the real images' features loaded once.
+
+    metrics: names as `parse_metric` reads them.
+    reference: for fid: a Reference, or its path, URL or name.
+    detector: a Detector, or its path, URL or name; by default the one that made the reference.
+    data: for kid and pr: real images, as an ImageSource or the path of a folder, zip or `.npz` with arr_0.
+    batch: images per process and step; the last digits of features depend on it, on nothing else.
+    Errors: UserError, here and in the call, naming the option and the remedy.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] = ("fid50k",),
+        reference: Reference | str | os.PathLike | None = None,
+        detector: Detector | str | os.PathLike | None = None,
+        data: ImageSource | str | os.PathLike | None = None,
+        batch: int = DEFAULT_BATCH,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+    ):
+        self.metrics = [parse_metric(name) for name in metrics]
+        if not self.metrics:
+            raise dnnlib.UserError("--metrics is empty; give names like fid50k,is50k")
+        for metric in self.metrics:
+            if metric.kind == "fid" and reference is None:
+                raise dnnlib.UserError(f"--metrics={metric.name} needs reference statistics: give --ref")
+            if metric.kind in ("kid", "pr") and data is None:
+                raise dnnlib.UserError(f"--metrics={metric.name} needs real images: give --data")
+        self.reference = reference if isinstance(reference, Reference | None) else load_reference(reference)
+        if not isinstance(detector, Detector):
+            if self.reference is not None:
+                detector = self.reference.load_detector(device, detector)
+            else:
+                detector = load_detector(detector or DEFAULT_DETECTOR, device)
+        elif self.reference is not None:
+            self.reference.check(detector)
+        self.detector, self._batch, self._progress = detector, batch, progress
+        self._data = data if isinstance(data, ImageSource | None) else _open_data(data)
+        self._real = None
+
+    def __call__(self, source: ImageSource) -> list[dict]:
+        """A JSON-serialisable record for each metric, in order; every process must call it and gets them all."""
+        if self.reference is not None and source.channels is not None:
+            self.reference.check_images(source.channels, source.resolution)
+        of_kind = {kind: {m.num for m in self.metrics if m.kind == kind} for kind in ("fid", "is", "kid", "pr")}
+        kept = max(of_kind["kid"] | of_kind["pr"], default=0)
+        if kept and self._real is None:
+            self._real = self._measure_real()
+        measured = measure(source, self.detector, self._batch, of_kind["fid"], of_kind["is"], kept, self._progress)
+        records = None
+        if distributed.rank() == 0:
+            records = [self._record(metric, self._values(metric, measured), source) for metric in self.metrics]
+        return _from_process_0(records)
+
+    def _measure_real(self) -> torch.Tensor:
+        size, wanted = self._data.size, 0
+        for metric in self.metrics:
+            if metric.kind in ("kid", "pr"):
+                if metric.full and size is None:
+                    raise ValueError(
+                        f"{metric.name} compares with all real images, but `data` doesn't tell their number"
+                    )
+                num = metric.num if size is None else size if metric.full else min(metric.num, size)
+                if num < (2 if metric.kind == "kid" else metric.k + 1):
+                    raise dnnlib.UserError(f"--metrics={metric.name} needs more than the {num} real images of --data")
+                wanted = max(wanted, num)
+        return measure(self._data, self.detector, self._batch, features=wanted, progress=self._progress).features
+
+    def _values(self, metric: Metric, measured: Measured) -> dict[str, float]:
+        device = self.detector.device
+        if metric.kind == "fid":
+            moments = measured.statistics[metric.num]
+            if moments.n <= moments.feature_dim:
+                warnings.warn(
+                    f"{metric.name}: the covariance of {moments.n} images has a deficient rank in {moments.feature_dim}"
+                    " features; the value is biased upwards, so compare it with values of as many images only",
+                    stacklevel=3,
+                )
+            return {"fid": frechet_distance(moments.mu, moments.sigma, self.reference.mu, self.reference.sigma)}
+        if metric.kind == "is":
+            mean, std = measured.scores[metric.num].result()
+            return {"is": mean, "is_std": std}
+        real = (self._real if metric.full else self._real[: metric.num]).to(device)
+        generated = measured.features[: metric.num].to(device)
+        if metric.kind == "kid":
+            mean, std = kernel_distance(real, generated)
+            return {"kid": mean, "kid_std": std}
+        precision, recall = precision_recall(real, generated, metric.k)
+        return {"precision": precision, "recall": recall}
+
+    def _record(self, metric: Metric, values: dict[str, float], source: ImageSource) -> dict:
+        record = {"metric": metric.name, "value": next(iter(values.values())), "values": values}
+        record |= {"num_images": metric.num, **source.describe(metric.num)}
+        if metric.kind == "fid":
+            made = self.reference.record
+            record |= {"reference": self.reference.path.name, "reference_sha256": self.reference.sha256}
+            record |= {"reference_images": made.get("num_images"), "reference_source": made.get("source")}
+        if metric.kind in ("kid", "pr"):
+            num_real = len(self._real) if metric.full else min(metric.num, len(self._real))
+            record |= {"real_images": num_real, "real_source": self._data.describe(num_real).get("images")}
+        record |= {"detector": self.detector.name, "detector_sha256": self.detector.sha256, "batch": self._batch}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        return record | {"device": self.detector.device.type, "versions": versions}
+
+
+def evaluate(source: ImageSource, metrics: Sequence[str] = ("fid50k",), **options) -> list[dict]:
+    """One record per metric of the images of `source`; options as Evaluator takes them."""
+    return Evaluator(metrics, **options)(source)
+
+
+def _open_data(path: str | os.PathLike) -> ImageSource:
+    return array_source(path) if str(path).endswith(".npz") else FolderSource(path, option="--data")
+
+
+def _from_process_0(value):
+    if distributed.world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,122 @@
+"""Reference statistics: `.npz` files with `mu` and `sigma`, and here also with a record of how they were made."""
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dnnlib
+
+from .detector import DEFAULT_DETECTOR, Detector, file_sha256, load_detector
+from .statistics import FeatureStatistics
+
+
+@dataclass
+class Reference:
+    """Mean [D] and covariance [D, D] of the features of real images.
+
+    path, sha256: the file they came from. record: how they were made; empty for EDM's own files. Its keys:
+    detector, detector_sha256, detector_file (beside the reference), num_images, source, channels, resolution.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    path: Path
+    sha256: str
+    record: dict = field(default_factory=dict)
+
+    def check(self, detector: Detector) -> None:
+        """Raises UserError if these statistics aren't of this detector's features."""
+        recorded = self.record.get("detector_sha256", detector.sha256)
+        if recorded != detector.sha256:
+            raise dnnlib.UserError(
+                f"--ref={self.path} was made with the detector {self.record.get('detector')} (sha256 {recorded[:12]}…),"
+                f" not with {detector.path} ({detector.sha256[:12]}…); give that one by --detector or make a new --ref"
+            )
+        if len(self.mu) != detector.feature_dim:
+            raise dnnlib.UserError(
+                f"--ref={self.path} holds {len(self.mu)} features, --detector={detector.path} gives"
+                f" {detector.feature_dim}; give the detector that made the reference"
+            )
+
+    def check_images(self, channels: int, resolution: int) -> None:
+        """Raises UserError if images of this shape are not of the size that these statistics record."""
+        own = [self.record.get("channels", channels), self.record.get("resolution", resolution)]
+        if own != [channels, resolution]:
+            raise dnnlib.UserError(
+                f"--ref={self.path} is of {own[1]}x{own[1]} images with {own[0]} channel(s), these are"
+                f" {resolution}x{resolution} with {channels}; bring them to one size with edm.dataset_tool"
+            )
+
+    def load_detector(self, device: torch.device | str = "cpu", override: str | None = None) -> Detector:
+        """The detector that made these statistics: `override`, else the file recorded, else the name recorded.
+
+        Errors: UserError when it isn't there or is another one.
+        """
+        # Names only: a reference from elsewhere must not choose a URL or a path on this machine.
+        name = Path(self.record.get("detector", DEFAULT_DETECTOR)).name
+        beside = self.path.parent / Path(self.record.get("detector_file", name)).name
+        source = override or (beside if beside.is_file() else name)
+        try:
+            detector = load_detector(source, device)
+        except dnnlib.UserError as error:
+            if override or not self.record:
+                raise
+            raise dnnlib.UserError(
+                f"--ref={self.path} was made with the detector {name}, which is not at {beside};"
+                f" give it by --detector ({error.message})"
+            ) from error
+        self.check(detector)
+        return detector
+
+
+def load_reference(source: str | os.PathLike) -> Reference:
+    """Reads reference statistics from a file, a URL, or a name known to `edm.zoo`.
+
+    Errors: UserError when they can't be found or read.
+    """
+    from edm import zoo
+
+    path = zoo.resolve(source, kind="reference")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
+            record = dict(json.loads(str(content["record"]))) if "record" in content else {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise dnnlib.UserError(
+            f"--ref={source} is not an .npz with mu and sigma ({str(error).splitlines()[0]}); make one by `fid.py ref`"
+        ) from error
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise dnnlib.UserError(f"--ref={source}: mu {mu.shape} and sigma {sigma.shape} are not a mean and covariance")
+    return Reference(mu, sigma, path, file_sha256(path), record)
+
+
+def save_reference(
+    path: str | os.PathLike,
+    statistics: FeatureStatistics,
+    detector: Detector,
+    source: str,
+    channels: int,
+    resolution: int,
+) -> None:
+    """Writes reference statistics that `load_reference` and EDM's tools read.
+
+    source: words that say which images they are of. The detector is recorded by name and hash, and by its file
+    name if it lies in the same folder, so that both can move together.
+    """
+    record = {
+        "detector": detector.name,
+        "detector_sha256": detector.sha256,
+        "num_images": statistics.n,
+        "source": source,
+        "channels": channels,
+        "resolution": resolution,
+    }
+    if detector.path.resolve().parent == Path(path).resolve().parent:
+        record["detector_file"] = detector.path.name
+    with dnnlib.write_atomically(path) as file:
+        np.savez(file, mu=statistics.mu, sigma=statistics.sigma, record=np.array(json.dumps(record)))

@@ -1,0 +1,148 @@
+"""Scores images and generators: FID, inception score, KID, precision and recall."""
+
+import contextlib
+import json
+import warnings
+from pathlib import Path
+
+import click
+
+import dnnlib
+
+BATCH = click.IntRange(min=1)
+COUNT = click.IntRange(min=2)
+
+
+def shared(*names):
+    """The options that several commands have, by name."""
+    options = {
+        "ref": click.option("--ref", help="Reference statistics: .npz, URL or name", type=str, required=True),
+        "detector": click.option(
+            "--detector", help="Detector: file, URL or name  [default: the reference's]", type=str
+        ),
+        "batch": click.option("--batch", help="Images per process and step", type=BATCH, default=64, show_default=True),
+        "json": click.option("--json", "json_file", help="Append the records to a file instead of printing", type=str),
+        "device": click.option("--device", help="cuda, mps or cpu  [default: the first that is there]", type=str),
+    }
+
+    def decorate(function):
+        for name in reversed(names):
+            function = options[name](function)
+        return function
+
+    return decorate
+
+
+@click.group()
+def main():
+    """Scores images and generators. Works on one process and under torchrun, with the same numbers.
+
+    \b
+    python fid.py ref --data=datasets/cifar10-32x32.zip --dest=cifar10-32x32.npz
+    python fid.py calc --images=generated.zip --ref=cifar10-32x32.npz
+    torchrun --standalone --nproc_per_node=8 fid.py eval --network=network.pkl --ref=cifar10-32x32.npz --metrics=fid50k
+    """
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"Warning: {message}\n"
+
+
+@main.command()
+@click.option("--images", help="Images to score: folder or zip", type=str, required=True)
+@click.option("--num", help="Number of images", type=COUNT, default=50000, show_default=True)
+@click.option("--seed", help="Of the subset, where there are more", type=int, default=0, show_default=True)
+@shared("ref", "detector", "batch", "json", "device")
+def calc(images, num, seed, ref, detector, batch, json_file, device):
+    """FID of a folder or zip of images."""
+    with running(device) as device:
+        from edm.metrics.evaluate import evaluate, fid_name
+        from edm.metrics.sources import FolderSource
+
+        source = FolderSource(images, max_size=num, seed=seed)
+        if source.size < num:
+            raise dnnlib.UserError(f"--images={images} holds {source.size} images, fewer than --num={num}; lower --num")
+        options = {"reference": ref, "detector": detector, "batch": batch, "device": device, "progress": True}
+        report(evaluate(source, [fid_name(num)], **options), json_file)
+
+
+@main.command()
+@click.option("--data", help="Real images: folder or zip", type=str, required=True)
+@click.option("--dest", help="Reference statistics to write (.npz)", type=str, required=True)
+@shared("detector", "batch", "device")
+def ref(data, dest, detector, batch, device):
+    """Makes reference statistics of a data set."""
+    if not dest.endswith(".npz"):
+        raise dnnlib.UserError(f"--dest={dest} must end in .npz")
+    if not Path(dest).resolve().parent.is_dir():
+        raise dnnlib.UserError(f"--dest={dest}: there is no folder {Path(dest).parent}; make it first")
+    with running(device) as device:
+        from edm.metrics.detector import DEFAULT_DETECTOR, load_detector
+        from edm.metrics.evaluate import measure
+        from edm.metrics.reference import save_reference
+        from edm.metrics.sources import FolderSource
+        from torch_utils import distributed
+
+        source = FolderSource(data, option="--data")
+        if source.size < 2:
+            raise dnnlib.UserError(f"--data={data} holds one image; a covariance needs at least two")
+        detector = load_detector(detector or DEFAULT_DETECTOR, device)
+        statistics = measure(source, detector, batch, statistics=[source.size], progress=True).statistics[source.size]
+        if distributed.rank() == 0:
+            name = source.describe(source.size)["images"]
+            save_reference(dest, statistics, detector, name, source.channels, source.resolution)
+            print(f"{dest}: {statistics.feature_dim} features of {statistics.n} images, detector {detector.name}")
+
+
+@main.command("eval")
+@click.option("--network", help="Network: .pkl, .safetensors, URL or name", type=str, required=True)
+@click.option("--ref", help="Reference statistics: .npz, URL or name (for fid)", type=str)
+@click.option("--data", help="Real images (for kid and pr): folder, zip, or .npz with arr_0", type=str)
+@click.option("--metrics", help="Names like fid50k,is50k,kid50k,pr50k3", type=str, default="fid50k", show_default=True)
+@click.option("--trials", help="Repetitions, each with new seeds", type=click.IntRange(min=1), default=1)
+@click.option("--seeds", help="First seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--steps", help="Sampling steps  [default: the sampler's]", type=click.IntRange(min=1))
+@click.option("--class", "class_idx", help="Class of all images  [default: random]", type=click.IntRange(min=0))
+@shared("detector", "batch", "json", "device")
+def evaluate_network(network, ref, data, metrics, trials, seeds, steps, class_idx, detector, batch, json_file, device):
+    """Metrics of a network's images, made and scored in one pass without files in between."""
+    with running(device) as device:
+        from edm import zoo
+        from edm.metrics.evaluate import Evaluator
+        from edm.metrics.records import summarise
+        from edm.metrics.sources import NetworkSource
+
+        options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
+        evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)
+        net = zoo.load_network(network).to(device)
+        made_by = {"name": Path(network).name, "sha256": zoo.network_hash(net), "class_idx": class_idx, "steps": steps}
+        num = max(metric.num for metric in evaluator.metrics)
+        records = [evaluator(NetworkSource(net, seed=seeds + trial * num, **made_by)) for trial in range(trials)]
+        report(summarise(records), json_file)
+
+
+@contextlib.contextmanager
+def running(device):
+    """Joins torchrun's processes, gives the device, and leaves them again."""
+    from torch_utils import distributed
+
+    try:
+        yield distributed.init(device)
+    finally:
+        distributed.shutdown()
+
+
+def report(records, json_file):
+    """Process 0 prints a readable line per record, then the records as JSON unless a file takes them."""
+    from edm.metrics.records import append_records, describe
+    from torch_utils import distributed
+
+    if distributed.rank() != 0:
+        return
+    for record in records:
+        print(describe(record))
+    if json_file is not None:
+        append_records(records, json_file)
+    else:
+        print("\n".join(json.dumps(record) for record in records))
+
+
+if __name__ == "__main__":
+    main()

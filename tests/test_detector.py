@@ -1,0 +1,155 @@
+"""Detectors: both kinds of file, what is refused, and the tool that trains one."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import save_file
+
+from dnnlib import UserError
+from edm.metrics import train_detector
+from edm.metrics.detector import file_sha256, load_detector, save_detector
+from edm.metrics.small_classifier import SmallClassifier
+
+ARGUMENTS = {"img_resolution": 8, "img_channels": 1, "num_classes": 3, "width": 4}
+
+
+class LikeInception(torch.nn.Module):
+    """Features: the mean of each channel; classes: softmax of the features, with and without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor([3.0, 0.0, 0.0]))
+
+    def forward(
+        self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False
+    ) -> torch.Tensor:
+        features = images.float().mean((2, 3))
+        if return_features:
+            return features
+        return torch.softmax(features if no_output_bias else features + self.bias, dim=1)
+
+
+@pytest.fixture(scope="module")
+def torchscript(tmp_path_factory):
+    path = tmp_path_factory.mktemp("torchscript") / "toy.pt"
+    torch.jit.script(LikeInception()).save(str(path))
+    return path
+
+
+@pytest.fixture
+def safetensors(tmp_path):
+    torch.manual_seed(0)
+    net = SmallClassifier(**ARGUMENTS).eval()
+    path = tmp_path / "small.safetensors"
+    save_detector(net, path, ARGUMENTS, torch.float32, test_accuracy=0.5)
+    return net, path
+
+
+def images(count=5, channels=1, resolution=8):
+    shape = (count, channels, resolution, resolution)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript(torchscript):
+    detector = load_detector(torchscript)
+    assert (detector.name, detector.sha256, detector.feature_dim) == ("toy", file_sha256(torchscript), 3)
+    batch = images(channels=3)
+    features, probabilities = detector.measure(batch, probabilities=True)
+    assert torch.equal(features, batch.float().mean((2, 3)))
+    assert torch.equal(probabilities, features.softmax(1))
+    gray = images()
+    assert torch.equal(detector.features(gray), gray.float().mean((2, 3)).repeat(1, 3))
+    with pytest.raises(UserError, match="2"):
+        detector.features(images(channels=2))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_of_another_signature(tmp_path):
+    path = tmp_path / "relu.pt"
+    torch.jit.script(torch.nn.ReLU()).save(str(path))
+    with pytest.raises(UserError, match="return_features=True"):
+        load_detector(path).features(images())
+
+
+def test_small_classifier(safetensors):
+    net, path = safetensors
+    detector = load_detector(path)
+    assert (detector.name, detector.sha256, detector.feature_dim) == ("small", file_sha256(path), 128)
+    assert detector.metadata == {"test_accuracy": 0.5}
+    with torch.no_grad():
+        features, logits = net(images())
+    assert torch.equal(detector.features(images()), features)
+    assert torch.equal(detector.probabilities(images()), logits.softmax(1))
+    for wrong in (images(channels=3), images(resolution=16)):
+        with pytest.raises(UserError, match="8x8"):
+            detector.features(wrong)
+
+
+def test_half_precision_file(safetensors, tmp_path):
+    net, path = safetensors
+    save_detector(net, tmp_path / "half.safetensors", ARGUMENTS, torch.float16)
+    full, half = (load_detector(p).features(images()) for p in (path, tmp_path / "half.safetensors"))
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=1e-2, atol=1e-2)
+
+
+def test_color_detector_takes_gray_images(tmp_path):
+    arguments = {**ARGUMENTS, "img_channels": 3}
+    save_detector(SmallClassifier(**arguments), tmp_path / "color.safetensors", arguments)
+    detector = load_detector(tmp_path / "color.safetensors")
+    assert torch.equal(detector.features(images()), detector.features(images().repeat(1, 3, 1, 1)))
+
+
+def test_refused_files(tmp_path):
+    (tmp_path / "text.pt").write_text("not a network")
+    (tmp_path / "text.safetensors").write_text("not a network")
+    weights = {"w": torch.zeros(1)}
+    save_file(weights, tmp_path / "headless.safetensors")
+    save_file(
+        weights, tmp_path / "foreign.safetensors", {"class_name": "os.system", "init_kwargs": '{"command": "id"}'}
+    )
+    header = {"class_name": "SmallClassifier", "init_kwargs": json.dumps(ARGUMENTS)}
+    save_file(weights, tmp_path / "weights.safetensors", header)
+    save_file(weights, tmp_path / "arguments.safetensors", {**header, "init_kwargs": '{"depth": 3}'})
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(UserError, match=path.name) as error:
+            load_detector(path)
+        assert "\n" not in error.value.message
+
+
+def write_stripes(path, count, seed):
+    """A zip of 8x8 images: class 0 has bright rows, class 1 bright columns."""
+    rng = np.random.default_rng(seed)
+    labels = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            pixels = rng.integers(0, 100, (8, 8), dtype=np.uint8)
+            pixels[(slice(None, None, 2),) if i % 2 == 0 else (slice(None), slice(None, None, 2))] += 150
+            with archive.open(f"{i:04d}.png", "w") as file:
+                Image.fromarray(pixels).save(file, "png")
+            labels.append([f"{i:04d}.png", i % 2])
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return str(path)
+
+
+def test_training(tmp_path):
+    data, test = write_stripes(tmp_path / "train.zip", 64, 0), write_stripes(tmp_path / "test.zip", 32, 1)
+    dest = tmp_path / "detector.safetensors"
+    options = [f"--data={data}", f"--test={test}", "--epochs=6", "--batch=16", "--width=4", "--device=cpu"]
+    result = CliRunner().invoke(train_detector.main, [*options, f"--dest={dest}"])
+    assert result.exit_code == 0, result.output
+    detector = load_detector(dest)
+    assert detector.metadata["test_accuracy"] == 1
+    held_out, labels, _ = train_detector.load_labelled(test)
+    assert torch.equal(detector.probabilities(held_out).argmax(1), labels)
+    new = tmp_path / "new.safetensors"
+    for wrong in (["--dest=x.pt"], [f"--dest={new}", "--batch=65"], [f"--dest={new}", "--test=none.zip"]):
+        result = CliRunner().invoke(train_detector.main, [*options, *wrong])
+        assert (result.exit_code, new.exists()) == (2, False)
+        assert result.output.splitlines()[-1].startswith(f"Error: {wrong[-1]}")
