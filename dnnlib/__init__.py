@@ -1,6 +1,15 @@
 """Plumbing that needs no torch: dictionaries, class construction, downloads, logging, formatting."""
 
 from .download import open_url
-from .util import EasyDict, Logger, UserError, construct_class_by_name, format_time, write_atomically
+from .util import EasyDict, IntList, Logger, UserError, construct_class_by_name, format_time, write_atomically
 
-__all__ = ["EasyDict", "Logger", "UserError", "construct_class_by_name", "format_time", "open_url", "write_atomically"]
+__all__ = [
+    "EasyDict",
+    "IntList",
+    "Logger",
+    "UserError",
+    "construct_class_by_name",
+    "format_time",
+    "open_url",
+    "write_atomically",
+]

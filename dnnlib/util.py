@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,19 @@ class EasyDict(dict):
 
     def __delattr__(self, name: str) -> None:
         del self[name]
+
+
+class IntList(click.ParamType):
+    """Comma-separated whole numbers: `1,2,2`."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        if isinstance(value, list):
+            return value
+        if not re.fullmatch(r"\d+(,\d+)*", value):
+            self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2", param, ctx)
+        return [int(v) for v in value.split(",")]
 
 
 def construct_class_by_name(*args: Any, class_name: str, **kwargs: Any) -> Any:

@@ -5,28 +5,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import click
 import torch.distributed as dist
 
 from dnnlib import Logger, UserError
 from torch_utils import checkpoint, distributed
 
 OPTIONS_FILE = "training_options.json"
-
-
-class IntList(click.ParamType):
-    """Comma-separated whole numbers: `1,2,2`."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        if isinstance(value, list):
-            return value
-        if not re.fullmatch(r"\d+(,\d+)*", value):
-            self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2", param, ctx)
-        return [int(v) for v in value.split(",")]
 
 
 def resolve_resume(resume: str | None) -> Path | None:

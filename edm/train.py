@@ -2,8 +2,7 @@
 
 import click
 
-from dnnlib import UserError
-from edm.run_folder import IntList
+from dnnlib import IntList, UserError
 
 ARCHITECTURES = {
     "ddpmpp": {
@@ -83,7 +82,8 @@ def main(**options):
     dataset = ImageFolderDataset(
         options["data"], use_labels=options["cond"], xflip=options["xflip"], cache=options["cache"]
     )
-    network_kwargs, config = build_config(options, dataset)
+    pipe = augment.AugmentPipe(p=options["augment"], **augment.EDM_MULTIPLIERS) if options["augment"] else None
+    network_kwargs, config = build_config(options, dataset, pipe.augment_dim if pipe else 0)
     precond, loss_name = PRECONDITIONINGS[options["precond"]]
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     device = distributed.init(options["device"])
@@ -97,7 +97,6 @@ def main(**options):
     net = getattr(networks, precond)(**network_kwargs)
     if options["transfer"]:
         copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
-    pipe = augment.AugmentPipe(p=options["augment"], **augment.EDM_MULTIPLIERS) if options["augment"] else None
     description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
     with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
 
@@ -109,7 +108,7 @@ def main(**options):
     distributed.shutdown()
 
 
-def build_config(options, dataset):
+def build_config(options, dataset, augment_dim):
     """(constructor arguments of the network, TrainingConfig) from the command line and the data set's shape."""
     from training.training_loop import TrainingConfig
 
@@ -120,7 +119,7 @@ def build_config(options, dataset):
         label_dim=dataset.label_dim,
         use_fp16=options["fp16"],
         dropout=options["dropout"],
-        augment_dim=9 if options["augment"] else 0,
+        augment_dim=augment_dim,
     )
     given = {"model_channels": "cbase", "channel_mult": "cres", "num_blocks": "blocks", "attn_resolutions": "attn"}
     network.update({name: options[option] for name, option in given.items() if options[option] is not None})

@@ -1,6 +1,8 @@
 """One optimiser step over all processes, guarded against non-finite gradients; moving averages; schedules."""
 
+import contextlib
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -19,17 +21,17 @@ class DivergenceError(UserError):
 
 
 class Updater:
-    """Applies the gradients of one network: sums them over processes, clips, checks, steps.
+    """Applies the gradients of one network's trainable parameters: sums them over processes, clips, checks, steps.
 
     An update whose gradients are not all finite never reaches the weights: it is skipped and counted.
     """
 
-    def __init__(self, name: str, net: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, name: str, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer):
         self.name = name
         self.optimizer = optimizer
         self.skipped = 0
         self._skipped_in_a_row = 0
-        self._parameters = [p for p in net.parameters() if p.requires_grad]
+        self._parameters = list(parameters)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def step(self, nimg: int, lr_factor: float = 1.0) -> float:
@@ -54,10 +56,21 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
             raise DivergenceError(
-                f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients at {nimg / 1e3:.1f} kimg;"
-                " the last saved state is good: resume from it with a lower --lr and --glr"
+                f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients"
+                f" at {nimg / 1e3:.1f} kimg; the last saved state is good: resume from it with a lower --lr and --glr"
             )
         return norm
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While open, no gradient is computed for the parameters; gradients still pass through the network."""
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
 
     def state_dict(self) -> dict:
         return {"optimizer": self.optimizer.state_dict(), "skipped": self.skipped}

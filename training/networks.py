@@ -532,6 +532,11 @@ class _Preconditioner(torch.nn.Module):
             **model_kwargs,
         )
 
+    @property
+    def augment_dim(self):
+        """Length of the augmentation labels, 0 if the network takes none."""
+        return self.model.map_augment.in_features if self.model.map_augment is not None else 0
+
     def coefficients(self, sigma):
         """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]."""
         raise NotImplementedError

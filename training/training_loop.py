@@ -55,7 +55,8 @@ def training_loop(
         freeze_augment_mapping(net)
     distributed.broadcast_module(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    updater = Updater("network", net, torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8))
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    updater = Updater("network", trainable, torch.optim.Adam(trainable, lr=config.lr, betas=(0.9, 0.999), eps=1e-8))
     nimg, tick, elapsed_sec = 0, 0, 0.0
     if resume is not None:
         state = checkpoint.load_state(resume)

@@ -1,0 +1,50 @@
+"""The product of a distillation: noise in, images out, one network evaluation."""
+
+import os
+
+import torch
+
+from dnnlib import UserError
+from edm import zoo
+from edm.sampler import generate_images
+
+
+class OneStepGenerator:
+    """A one-step generator; `generator(n, seed)` makes n images. The start noise level comes with the weights.
+
+    generator = OneStepGenerator.from_pretrained("network-snapshot-000035.safetensors")
+    images = generator(16, seed=0)    # uint8 [16, C, H, W]
+    """
+
+    def __init__(self, net: torch.nn.Module):
+        if "init_sigma" not in getattr(net, "metadata", {}):
+            raise UserError("this network records no init_sigma: it is a diffusion model, use python -m edm.generate")
+        self.net = net
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        device: torch.device | str | None = None,
+        init_sigma: float | None = None,
+    ) -> "OneStepGenerator":
+        """source: short name, path or URL of a generator (`edm.zoo.load_network`); published SiD files included.
+
+        device: None takes a GPU if there is one. init_sigma: only for a file that doesn't record it.
+        Errors: UserError when it can't be loaded or is no one-step generator.
+        """
+        net = zoo.load_network(source)
+        if init_sigma is not None:
+            net.metadata["init_sigma"] = init_sigma
+        return cls(net).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def to(self, device: torch.device | str) -> "OneStepGenerator":
+        self.net.to(device)
+        return self
+
+    def __call__(self, n: int, seed: int = 0, class_idx: int | None = None, batch: int = 64) -> torch.Tensor:
+        """uint8 [n, C, H, W] on the CPU: image i is that of seed `seed + i`, whatever n, the batch and the device.
+
+        class_idx: the class of all images; None draws one per image. Errors: UserError when there's no such class.
+        """
+        return torch.cat(list(generate_images(self.net, range(seed, seed + n), batch, class_idx)))

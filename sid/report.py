@@ -1,0 +1,178 @@
+"""Pictures and metrics of a generator while it is distilled, and the summary of a finished run.
+
+python -m sid.report RUN_FOLDER    prints the summary and writes RUN_FOLDER/comparison.png
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dnnlib import UserError, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from edm.metrics.evaluate import Evaluator
+
+GRID_COLUMNS, GRID_ROWS = 16, 8
+COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
+TEACHER_STEPS = 18  # of Heun's sampler: 35 evaluations
+MIN_GRID_PIXELS = 512  # small images are shown larger
+
+
+class Report:
+    """Writes `fakes_*.png` and `metric-*.jsonl` into the run folder and remembers the best snapshot in `best.json`.
+
+    evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
+    """
+
+    def __init__(self, run_dir: Path, evaluator: "Evaluator | None" = None, reals: "torch.Tensor | None" = None):
+        self._run_dir = run_dir
+        self._evaluator = evaluator
+        self._reals = reals
+
+    def start(self, ema: "torch.nn.Module") -> None:
+        """Before the first iteration: `ema` is the teacher used as a one-step generator."""
+        if self._reals is not None and _is_process_0():
+            _save_grid(self._reals, self._run_dir / "reals.png")
+        self._show(ema, 0, "fakes_init.png")
+
+    def snapshot(self, ema: "torch.nn.Module", nimg: int) -> None:
+        """Every process calls it with equal weights."""
+        self._show(ema, nimg, f"fakes_{nimg // 1000:06d}.png")
+
+    def _show(self, ema: "torch.nn.Module", nimg: int, name: str) -> None:
+        if _is_process_0():
+            _save_grid(_generate(ema, GRID_COLUMNS * GRID_ROWS), self._run_dir / name)
+        if self._evaluator is not None:
+            self._measure(ema, nimg)
+
+    def _measure(self, ema: "torch.nn.Module", nimg: int) -> None:
+        from edm.metrics.sources import NetworkSource
+        from edm.zoo import network_hash
+
+        sha256 = network_hash(ema)
+        names = [metric.name for metric in self._evaluator.metrics]
+        known = [read_metrics(self._run_dir, name) for name in names]
+        if all(any(record["network_sha256"] == sha256 for record in records) for records in known):
+            return  # resumed at a snapshot that was measured already
+        for record in self._evaluator(NetworkSource(ema, name="ema", sha256=sha256)):
+            if not _is_process_0():
+                continue
+            values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
+            print(f"{record['metric']} at {nimg / 1e3:.1f} kimg: {values}", flush=True)
+            with open(_metric_file(self._run_dir, record["metric"]), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kimg": nimg / 1e3, **record}) + "\n")
+        if _is_process_0():
+            self._remember_best()
+
+    def _remember_best(self) -> None:
+        """best.json: the snapshot with the lowest value of the first FID asked for."""
+        name = next((metric.name for metric in self._evaluator.metrics if metric.kind == "fid"), None)
+        trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
+        if trained:
+            best = min(trained, key=lambda record: record["value"])
+            snapshot = f"network-snapshot-{int(best['kimg']):06d}.safetensors"
+            content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
+            with write_atomically(self._run_dir / "best.json") as file:
+                file.write(json.dumps(content, indent=2).encode())
+
+
+def read_metrics(run_dir: str | os.PathLike, name: str) -> list[dict[str, Any]]:
+    """The records of `metric-<name>.jsonl`, oldest first; none if there is no such file."""
+    path = _metric_file(run_dir, name)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _metric_file(run_dir: str | os.PathLike, name: str) -> Path:
+    return Path(run_dir) / f"metric-{name}.jsonl"
+
+
+def _is_process_0() -> bool:
+    from torch_utils import distributed
+
+    return distributed.rank() == 0
+
+
+def _generate(net: "torch.nn.Module", num: int, **options) -> "torch.Tensor":
+    import torch
+
+    from edm.sampler import generate_images
+
+    return torch.cat(list(generate_images(net, range(num), **options)))
+
+
+def _save_grid(images: "torch.Tensor", path: Path, columns: int = GRID_COLUMNS) -> None:
+    from edm.images import save_grid
+
+    save_grid(images, path, columns, zoom=max(1, MIN_GRID_PIXELS // (columns * images.shape[-1])))
+
+
+# ----------------------------------------------------------------------------
+# Summary of a finished run.
+
+
+def compare(teacher: "torch.nn.Module", generator: "torch.nn.Module", path: Path) -> None:
+    """A picture of three bands, the same seeds in each: teacher at 35 evaluations, at one, and the generator at one."""
+    import torch
+
+    num = COMPARISON_COLUMNS * COMPARISON_ROWS
+    init_sigma = generator.metadata["init_sigma"]
+    bands = [
+        _generate(teacher, num, steps=TEACHER_STEPS),
+        _generate(teacher, num, steps=1, init_sigma=init_sigma),
+        _generate(generator, num),
+    ]
+    gap = torch.full_like(bands[0][:COMPARISON_COLUMNS], 255)
+    _save_grid(torch.cat([bands[0], gap, bands[1], gap, bands[2]]), path, COMPARISON_COLUMNS)
+
+
+def summarise(run_dir: Path, teacher: "torch.nn.Module") -> list[tuple[str, int, float]]:
+    """Rows (network, evaluations per image, FID) of a run: what it measured, what the teacher's file records."""
+    files = sorted(run_dir.glob("metric-fid*.jsonl"))
+    if not files:
+        raise UserError(f"{run_dir}: no metric-fid*.jsonl; distil with --metrics=fid50k to have FID in the summary")
+    records = read_metrics(run_dir, files[0].stem.removeprefix("metric-"))
+    recorded = getattr(teacher, "metadata", {}).get("fid", {})
+    rows = []
+    if recorded.get("detector_sha256") == records[0]["detector_sha256"]:
+        rows += [("teacher", int(nfe), value) for nfe, value in recorded["by_nfe"].items() if int(nfe) > 1]
+    if records[0]["kimg"] == 0:
+        rows.append(("teacher = generator before", 1, records[0]["value"]))
+    rows.append(("generator after", 1, records[-1]["value"]))
+    return rows
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+def main(run: str) -> None:
+    """Summarise the distillation in the folder RUN: a table of FID and a picture."""
+    from edm import zoo
+    from edm.run_folder import OPTIONS_FILE
+
+    run_dir = Path(run)
+    snapshots = sorted(run_dir.glob("network-snapshot-*.safetensors"))
+    if not snapshots or not (run_dir / OPTIONS_FILE).exists():
+        raise UserError(f"{run}: no snapshot of a distillation here; name a run folder of sid_train.py")
+    options = json.loads((run_dir / OPTIONS_FILE).read_text(encoding="utf-8"))
+    teacher = zoo.load_network(options["edm_model"])
+    generator = zoo.load_network(snapshots[-1])
+    rows = summarise(run_dir, teacher)
+    picture = run_dir / "comparison.png"
+    compare(teacher, generator, picture)
+
+    print(f"\n{'':30s} {'evaluations':>11s} {'FID':>8s}")
+    for name, evaluations, fid in rows:
+        print(f"{name:30s} {evaluations:11d} {fid:8.2f}")
+    print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
+    print(f"Generator: {snapshots[-1]}")
+    print(f"Pictures:  {picture}  (teacher at {2 * TEACHER_STEPS - 1} evaluations, at one, generator at one)")
+
+
+if __name__ == "__main__":
+    main()

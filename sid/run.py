@@ -1,0 +1,114 @@
+"""From checked options to a finished run: loads the teacher, holds the options against it, trains."""
+
+import json
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from edm import run_folder, zoo
+from edm.metrics.evaluate import Evaluator
+from edm.metrics.reference import load_reference
+from edm.published import FILES
+from torch_utils import distributed, misc
+from training.dataset import ImageFolderDataset
+
+from .config import DistillationConfig
+from .report import GRID_COLUMNS, GRID_ROWS, Report
+from .training_loop import training_loop
+
+DEFAULT_METRIC = "fid50k_full"
+
+
+def distil(options: dict[str, Any], config: DistillationConfig) -> None:
+    """options: those of sid_train.py that aren't in the config, by name. Errors: UserError naming the option."""
+    resume = run_folder.resolve_resume(options["resume"])
+    reference = options["data_stat"] or published_reference(options["edm_model"])
+    metrics = choose_metrics(options["metrics"], reference)
+    device = distributed.init(options["device"])
+    misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+    summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
+    summary["processes"] = distributed.world_size()
+    distributed.print0(json.dumps(summary, indent=2))
+    if options["dry_run"]:
+        return
+
+    teacher = zoo.load_network(options["edm_model"])
+    check_architecture(teacher, options)
+    start = load_start(options["transfer"], teacher) if options["transfer"] else None
+    reals = load_reals(options["data"], teacher, options) if options["data"] else None
+    evaluator = None
+    if metrics:
+        reference = load_reference(reference) if any(m.startswith("fid") for m in metrics) else None
+        detector, data = options["detector"], options["data"]
+        evaluator = Evaluator(metrics, reference, detector, data, batch=options["metrics_batch"], device=device)
+    torch.backends.cudnn.benchmark = options["bench"]
+    description = options["desc"] or describe(teacher, config)
+    with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
+        distributed.print0(f"Run folder: {run_dir}")
+        training_loop(teacher, config, run_dir, device, Report(run_dir, evaluator, reals), start, resume)
+    distributed.shutdown()
+
+
+def published_reference(teacher: str) -> str | None:
+    """The reference statistics published for a published teacher, by name; None for other teachers."""
+    return next((name for name, file in FILES.items() if file.kind == "reference" and name in teacher), None)
+
+
+def choose_metrics(names: str | None, reference: str | None) -> list[str]:
+    """The metrics of --metrics; by default FID where there is something to compare with."""
+    if names is None:
+        return [DEFAULT_METRIC] if reference else []
+    if names == "none":
+        return []
+    chosen = [name.strip() for name in names.split(",")]
+    if not reference and any(name.startswith("fid") for name in chosen):
+        raise UserError(f"--metrics={names} needs --data_stat: reference statistics, made by python fid.py ref")
+    return chosen
+
+
+def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> None:
+    """The architecture is the teacher's; options that say otherwise are refused."""
+    init = getattr(teacher, "init_kwargs", None)
+    found = {"cond": bool(teacher.label_dim)}
+    if init is not None:
+        song = "ncsnpp" if init.get("embedding_type") == "fourier" else "ddpmpp"
+        found["arch"] = "adm" if init.get("model_type", "DhariwalUNet") == "DhariwalUNet" else song
+        found["precond"] = type(teacher).__name__.removesuffix("Precond").lower()
+        found["cbase"] = init.get("model_channels")
+        found["cres"] = list(init["channel_mult"]) if "channel_mult" in init else None
+    for name, value in found.items():
+        given = options[name]
+        if given is not None and value is not None and given != value:
+            raise UserError(f"--{name}={_text(given)}: the teacher has {_text(value)}; leave the option out")
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def load_start(source: str, teacher: torch.nn.Module) -> torch.nn.Module:
+    """The network of --transfer; its weights must fit the teacher's architecture."""
+    start = zoo.load_network(source)
+    ours, theirs = teacher.state_dict(), start.state_dict()
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise UserError(f"--transfer={source}: its weights don't fit the teacher's architecture")
+    return start
+
+
+def load_reals(path: str, teacher: torch.nn.Module, options: dict[str, Any]) -> torch.Tensor:
+    """Real images for the picture beside the generated ones, uint8 [N, C, H, W]; training sees none of them."""
+    dataset = ImageFolderDataset(path, xflip=options["xflip"])
+    if (dataset.resolution, dataset.num_channels) != (teacher.img_resolution, teacher.img_channels):
+        raise UserError(
+            f"--data={path}: {dataset.num_channels} x {dataset.resolution} x {dataset.resolution} images, but the"
+            f" teacher makes {teacher.img_channels} x {teacher.img_resolution} x {teacher.img_resolution}"
+        )
+    count = min(GRID_COLUMNS * GRID_ROWS, len(dataset))
+    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(count)])
+
+
+def describe(teacher: torch.nn.Module, config: DistillationConfig) -> str:
+    cond = "cond" if teacher.label_dim else "uncond"
+    size = f"{teacher.img_resolution}x{teacher.img_resolution}"
+    return f"sid-{size}-{cond}-alpha{config.alpha:g}-glr{config.glr:g}-batch{config.batch}"

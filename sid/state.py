@@ -1,0 +1,87 @@
+"""All that changes during a distillation: three networks, two optimisers, the counters."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from dnnlib import UserError
+from edm import zoo
+from torch_utils import checkpoint, distributed
+from torch_utils.updates import Updater
+from training.training_loop import freeze_augment_mapping
+
+from .config import DistillationConfig
+
+BETA2 = 0.999
+EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
+
+
+class DistillationState:
+    """Generator theta, fake score psi and theta's moving average, all starting as copies of the teacher phi.
+
+    teacher: the denoiser to distil. start: another denoiser whose weights theta starts from, if given.
+    """
+
+    def __init__(
+        self,
+        teacher: torch.nn.Module,
+        config: DistillationConfig,
+        device: torch.device,
+        start: torch.nn.Module | None = None,
+    ):
+        self.nimg = 0
+        self.tick = 0
+        self.elapsed_sec = 0.0
+        self._teacher_hash = zoo.network_hash(teacher)
+        wanted = {"dropout": config.dropout, "use_fp16": config.use_fp16}
+        overrides = {name: value for name, value in wanted.items() if value is not None}
+        self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
+        self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
+        if start is not None:
+            self.generator.load_state_dict(start.state_dict())
+        freeze_augment_mapping(self.generator)
+        if not config.augment:
+            freeze_augment_mapping(self.fake_score)
+        for net in (self.generator, self.fake_score):
+            distributed.broadcast_module(net)
+        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma}
+
+        epsilon = EPSILON[bool(getattr(self.generator, "use_fp16", False)) and device.type != "cpu"]
+        self.generator_updater = self._updater(
+            "generator", self.generator, config.glr, (float(config.g_beta1), BETA2), epsilon
+        )
+        self.fake_score_updater = self._updater("fake score", self.fake_score, config.lr, (0.0, BETA2), epsilon)
+
+    @staticmethod
+    def _updater(name, net, lr, betas, epsilon):
+        trainable = [p for p in net.parameters() if p.requires_grad]
+        return Updater(name, trainable, torch.optim.Adam(trainable, lr=lr, betas=betas, eps=epsilon))
+
+    def save(self, path: Path) -> None:
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        counters = {"nimg": self.nimg, "tick": self.tick, "elapsed_sec": self.elapsed_sec}
+        checkpoint.save_state(path, {**parts, **counters, "teacher_hash": self._teacher_hash})
+
+    def load(self, path: Path) -> None:
+        """Errors: UserError when the file is no state of a distillation of this teacher."""
+        state = checkpoint.load_state(path)
+        parts = self._parts()
+        if not {*parts, "teacher_hash"} <= state.keys():
+            raise UserError(
+                f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train"
+            )
+        if state["teacher_hash"] != self._teacher_hash:
+            raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"--resume={path}: its {name} doesn't fit this run ({reason})") from None
+        self.nimg, self.tick, self.elapsed_sec = state["nimg"], state["tick"], state["elapsed_sec"]
+
+    def _parts(self):
+        names = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")
+        return {name: getattr(self, name) for name in names}

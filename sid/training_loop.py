@@ -1,0 +1,164 @@
+"""The distillation: psi learns to denoise what theta makes, theta follows L2 - alpha L1 between phi and psi."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from dnnlib import UserError
+from edm import zoo
+from torch_utils import checkpoint, distributed, misc
+from torch_utils.training_stats import Collector, TickLog
+from torch_utils.updates import ema_beta, lr_factor, update_ema
+from training.augment import EDM_MULTIPLIERS, AugmentPipe
+
+from .config import AUGMENT, DistillationConfig
+from .loss import SiDLoss
+from .report import Report
+from .state import DistillationState
+
+FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two phases apart
+
+
+class Distillation:
+    """One iteration of SiD at a time (arXiv:2404.04057, Algorithm 1), on any number of processes.
+
+    teacher: phi, a denoiser in eval mode without gradients, on `device`.
+    """
+
+    def __init__(
+        self,
+        teacher: torch.nn.Module,
+        config: DistillationConfig,
+        device: torch.device,
+        start: torch.nn.Module | None = None,
+    ):
+        if config.augment is None:
+            config = dataclasses.replace(config, augment=AUGMENT if getattr(teacher, "augment_dim", 0) else 0.0)
+        self.config = config
+        self.device = device
+        self.teacher = teacher
+        self.loss = SiDLoss(alpha=config.alpha, tmax=config.tmax)
+        self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
+        if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
+            raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
+        self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        self.state = DistillationState(teacher, config, device, start)
+        self.collector = Collector()
+
+    def generate(self, labels: torch.Tensor | None) -> torch.Tensor:
+        """x_g = f_theta(init_sigma z; init_sigma), [batch_gpu, C, H, W]."""
+        net, sigma = self.state.generator, self.config.init_sigma
+        z = torch.randn([self.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=self.device)
+        return net(sigma * z, torch.full([self.batch_gpu, 1, 1, 1], sigma, device=self.device), labels)
+
+    def iteration(self) -> None:
+        """Updates psi, then theta, then theta's moving average, each on `batch` images."""
+        state, config = self.state, self.config
+        factor = lr_factor(state.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
+        self.fake_score_phase(factor)
+        self.generator_phase(factor)
+        beta = ema_beta(config.batch, state.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
+        update_ema(state.ema, state.generator, beta)
+        state.nimg += config.batch
+
+    def fake_score_phase(self, factor: float) -> None:
+        state = self.state
+        state.generator.eval()
+        state.fake_score.train()
+        for labels in self._rounds(FAKE_SCORE_PHASE):
+            with torch.no_grad():
+                images = self.generate(labels)
+            loss = self.loss.fake_score_loss(state.fake_score, images, labels, self.augment_pipe)
+            self.collector.report("Loss/fake_score", loss)
+            (loss.sum() * (self.config.ls / self.config.batch)).backward()
+        norm = state.fake_score_updater.step(state.nimg, factor)
+        self.collector.report("Gradient/fake_score_norm", norm, self.device)
+
+    def generator_phase(self, factor: float) -> None:
+        state = self.state
+        state.generator.train()
+        state.fake_score.eval()
+        with state.fake_score_updater.frozen():
+            for labels in self._rounds(GENERATOR_PHASE):
+                images = self.generate(labels)
+                loss = self.loss.generator_loss(
+                    self.teacher, state.fake_score, images, labels, report=self.collector.report
+                )
+                self.collector.report("Loss/generator", loss)
+                (loss.sum() * (self.config.lsg / self.config.batch)).backward()
+        norm = state.generator_updater.step(state.nimg, factor)
+        self.collector.report("Gradient/generator_norm", norm, self.device)
+
+    def _rounds(self, phase: int):
+        """Seeds each round by its place in the global batch, then gives its class labels [batch_gpu, label_dim]."""
+        net = self.state.generator
+        for r in range(self.rounds):
+            first_image = self.state.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
+            misc.seed_at(self.config.seed, phase, first_image)
+            if net.label_dim:
+                classes = torch.randint(net.label_dim, [self.batch_gpu], device=self.device)
+                yield torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+            else:
+                yield None
+
+
+def training_loop(
+    teacher: torch.nn.Module,
+    config: DistillationConfig,
+    run_dir: Path,
+    device: torch.device,
+    report: Report,
+    start: torch.nn.Module | None = None,
+    resume: Path | None = None,
+) -> torch.nn.Module:
+    """Distils `teacher` and returns the one-step generator (the moving average of theta).
+
+    teacher: a denoiser, see training/networks.py; any class will do. start: weights that theta starts from.
+    report: makes pictures and metrics of the generator. resume: a training state to go on from.
+    Errors: DivergenceError when gradients stay non-finite; UserError when options don't fit the teacher or the state.
+    """
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    distillation = Distillation(teacher, config, device, start)
+    state = distillation.state
+    if resume is not None:
+        state.load(resume)
+        distributed.print0(f"Resumed at {state.nimg / 1e3:.1f} kimg from {resume}")
+    else:
+        report.start(state.ema)
+    log = TickLog(run_dir, device, state.elapsed_sec)
+    log.resume_clock(state.nimg)
+
+    total_img = int(config.total_kimg * 1000)
+    tick_img = config.kimg_per_tick * 1000
+    while state.nimg < total_img:
+        distillation.iteration()
+        if state.nimg < total_img and int(state.nimg / tick_img) == int((state.nimg - config.batch) / tick_img):
+            continue
+        state.tick += 1
+        state.elapsed_sec = log.elapsed_sec
+        log.tick(state.tick, state.nimg, {**distillation.collector.collect(), **skipped_updates(state)})
+        done = state.nimg >= total_img
+        snapshot = done or state.tick % config.snapshot_ticks == 0
+        if distributed.rank() == 0 and snapshot:
+            save_snapshot(state, config, run_dir)
+        if distributed.rank() == 0 and (done or state.tick % config.state_ticks == 0):
+            state.save(checkpoint.state_path(run_dir, state.nimg))
+        if snapshot:
+            report.snapshot(state.ema, state.nimg)
+        log.resume_clock(state.nimg)
+    return state.ema
+
+
+def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
+    """Counts of updates skipped for non-finite gradients, where there are any."""
+    updaters = {"generator": state.generator_updater, "fake_score": state.fake_score_updater}
+    return {f"Health/{name}_skipped": {"mean": u.skipped} for name, u in updaters.items() if u.skipped}
+
+
+def save_snapshot(state: DistillationState, config: DistillationConfig, run_dir: Path) -> Path:
+    """Saves the one-step generator with what it takes to use it and how it was made."""
+    path = run_dir / f"network-snapshot-{state.nimg // 1000:06d}.safetensors"
+    recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": state.nimg / 1e3}
+    zoo.save_network(state.ema, path, **state.ema.metadata, **recipe)
+    return path

@@ -1,0 +1,94 @@
+"""Distils a diffusion model into a one-step generator: torchrun sid_train.py --duration=500"""
+
+import dataclasses
+
+import click
+
+from dnnlib import IntList
+from sid.config import DistillationConfig
+
+D = DistillationConfig  # its class attributes are the defaults
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+@click.command(context_settings={"show_default": True})
+# Where things are.
+@click.option("--edm_model", help="Teacher: short name, path or URL", default="edm-cifar10-32x32-uncond-vp")
+@click.option("--outdir", help="Where to make the run folder", default="training-runs")
+@click.option("--data", help="Real images, only for the picture and metrics")
+@click.option("--data_stat", help="Reference statistics (.npz) for FID  [default: the published teacher's]")
+@click.option("--detector", help="Detector for metrics  [default: the one of --data_stat]")
+@click.option("--metrics", help="fid50k_full,is50k,kid50k_full,pr50k3_full or none  [default: fid50k_full]")
+@click.option("--metrics-batch", help="Images per step of the metrics", type=click.IntRange(1), default=64)
+@click.option("--transfer", help="Network whose weights the generator starts from")
+@click.option("--resume", help="Training state, or run folder, to continue")
+# The method.
+@click.option("--alpha", help="Weight of L1 in L2 - alpha L1", type=float, default=D.alpha)
+@click.option("--tmax", help="Highest time of the generator's noise levels, of 1000", default=D.tmax,
+              type=click.FloatRange(0, 1000))  # fmt: skip
+@click.option("--init_sigma", help="Noise level at which the generator starts", type=POSITIVE, default=D.init_sigma)
+@click.option("--lr", help="Learning rate of the fake score network", type=POSITIVE, default=D.lr)
+@click.option("--glr", help="Learning rate of the generator", type=POSITIVE, default=D.glr)
+@click.option("--g_beta1", help="Adam's beta1 for the generator", type=click.FloatRange(0, 1, max_open=True),
+              default=D.g_beta1)  # fmt: skip
+@click.option("--lr-rampup", help="Warm-up of both learning rates in kimg", type=click.FloatRange(0), default=0.0)
+@click.option("--lr-decay", help="Of both learning rates", type=click.Choice(["none", "linear", "cosine"]),
+              default=D.lr_decay)  # fmt: skip
+@click.option("--ls", help="Scale of the fake score's loss", type=POSITIVE, default=D.ls)
+@click.option("--lsg", help="Scale of the generator's loss", type=POSITIVE, default=D.lsg)
+@click.option("--ema", help="Half-life of the generator's average in Mimg", type=click.FloatRange(0), default=0.5)
+@click.option("--augment", help="Augmentation probability, 0 = off  [default: 0.12, or 0 for a teacher without]",
+              type=click.FloatRange(0, 1))  # fmt: skip
+@click.option("--dropout", help="[default: the teacher's]", type=click.FloatRange(0, 1, max_open=True))
+@click.option("--fp16", help="Half precision on a GPU  [default: the teacher's]", type=bool)
+# The teacher's architecture: checked against its own record.
+@click.option("--cond", help="Class-conditional", type=bool)
+@click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]))
+@click.option("--precond", type=click.Choice(["vp", "ve", "edm"]))
+@click.option("--cbase", help="Channels at full resolution", type=click.IntRange(1))
+@click.option("--cres", help="Channel multiplier per resolution", type=IntList())
+# The run.
+@click.option("--duration", help="Length in Mimg", type=POSITIVE, default=500.0)
+@click.option("--batch", help="Images per update", type=click.IntRange(1), default=D.batch)
+@click.option("--batch-gpu", help="Images per process and round", type=click.IntRange(1), default=D.batch_gpu)
+@click.option("--tick", help="Report every so many kimg", type=POSITIVE, default=D.kimg_per_tick)
+@click.option("--snap", help="Snapshot, picture and metrics every so many ticks", type=click.IntRange(1),
+              default=D.snapshot_ticks)  # fmt: skip
+@click.option("--dump", help="Training state every so many ticks", type=click.IntRange(1), default=D.state_ticks)
+@click.option("--seed", type=click.IntRange(0), default=D.seed)
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+@click.option("--bench", help="cuDNN benchmarking", type=bool, default=True)
+@click.option("--xflip", help="Mirror half of --data", type=bool, default=False)
+@click.option("--cache", help="Accepted for EDM's command lines; training reads no data", type=bool, default=True)
+@click.option("--workers", help="Accepted for EDM's command lines; training reads no data", type=int, default=1)
+@click.option("--desc", help="Description in the run folder's name")
+@click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
+@click.option("-n", "--dry-run", help="Print the options and stop", is_flag=True)
+def main(**options):
+    """Distil a pretrained EDM diffusion model into a generator that needs one evaluation, without any data.
+
+    The defaults are the published CIFAR-10 recipe; run_sid.sh holds the others. Several processes: torchrun.
+    """
+    config = build_config(options)
+    from sid.run import distil  # torch loads here, not for --help
+
+    distil(options, config)
+
+
+def build_config(options: dict) -> DistillationConfig:
+    """Moves the numbers of the method out of `options` into a DistillationConfig."""
+    same = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
+    return DistillationConfig(
+        total_kimg=options.pop("duration") * 1000,
+        lr_rampup_kimg=options.pop("lr_rampup"),
+        ema_halflife_kimg=options.pop("ema") * 1000,
+        use_fp16=options.pop("fp16"),
+        kimg_per_tick=options.pop("tick"),
+        snapshot_ticks=options.pop("snap"),
+        state_ticks=options.pop("dump"),
+        **{name: options.pop(name) for name in same},
+    )
+
+
+if __name__ == "__main__":
+    main()
