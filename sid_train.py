@@ -37,6 +37,8 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--ls", help="Scale of the fake score's loss", type=POSITIVE, default=D.ls)
 @click.option("--lsg", help="Scale of the generator's loss", type=POSITIVE, default=D.lsg)
 @click.option("--ema", help="Half-life of the generator's average in Mimg", type=click.FloatRange(0), default=0.5)
+@click.option("--ema-rampup", help="The half-life is at most this share of the images seen", type=click.FloatRange(0),
+              default=D.ema_rampup_ratio)  # fmt: skip
 @click.option("--augment", help="Augmentation probability, 0 = off  [default: 0.12, or 0 for a teacher without]",
               type=click.FloatRange(0, 1))  # fmt: skip
 @click.option("--dropout", help="[default: the teacher's]", type=click.FloatRange(0, 1, max_open=True))
@@ -82,6 +84,7 @@ def build_config(options: dict) -> DistillationConfig:
         total_kimg=options.pop("duration") * 1000,
         lr_rampup_kimg=options.pop("lr_rampup"),
         ema_halflife_kimg=options.pop("ema") * 1000,
+        ema_rampup_ratio=options.pop("ema_rampup"),
         use_fp16=options.pop("fp16"),
         kimg_per_tick=options.pop("tick"),
         snapshot_ticks=options.pop("snap"),
