@@ -4,9 +4,11 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dnnlib import UserError
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.training_stats import Collector, TickLog
 from torch_utils.updates import Updater, ema_beta, lr_factor, update_ema
@@ -57,13 +59,8 @@ def training_loop(
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     trainable = [p for p in net.parameters() if p.requires_grad]
     updater = Updater("network", trainable, torch.optim.Adam(trainable, lr=config.lr, betas=(0.9, 0.999), eps=1e-8))
-    nimg, tick, elapsed_sec = 0, 0, 0.0
-    if resume is not None:
-        state = checkpoint.load_state(resume)
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        updater.load_state_dict(state["updater"])
-        nimg, tick, elapsed_sec = state["nimg"], state["tick"], state["elapsed_sec"]
+    parts = {"net": net, "ema": ema, "updater": updater}
+    nimg, tick, elapsed_sec = _load_state(resume, parts) if resume is not None else (0, 0, 0.0)
 
     batches = _endless_batches(dataset, batch_gpu, config, device, nimg)
     collector, log = Collector(), TickLog(run_dir, device, elapsed_sec)
@@ -91,11 +88,25 @@ def training_loop(
         if distributed.rank() == 0 and (done or tick % config.snapshot_ticks == 0):
             save_snapshot(ema, nimg)
         if distributed.rank() == 0 and (done or tick % config.state_ticks == 0):
-            state = {"net": net.state_dict(), "ema": ema.state_dict(), "updater": updater.state_dict()}
             counters = {"nimg": nimg, "tick": tick, "elapsed_sec": log.elapsed_sec}
+            state = {name: part.state_dict() for name, part in parts.items()}
             checkpoint.save_state(checkpoint.state_path(run_dir, nimg), {**state, **counters})
         log.resume_clock(nimg)
     return ema
+
+
+def _load_state(path: Path, parts: dict[str, Any]) -> tuple[int, int, float]:
+    """Restores `parts` from a training state and gives its counters: images, ticks, seconds."""
+    state = checkpoint.load_state(path)
+    if not parts.keys() <= state.keys():
+        raise UserError(f"--resume={path}: not the state of a teacher; name a training-state-*.pt of edm.train")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"--resume={path}: its {name} doesn't fit --data and --arch ({reason})") from None
+    return state["nimg"], state["tick"], state["elapsed_sec"]
 
 
 def freeze_augment_mapping(net: torch.nn.Module) -> None:

@@ -1,0 +1,87 @@
+"""The house rules that a reader relies on: who imports whom, how long things are, what --help loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ["dnnlib", "torch_utils", "training", "edm", "sid"]  # bottom up; the command lines of the root stand on top
+TOP = len(FLOORS)
+EMBEDDED = ["training/networks.py", "training/loss.py", "training/augment.py"]  # their source goes into snapshots
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))])
+COMMAND_LINES = sorted(ROOT.glob("*.py"))
+
+FILE_LINES = {"training/networks.py": None, "sid/training_loop.py": 250, **{p.name: 150 for p in COMMAND_LINES}}
+LONG_FUNCTIONS = {  # constructors that read as the table of layers which they build
+    "training/networks.py": {"UNetBlock.__init__", "SongUNet.__init__", "DhariwalUNet.__init__"},
+}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path):
+    """Absolute dotted names of all that a file imports, wherever in it: `from a import b` counts as a.b."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def functions(tree, prefix=""):
+    """(qualified name, node) of every function, methods and nested ones included."""
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        name = f"{prefix}.{node.name}".lstrip(".") if named else prefix
+        if named and not isinstance(node, ast.ClassDef):
+            yield name, node
+        yield from functions(node, name)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_file_imports_from_its_own_floor_and_below(path):
+    folder = path.relative_to(ROOT).parts[0]
+    floor = FLOORS.index(folder) if folder in FLOORS else TOP
+    forbidden = {*FLOORS[floor + 1 :], *(command_line.stem for command_line in COMMAND_LINES)}
+    if folder == "dnnlib":
+        forbidden |= {"torch", "torchvision", "safetensors", "scipy"}
+    assert not [name for name in imports(path) if name.split(".")[0] in forbidden]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_modules_stand_alone(name):
+    for imported in imports(ROOT / name):
+        top = imported.split(".")[0]
+        assert top in {"torch", "numpy", *sys.stdlib_module_names} or imported == "torch_utils.persistence"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_lengths(path):
+    text = path.read_text(encoding="utf-8")
+    limit = FILE_LINES.get(name_of(path), 400)
+    assert limit is None or len(text.splitlines()) <= limit
+    assert max((len(line) for line in text.splitlines()), default=0) <= 120
+    long = {name for name, node in functions(ast.parse(text)) if node.end_lineno - node.lineno + 1 > 60}
+    assert long <= LONG_FUNCTIONS.get(name_of(path), set())
+
+
+COMMANDS = [["sid_train.py"], ["fid.py"], *(["-m", name] for name in ("edm.train", "edm.dataset_tool", "sid.report"))]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_help_loads_nothing_heavy(command):
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("Usage:")
+    loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "click" in loaded
+    assert not loaded & {"torch", "scipy", "numpy.random"}
