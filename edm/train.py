@@ -76,7 +76,7 @@ def main(**options):
     from torch_utils import distributed, misc
     from training import augment, loss, networks
     from training.dataset import ImageFolderDataset
-    from training.training_loop import training_loop
+    from training.training_loop import load_state, training_loop
 
     resume = run_folder.resolve_resume(options["resume"])
     dataset = ImageFolderDataset(
@@ -97,6 +97,7 @@ def main(**options):
     net = getattr(networks, precond)(**network_kwargs)
     if options["transfer"]:
         copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
+    state = load_state(resume, net) if resume else None
     description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
     with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
 
@@ -104,7 +105,7 @@ def main(**options):
             path = Path(run_dir) / f"network-snapshot-{nimg // 1000:06d}.safetensors"
             zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name)
 
-        training_loop(config, net, dataset, getattr(loss, loss_name)(), pipe, run_dir, device, save_snapshot, resume)
+        training_loop(config, net, dataset, getattr(loss, loss_name)(), pipe, run_dir, device, save_snapshot, state)
     distributed.shutdown()
 
 

@@ -58,7 +58,8 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None =
     """A denoiser in eval mode, without gradients, float32, on the CPU. Runs nothing that the file contains.
 
     source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file (`save_network`).
-    classes:  further classes that the file may name, {name: class}.
+    classes:  further classes that the file may name, {name: class}; for one whose constructor arguments the file
+              doesn't record (`save_network`), a function of no arguments that builds the network.
     returns:  the network; its `metadata` dict holds what the file or the list of published files says about it, for
               instance {'kind': 'sid-generator', 'init_sigma': 2.5}.
     Errors:   UserError when it can't be had, is damaged, or names an unknown class.
@@ -84,18 +85,20 @@ def load_item(source: str | os.PathLike, name: str, classes: Mapping[str, type] 
 
 
 def save_network(net: torch.nn.Module, path: str | os.PathLike, **metadata: Any) -> None:
-    """Saves a network of a persistent class, float32 and in eval mode; the file appears whole or not at all.
+    """Saves a network, float32 and in eval mode; the file appears whole or not at all.
 
     path:      by suffix, .safetensors (weights; class, constructor arguments and metadata in the header) or .pkl
-               (opens in EDM's and SiD's own tools).
+               (opens in EDM's and SiD's own tools; persistent classes only). Of a class that isn't persistent the
+               constructor arguments aren't known: `load_network` then needs a `classes` entry that takes none.
     metadata:  plain values that travel with the weights, for instance kind='sid-generator', init_sigma=2.5.
-    Errors:    UserError when the suffix is another, the class isn't persistent or the path can't be written.
+    Errors:    UserError when the suffix is another, the format can't hold the class or the path can't be written.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: a network is saved as {' or '.join(SUFFIXES)}")
-    if not persistence.is_persistent(net):
-        raise UserError(f"{path}: {type(net).__name__} can't be saved: decorate the class with persistent_class")
+    if path.suffix == ".pkl" and not persistence.is_persistent(net):
+        name = type(net).__name__
+        raise UserError(f"{path}: {name} isn't a persistent_class, which EDM pickles ask for: save as .safetensors")
     net = edm_pickle.frozen_copy(net).float()
     vars(net).pop("metadata", None)
     metadata = json.loads(json.dumps(metadata))  # the same plain values in either format
@@ -155,12 +158,9 @@ def _read_pickle(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Modu
 def _safetensors_bytes(net: torch.nn.Module, metadata: dict[str, Any]) -> bytes:
     from safetensors.torch import save
 
-    header = {
-        "class_name": type(net).__name__,
-        "init_args": net.init_args,
-        "init_kwargs": net.init_kwargs,
-        "metadata": metadata,
-    }
+    header = {"class_name": type(net).__name__, "metadata": metadata}
+    if persistence.is_persistent(net):
+        header |= {"init_args": net.init_args, "init_kwargs": net.init_kwargs}
     tensors = {name: tensor.contiguous().clone() for name, tensor in net.state_dict().items()}
     return save(tensors, {"network": json.dumps(header)})  # in one entry: the order of several would be random
 
@@ -181,8 +181,8 @@ def _read_safetensors(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn
         raise UserError(f"{path}: damaged, or not a safetensors file: {persistence.one_line(error)}") from None
     try:
         header = json.loads(text)
-        name, args, kwargs = str(header["class_name"]), header["init_args"], header["init_kwargs"]
-    except (LookupError, TypeError, ValueError, RecursionError):
+        name, args, kwargs = str(header["class_name"]), header.get("init_args", []), header.get("init_kwargs", {})
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: its header doesn't say how to build the network: save it by save_network") from None
     if name not in classes:
         raise UserError(f"{path}: holds a {name[:80]!r}, which is none of: {', '.join(classes)}")

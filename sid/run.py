@@ -15,7 +15,7 @@ from training.dataset import ImageFolderDataset
 
 from .config import DistillationConfig
 from .report import GRID_COLUMNS, GRID_ROWS, Report
-from .training_loop import training_loop
+from .training_loop import Distillation, training_loop
 
 DEFAULT_METRIC = "fid50k_full"
 
@@ -43,10 +43,11 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         detector, data = options["detector"], options["data"]
         evaluator = Evaluator(metrics, reference, detector, data, batch=options["metrics_batch"], device=device)
     torch.backends.cudnn.benchmark = options["bench"]
+    distillation = Distillation(teacher, config, device, start, resume)  # may refuse options, so before the run folder
     description = options["desc"] or describe(teacher, config)
     with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
         distributed.print0(f"Run folder: {run_dir}")
-        training_loop(teacher, config, run_dir, device, Report(run_dir, evaluator, reals), start, resume)
+        training_loop(distillation, run_dir, Report(run_dir, evaluator, reals))
     distributed.shutdown()
 
 

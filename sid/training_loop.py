@@ -23,7 +23,11 @@ FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two pha
 class Distillation:
     """One iteration of SiD at a time (arXiv:2404.04057, Algorithm 1), on any number of processes.
 
-    teacher: phi, a denoiser in eval mode without gradients, on `device`.
+    teacher: phi, a denoiser (training/networks.py says what that is); any class will do. It is moved to `device`, set
+             to eval mode and frozen.
+    start:   another denoiser whose weights theta starts from.
+    resume:  a training state to go on from.
+    Errors: UserError when options don't fit the teacher, the processes or the state.
     """
 
     def __init__(
@@ -32,18 +36,21 @@ class Distillation:
         config: DistillationConfig,
         device: torch.device,
         start: torch.nn.Module | None = None,
+        resume: Path | None = None,
     ):
         if config.augment is None:
             config = dataclasses.replace(config, augment=AUGMENT if getattr(teacher, "augment_dim", 0) else 0.0)
         self.config = config
         self.device = device
-        self.teacher = teacher
+        self.teacher = teacher.to(device).eval().requires_grad_(False)
         self.loss = SiDLoss(alpha=config.alpha, tmax=config.tmax)
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
             raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
         self.state = DistillationState(teacher, config, device, start)
+        if resume is not None:
+            self.state.load(resume)
         self.collector = Collector()
 
     def generate(self, labels: torch.Tensor | None) -> torch.Tensor:
@@ -103,30 +110,18 @@ class Distillation:
                 yield None
 
 
-def training_loop(
-    teacher: torch.nn.Module,
-    config: DistillationConfig,
-    run_dir: Path,
-    device: torch.device,
-    report: Report,
-    start: torch.nn.Module | None = None,
-    resume: Path | None = None,
-) -> torch.nn.Module:
-    """Distils `teacher` and returns the one-step generator (the moving average of theta).
+def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> torch.nn.Module:
+    """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
-    teacher: a denoiser, see training/networks.py; any class will do. start: weights that theta starts from.
-    report: makes pictures and metrics of the generator. resume: a training state to go on from.
-    Errors: DivergenceError when gradients stay non-finite; UserError when options don't fit the teacher or the state.
+    run_dir: takes statistics, snapshots and states. report: makes pictures and metrics of the generator.
+    Errors: DivergenceError when gradients stay non-finite.
     """
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    distillation = Distillation(teacher, config, device, start)
-    state = distillation.state
-    if resume is not None:
-        state.load(resume)
-        distributed.print0(f"Resumed at {state.nimg / 1e3:.1f} kimg from {resume}")
+    state, config = distillation.state, distillation.config
+    if state.nimg:
+        distributed.print0(f"Resumed at {state.nimg / 1e3:.1f} kimg")
     else:
         report.start(state.ema)
-    log = TickLog(run_dir, device, state.elapsed_sec)
+    log = TickLog(run_dir, distillation.device, state.elapsed_sec)
     log.resume_clock(state.nimg)
 
     total_img = int(config.total_kimg * 1000)

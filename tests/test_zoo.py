@@ -125,6 +125,17 @@ def test_classes_of_others(tmp_path):
         assert back.scale == 2.0
 
 
+def test_classes_that_record_no_arguments(tmp_path):
+    net, path = Foreign(2, 3), tmp_path / "net.safetensors"
+    zoo.save_network(net, path, init_sigma=2.5)
+    assert "Foreign" in refused(zoo.load_network, path)
+    assert "refuses" in refused(zoo.load_network, path, classes={"Foreign": Foreign})
+    assert "don't fit" in refused(zoo.load_network, path, classes={"Foreign": lambda: Foreign(3, 3)})
+    back = zoo.load_network(path, classes={"Foreign": lambda: Foreign(2, 3)})
+    assert equal(back, net)
+    assert back.metadata == {"init_sigma": 2.5}
+
+
 def test_clones():
     net = EDMPrecond(8, 1, **{key: value for key, value in TINY.items() if not key.startswith("img")}).eval()
     net.requires_grad_(False)

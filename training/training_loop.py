@@ -43,13 +43,13 @@ def training_loop(
     run_dir: Path,
     device: torch.device,
     save_snapshot: Callable[[torch.nn.Module, int], None],
-    resume: Path | None = None,
+    resume: dict[str, Any] | None = None,
 ) -> torch.nn.Module:
     """Trains `net` and returns the moving average of its weights.
 
     dataset: items are (uint8 image [C, H, W], float32 label [label_dim]).
     save_snapshot: called on process 0 as save_snapshot(ema, nimg) every `snapshot_ticks` ticks and at the end.
-    resume: a training state to go on from.
+    resume: the training state to go on from, as `load_state` gives it.
     """
     batch_gpu, rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
     net.train().requires_grad_(True).to(device)
@@ -60,7 +60,9 @@ def training_loop(
     trainable = [p for p in net.parameters() if p.requires_grad]
     updater = Updater("network", trainable, torch.optim.Adam(trainable, lr=config.lr, betas=(0.9, 0.999), eps=1e-8))
     parts = {"net": net, "ema": ema, "updater": updater}
-    nimg, tick, elapsed_sec = _load_state(resume, parts) if resume is not None else (0, 0, 0.0)
+    for name, part in parts.items() if resume else ():
+        part.load_state_dict(resume[name])
+    nimg, tick, elapsed_sec = (resume["nimg"], resume["tick"], resume["elapsed_sec"]) if resume else (0, 0, 0.0)
 
     batches = _endless_batches(dataset, batch_gpu, config, device, nimg)
     collector, log = Collector(), TickLog(run_dir, device, elapsed_sec)
@@ -95,18 +97,15 @@ def training_loop(
     return ema
 
 
-def _load_state(path: Path, parts: dict[str, Any]) -> tuple[int, int, float]:
-    """Restores `parts` from a training state and gives its counters: images, ticks, seconds."""
+def load_state(path: Path, net: torch.nn.Module) -> dict[str, Any]:
+    """The training state at `path`. Errors: UserError when it is none, or that of another network than `net`."""
     state = checkpoint.load_state(path)
-    if not parts.keys() <= state.keys():
+    if not {"net", "ema", "updater"} <= state.keys():
         raise UserError(f"--resume={path}: not the state of a teacher; name a training-state-*.pt of edm.train")
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"--resume={path}: its {name} doesn't fit --data and --arch ({reason})") from None
-    return state["nimg"], state["tick"], state["elapsed_sec"]
+    shapes, expected = ({k: v.shape for k, v in weights.items()} for weights in (state["net"], net.state_dict()))
+    if shapes != expected:
+        raise UserError(f"--resume={path}: its network is another; give the --data, --arch, … it was started with")
+    return state
 
 
 def freeze_augment_mapping(net: torch.nn.Module) -> None:
