@@ -3,26 +3,36 @@
 The cache mirrors the web: `https://host/a/b.pkl` lies at `$DNNLIB_CACHE_DIR/host/a/b.pkl` (without that variable
 `~/.cache/dnnlib/host/a/b.pkl`). A file put there by hand is used like a downloaded one. Beside it, `b.pkl.sha256`
 records the hash it had when first seen; a file that has another hash later is refused.
+
+Without internet: `DNNLIB_MIRROR` names a folder or the base of a web address where all files lie as in the cache, so
+that `https://host/a/b.pkl` comes from `$DNNLIB_MIRROR/host/a/b.pkl`. The cache folder of another machine will do.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import url2pathname
 
 from .util import UserError, write_atomically
 
 try:
     import fcntl
-except ImportError:  # Windows: processes that start at the same time would each download
+except ImportError:
     fcntl = None
+try:
+    import msvcrt  # Windows
+except ImportError:
+    msvcrt = None
 
 CHUNK_BYTES = 1 << 16  # what has arrived of a broken chunk is lost
 CONNECT_SEC, READ_SEC = 20, 60
@@ -68,16 +78,41 @@ def local_path(
     return path
 
 
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """`cache_dir`, by default the cache folder that the module's docstring names."""
+    folder = cache_dir or os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib"
+    return Path(folder).expanduser()
+
+
 def cache_path(url: str, cache_dir: str | os.PathLike | None = None) -> Path:
     """Where the file of an http(s) address lies in the cache, whether it is there or not."""
     parts = urlsplit(url)
-    folder = cache_dir or os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib"
-    host = parts.netloc.rpartition("@")[2].lower()  # without user and password
-    names = [quote(unquote(name), safe=" +=,@") for name in f"{host}{parts.path}".split("/")]
+    names = [quote(unquote(name), safe=" +=,@") for name in f"{_host(parts)}{parts.path}".split("/")]
     names = [name for name in names if name not in ("", ".", "..")]
     if parts.query:
         names[-1] += "%3F" + quote(parts.query, safe="=")
-    return Path(folder).expanduser().joinpath(*names)
+    return cache_folder(cache_dir).joinpath(*names)
+
+
+def mirrored(url: str) -> str | Path:
+    """Where an http(s) address is fetched from: itself, or its place under `DNNLIB_MIRROR`, an address or a path.
+
+    Errors: UserError when the mirror is neither an http(s) address nor a folder.
+    """
+    mirror = os.environ.get("DNNLIB_MIRROR")
+    if not mirror:
+        return url
+    if mirror.lower().startswith(("http://", "https://")):
+        parts = urlsplit(url)
+        return f"{mirror.rstrip('/')}/{_host(parts)}{parts.path}" + (f"?{parts.query}" if parts.query else "")
+    folder = Path(url2pathname(unquote(urlsplit(mirror).path)) if is_url(mirror) else mirror).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"DNNLIB_MIRROR={mirror}: neither an http(s) address nor a folder: correct it or unset it")
+    return cache_path(url, folder)
+
+
+def _host(parts: SplitResult) -> str:
+    return parts.netloc.rpartition("@")[2].lower()  # without user and password
 
 
 def download(
@@ -109,22 +144,45 @@ def download(
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_name(f".{path.name}.lock")):
+            with _locked(path.with_name(f".{path.name}.lock")) as alone:
                 if not path.is_file():  # another process may have fetched it meanwhile
-                    _Transfer(url, path, sha256, retry_sec).run()
+                    _Transfer(url, path, sha256, retry_sec, alone).run()
         _check(path, sha256, url)
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error} (while downloading {url})") from None
     return path
 
 
+def verify(url: str, sha256: str | None = None, cache_dir: str | os.PathLike | None = None) -> str | None:
+    """Reads the cached file of an http(s) address again and returns its sha256, in hex; None if it isn't there.
+
+    Errors: UserError when that is another hash than expected or first seen.
+    """
+    path = cache_path(url, cache_dir)
+    try:
+        return _check(path, sha256, url, reread=True) if path.is_file() else None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: check its permissions") from None
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds a lock that ends with the process, if not before; yields False where there are none."""
     with open(path, "ab") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # file systems without locks
+        yield _lock(file)
+
+
+def _lock(file: BinaryIO) -> bool:
+    while True:
+        try:
+            if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            elif msvcrt is not None:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            return fcntl is not None or msvcrt is not None
+        except OSError as error:
+            if error.errno != errno.EDEADLK:  # msvcrt has waited for ten seconds; other errors: no locks on this disk
+                return False
 
 
 class _Broken(Exception):
@@ -132,11 +190,15 @@ class _Broken(Exception):
 
 
 class _Transfer:
-    """One download: what has arrived lies in a hidden file beside the target, which is renamed when it is whole."""
+    """One download: what has arrived lies in a hidden file beside the target, which is renamed when it is whole.
 
-    def __init__(self, url: str, path: Path, sha256: str | None, retry_sec: float):
+    alone: whether no other process writes that file; if any may, this one takes a file of its own.
+    """
+
+    def __init__(self, url: str, path: Path, sha256: str | None, retry_sec: float, alone: bool):
         self._url, self._path, self._sha256, self._retry_sec = url, path, sha256, retry_sec
-        self._part = path.with_name(f".{path.name}.part")
+        self._place = mirrored(url)
+        self._part = path.with_name(f".{path.name}{'' if alone else f'.{os.getpid()}-{threading.get_ident()}'}.part")
         self._validator: str | None = None  # names the version of the file whose beginning is in the part file
         if sha256 is None:
             self._part.unlink(missing_ok=True)  # of an unknown version: only a known hash could vouch for the whole
@@ -164,6 +226,14 @@ class _Transfer:
         os.replace(self._part, self._path)
 
     def _fetch(self) -> None:
+        if isinstance(self._place, Path):
+            if not self._place.is_file():
+                raise UserError(f"{self._place}: not in the mirror: put the file of {self._url} there")
+            shutil.copyfile(self._place, self._part)
+            return
+        self._fetch_from_web()
+
+    def _fetch_from_web(self) -> None:
         import requests  # slow to import, and needed only here
 
         with requests.Session() as session:
@@ -172,7 +242,7 @@ class _Transfer:
                 try:
                     return self._attempt(session)
                 except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
-                    raise UserError(f"{self._url}: leads to an address that is not http(s): {error}") from None
+                    raise UserError(f"{self._place}: leads to an address that is not http(s): {error}") from None
                 except (_Broken, requests.exceptions.RequestException) as error:
                     reason = _reason(error)
                 failures = failures + 1 if self._received() <= most else 1  # a long file over a bad line gets there too
@@ -180,7 +250,7 @@ class _Transfer:
                 if failures <= RETRIES:
                     time.sleep(min(self._retry_sec * 2 ** (failures - 1), MAX_RETRY_SEC))
         raise UserError(
-            f"{self._url}: cannot be downloaded ({reason}): fetch it on another machine and put it under {self._path}"
+            f"{self._place}: cannot be downloaded ({reason}): fetch it on another machine and put it under {self._path}"
         )
 
     def _received(self) -> int:
@@ -193,7 +263,7 @@ class _Transfer:
             headers["Range"] = f"bytes={have}-"
             if self._validator:
                 headers["If-Range"] = self._validator
-        with session.get(self._url, headers=headers, stream=True, timeout=(CONNECT_SEC, READ_SEC)) as response:
+        with session.get(self._place, headers=headers, stream=True, timeout=(CONNECT_SEC, READ_SEC)) as response:
             status = response.status_code
             if (
                 status == 416
@@ -204,8 +274,8 @@ class _Transfer:
                 raise _Broken(f"the server answers {status} {response.reason}")
             if status not in (200, 206):
                 raise UserError(
-                    f"{self._url}: the server answers {status} {response.reason}: check the address, or fetch the file"
-                    f" elsewhere and put it under {self._path}"
+                    f"{self._place}: the server answers {status} {response.reason}: check the address, or fetch"
+                    f" the file elsewhere and put it under {self._path}"
                 )
             if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 self._part.unlink(missing_ok=True)
@@ -262,11 +332,14 @@ def _record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _check(path: Path, sha256: str | None, url: str) -> None:
-    """Compares a cached file with the expected and the first-seen hash; it is read again only if it was touched."""
+def _check(path: Path, sha256: str | None, url: str, reread: bool = False) -> str:
+    """Compares a cached file's hash with the expected and the first-seen one and returns it.
+
+    The file is read again if it was touched since, or if `reread`.
+    """
     stat, record = path.stat(), _record(path)
     touched = (record.get("bytes"), record.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns)
-    found = hash_file(path) if touched or not record.get("sha256") else record["sha256"]
+    found = hash_file(path) if reread or touched or not record.get("sha256") else record["sha256"]
     if sha256 not in (None, found):
         raise UserError(f"{path}: sha256 is {found}, not {sha256} as published: delete the file to fetch it again")
     if sha256 is None and record.get("sha256", found) != found:
@@ -278,3 +351,4 @@ def _check(path: Path, sha256: str | None, url: str) -> None:
         record = {"sha256": found, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "url": url}
         with contextlib.suppress(OSError), write_atomically(_record_path(path)) as file:  # a read-only cache is fine
             file.write(json.dumps(record).encode())
+    return found

@@ -1,8 +1,11 @@
 """dnnlib.download against a local server: whole or not at all, resumed, checked, shared between processes."""
 
 import hashlib
+import os
+import shutil
 import socket
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -22,7 +25,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.requests.append((self.path, self.headers.get("Range")))
-        name = self.path.split("?")[0]
+        name = self.path.split("?")[0].removeprefix("/nowhere.invalid")
         if name == "/moved":
             return self._redirect("/file")
         if name == "/moved-to-disk":
@@ -176,6 +179,65 @@ def test_concurrent_requests_download_once(server, tmp_path):
     assert len(paths) == 6
     assert paths[0].read_bytes() == CONTENT
     assert len(server.requests) == 2  # the broken one and its continuation
+
+
+@pytest.mark.parametrize("locks", ["none", "unsupported", "windows"])
+def test_whole_files_also_where_locks_differ(server, tmp_path, monkeypatch, locks):
+    calls, posix = [], download.fcntl
+
+    def locking(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(download.errno.EDEADLK, "ten seconds over")
+        posix.flock(arguments[0], posix.LOCK_EX)
+
+    def flock(*_):
+        raise OSError(download.errno.ENOLCK, "no locks here")
+
+    fcntl = types.SimpleNamespace(flock=flock, LOCK_EX=2) if locks == "unsupported" else None
+    monkeypatch.setattr(download, "fcntl", fcntl)
+    if locks == "windows":
+        monkeypatch.setattr(download, "msvcrt", types.SimpleNamespace(locking=locking, LK_LOCK=1))
+    threads = [threading.Thread(target=fetch, args=(f"{server.url}/drop", tmp_path)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.read_bytes() for path in leftovers(tmp_path)] == [CONTENT]
+    assert len(calls) == (4 if locks == "windows" else 0)
+
+
+def test_mirrors(server, tmp_path, monkeypatch):
+    url = "http://u:secret@nowhere.invalid/file"  # no such host: all comes from the mirror
+    for mirror in (server.url, f"{server.url}/"):
+        monkeypatch.setenv("DNNLIB_MIRROR", mirror)
+        path = fetch(url, tmp_path / "first", SHA256)
+        assert path.read_bytes() == CONTENT
+        assert server.requests == [("/nowhere.invalid/file", None)]
+    assert "404" in refused("http://nowhere.invalid/absent", tmp_path)
+    monkeypatch.setenv("DNNLIB_MIRROR", str(tmp_path / "first"))  # a cache folder serves as a mirror
+    assert fetch(url, tmp_path / "second").read_bytes() == CONTENT
+    monkeypatch.setenv("DNNLIB_MIRROR", (tmp_path / "first").as_uri())
+    assert "published" in refused(url, tmp_path / "third", "0" * 64)
+    assert not leftovers(tmp_path / "third")
+    missing = refused("http://nowhere.invalid/absent", tmp_path / "third")
+    assert str(tmp_path / "first" / "nowhere.invalid" / "absent") in missing
+    shutil.rmtree(tmp_path / "first")
+    assert "DNNLIB_MIRROR=" in refused("http://nowhere.invalid/other", tmp_path)
+
+
+def test_verify_reads_again(server, tmp_path):
+    url = f"{server.url}/file"
+    assert download.verify(url, SHA256, tmp_path) is None
+    path = fetch(url, tmp_path, SHA256)
+    assert download.verify(url, SHA256, tmp_path) == download.verify(url, None, tmp_path) == SHA256
+    before = path.stat()
+    path.write_bytes(CONTENT[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # rotted on disk: size and time are the same
+    assert fetch(url, tmp_path, SHA256) == path
+    for sha256, words in ((SHA256, "published"), (None, "first seen")):
+        with pytest.raises(UserError, match=words):
+            download.verify(url, sha256, tmp_path)
 
 
 def test_cache_path_stays_inside_the_cache(tmp_path):
