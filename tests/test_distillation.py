@@ -1,0 +1,350 @@
+"""The distillation against plain formulas, against itself on two processes, and against itself resumed."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from edm import zoo
+from sid import OneStepGenerator
+from sid.config import DistillationConfig
+from sid.training_loop import FAKE_SCORE_PHASE, GENERATOR_PHASE, Distillation, skipped_updates, training_loop
+from torch_utils import misc
+from torch_utils.updates import MAX_SKIPPED_UPDATES, DivergenceError, ema_beta, lr_factor
+from training.networks import EDMPrecond
+
+CPU = torch.device("cpu")
+BATCH, BATCH_GPU = 8, 2
+
+
+def tiny_teacher(label_dim=3, augment_dim=9):
+    """A denoiser with dropout, classes and augmentation labels whose weights are far from their initialisation."""
+    torch.manual_seed(0)
+    kwargs = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.2}
+    net = EDMPrecond(8, 1, label_dim, model_type="SongUNet", augment_dim=augment_dim, **kwargs)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+def tiny_config(**changes):
+    values = {"batch": BATCH, "batch_gpu": BATCH_GPU, "lr": 1e-3, "glr": 2e-3, "total_kimg": 0.04, "seed": 5}
+    return DistillationConfig(**{**values, "kimg_per_tick": 0.008, "snapshot_ticks": 10, "augment": 0.5, **changes})
+
+
+def tiny_distillation(teacher=None, resume=None, **changes):
+    return Distillation(teacher or tiny_teacher(), tiny_config(**changes), CPU, resume=resume)
+
+
+class NoReport:
+    def start(self, ema):
+        pass
+
+    def snapshot(self, ema, nimg):
+        pass
+
+
+class Spy(torch.nn.Module):
+    """A denoiser of a class from elsewhere, with what DESIGN asks for and nothing else; it records its calls."""
+
+    def __init__(self, label_dim=0):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = 8, 3, label_dim
+        self.sigma_min, self.sigma_max = 0.0, float("inf")
+        self.hidden = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.level = torch.nn.Linear(1 + label_dim, 8)
+        self.out = torch.nn.Sequential(torch.nn.BatchNorm2d(8), torch.nn.SiLU(), torch.nn.Conv2d(8, 3, 3, padding=1))
+
+    calls = []  # noqa: RUF012  of all copies: (network, in train mode, with gradients, to its parameters)
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        self.calls.append((self, self.training, torch.is_grad_enabled(), self.hidden.weight.requires_grad))
+        levels = sigma.log().reshape(-1, 1)
+        if self.label_dim:
+            assert class_labels.shape == (len(x), self.label_dim)
+            levels = torch.cat([levels, class_labels], dim=1)
+        features = self.hidden(x / (1 + sigma**2).sqrt()) + self.level(levels)[:, :, None, None]
+        return x / (1 + sigma**2) + sigma / (1 + sigma**2).sqrt() * self.out(features)
+
+
+def weights(distillation):
+    state = distillation.state
+    networks = {"generator": state.generator, "fake_score": state.fake_score, "ema": state.ema}
+    return {f"{name}.{key}": value.clone() for name, n in networks.items() for key, value in n.state_dict().items()}
+
+
+def assert_same_training(actual, expected, start):
+    """Equal but for rounding, measured by how far training moved the weights; all three are {name: tensor}."""
+    for name, value in expected.items():
+        difference, moved = (actual[name] - value).abs(), (value - start[name]).abs().max()
+        if name.endswith("qkv.bias"):  # keys' biases cancel in the softmax: Adam makes full steps of rounding errors
+            difference = difference.reshape(-1, 3)[:, [0, 2]]
+        assert difference.max() <= 2e-3 * moved + 1e-6, name
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- one process against two, a resumed run against an uninterrupted one
+
+
+def run_iterations(iterations=3):
+    distillation = tiny_distillation()
+    for _ in range(iterations):
+        distillation.iteration()
+    return weights(distillation), distillation.collector.collect()
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(run_iterations(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, args=[str(tmp_path)], nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone, statistics = run_iterations()
+    start = weights(tiny_distillation())
+    assert equal(first[0], second[0])
+    assert_same_training(first[0], alone, start)
+    assert first[1] == second[1]
+    for name, record in statistics.items():
+        assert first[1][name]["num"] == record["num"] * (2 if name.startswith("Gradient") else 1)
+        assert first[1][name]["mean"] == pytest.approx(record["mean"], rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"lr_decay": "cosine", "lr_rampup_kimg": 0.02}], ids=["constant", "decayed"])
+def test_a_resumed_run_is_bit_equal(tmp_path, schedule):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    uninterrupted = tiny_distillation(**schedule)
+    training_loop(uninterrupted, whole, NoReport())
+
+    stopped = tiny_distillation(**schedule)
+    for _ in range(2):
+        stopped.iteration()
+    stopped.state.fake_score_updater.skipped = 3
+    stopped.state.tick = 2
+    stopped.state.save(parts / "training-state-000000.pt")
+    torch.manual_seed(1234)  # a new process has other random numbers
+    resumed = tiny_distillation(resume=parts / "training-state-000000.pt", **schedule)
+    assert (resumed.state.nimg, resumed.state.tick, resumed.state.fake_score_updater.skipped) == (2 * BATCH, 2, 3)
+    training_loop(resumed, parts, NoReport())
+
+    assert equal(weights(resumed), weights(uninterrupted))
+    lines, tail = (
+        [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()] for folder in (whole, parts)
+    )
+    assert [line["Progress/tick"] for line in tail] == [3, 4, 5]
+    for line, again in zip(lines[2:], tail):
+        shown = [name for name in line if name.startswith(("Progress", "Loss", "Gradient"))]
+        assert {"Loss/generator", "Loss/fake_score"} <= set(shown)
+        assert [line[name] for name in shown] == [again[name] for name in shown]
+
+
+# --- one step
+
+
+def reference_iteration(theta, psi, phi, optimizers, nimg, config, pipe):
+    """SPEC's iteration in plain formulas: sum over pixels, mean over the batch, one Adam step for psi, then theta."""
+    firsts = range(nimg, nimg + BATCH, BATCH_GPU)
+
+    def x_g():
+        labels = torch.eye(3)[torch.randint(3, [BATCH_GPU])]
+        z = torch.randn(BATCH_GPU, 1, 8, 8)
+        return theta(2.5 * z, torch.full([BATCH_GPU, 1, 1, 1], 2.5), labels), labels
+
+    loss = 0
+    theta.eval(), psi.train()
+    for first in firsts:
+        misc.seed_at(config.seed, FAKE_SCORE_PHASE, first)
+        with torch.no_grad():
+            images, labels = x_g()
+        sigma = (torch.randn(BATCH_GPU, 1, 1, 1) * 1.2 - 1.2).exp()
+        y, augment_labels = pipe(images)
+        denoised = psi(y + torch.randn_like(y) * sigma, sigma, labels, augment_labels=augment_labels)
+        loss = loss + ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (denoised - y) ** 2).sum()
+    optimizers[0].zero_grad()
+    (config.ls * loss / BATCH).backward()
+    optimizers[0].step()
+
+    loss = 0
+    theta.train(), psi.eval()
+    for first in firsts:
+        misc.seed_at(config.seed, GENERATOR_PHASE, first)
+        images, labels = x_g()
+        t = torch.rand(BATCH_GPU, 1, 1, 1) * config.tmax / 1000
+        sigma = (80 ** (1 / 7) + (1 - t) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        x_t = images + sigma * torch.randn_like(images)
+        f_phi, f_psi = phi(x_t, sigma, labels), psi(x_t, sigma, labels)
+        omega = (images - f_phi).abs().mean([1, 2, 3], keepdim=True).clamp(min=1e-5).detach()
+        loss = loss + ((f_phi - f_psi) * ((f_phi - images) - config.alpha * (f_phi - f_psi)) / omega).sum()
+    optimizers[1].zero_grad()
+    (config.lsg * loss / BATCH).backward()
+    optimizers[1].step()
+
+
+def test_an_iteration_is_the_algorithm():
+    """Against the formulas written out, with dropout, augmentation, classes, accumulation and the moving average."""
+    changes = {"g_beta1": 0.5, "ls": 2.0, "lsg": 50.0, "tmax": 700, "alpha": 1.1}
+    distillation = tiny_distillation(**changes, ema_halflife_kimg=1, ema_rampup_ratio=2.0)
+    phi = tiny_teacher().eval().requires_grad_(False)
+    theta, psi = (copy.deepcopy(phi).requires_grad_(True) for _ in range(2))
+    theta.model.map_augment.weight.requires_grad_(False)
+    trained = [[p for p in net.parameters() if p.requires_grad] for net in (psi, theta)]
+    optimizers = [
+        torch.optim.Adam(trained[0], lr=1e-3, betas=(0.0, 0.999), eps=1e-8),
+        torch.optim.Adam(trained[1], lr=2e-3, betas=(0.5, 0.999), eps=1e-8),
+    ]
+    averages = [p.detach().clone() for p in theta.parameters()]
+    for iteration in range(3):
+        nimg = iteration * BATCH
+        distillation.iteration()
+        reference_iteration(theta, psi, phi, optimizers, nimg, distillation.config, distillation.augment_pipe)
+        beta = 0.5 ** (BATCH / (2.0 * nimg)) if nimg else 0.0
+        averages = [beta * a + (1 - beta) * p.detach() for a, p in zip(averages, theta.parameters())]
+    state = distillation.state
+    assert state.nimg == 3 * BATCH
+    start = phi.state_dict()
+    assert_same_training(state.generator.state_dict(), theta.state_dict(), start)
+    assert_same_training(state.fake_score.state_dict(), psi.state_dict(), start)
+    names = [name for name, _ in theta.named_parameters()]
+    assert_same_training(state.ema.state_dict(), dict(zip(names, averages)), start)
+
+
+def test_modes_and_gradients_of_each_phase():
+    teacher = Spy()
+    distillation = tiny_distillation(teacher, augment=0)
+    state, updates = distillation.state, []
+    for updater in (state.fake_score_updater, state.generator_updater):
+
+        def step(*args, name=updater.name, original=updater.step):
+            nets = {"generator": state.generator, "fake score": state.fake_score, "phi": teacher, "ema": state.ema}
+            updates.append((name, [n for n, net in nets.items() if any(p.grad is not None for p in net.parameters())]))
+            return original(*args)
+
+        updater.step = step
+    Spy.calls.clear()
+    distillation.iteration()
+    names = {id(state.generator): "theta", id(state.fake_score): "psi", id(teacher): "phi", id(state.ema): "ema"}
+    rounds = BATCH // BATCH_GPU
+    psi_phase = [("theta", False, False, True), ("psi", True, True, True)]
+    theta_phase = [("theta", True, True, True), ("phi", False, True, False), ("psi", False, True, False)]
+    assert [(names[id(net)], *rest) for net, *rest in Spy.calls] == psi_phase * rounds + theta_phase * rounds
+    assert updates == [("fake score", ["fake score"]), ("generator", ["generator"])]
+    assert all(p.requires_grad for net in (state.generator, state.fake_score) for p in net.parameters())
+    for net in (teacher, state.ema):
+        assert not net.training
+        assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_unused_augmentation_weights_stay_as_they_are():
+    with_pipe, without = tiny_distillation(augment=0.5), tiny_distillation(augment=0)
+    for distillation in (with_pipe, without):
+        distillation.iteration()
+    before = tiny_teacher().model.map_augment.weight
+    for distillation, trained in ((with_pipe, True), (without, False)):
+        state = distillation.state
+        assert torch.equal(state.generator.model.map_augment.weight, before)
+        assert torch.equal(state.fake_score.model.map_augment.weight, before) != trained
+
+
+def test_class_labels_are_uniform_and_one_hot():
+    distillation = tiny_distillation(batch=6000, batch_gpu=3000)
+    seen = [labels for phase in (FAKE_SCORE_PHASE, GENERATOR_PHASE) for labels in distillation._rounds(phase)]
+    assert len(seen) == 4
+    assert len({labels.sum(0)[0].item() for labels in seen}) > 1
+    labels = torch.cat(seen)
+    assert labels.dtype == torch.float32
+    assert labels.shape == (12000, 3)
+    assert torch.equal(labels.sum(1), torch.ones(12000))
+    assert torch.equal(labels.max(1).values, torch.ones(12000))
+    counts = labels.sum(0)
+    assert ((counts - 4000) ** 2 / 4000).sum() < 13.8  # chi-square, 2 degrees of freedom, p = .001
+
+
+def test_average_and_schedules():
+    assert ema_beta(256, 0, 5e5, 0.05) == 0
+    assert ema_beta(256, 100_000, 5e5, 0.05) == pytest.approx(0.5 ** (256 / 5000))
+    assert ema_beta(256, 10**9, 5e5, 0.05) == pytest.approx(0.5 ** (256 / 5e5))
+    assert ema_beta(256, 0, 5e5, None) == pytest.approx(0.5 ** (256 / 5e5))
+    assert ema_beta(256, 10**9, 0, 0.05) == 0
+    assert [lr_factor(n, 1000) for n in (0, 500, 1000)] == [1, 1, 1]
+    assert [lr_factor(n, 1000, 200) for n in (0, 50, 200, 900)] == [0, 0.25, 1, 1]
+    assert [lr_factor(n, 1000, 0, "linear") for n in (0, 250, 1000, 1200)] == [1, 0.75, 0, 0]
+    assert lr_factor(250, 1000, 500, "cosine") == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+# --- health
+
+
+@pytest.mark.parametrize(
+    ("method", "hit", "bad"),
+    [("generator_loss", "generator", math.nan), ("fake_score_loss", "fake_score", math.inf)],
+    ids=["generator", "fake score"],
+)
+def test_a_non_finite_loss_never_reaches_the_weights(method, hit, bad):
+    distillation = tiny_distillation(batch=2)
+    distillation.iteration()
+    before, state, original = weights(distillation), distillation.state, getattr(distillation.loss, method)
+    setattr(distillation.loss, method, lambda *args, **kwargs: original(*args, **kwargs) * bad)
+    distillation.iteration()
+    after = weights(distillation)
+    other = {"generator": "fake_score", "fake_score": "generator"}[hit]
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith(hit))
+    assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith(other))
+    assert all(value.isfinite().all() for value in after.values())
+    assert skipped_updates(state) == {f"Health/{hit}_skipped": {"mean": 1}}
+    assert all(math.isfinite(record["mean"]) for record in distillation.collector.collect().values())
+
+    for _ in range(MAX_SKIPPED_UPDATES - 2):
+        distillation.iteration()
+    setattr(distillation.loss, method, original)
+    distillation.iteration()  # one good update and the count in a row starts anew
+    setattr(distillation.loss, method, lambda *args, **kwargs: original(*args, **kwargs) * bad)
+    for _ in range(MAX_SKIPPED_UPDATES - 1):
+        distillation.iteration()
+    with pytest.raises(DivergenceError) as error:
+        distillation.iteration()
+    assert hit.replace("_", " ") in error.value.message
+    assert "kimg" in error.value.message
+    assert error.value.exit_code == 3
+    assert skipped_updates(state)[f"Health/{hit}_skipped"]["mean"] == 2 * MAX_SKIPPED_UPDATES - 1
+    assert all(value.isfinite().all() for value in weights(distillation).values())
+
+
+# --- a plug-in
+
+
+@pytest.mark.parametrize("label_dim", [0, 4])
+def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
+    torch.manual_seed(0)
+    distillation = Distillation(Spy(label_dim), tiny_config(augment=None), CPU)
+    before = weights(distillation)
+    ema = training_loop(distillation, tmp_path, NoReport())
+    after = weights(distillation)
+    for name in before:
+        assert after[name].isfinite().all()
+        assert not torch.equal(before[name], after[name]), name
+    path = tmp_path / "network-snapshot-000000.safetensors"
+    generator = zoo.load_network(path, classes={"Spy": lambda: Spy(label_dim)})
+    assert zoo.network_hash(generator) == zoo.network_hash(ema)
+    assert generator.metadata == {
+        "kind": "sid-generator", "init_sigma": 2.5, "alpha": 1.2, "tmax": 800, "kimg": 0.04
+    }  # fmt: skip
+    images = OneStepGenerator(generator)(3, class_idx=2 if label_dim else None)
+    assert images.shape == (3, 3, 8, 8)
+    again = Distillation(Spy(label_dim), tiny_config(augment=None), CPU)
+    with pytest.raises(Exception, match="another teacher"):
+        again.state.load(tmp_path / "training-state-000000.pt")
