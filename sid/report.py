@@ -5,6 +5,7 @@ python -m sid.report RUN_FOLDER    prints the summary and writes RUN_FOLDER/comp
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
 TEACHER_STEPS = 18  # of Heun's sampler: 35 evaluations
+BEST_LINK = "best.safetensors"
 MIN_GRID_PIXELS = 512  # small images are shown larger
 
 
 class Report:
-    """Writes `fakes_*.png` and `metric-*.jsonl` into the run folder and remembers the best snapshot in `best.json`.
+    """Writes `fakes_*.png` and `metric-*.jsonl` into the run folder and remembers the best snapshot.
+
+    The best one's name and FID are in `best.json`; `best.safetensors` links to it.
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     """
@@ -53,14 +57,13 @@ class Report:
     def _measure(self, ema: "torch.nn.Module", nimg: int) -> None:
         from edm.metrics.sources import NetworkSource
         from edm.zoo import network_hash
+        from torch_utils import distributed
 
         sha256 = network_hash(ema)
-        names = [metric.name for metric in self._evaluator.metrics]
-        known = [read_metrics(self._run_dir, name) for name in names]
-        if all(any(record["network_sha256"] == sha256 for record in records) for records in known):
+        if not distributed.from_process_0(self._missing(sha256)):
             return  # resumed at a snapshot that was measured already
         for record in self._evaluator(NetworkSource(ema, name="ema", sha256=sha256)):
-            if not _is_process_0():
+            if not _is_process_0() or record["metric"] not in self._missing(sha256):
                 continue
             values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
             print(f"{record['metric']} at {nimg / 1e3:.1f} kimg: {values}", flush=True)
@@ -69,8 +72,14 @@ class Report:
         if _is_process_0():
             self._remember_best()
 
+    def _missing(self, sha256: str) -> list[str]:
+        """The metrics not yet recorded of the weights with this hash."""
+        names = [metric.name for metric in self._evaluator.metrics]
+        known = {name: {record["network_sha256"] for record in read_metrics(self._run_dir, name)} for name in names}
+        return [name for name in names if sha256 not in known[name]]
+
     def _remember_best(self) -> None:
-        """best.json: the snapshot with the lowest value of the first FID asked for."""
+        """best.json and best.safetensors: the snapshot with the lowest value of the first FID asked for."""
         name = next((metric.name for metric in self._evaluator.metrics if metric.kind == "fid"), None)
         trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
         if trained:
@@ -79,6 +88,21 @@ class Report:
             content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
             with write_atomically(self._run_dir / "best.json") as file:
                 file.write(json.dumps(content, indent=2).encode())
+            _link(self._run_dir / BEST_LINK, snapshot)
+
+
+def _link(path: Path, target: str) -> None:
+    """Makes `path` a link to the file `target` beside it, or a copy where links don't work, if that file is there."""
+    if not (path.parent / target).is_file() or (path.is_symlink() and os.readlink(path) == target):
+        return
+    new = path.with_name(f".{path.name}.part")
+    new.unlink(missing_ok=True)
+    try:
+        new.symlink_to(target)
+        os.replace(new, path)
+    except (OSError, NotImplementedError):
+        with open(path.parent / target, "rb") as source, write_atomically(path) as file:
+            shutil.copyfileobj(source, file)
 
 
 def read_metrics(run_dir: str | os.PathLike, name: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     """options: those of sid_train.py that aren't in the config, by name. Errors: UserError naming the option."""
     resume = run_folder.resolve_resume(options["resume"])
     reference = options["data_stat"] or published_reference(options["edm_model"])
-    metrics = choose_metrics(options["metrics"], reference)
+    metrics = choose_metrics(options["metrics"], reference, options["data"])
     device = distributed.init(options["device"])
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
     summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
@@ -39,7 +39,8 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     reals = load_reals(options["data"], teacher, options) if options["data"] else None
     evaluator = None
     if metrics:
-        reference = load_reference(reference) if any(m.startswith("fid") for m in metrics) else None
+        needed = reference and any(m.startswith("fid") for m in metrics)
+        reference = load_reference(reference) if needed else None  # else the evaluator makes that of --data
         detector, data = options["detector"], options["data"]
         evaluator = Evaluator(metrics, reference, detector, data, batch=options["metrics_batch"], device=device)
     torch.backends.cudnn.benchmark = options["bench"]
@@ -56,15 +57,15 @@ def published_reference(teacher: str) -> str | None:
     return next((name for name, file in FILES.items() if file.kind == "reference" and name in teacher), None)
 
 
-def choose_metrics(names: str | None, reference: str | None) -> list[str]:
+def choose_metrics(names: str | None, reference: str | None, data: str | None = None) -> list[str]:
     """The metrics of --metrics; by default FID where there is something to compare with."""
     if names is None:
         return [DEFAULT_METRIC] if reference else []
     if names == "none":
         return []
     chosen = [name.strip() for name in names.split(",")]
-    if not reference and any(name.startswith("fid") for name in chosen):
-        raise UserError(f"--metrics={names} needs --data_stat: reference statistics, made by python fid.py ref")
+    if not reference and not data and any(name.startswith("fid") for name in chosen):
+        raise UserError(f"--metrics={names} needs --data_stat (reference statistics) or --data (to make them)")
     return chosen
 
 

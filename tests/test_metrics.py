@@ -1,7 +1,8 @@
-"""Metrics against parity numbers, closed forms and brute force; one process against three."""
+"""Metrics against parity numbers, closed forms and brute force; one process against two and four."""
 
 import json
 import multiprocessing
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import scipy.linalg
 import torch
 
 from dnnlib import UserError
-from edm.metrics import frechet_distance
+from edm.images import to_pil
+from edm.metrics import data_reference, frechet_distance
 from edm.metrics.detector import load_detector, save_detector
 from edm.metrics.evaluate import Evaluator, evaluate, measure, parse_metric
 from edm.metrics.inception_score import inception_score
@@ -21,6 +23,7 @@ from edm.metrics.reference import load_reference, save_reference
 from edm.metrics.small_classifier import SmallClassifier
 from edm.metrics.sources import NetworkSource, TensorSource, array_source
 from edm.metrics.statistics import FeatureStatistics
+from torch_utils import distributed
 
 PARITY = np.load(Path(__file__).parent / "data" / "metrics.npz")
 DETECTOR_ARGUMENTS = {"img_resolution": 8, "img_channels": 1, "num_classes": 3, "width": 4}
@@ -197,6 +200,31 @@ def test_references(tmp_path, detector):
         reference.load_detector()
 
 
+def test_references_of_data_are_measured_once(tmp_path, detector, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    images, folder = make_images(20, 1), tmp_path / "real"
+    (folder / "00000").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "real.zip", "w") as archive:
+        for i, image in enumerate(images):
+            name = f"00000/img{i:08d}.png"
+            to_pil(image).save(folder / name)
+            archive.write(folder / name, name)
+    options = {"metrics": ["fid20"], "detector": detector}
+    made = Evaluator(data=folder, **options).reference
+    np.testing.assert_allclose(made.sigma, np.cov(detector.features(images).double().numpy().T), atol=1e-6)
+    assert made.record["num_images"] == 20
+    measured = []
+    monkeypatch.setattr(data_reference, "make_reference", lambda _source, file, *_: measured.append(file))
+    for same in (folder, tmp_path / "real.zip"):  # by content: a zip of the same images is the same data set
+        assert np.array_equal(Evaluator(data=same, **options).reference.mu, made.mu)
+    assert not measured
+    to_pil(255 - images[0]).save(folder / "00000/img00000000.png")
+    with pytest.raises(UserError):  # another content, and nothing was made
+        Evaluator(data=folder, **options)
+    assert len(measured) == 1
+    assert made.path.parent == measured[0].parent == tmp_path / "cache" / "references"
+
+
 def test_references_of_edm(tmp_path, detector):
     features = detector.features(make_images(200, 1)).double().numpy()
     np.savez(tmp_path / "edm.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
@@ -264,9 +292,9 @@ def test_a_live_network(tmp_path, detector):
 
 def evaluate_in_group(rank, folder, world):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=world)
-    records = evaluate_noise(folder)
-    Path(folder, f"records-{rank}.json").write_text(json.dumps(records))
+    torch.distributed.init_process_group("gloo", f"file://{folder}/group-{world}", rank=rank, world_size=world)
+    result = [evaluate_noise(folder), measure_pattern(folder)]
+    torch.save(result, Path(folder, f"result-{world}-{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
@@ -274,24 +302,41 @@ def evaluate_noise(folder):
     real, fake = make_images(180, 1), make_images(200, 2) // 2
     options = {"reference": f"{folder}/reference.npz", "batch": 32}
     many = evaluate(TensorSource([fake]), METRICS, data=TensorSource([real]), **options)
-    few = evaluate(TensorSource([fake]), ["is60", "fid60"], **options)  # two batches: the third process has none
+    few = evaluate(TensorSource([fake]), ["is60", "fid60"], **options)  # two batches: more processes have none
     return many + few
 
 
+def measure_pattern(folder):
+    """This process's images, and the statistics of all."""
+    source, detector = NetworkSource(Pattern().eval(), seed=5), load_detector(f"{folder}/detector.safetensors")
+    place = {"rank": distributed.rank(), "processes": distributed.world_size()}
+    images = dict(source.batches(150, 16, **place))
+    statistics = measure(source, detector, 16, statistics=[150]).statistics[150]
+    return images, torch.from_numpy(statistics.mu), torch.from_numpy(statistics.sigma)
+
+
 @pytest.mark.filterwarnings("ignore:.*deficient rank")
-def test_three_processes_equal_one(tmp_path, detector):
+def test_two_and_four_processes_equal_one(tmp_path, detector):
     make_reference(tmp_path / "reference.npz", detector, make_images(180, 1))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["edm.metrics.evaluate", "scipy.linalg", "pytest"])  # imported once, not three times
-    group = [context.Process(target=evaluate_in_group, args=(rank, str(tmp_path), 3)) for rank in range(3)]
+    context.set_forkserver_preload(["edm.metrics.evaluate", "scipy.linalg", "pytest"])  # imported once, not six times
+    ranks = [(rank, world) for world in (2, 4) for rank in range(world)]
+    group = [context.Process(target=evaluate_in_group, args=(rank, str(tmp_path), world)) for rank, world in ranks]
     for process in group:
         process.start()
     for process in group:
         process.join()
         assert process.exitcode == 0
-    expected = evaluate_noise(tmp_path)
-    for rank in range(3):
-        records = json.loads((tmp_path / f"records-{rank}.json").read_text())
+    expected, (images, *statistics) = evaluate_noise(tmp_path), measure_pattern(tmp_path)
+    made = {2: {}, 4: {}}
+    for rank, world in ranks:
+        records, (own_images, *own_statistics) = torch.load(tmp_path / f"result-{world}-{rank}.pt")
         for record, reference in zip(records, expected):
             assert record["values"] == pytest.approx(reference["values"], rel=1e-9, abs=1e-12)
             assert {**record, "value": 0, "values": 0} == {**reference, "value": 0, "values": 0}
+        for own, whole in zip(own_statistics, statistics):
+            assert (own - whole).abs().max() <= 1e-12 * whole.abs().max()
+        made[world] |= own_images
+    for of_world in made.values():
+        assert of_world.keys() == images.keys()
+        assert all(torch.equal(of_world[start], images[start]) for start in images)

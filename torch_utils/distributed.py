@@ -4,12 +4,14 @@ import datetime
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dnnlib import UserError
 
+T = TypeVar("T")
 GRADIENT_BUCKET_BYTES = 64 << 20  # one all-reduce carries about this much
 
 
@@ -59,6 +61,15 @@ def print0(*args, **kwargs) -> None:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_process_0(value: T) -> T:
+    """What process 0 passes, a picklable object; every process must call it."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,27 +4,25 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import tqdm
 
 import dnnlib
 from torch_utils import distributed
 
+from .data_reference import data_reference
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
 from .frechet import frechet_distance
-from .inception_score import SPLITS, InceptionScore
+from .inception_score import SPLITS
 from .kid import kernel_distance
+from .measure import DEFAULT_BATCH, Measured, measure
 from .precision_recall import NEIGHBOUR, precision_recall
 from .reference import Reference, load_reference
-from .sources import FolderSource, ImageSource, array_source
-from .statistics import FeatureStatistics
+from .sources import ImageSource, open_data
 
-DEFAULT_BATCH = 64
-GATHERED_ROWS = 4096  # rows of features in one message
 NAME_PATTERN = re.compile(r"(?P<kind>fid|is|kid|pr)(?P<num>\d+)(?:(?P<kilo>k)(?P<k>\d+)?)?(?P<full>_full)?")
 
 
@@ -64,70 +62,14 @@ def fid_name(num: int) -> str:
     return f"fid{num // 1000}k" if num and num % 1000 == 0 else f"fid{num}"
 
 
-@dataclass
-class Measured:
-    """What a pass over images has left: by number of images from the first one, and features in order."""
-
-    statistics: dict[int, FeatureStatistics]
-    scores: dict[int, InceptionScore]
-    features: torch.Tensor | None  # float32 [N, D] on the CPU
-
-
-def measure(
-    source: ImageSource,
-    detector: Detector,
-    batch: int = DEFAULT_BATCH,
-    statistics: Iterable[int] = (),
-    scores: Iterable[int] = (),
-    features: int = 0,
-    progress: bool = False,
-) -> Measured:
-    """Passes once over the images of all processes; every process must call it and gets the same result.
-
-    statistics, scores: numbers of images, from the first one, to take feature statistics and inception scores of.
-    features: of how many images to keep the features.
-    Errors: UserError when the source has too few images, or they don't fit the detector.
-    """
-    moments = {num: FeatureStatistics(detector.feature_dim, detector.device) for num in statistics}
-    scored = {num: InceptionScore(num) for num in scores}
-    num_images = max([*moments, *scored, features])
-    if source.size is not None and source.size < num_images:
-        raise dnnlib.UserError(
-            f"{num_images} images are asked for but there are only {source.size}; ask for at most so many by --num"
-            " or in the name of the metric"
-        )
-    if source.channels is not None:
-        detector.check(source.channels, source.resolution)
-    kept = torch.zeros(features, detector.feature_dim) if features else None
-    rank, processes = distributed.rank(), distributed.world_size()
-    with tqdm.tqdm(total=num_images, unit="img", disable=None if progress and rank == 0 else True) as bar:
-        for start, images in source.batches(num_images, batch, rank, processes):
-            hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
-            for num, moment in moments.items():
-                moment.append(hidden[: max(num - start, 0)])
-            for num, score in scored.items():
-                score.append(probabilities[: max(num - start, 0)], start)
-            if start < features:
-                kept[start : start + len(images)] = hidden[: features - start].cpu()
-            bar.update(min(len(images) * processes, num_images - bar.n))
-    for moment in moments.values():
-        moment.merge_processes()
-    communication = detector.device if detector.device.type == "cuda" else "cpu"
-    for score in scored.values():
-        score.merge_processes(communication)
-    if kept is not None and processes > 1:
-        for rows in kept.split(GATHERED_ROWS):  # each row is zero on all processes but one
-            rows.copy_(distributed.all_reduce_sum(rows.to(communication, copy=True)))
-    return Measured(moments, scored, kept)
-
-
 class Evaluator:
     """Metrics of image sources, with the detector, the reference and the real images' features loaded once.
 
     metrics: names as `parse_metric` reads them.
-    reference: for fid: a Reference, or its path, URL or name.
+    reference: for fid: a Reference, or its path, URL or name; without, that of `data`, kept in the cache folder.
     detector: a Detector, or its path, URL or name; by default the one that made the reference.
-    data: for kid and pr: real images, as an ImageSource or the path of a folder, zip or `.npz` with arr_0.
+    data: real images for kid and pr, and for fid without `reference`: the path of a folder, zip or `.npz` with arr_0;
+        for kid and pr also an ImageSource.
     batch: images per process and step; the last digits of features depend on it, on nothing else.
     Errors: UserError, here and in the call, naming the option and the remedy.
     """
@@ -146,8 +88,8 @@ class Evaluator:
         if not self.metrics:
             raise dnnlib.UserError("--metrics is empty; give names like fid50k,is50k")
         for metric in self.metrics:
-            if metric.kind == "fid" and reference is None:
-                raise dnnlib.UserError(f"--metrics={metric.name} needs reference statistics: give --ref")
+            if metric.kind == "fid" and reference is None and isinstance(data, ImageSource | None):
+                raise dnnlib.UserError(f"--metrics={metric.name} needs reference statistics: give --ref, or --data")
             if metric.kind in ("kid", "pr") and data is None:
                 raise dnnlib.UserError(f"--metrics={metric.name} needs real images: give --data")
         self.reference = reference if isinstance(reference, Reference | None) else load_reference(reference)
@@ -159,7 +101,9 @@ class Evaluator:
         elif self.reference is not None:
             self.reference.check(detector)
         self.detector, self._batch, self._progress = detector, batch, progress
-        self._data = data if isinstance(data, ImageSource | None) else _open_data(data)
+        if self.reference is None and any(metric.kind == "fid" for metric in self.metrics):
+            self.reference = data_reference(data, detector, batch, progress)
+        self._data = data if isinstance(data, ImageSource | None) else open_data(data)
         self._real = None
 
     def __call__(self, source: ImageSource) -> list[dict]:
@@ -174,7 +118,7 @@ class Evaluator:
         records = None
         if distributed.rank() == 0:
             records = [self._record(metric, self._values(metric, measured), source) for metric in self.metrics]
-        return _from_process_0(records)
+        return distributed.from_process_0(records)
 
     def _measure_real(self) -> torch.Tensor:
         size, wanted = self._data.size, 0
@@ -223,22 +167,10 @@ class Evaluator:
             num_real = len(self._real) if metric.full else min(metric.num, len(self._real))
             record |= {"real_images": num_real, "real_source": self._data.describe(num_real).get("images")}
         record |= {"detector": self.detector.name, "detector_sha256": self.detector.sha256, "batch": self._batch}
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
         return record | {"device": self.detector.device.type, "versions": versions}
 
 
 def evaluate(source: ImageSource, metrics: Sequence[str] = ("fid50k",), **options) -> list[dict]:
     """One record per metric of the images of `source`; options as Evaluator takes them."""
     return Evaluator(metrics, **options)(source)
-
-
-def _open_data(path: str | os.PathLike) -> ImageSource:
-    return array_source(path) if str(path).endswith(".npz") else FolderSource(path, option="--data")
-
-
-def _from_process_0(value):
-    if distributed.world_size() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

@@ -87,14 +87,9 @@ class NetworkSource(ImageSource):
         self.channels, self.resolution = net.img_channels, net.img_resolution
 
     def batches(self, num, batch, rank=0, processes=1):
-        from edm.sampler import generate_images
-
-        shares = list(_share(num, batch, rank, processes))
-        seeds = [self._seed + i for start, stop in shares for i in range(start, stop)]
-        images = generate_images(self._net, seeds, batch=batch, **self._options)  # only the last batch may be short
-        for (start, stop), part in zip(shares, images):
-            assert len(part) == stop - start
-            yield start, part
+        images = self._generate(num, batch, rank, processes)
+        device = next(self._net.parameters()).device
+        return _prefetched(_on_own_stream(images, device)) if device.type == "cuda" else images
 
     def describe(self, num):
         return {
@@ -104,6 +99,16 @@ class NetworkSource(ImageSource):
             "seeds": [self._seed, self._seed + num - 1],
             **{name: value for name, value in self._options.items() if value is not None},
         }
+
+    def _generate(self, num, batch, rank, processes):
+        from edm.sampler import generate_images
+
+        shares = list(_share(num, batch, rank, processes))
+        seeds = [self._seed + i for start, stop in shares for i in range(start, stop)]
+        images = generate_images(self._net, seeds, batch=batch, **self._options)  # only the last batch may be short
+        for (start, stop), part in zip(shares, images):
+            assert len(part) == stop - start
+            yield start, part
 
 
 class TensorSource(ImageSource):
@@ -137,6 +142,20 @@ class TensorSource(ImageSource):
         return {"images": self._name, "seeds": None}
 
 
+def data_path(source: str | os.PathLike) -> str | os.PathLike:
+    """The local path of --data: published images are downloaded, anything else stays as it is."""
+    from edm import zoo
+
+    entry = zoo.FILES.get(str(source))
+    return source if entry is None or entry.kind != "images" else zoo.resolve(source, "images")
+
+
+def open_data(path: str | os.PathLike) -> ImageSource:
+    """The real images of --data: a folder, a zip, or an `.npz` as `array_source` reads it; published ones by name."""
+    path = data_path(path)
+    return array_source(path) if str(path).endswith(".npz") else FolderSource(path, option="--data")
+
+
 def array_source(path: str | os.PathLike) -> TensorSource:
     """The images of an `.npz` as OpenAI publishes reference batches: `arr_0`, uint8 [N, H, W, C]."""
     try:
@@ -151,6 +170,18 @@ def _share(num: int, batch: int, rank: int, processes: int) -> Iterator[tuple[in
     """(start, stop) of every batch of process `rank`."""
     for start in range(rank * batch, num, processes * batch):
         yield start, min(start + batch, num)
+
+
+def _on_own_stream(items: Iterator, device: torch.device) -> Iterator:
+    """Runs a generator's work on a CUDA stream of its own, after what is queued now: beside other work, not between."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def run() -> Iterator:
+        with torch.cuda.stream(stream):
+            yield from items
+
+    return run()
 
 
 def _prefetched(items: Iterator) -> Iterator:

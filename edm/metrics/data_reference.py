@@ -1,0 +1,87 @@
+"""Reference statistics of a data set, measured once and kept in the cache folder by content."""
+
+import hashlib
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import dnnlib
+from dnnlib.download import cache_folder
+from torch_utils import distributed
+from training.dataset import FileTree, image_names
+
+from .detector import Detector, file_sha256
+from .measure import DEFAULT_BATCH, measure
+from .reference import Reference, load_reference, save_reference
+from .sources import ImageSource, data_path, open_data
+from .statistics import FeatureStatistics
+
+
+def data_reference(
+    path: str | os.PathLike, detector: Detector, batch: int = DEFAULT_BATCH, progress: bool = False
+) -> Reference:
+    """Reference statistics of the images of a folder, zip or `.npz` with arr_0; every process must call it.
+
+    What was measured before with the same detector comes from the cache folder, wherever the same images lie now.
+    Errors: UserError when there are no two usable images, or the cache folder can't be written.
+    """
+    path = data_path(path)
+    source = open_data(path)
+    file = None
+    if distributed.rank() == 0:
+        file = cache_folder() / "references" / f"{content_hash(path)[:32]}-{detector.sha256[:16]}.npz"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise dnnlib.UserError(
+                f"{file.parent} can't be made ({error.strerror}); let DNNLIB_CACHE_DIR name another folder"
+            ) from None
+    if not distributed.from_process_0(file is not None and file.is_file()):
+        make_reference(source, file, detector, batch, progress)
+    return distributed.from_process_0(load_reference(file) if distributed.rank() == 0 else None)
+
+
+def make_reference(
+    source: ImageSource,
+    dest: str | os.PathLike | None,
+    detector: Detector,
+    batch: int = DEFAULT_BATCH,
+    progress: bool = False,
+) -> FeatureStatistics:
+    """Measures all images of `source`, on all processes, and writes them on process 0 as reference statistics.
+
+    Errors: UserError when there's only one image or `dest` can't be written.
+    """
+    if source.size < 2:
+        raise dnnlib.UserError("--data holds one image; a covariance needs at least two")
+    statistics = measure(source, detector, batch, [source.size], progress=progress).statistics[source.size]
+    if distributed.rank() == 0:
+        name = source.describe(source.size)["images"]
+        try:
+            save_reference(dest, statistics, detector, name, source.channels, source.resolution)
+        except OSError as error:
+            raise dnnlib.UserError(f"{dest} can't be written ({error.strerror}); choose another folder") from None
+    return statistics
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """sha256, in hex, that identifies the images of a data set: by name, size and CRC of each image file.
+
+    A folder and a zip of the same files have the same hash; of a zip only its directory is read. Of an `.npz`: the
+    file's hash.
+    """
+    if str(path).endswith(".npz"):
+        return file_sha256(path)
+    tree = FileTree(path)
+    names = image_names(tree)
+    if tree.is_zip:
+        with zipfile.ZipFile(tree.path) as archive:
+            found = [(archive.getinfo(name).file_size, archive.getinfo(name).CRC) for name in names]
+    else:
+        contents = (Path(tree.path, name).read_bytes() for name in names)
+        found = [(len(content), zlib.crc32(content)) for content in contents]
+    digest = hashlib.sha256()
+    for name, (size, crc) in zip(names, found):
+        digest.update(f"{name}\0{size} {crc:08x}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""One pass over images, on all processes: statistics, inception scores and features."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import tqdm
+
+import dnnlib
+from torch_utils import distributed
+
+from .detector import Detector
+from .inception_score import InceptionScore
+from .sources import ImageSource
+from .statistics import FeatureStatistics
+
+DEFAULT_BATCH = 64
+GATHERED_ROWS = 4096  # rows of features in one message
+
+
+@dataclass
+class Measured:
+    """What a pass over images has left: by number of images from the first one, and features in order."""
+
+    statistics: dict[int, FeatureStatistics]
+    scores: dict[int, InceptionScore]
+    features: torch.Tensor | None  # float32 [N, D] on the CPU
+
+
+def measure(
+    source: ImageSource,
+    detector: Detector,
+    batch: int = DEFAULT_BATCH,
+    statistics: Iterable[int] = (),
+    scores: Iterable[int] = (),
+    features: int = 0,
+    progress: bool = False,
+) -> Measured:
+    """Passes once over the images of all processes; every process must call it and gets the same result.
+
+    statistics, scores: numbers of images, from the first one, to take feature statistics and inception scores of.
+    features: of how many images to keep the features.
+    Errors: UserError when the source has too few images, or they don't fit the detector.
+    """
+    moments = {num: FeatureStatistics(detector.feature_dim, detector.device) for num in statistics}
+    scored = {num: InceptionScore(num) for num in scores}
+    num_images = max([*moments, *scored, features])
+    if source.size is not None and source.size < num_images:
+        raise dnnlib.UserError(
+            f"{num_images} images are asked for but there are only {source.size}; ask for at most so many by --num"
+            " or in the name of the metric"
+        )
+    if source.channels is not None:
+        detector.check(source.channels, source.resolution)
+    kept = torch.zeros(features, detector.feature_dim) if features else None
+    rank, processes = distributed.rank(), distributed.world_size()
+    with tqdm.tqdm(total=num_images, unit="img", disable=None if progress and rank == 0 else True) as bar:
+        for start, images in source.batches(num_images, batch, rank, processes):
+            hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
+            for num, moment in moments.items():
+                moment.append(hidden[: max(num - start, 0)])
+            for num, score in scored.items():
+                score.append(probabilities[: max(num - start, 0)], start)
+            if start < features:
+                kept[start : start + len(images)] = hidden[: features - start].cpu()
+            bar.update(min(len(images) * processes, num_images - bar.n))
+    for moment in moments.values():
+        moment.merge_processes()
+    communication = detector.device if detector.device.type == "cuda" else "cpu"
+    for score in scored.values():
+        score.merge_processes(communication)
+    if kept is not None and processes > 1:
+        for rows in kept.split(GATHERED_ROWS):  # each row is zero on all processes but one
+            rows.copy_(distributed.all_reduce_sum(rows.to(communication, copy=True)))
+    return Measured(moments, scored, kept)

@@ -1,0 +1,77 @@
+"""Metrics in training: each snapshot measured once, the best one remembered."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sid.report import Report, read_metrics
+
+
+class Evaluator:
+    """Gives prepared values in turn and counts its calls."""
+
+    metrics = (SimpleNamespace(name="fid2", kind="fid"), SimpleNamespace(name="is10", kind="is"))
+
+    def __init__(self, *values):
+        self.values, self.calls = list(values), 0
+
+    def __call__(self, source):
+        self.calls += 1
+        value, described = self.values.pop(0), source.describe(2)
+        return [{"metric": m.name, "value": value, "values": {m.kind: value}, **described} for m in self.metrics]
+
+
+class Net(torch.nn.Module):
+    img_resolution, img_channels, label_dim, sigma_min, sigma_max = 8, 1, 0, 0.0, float("inf")
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(float(gain)))
+        self.metadata = {"init_sigma": 2.5}
+
+    def forward(self, x, sigma, class_labels=None):
+        return self.gain * x
+
+
+def snapshots(folder, evaluator, gains):
+    """As a training does it: first the file, then the report."""
+    for i, gain in gains:
+        (folder / f"network-snapshot-{i:06d}.safetensors").write_text(f"weights {i}")
+        Report(folder, evaluator).snapshot(Net(gain), 1000 * i)
+
+
+def best(folder):
+    return json.loads((folder / "best.json").read_text()), (folder / "best.safetensors").read_text()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_snapshot_is_linked(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.delattr(os, "symlink")
+    evaluator = Evaluator(9.0, 4.0, 2.0, 3.0)
+    Report(tmp_path, evaluator).start(Net(0.1))
+    assert not (tmp_path / "best.json").exists()  # nothing is trained yet
+    for i, number in ((1, 1), (2, 2), (3, 2)):
+        snapshots(tmp_path, evaluator, [(i, i)])
+        record, content = best(tmp_path)
+        assert content == f"weights {number}"
+        assert record["snapshot"] == f"network-snapshot-{number:06d}.safetensors"
+    assert record == {"snapshot": "network-snapshot-000002.safetensors", "kimg": 2, "metric": "fid2", "value": 2.0}
+    assert (tmp_path / "best.safetensors").is_symlink() == links
+    assert not list(tmp_path.glob(".*"))
+    assert [record["kimg"] for record in read_metrics(tmp_path, "is10")] == [0, 1, 2, 3]
+
+
+def test_equal_weights_are_not_measured_again(tmp_path):
+    snapshots(tmp_path, Evaluator(4.0, 2.0), [(1, 1), (2, 2)])
+    resumed = Evaluator(1.0, 3.0)
+    snapshots(tmp_path, resumed, [(2, 2), (3, 3)])
+    assert resumed.calls == 1
+    assert [record["value"] for record in read_metrics(tmp_path, "fid2")] == [4.0, 2.0, 1.0]
+    (tmp_path / "metric-is10.jsonl").unlink()  # as if killed between the two metrics
+    snapshots(tmp_path, resumed, [(3, 3)])
+    assert len(read_metrics(tmp_path, "fid2")) == 3
+    assert len(read_metrics(tmp_path, "is10")) == 1
