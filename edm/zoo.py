@@ -1,7 +1,8 @@
-"""Networks and other files by name, path or URL: loading, saving, cloning, converting.
+"""Networks and other files by name, path or URL: loading, saving, cloning.
 
 python -m edm.zoo list
 python -m edm.zoo fetch edm-cifar10-32x32-uncond-vp
+python -m edm.zoo verify
 python -m edm.zoo convert edm-cifar10-32x32-uncond-vp teacher.safetensors
 """
 
@@ -18,14 +19,13 @@ from typing import Any
 import click
 import torch
 
-from dnnlib import UserError, write_atomically
-from dnnlib.download import cache_path, is_url, local_path
+from dnnlib import UserError
+from dnnlib.download import cache_path, is_url, local_path, verify
+from edm import network_files
 from edm.published import FILES, NETWORK_KINDS, Published
 from torch_utils import edm_pickle, persistence
 from training import networks
 
-MAX_HEADER_BYTES = 16 << 20
-SUFFIXES = (".pkl", ".safetensors")
 NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
@@ -47,6 +47,8 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
         if entry.kind not in kinds:
             raise UserError(f"{source} is a published {entry.kind}, but a {kind} is needed here")
         return local_path(entry.url, entry.sha256)
+    if kind == "network" and network_files.is_folder(Path(source).expanduser()):
+        return Path(source).expanduser()
     if is_url(source) or Path(source).expanduser().is_file():
         return local_path(source, _sha256_of(str(source)))
     names = [name for name, file in FILES.items() if file.kind in kinds]
@@ -57,18 +59,14 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
 def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None = None) -> torch.nn.Module:
     """A denoiser in eval mode, without gradients, float32, on the CPU. Runs nothing that the file contains.
 
-    source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file (`save_network`).
+    source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, or a folder (`save_network`).
     classes:  further classes that the file may name, {name: class}; for one whose constructor arguments the file
               doesn't record (`save_network`), a function of no arguments that builds the network.
     returns:  the network; its `metadata` dict holds what the file or the list of published files says about it, for
               instance {'kind': 'sid-generator', 'init_sigma': 2.5}.
     Errors:   UserError when it can't be had, is damaged, or names an unknown class.
     """
-    path = resolve(source)
-    read = {".pkl": _read_pickle, ".safetensors": _read_safetensors}.get(path.suffix)
-    if read is None:
-        raise UserError(f"{path}: a network is a {' or '.join(SUFFIXES)} file")
-    net, metadata = read(path, {**NETWORK_CLASSES, **(classes or {})})
+    net, metadata = network_files.read(resolve(source), {**NETWORK_CLASSES, **(classes or {})})
     net = net.float().eval().requires_grad_(False)
     net.metadata = {**_published_metadata(str(source)), **metadata}
     return net
@@ -88,26 +86,17 @@ def save_network(net: torch.nn.Module, path: str | os.PathLike, **metadata: Any)
     """Saves a network, float32 and in eval mode; the file appears whole or not at all.
 
     path:      by suffix, .safetensors (weights; class, constructor arguments and metadata in the header) or .pkl
-               (opens in EDM's and SiD's own tools; persistent classes only). Of a class that isn't persistent the
-               constructor arguments aren't known: `load_network` then needs a `classes` entry that takes none.
+               (opens in EDM's and SiD's own tools; persistent classes only); without a suffix, a new folder as the
+               diffusers library lays it out. Of a class that isn't persistent the constructor arguments aren't
+               known: `load_network` then needs a `classes` entry that takes none.
     metadata:  plain values that travel with the weights, for instance kind='sid-generator', init_sigma=2.5.
     Errors:    UserError when the suffix is another, the format can't hold the class or the path can't be written.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: a network is saved as {' or '.join(SUFFIXES)}")
-    if path.suffix == ".pkl" and not persistence.is_persistent(net):
-        name = type(net).__name__
-        raise UserError(f"{path}: {name} isn't a persistent_class, which EDM pickles ask for: save as .safetensors")
     net = edm_pickle.frozen_copy(net).float()
     vars(net).pop("metadata", None)
     metadata = json.loads(json.dumps(metadata))  # the same plain values in either format
     try:
-        with write_atomically(path) as file:
-            if path.suffix == ".pkl":
-                edm_pickle.write(file, ema=net, **({"metadata": metadata} if metadata else {}))
-            else:
-                file.write(_safetensors_bytes(net, metadata))
+        network_files.write(net, Path(path), metadata)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: choose another place") from None
 
@@ -142,60 +131,6 @@ def network_hash(net: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-# --- the two formats
-
-
-def _read_pickle(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    contents = edm_pickle.read(path)
-    if "ema" not in contents:
-        raise UserError(f"{path}: not a network snapshot: it has no 'ema'")
-    metadata = contents.get("metadata")
-    return edm_pickle.build(contents["ema"], classes, path), _checked_metadata(metadata or {}, path)
-
-
-def _safetensors_bytes(net: torch.nn.Module, metadata: dict[str, Any]) -> bytes:
-    from safetensors.torch import save
-
-    header = {"class_name": type(net).__name__, "metadata": metadata}
-    if persistence.is_persistent(net):
-        header |= {"init_args": net.init_args, "init_kwargs": net.init_kwargs}
-    tensors = {name: tensor.contiguous().clone() for name, tensor in net.state_dict().items()}
-    return save(tensors, {"network": json.dumps(header)})  # in one entry: the order of several would be random
-
-
-def _read_safetensors(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    with open(path, "rb") as file:
-        if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
-            raise UserError(
-                f"{path}: its header claims more than {MAX_HEADER_BYTES >> 20} MB: damaged, or not a network"
-            )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get("network", "")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError, MemoryError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file: {persistence.one_line(error)}") from None
-    try:
-        header = json.loads(text)
-        name, args, kwargs = str(header["class_name"]), header.get("init_args", []), header.get("init_kwargs", {})
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{path}: its header doesn't say how to build the network: save it by save_network") from None
-    if name not in classes:
-        raise UserError(f"{path}: holds a {name[:80]!r}, which is none of: {', '.join(classes)}")
-    if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
-        raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
-    net = persistence.construct(classes[name], tuple(args), kwargs, state, path)
-    return net, _checked_metadata(header.get("metadata"), path)
-
-
-def _checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
-    if type(metadata) is not dict or not edm_pickle.is_plain(metadata):
-        raise UserError(f"{path}: its metadata are not a dict of plain values")
-    return metadata
 
 
 # --- published files
@@ -246,32 +181,84 @@ def main() -> None:
     """Published networks, reference statistics and detectors; conversion between file formats."""
 
 
+def mirror_option(function: Any) -> Any:
+    """--mirror, for this process and those that it starts."""
+
+    def use(_context: Any, _option: Any, value: str | None) -> None:
+        if value is not None:
+            os.environ["DNNLIB_MIRROR"] = value
+
+    text = "Folder or address that holds all files as the cache does  [default: $DNNLIB_MIRROR]"
+    return click.option("--mirror", help=text, callback=use, expose_value=False)(function)
+
+
 @main.command("list")
 def list_command() -> None:
-    """List the published files by short name."""
+    """List the published files: short name, size, published FID (at network evaluations), licence, address."""
     for file in FILES.values():
-        result = f", FID {file.fid} (NFE {file.nfe})" if file.fid is not None else ""
-        here = "*" if cache_path(file.url).is_file() else " "
-        click.echo(f"{here} {file.name:28} {file.description}{result}; {file.licence}")
+        path = cache_path(file.url)
+        size = path.stat().st_size if path.is_file() else file.bytes
+        size = f"{size / 1e6:.0f} MB" if size else "?"
+        fid = f"FID {file.fid} ({file.nfe})" if file.fid is not None else ""
+        click.echo(f"{'*' if path.is_file() else ' '} {file.name:27} {size:>7}  {fid:14}  {file.description}")
+        click.echo(f"    {file.url}  [{file.licence}]")
     click.echo("* already downloaded")
 
 
 @main.command()
-@click.argument("name")
-def fetch(name: str) -> None:
-    """Download the published file NAME and print its path."""
-    entry = FILES.get(name)
-    click.echo(resolve(name, entry.kind if entry is not None and entry.kind not in NETWORK_KINDS else "network"))
+@click.argument("names", nargs=-1, required=True)
+@mirror_option
+def fetch(names: tuple[str, ...]) -> None:
+    """Download the published files NAMES and print their paths."""
+    for name in names:
+        click.echo(resolve(name, _kind(name)))
+
+
+@main.command("verify")
+@click.argument("names", nargs=-1)
+def verify_command(names: tuple[str, ...]) -> None:
+    """Read downloaded files again and compare their hashes with the published or first-seen ones.
+
+    NAMES: short names; without, all that were downloaded. Exit code 2 if one is wrong or, if named, missing.
+    """
+    wrong = 0
+    for name in names or FILES:
+        entry = FILES.get(name)
+        if entry is None:
+            raise UserError(f"{name}: no published file has that name: see python -m edm.zoo list")
+        try:
+            found = verify(entry.url, entry.sha256)
+        except UserError as error:
+            wrong += 1
+            click.echo(f"{name}: WRONG: {error.message}")
+            continue
+        if found is not None:
+            click.echo(f"{name}: {'as published' if entry.sha256 else 'as first seen'}, sha256 {found}")
+        elif names:
+            wrong += 1
+            click.echo(f"{name}: not downloaded")
+    if wrong:
+        raise UserError(f"{wrong} of the files are wrong or missing")
 
 
 @main.command()
 @click.argument("source")
 @click.argument("destination")
+@mirror_option
 def convert(source: str, destination: str) -> None:
-    """Load the network SOURCE (name, path or URL) and save it as DESTINATION (.safetensors or .pkl)."""
+    """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
+
+    DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), or without a suffix a folder with config.json and
+    diffusion_pytorch_model.safetensors.
+    """
     net = load_network(source)
     save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
+
+
+def _kind(name: str) -> str:
+    entry = FILES.get(name)
+    return "network" if entry is None or entry.kind in NETWORK_KINDS else entry.kind
 
 
 if __name__ == "__main__":

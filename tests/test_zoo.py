@@ -11,11 +11,12 @@ from click.testing import CliRunner
 
 from dnnlib import UserError
 from dnnlib.download import cache_path
-from edm import zoo
+from edm import network_files, zoo
 from edm.published import FILES, NETWORK_KINDS
 from torch_utils.persistence import persistent_class
 from training.networks import EDMPrecond, VPPrecond
 
+SUFFIXES = ("", ".pkl", ".safetensors")  # a folder, EDM's pickle, this project's file
 DATA = Path(__file__).parent / "data"
 TINY = {"img_resolution": 8, "img_channels": 1, "model_type": "SongUNet", "model_channels": 8, "channel_mult": [1]}
 TINY |= {"num_blocks": 1, "attn_resolutions": [], "dropout": 0.13}
@@ -81,7 +82,7 @@ def test_buffers_are_used_as_stored(tmp_path):
     assert buffers
     for buffer in buffers.values():
         buffer.mul_(2)
-    for suffix in zoo.SUFFIXES:
+    for suffix in SUFFIXES:
         zoo.save_network(net, tmp_path / f"net{suffix}")
         assert equal(zoo.load_network(tmp_path / f"net{suffix}"), net)
 
@@ -89,23 +90,25 @@ def test_buffers_are_used_as_stored(tmp_path):
 def test_saving_changes_neither_network_nor_file_on_failure(tmp_path, monkeypatch):
     net, path = EDMPrecond(**TINY).train(), tmp_path / "net.safetensors"
     path.write_bytes(b"before")
-    for suffix in zoo.SUFFIXES:
+    for suffix in SUFFIXES:
         zoo.save_network(net, tmp_path / f"other{suffix}")
     assert net.training
     assert all(parameter.requires_grad for parameter in net.parameters())
-    monkeypatch.setattr(zoo, "_safetensors_bytes", lambda *_: 1 / 0)
+    monkeypatch.setattr(network_files, "_tensors_bytes", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         zoo.save_network(net, path)
+    with pytest.raises(ZeroDivisionError):
+        zoo.save_network(net, tmp_path / "folder")
     assert path.read_bytes() == b"before"
     assert ".pt" in refused(zoo.save_network, net, tmp_path / "net.pt")
     assert "absent" in refused(zoo.save_network, net, tmp_path / "absent" / "net.pkl")
     assert "persistent_class" in refused(zoo.save_network, Foreign(1, 1), tmp_path / "net.pkl")
-    assert {file.name for file in tmp_path.iterdir()} == {"net.safetensors", "other.safetensors", "other.pkl"}
+    assert {file.name for file in tmp_path.iterdir()} == {"net.safetensors", "other.safetensors", "other.pkl", "other"}
 
 
 def test_equal_networks_make_equal_files(tmp_path):
     net = EDMPrecond(**TINY)
-    for suffix in zoo.SUFFIXES:
+    for suffix in SUFFIXES:
         files = [tmp_path / f"{name}{suffix}" for name in "ab"]
         for file in files:
             zoo.save_network(net, file, init_sigma=2.5, kind="sid-generator")
@@ -116,7 +119,7 @@ def test_equal_networks_make_equal_files(tmp_path):
 
 def test_classes_of_others(tmp_path):
     net = Linear(3, scale=2.0)
-    for suffix in zoo.SUFFIXES:
+    for suffix in SUFFIXES:
         path = tmp_path / f"net{suffix}"
         zoo.save_network(net, path)
         assert "Linear" in refused(zoo.load_network, path)
@@ -243,12 +246,78 @@ def test_what_is_published_about_a_generator_travels_with_it(tmp_path, monkeypat
     assert FILES["sid-cifar10-cond"].sha256 in refused(zoo.load_network, "sid-cifar10-cond")
 
 
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(zoo.main, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("edm-format-*.pkl")), ids=lambda path: path.stem)
+def test_conversions_in_a_circle_are_exact(path, tmp_path):
+    zoo.save_network(zoo.load_network(path), tmp_path / "0.pkl", kind="sid-generator", init_sigma=2.5)
+    for source, destination in (
+        ("0.pkl", "1"),
+        ("1", "2.safetensors"),
+        ("2.safetensors", "3"),
+        ("3", "4.pkl"),
+        ("4.pkl", "5.safetensors"),
+    ):
+        assert zoo.network_hash(zoo.load_network(path)) in invoke("convert", tmp_path / source, tmp_path / destination)
+    first, last = (zoo.load_network(tmp_path / name) for name in ("0.pkl", "4.pkl"))
+    for name in ("init_args", "init_kwargs", "metadata"):
+        assert getattr(first, name) == getattr(last, name)
+    assert (tmp_path / "2.safetensors").read_bytes() == (tmp_path / "5.safetensors").read_bytes()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+    config = json.loads((tmp_path / "1" / "config.json").read_text())
+    net = zoo.load_network(tmp_path / "1")
+    assert net.init_kwargs.items() <= config.items()
+    assert config["_class_name"] == type(net).__name__
+    assert "is there already" in invoke("convert", path, tmp_path / "1", code=2)
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    folder = tmp_path / "net"
+    zoo.save_network(Linear(2), folder)
+    classes, config = {"Linear": Linear}, json.loads((folder / "config.json").read_text())
+    assert equal(zoo.load_network(folder, classes), zoo.load_network(folder, classes))
+    cases = {"how to build": [], "none of": {**config, "_class_name": "os.system"}, "refuses": {**config, "depth": 3}}
+    cases |= {"metadata": {**config, "_metadata": 3}, "plain": {**config, "_init_args": {}}}
+    for message, content in cases.items():
+        (folder / "config.json").write_text(json.dumps(content))
+        assert message in refused(zoo.load_network, folder, classes)
+    (folder / "config.json").write_text("{")
+    assert "config.json" in refused(zoo.load_network, folder, classes)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    assert "diffusion_pytorch_model" in refused(zoo.load_network, folder, classes)
+
+
 def test_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
-    run = CliRunner().invoke
-    assert all(name in run(zoo.main, ["list"]).output for name in FILES)
-    source, there = str(DATA / "edm-format-vp-ddpmpp.pkl"), str(tmp_path / "net.safetensors")
-    done = run(zoo.main, ["convert", source, there])
-    assert done.exit_code == 0, done.output
-    assert zoo.network_hash(zoo.load_network(there)) in done.output
-    assert run(zoo.main, ["fetch", "unknown"]).exit_code == 2
+    listed = invoke("list")
+    for name, file in FILES.items():
+        assert name in listed
+        assert file.url in listed
+        assert file.licence in listed
+    assert "FID 1.923 (1)" in listed
+    assert "223 MB" in listed
+    invoke("fetch", "unknown", code=2)
+
+
+def test_mirror_and_verify(tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("DNNLIB_MIRROR", "")  # --mirror changes it: put back afterwards
+    names = ["cifar10-32x32", "sid-cifar10-cond"]  # without and with a published hash
+    for name in names:
+        path = cache_path(FILES[name].url, tmp_path / "mirror")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"statistics")
+    fetched = cache_path(FILES[names[0]].url)
+    assert str(fetched) in invoke("fetch", names[0], f"--mirror={tmp_path / 'mirror'}")
+    assert "as published" in invoke("fetch", names[1], f"--mirror={tmp_path / 'mirror'}", code=2)  # another file there
+    assert invoke("verify").startswith(f"{names[0]}: as first seen, sha256 ")
+    assert "not downloaded" in invoke("verify", *names, code=2)
+    fetched.write_bytes(b"STATISTICS")
+    assert "WRONG" in invoke("verify", code=2)
+    assert "no published file" in invoke("verify", "unknown", code=2)

@@ -1,0 +1,162 @@
+"""The formats of a network's file: EDM pickle, safetensors, and a folder as the diffusers library lays it out.
+
+Each holds the weights, the class by name, its constructor arguments, and metadata: plain values. Nothing that a file
+contains is executed.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib import UserError, write_atomically
+from torch_utils import edm_pickle, persistence
+
+MAX_HEADER_BYTES = 16 << 20
+SUFFIXES = (".pkl", ".safetensors")
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
+OWN_KEYS = {"class_name": "_class_name", "init_args": "_init_args", "metadata": "_metadata"}  # in CONFIG_FILE
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` is a network's folder."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def read(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """(network, metadata) of a file or folder. Errors: UserError when it is damaged or names another class."""
+    if is_folder(path):
+        return _read_folder(path, classes)
+    if path.suffix == ".pkl":
+        return _read_pickle(path, classes)
+    if path.suffix == ".safetensors":
+        text, state = _read_tensors(path)
+        return _build(_parse(text, path), state, classes, path)
+    raise UserError(f"{path}: a network is a {' or '.join(SUFFIXES)} file or a folder with {CONFIG_FILE}")
+
+
+def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes a network in eval mode on the CPU, by the suffix of `path`; without a suffix, a new folder.
+
+    The file or folder appears whole or not at all. Errors: OSError; UserError as `edm.zoo.save_network`.
+    """
+    if path.suffix not in ("", *SUFFIXES):
+        raise UserError(f"{path}: a network is saved as {' or '.join(SUFFIXES)}, or without a suffix as a folder")
+    if path.suffix == ".pkl" and not persistence.is_persistent(net):
+        name = type(net).__name__
+        raise UserError(f"{path}: {name} isn't a persistent_class, which EDM pickles ask for: save as .safetensors")
+    if path.suffix == "":
+        _write_folder(net, path, metadata)
+        return
+    with write_atomically(path) as file:
+        if path.suffix == ".pkl":
+            edm_pickle.write(file, ema=net, **({"metadata": metadata} if metadata else {}))
+        else:  # the header is one entry: the order of several would be random
+            file.write(_tensors_bytes(net, {"network": json.dumps(_header(net, metadata))}))
+
+
+# --- EDM's pickle
+
+
+def _read_pickle(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    contents = edm_pickle.read(path)
+    if "ema" not in contents:
+        raise UserError(f"{path}: not a network snapshot: it has no 'ema'")
+    metadata = contents.get("metadata")
+    return edm_pickle.build(contents["ema"], classes, path), _checked_metadata(metadata or {}, path)
+
+
+# --- safetensors
+
+
+def _header(net: torch.nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    header = {"class_name": type(net).__name__, "metadata": metadata}
+    if persistence.is_persistent(net):
+        header |= {"init_args": net.init_args, "init_kwargs": net.init_kwargs}
+    return header
+
+
+def _tensors_bytes(net: torch.nn.Module, header: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous().clone() for name, tensor in net.state_dict().items()}, header)
+
+
+def _read_tensors(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """(this project's entry of the header, tensors)"""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: check the file name") from None
+    if length > MAX_HEADER_BYTES:
+        raise UserError(f"{path}: its header claims more than {MAX_HEADER_BYTES >> 20} MB: damaged, or not a network")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get("network", "")
+            return text, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError, MemoryError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file: {persistence.one_line(error)}") from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        return {**header, "class_name": str(header["class_name"])}
+    except (LookupError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{path}: its header doesn't say how to build the network: save it by save_network") from None
+
+
+def _build(
+    header: dict[str, Any], state: dict[str, torch.Tensor], classes: Mapping[str, type], path: Path
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    name, args, kwargs = header["class_name"], header.get("init_args", []), header.get("init_kwargs", {})
+    if name not in classes:
+        raise UserError(f"{path}: holds a {name[:80]!r}, which is none of: {', '.join(classes)}")
+    if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
+        raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
+    net = persistence.construct(classes[name], tuple(args), kwargs, state, path)
+    return net, _checked_metadata(header.get("metadata"), path)
+
+
+def _checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
+    if type(metadata) is not dict or not edm_pickle.is_plain(metadata):
+        raise UserError(f"{path}: its metadata are not a dict of plain values")
+    return metadata
+
+
+# --- a folder: constructor arguments by name in CONFIG_FILE, beside them `_class_name` and what else is ours
+
+
+def _write_folder(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: is there already: name a new folder")
+    header = _header(net, metadata)
+    config = {key: header[name] for name, key in OWN_KEYS.items() if header.get(name)} | header.get("init_kwargs", {})
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()  # TemporaryDirectory's own is private
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with write_atomically(new / WEIGHTS_FILE) as file:
+            file.write(_tensors_bytes(net, {"format": "pt"}))
+        os.replace(new, path)
+
+
+def _read_folder(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    config = path / CONFIG_FILE
+    if config.stat().st_size > MAX_HEADER_BYTES:
+        raise UserError(f"{config}: holds more than {MAX_HEADER_BYTES >> 20} MB: damaged, or not of a network")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        header = {"metadata": {}} | {name: values.pop(key) for name, key in OWN_KEYS.items() if key in values}
+        header["class_name"] = str(header["class_name"])
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{config}: doesn't say how to build the network: write it by edm.zoo convert") from None
+    values.pop("_diffusers_version", None)
+    return _build({**header, "init_kwargs": values}, _read_tensors(path / WEIGHTS_FILE)[1], classes, config)
