@@ -4,11 +4,11 @@ import dataclasses
 
 import click
 
-from dnnlib import IntList
+from dnnlib import FiniteRange, IntList
 from sid.config import DistillationConfig
 
 D = DistillationConfig  # its class attributes are the defaults
-POSITIVE = click.FloatRange(0, min_open=True)
+POSITIVE = FiniteRange(0, min_open=True)
 
 
 @click.command(context_settings={"show_default": True})
@@ -23,25 +23,25 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--transfer", help="Network whose weights the generator starts from")
 @click.option("--resume", help="Training state, or run folder, to continue")
 # The method.
-@click.option("--alpha", help="Weight of L1 in L2 - alpha L1", type=float, default=D.alpha)
+@click.option("--alpha", help="Weight of L1 in L2 - alpha L1", type=FiniteRange(), default=D.alpha)
 @click.option("--tmax", help="Highest time of the generator's noise levels, of 1000", default=D.tmax,
-              type=click.FloatRange(0, 1000))  # fmt: skip
+              type=FiniteRange(0, 1000))  # fmt: skip
 @click.option("--init_sigma", help="Noise level at which the generator starts", type=POSITIVE, default=D.init_sigma)
 @click.option("--lr", help="Learning rate of the fake score network", type=POSITIVE, default=D.lr)
 @click.option("--glr", help="Learning rate of the generator", type=POSITIVE, default=D.glr)
-@click.option("--g_beta1", help="Adam's beta1 for the generator", type=click.FloatRange(0, 1, max_open=True),
+@click.option("--g_beta1", help="Adam's beta1 for the generator", type=FiniteRange(0, 1, max_open=True),
               default=D.g_beta1)  # fmt: skip
-@click.option("--lr-rampup", help="Warm-up of both learning rates in kimg", type=click.FloatRange(0), default=0.0)
+@click.option("--lr-rampup", help="Warm-up of both learning rates in kimg", type=FiniteRange(0), default=0.0)
 @click.option("--lr-decay", help="Of both learning rates", type=click.Choice(["none", "linear", "cosine"]),
               default=D.lr_decay)  # fmt: skip
 @click.option("--ls", help="Scale of the fake score's loss", type=POSITIVE, default=D.ls)
 @click.option("--lsg", help="Scale of the generator's loss", type=POSITIVE, default=D.lsg)
-@click.option("--ema", help="Half-life of the generator's average in Mimg", type=click.FloatRange(0), default=0.5)
-@click.option("--ema-rampup", help="The half-life is at most this share of the images seen", type=click.FloatRange(0),
+@click.option("--ema", help="Half-life of the generator's average in Mimg", type=FiniteRange(0), default=0.5)
+@click.option("--ema-rampup", help="The half-life is at most this share of the images seen", type=FiniteRange(0),
               default=D.ema_rampup_ratio)  # fmt: skip
 @click.option("--augment", help="Augmentation probability, 0 = off  [default: 0.12, or 0 for a teacher without]",
-              type=click.FloatRange(0, 1))  # fmt: skip
-@click.option("--dropout", help="[default: the teacher's]", type=click.FloatRange(0, 1, max_open=True))
+              type=FiniteRange(0, 1))  # fmt: skip
+@click.option("--dropout", help="[default: the teacher's]", type=FiniteRange(0, 1, max_open=True))
 @click.option("--fp16", help="Half precision on a GPU  [default: the teacher's]", type=bool)
 # The teacher's architecture: checked against its own record.
 @click.option("--cond", help="Class-conditional", type=bool)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import math
 import os
 import re
 import sys
@@ -49,6 +50,16 @@ class IntList(click.ParamType):
         if not re.fullmatch(r"\d+(,\d+)*", value):
             self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2", param, ctx)
         return [int(v) for v in value.split(",")]
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds that is neither infinite nor nan."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 def construct_class_by_name(*args: Any, class_name: str, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ def create(outdir: str, description: str, nosubdir: bool, options: dict, resume:
     """Makes the run folder on process 0, writes the options there, logs to log.txt while open; gives its path.
 
     A resumed run goes on in the folder of its state. With `nosubdir` the folder is `outdir` itself.
-    Errors: UserError when that folder already holds another run.
+    Errors: UserError when that folder already holds another run or can't be made.
     """
     run_dir = [None]
     if distributed.rank() == 0:
@@ -45,8 +45,11 @@ def create(outdir: str, description: str, nosubdir: bool, options: dict, resume:
     if distributed.rank() != 0:
         yield path
         return
-    path.mkdir(parents=True, exist_ok=True)
-    (path / OPTIONS_FILE).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / OPTIONS_FILE).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder") from None
     with Logger(path / "log.txt"):
         yield path
 

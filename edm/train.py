@@ -2,7 +2,7 @@
 
 import click
 
-from dnnlib import IntList, UserError
+from dnnlib import FiniteRange, IntList, UserError
 
 ARCHITECTURES = {
     "ddpmpp": {
@@ -40,25 +40,25 @@ PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss")
 @click.option("--cres", help="Channel multiplier per resolution [default: by --arch]", type=IntList())
 @click.option("--blocks", help="Residual blocks per resolution [default: by --arch]", type=click.IntRange(min=1))
 @click.option("--attn", help="Resolutions with self-attention [default: by --arch]", type=IntList())
-@click.option("--dropout", type=click.FloatRange(0, 1), default=0.13, show_default=True)
-@click.option("--augment", help="Augmentation probability, 0 = off", type=click.FloatRange(0, 1), default=0.12)
+@click.option("--dropout", type=FiniteRange(0, 1), default=0.13, show_default=True)
+@click.option("--augment", help="Augmentation probability, 0 = off", type=FiniteRange(0, 1), default=0.12)
 @click.option("--xflip", help="Add the mirrored images", type=bool, default=False, show_default=True)
 @click.option("--fp16", help="Half precision on a GPU", type=bool, default=False, show_default=True)
-@click.option("--duration", help="Length in Mimg", type=click.FloatRange(0, min_open=True), default=200.0)
+@click.option("--duration", help="Length in Mimg", type=FiniteRange(0, min_open=True), default=200.0)
 @click.option("--batch", help="Images per update", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--batch-gpu", help="Images per process and round", type=click.IntRange(min=1))
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True)
-@click.option("--lr-rampup", help="Warm-up in kimg", type=click.FloatRange(0), default=10_000.0, show_default=True)
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=1e-3, show_default=True)
+@click.option("--lr-rampup", help="Warm-up in kimg", type=FiniteRange(0), default=10_000.0, show_default=True)
 @click.option("--lr-decay", type=click.Choice(["none", "linear", "cosine"]), default="none", show_default=True)
-@click.option("--ema", help="Half-life of the moving average in Mimg", type=click.FloatRange(0), default=0.5)
-@click.option("--ls", help="Loss scaling", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--ema", help="Half-life of the moving average in Mimg", type=FiniteRange(0), default=0.5)
+@click.option("--ls", help="Loss scaling", type=FiniteRange(0, min_open=True), default=1.0, show_default=True)
 @click.option("--bench", help="cuDNN benchmarking", type=bool, default=True, show_default=True)
 @click.option("--cache", help="Keep the images in memory", type=bool, default=True, show_default=True)
 @click.option("--workers", help="Data-loader processes", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--desc", help="Description in the run folder's name")
 @click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
-@click.option("--tick", help="Report every so many kimg", type=click.FloatRange(0, min_open=True), default=50.0)
+@click.option("--tick", help="Report every so many kimg", type=FiniteRange(0, min_open=True), default=50.0)
 @click.option("--snap", help="Snapshot every so many ticks", type=click.IntRange(min=1), default=50)
 @click.option("--dump", help="Training state every so many ticks", type=click.IntRange(min=1), default=500)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -124,8 +124,13 @@ def build_config(options, dataset, augment_dim):
     )
     given = {"model_channels": "cbase", "channel_mult": "cres", "num_blocks": "blocks", "attn_resolutions": "attn"}
     network.update({name: options[option] for name, option in given.items() if options[option] is not None})
+    cres = ",".join(map(str, network["channel_mult"]))
+    if 0 in network["channel_mult"]:
+        raise UserError(f"--cres={cres}: multipliers start at 1")
     if dataset.resolution >> (len(network["channel_mult"]) - 1) < 1:
-        raise UserError(f"--cres={network['channel_mult']} halves {dataset.resolution} pixels too often; give fewer")
+        raise UserError(f"--cres={cres} halves {dataset.resolution} pixels too often; give fewer")
+    if network["model_channels"] % 2:
+        raise UserError(f"--cbase={network['model_channels']} must be even")
     config = TrainingConfig(
         total_kimg=options["duration"] * 1000,
         batch=options["batch"],

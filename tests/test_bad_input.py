@@ -1,0 +1,326 @@
+"""What users get wrong: one line that names the option, no traceback, nothing written; and command lines that work."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import fid
+import sid_train
+from dnnlib import download
+from edm import dataset_tool, train, zoo
+from edm.metrics.detector import save_detector
+from edm.metrics.small_classifier import SmallClassifier
+from training.networks import EDMPrecond
+
+DATA = Path(__file__).parent / "data"
+NETWORK = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+DETECTOR = {"img_resolution": 8, "img_channels": 1, "num_classes": 3, "width": 4}
+TINY_RUN = ["--batch=4", "--batch-gpu=2", "--tick=0.004", "--device=cpu"]
+
+
+def write_images(folder, sizes, mode="L"):
+    folder.mkdir()
+    for i, size in enumerate(sizes):
+        Image.new(mode, size, color=i).save(folder / f"{i}.png")
+
+
+def run(main, *options):
+    return CliRunner().invoke(main, list(options))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a teacher and a finished run of each kind, and with much that is broken."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    for name, options in {
+        "teacher": {},
+        "other": {},
+        "wide": {"model_channels": 16},
+        "classes": {"label_dim": 3},
+    }.items():
+        zoo.save_network(EDMPrecond(8, 1, **{**NETWORK, **options}), folder / f"{name}.safetensors", init_sigma=2.5)
+    write_images(folder / "images", [(8, 8)] * 4)
+    write_images(folder / "colour", [(8, 8)] * 2, "RGB")
+    write_images(folder / "large", [(16, 16)] * 2)
+    write_images(folder / "oblong", [(8, 6)] * 2)
+    write_images(folder / "mixed", [(8, 8), (16, 16)])
+    write_images(folder / "damaged", [(8, 8)] * 2)
+    (folder / "damaged" / "1.png").write_bytes((folder / "images" / "1.png").read_bytes()[:-30])
+    (folder / "empty").mkdir()
+    (folder / "file").write_bytes(b"a file")
+    for name in ("garbage.pkl", "garbage.safetensors", "garbage.npz", "garbage.zip", "training-state-garbage.pt"):
+        (folder / name).write_bytes(b"garbage" * 100)
+    snapshot = (DATA / "edm-format-edm-ddpmpp.pkl").read_bytes()
+    (folder / "truncated.pkl").write_bytes(snapshot[: len(snapshot) // 2])
+    (folder / "unknown.pkl").write_bytes(snapshot.replace(b"EDMPrecond", b"ODDPrecond"))
+    save_detector(SmallClassifier(**DETECTOR), folder / "detector.safetensors", DETECTOR)
+    np.savez(folder / "ref.npz", mu=np.zeros(5), sigma=np.eye(5))
+    options = [f"--data={folder}/images", f"--dest={folder}/good.npz", f"--detector={folder}/detector.safetensors"]
+    done = run(fid.main, "ref", *options, "--device=cpu")
+    assert done.exit_code == 0, done.output
+    options = [*TINY_RUN, "--duration=0.000008", "--nosubdir"]
+    done = run(sid_train.main, f"--edm_model={folder}/teacher.safetensors", f"--outdir={folder}/distilled", *options)
+    assert done.exit_code == 0, done.output
+    options += ["--cbase=8", "--cres=1", "--blocks=1", "--attn=1", "--augment=0", "--workers=0"]
+    done = run(train.main, f"--data={folder}/images", f"--outdir={folder}/trained", *options)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def work(made, tmp_path, monkeypatch):
+    """`made` as the current folder, an empty download cache, no second attempts, no network beyond this machine."""
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(download, "RETRIES", 0)
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    return made
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def assert_refused(folder, main, options, expected):
+    before = contents(folder)
+    result = run(main, *options)
+    assert isinstance(result.exception, SystemExit), result.exc_info
+    assert result.exit_code != 0
+    lines = result.output.splitlines()
+    assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
+    assert expected in lines[-1]
+    assert "Traceback" not in result.output
+    assert contents(folder) == before
+
+
+NETWORKS = [
+    ("missing.pkl", "missing.pkl"),
+    ("edm-cifar10-32x32-uncond-xx", "edm-cifar10-32x32-uncond-vp"),
+    ("cifar10-32x32", "reference"),
+    ("garbage.pkl", "garbage.pkl"),
+    ("truncated.pkl", "truncated.pkl"),
+    ("unknown.pkl", "ODDPrecond"),
+    ("garbage.safetensors", "garbage.safetensors"),
+    ("images", "images"),
+    ("file", "file"),
+    ("http://127.0.0.1:9/teacher.pkl", "http://127.0.0.1:9/teacher.pkl"),
+    ("ftp://127.0.0.1/teacher.pkl", "ftp://127.0.0.1/teacher.pkl"),
+]
+FOLDERS = [
+    ("missing", "--data=missing"),
+    ("empty", "--data=empty"),
+    ("file", "--data=file"),
+    ("garbage.zip", "--data=garbage.zip"),
+    ("oblong", "not square"),
+]
+BOTH_TRAININGS = [
+    (["--duration=-1"], "--duration"),
+    (["--duration=0"], "--duration"),
+    (["--duration=nan"], "--duration"),
+    (["--duration=inf"], "--duration"),
+    (["--duration=long"], "--duration"),
+    (["--lr=0"], "--lr"),
+    (["--lr=nan"], "--lr"),
+    (["--ls=inf"], "--ls"),
+    (["--ema=-1"], "--ema"),
+    (["--tick=0"], "--tick"),
+    (["--snap=0"], "--snap"),
+    (["--dump=0"], "--dump"),
+    (["--seed=-1"], "--seed"),
+    (["--dropout=2"], "--dropout"),
+    (["--augment=-0.1"], "--augment"),
+    (["--batch=0"], "--batch"),
+    (["--batch=7"], "--batch-gpu=2"),
+    (["--batch-gpu=3"], "--batch-gpu=3"),
+    (["--batch-gpu=0"], "--batch-gpu"),
+    (["--cres=2,x"], "--cres"),
+    (["--cond=maybe"], "--cond"),
+    (["--arch=vit"], "--arch"),
+    (["--fp16=half"], "--fp16"),
+    (["--device=abacus"], "--device"),
+    (["--precon=edm"], "--precon"),
+    (["--outdir=file"], "--outdir=file"),
+    (["--outdir=file/runs"], "--outdir=file/runs"),
+    (["--outdir=empty", f"--desc={'long' * 100}"], "--outdir=empty"),
+    (["--resume=missing"], "--resume=missing"),
+    (["--resume=empty"], "--resume=empty"),
+    (["--resume=file"], "--resume=file"),
+    (["--resume=training-state-garbage.pt"], "--resume=training-state-garbage.pt"),
+    (["--resume=teacher.safetensors"], "--resume=teacher.safetensors"),
+    (["--transfer=missing"], "missing"),
+    (["--transfer=unknown.pkl"], "ODDPrecond"),
+]
+DISTILLATION = [
+    *(([f"--data={name}"], expected) for name, expected in FOLDERS),
+    (["--data=large"], "--data=large"),
+    (["--data=colour"], "--data=colour"),
+    (["--data=damaged"], "--data=damaged"),
+    (["--arch=adm"], "--arch=adm"),
+    (["--arch=ncsnpp"], "--arch=ncsnpp"),
+    (["--precond=vp"], "--precond=vp"),
+    (["--cres=1,2"], "--cres=1,2"),
+    (["--cbase=16"], "--cbase=16"),
+    (["--cond=1"], "--cond=True"),
+    (["--edm_model=classes.safetensors", "--cond=0"], "--cond=False"),
+    (["--augment=0.12"], "--augment=0.12"),
+    (["--transfer=wide.safetensors"], "--transfer=wide.safetensors"),
+    (["--resume=trained"], "--resume=trained/training-state"),
+    (["--resume=distilled", "--edm_model=other.safetensors"], "--edm_model"),
+    (["--outdir=distilled", "--nosubdir"], "--resume=distilled"),
+    (["--alpha=nan"], "--alpha"),
+    (["--alpha=big"], "--alpha"),
+    (["--tmax=1001"], "--tmax"),
+    (["--init_sigma=0"], "--init_sigma"),
+    (["--glr=-1e-5"], "--glr"),
+    (["--g_beta1=1"], "--g_beta1"),
+    (["--lsg=0"], "--lsg"),
+    (["--metrics=fid9"], "--data_stat"),
+    (["--metrics=fud9", "--data_stat=ref.npz"], "--metrics=fud9"),
+    (["--metrics=fid9,", "--data_stat=ref.npz"], "--metrics"),
+    (["--metrics=kid9"], "--data"),
+    (["--data_stat=missing.npz"], "missing.npz"),
+    (["--data_stat=garbage.npz"], "garbage.npz"),
+    (["--data_stat=ref.npz", "--detector=missing.pt"], "missing.pt"),
+    (["--data_stat=ref.npz", "--detector=detector.safetensors"], "features"),
+]
+TEACHER_TRAINING = [
+    *(([f"--data={name}"], expected) for name, expected in FOLDERS),
+    (["--data=mixed"], "--data=mixed"),
+    (["--data=damaged"], "--data=damaged"),
+    (["--cond=1"], "--cond=0"),
+    (["--cres=1,1,1,1,1"], "--cres=1,1,1,1,1"),
+    (["--cres=0"], "--cres=0"),
+    (["--cbase=5"], "--cbase=5"),
+    (["--transfer=detector.safetensors"], "detector.safetensors"),
+    (["--resume=distilled"], "--resume=distilled/training-state"),
+    (["--resume=trained", "--cbase=16"], "--resume=trained/training-state"),
+    (["--resume=trained", "--augment=0.12"], "--resume=trained/training-state"),
+    (["--outdir=trained", "--nosubdir"], "--resume=trained"),
+]
+OTHERS = [
+    (dataset_tool.main, ["--dest=new.zip"], "--source"),
+    (dataset_tool.main, ["--source=missing", "--dest=new.zip"], "--source=missing"),
+    (dataset_tool.main, ["--source=garbage.zip", "--dest=new.zip"], "--source=garbage.zip"),
+    (dataset_tool.main, ["--source=damaged", "--dest=new.zip"], "--source=damaged"),
+    (dataset_tool.main, ["--source=oblong", "--dest=new.zip"], "--resolution"),
+    (dataset_tool.main, ["--source=mixed", "--dest=new"], "--resolution"),
+    (dataset_tool.main, ["--source=images", "--dest=large"], "--dest=large"),
+    (dataset_tool.main, ["--source=images", "--dest=file/new"], "--dest=file/new"),
+    (dataset_tool.main, ["--source=images", "--dest=new", "--max-images=-1"], "--max-images"),
+    (dataset_tool.main, ["--source=images", "--dest=new", "--resolution=32"], "--resolution=32"),
+    (fid.main, ["calc", "--images=missing", "--ref=ref.npz", "--num=4"], "--images=missing"),
+    (fid.main, ["calc", "--images=images", "--ref=ref.npz", "--num=-4"], "--num"),
+    (fid.main, ["calc", "--images=images", "--ref=ref.npz", "--num=5"], "--num=5"),
+    (fid.main, ["calc", "--images=images", "--ref=garbage.npz", "--num=4"], "--ref=garbage.npz"),
+    (fid.main, ["calc", "--images=images", "--ref=http://127.0.0.1:9/r.npz", "--num=4"], "http://127.0.0.1:9/r.npz"),
+    (fid.main, ["ref", "--data=oblong", "--dest=new.npz", "--detector=detector.safetensors"], "not square"),
+    (fid.main, ["ref", "--data=large", "--dest=new.npz", "--detector=detector.safetensors"], "16x16"),
+    (fid.main, ["ref", "--data=images", "--dest=new.npz", "--detector=garbage.safetensors"], "garbage.safetensors"),
+    (fid.main, ["ref", "--data=images", "--dest=empty/no/new.npz"], "--dest=empty/no/new.npz"),
+]
+
+
+def ids(cases):
+    return [" ".join(options[-2:])[:60] for options, _ in cases]
+
+
+DISTIL = ["--edm_model=teacher.safetensors", "--outdir=runs", "--duration=0.000008", *TINY_RUN]
+TRAIN = ["--data=images", "--outdir=runs", "--duration=0.000008", "--cbase=8", "--cres=1", "--blocks=1", "--attn=1"]
+TRAIN += ["--augment=0", "--workers=0", *TINY_RUN]
+
+
+@pytest.mark.parametrize(("source", "expected"), NETWORKS)
+def test_networks(work, source, expected):
+    assert_refused(work, sid_train.main, [*DISTIL, f"--edm_model={source}"], expected)
+    metrics = ["--ref=good.npz", "--metrics=fid9", "--device=cpu"]
+    assert_refused(work, fid.main, ["eval", f"--network={source}", *metrics], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [*BOTH_TRAININGS, *DISTILLATION], ids=ids([*BOTH_TRAININGS, *DISTILLATION])
+)
+def test_distillation(work, options, expected):
+    assert_refused(work, sid_train.main, [*DISTIL, *options], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [*BOTH_TRAININGS, *TEACHER_TRAINING], ids=ids([*BOTH_TRAININGS, *TEACHER_TRAINING])
+)
+def test_teacher_training(work, options, expected):
+    assert_refused(work, train.main, [*TRAIN, *options], expected)
+
+
+@pytest.mark.parametrize(("main", "options", "expected"), OTHERS, ids=ids([case[1:] for case in OTHERS]))
+def test_data_sets_and_metrics(work, main, options, expected):
+    assert_refused(work, main, options, expected)
+
+
+# --- command lines that existing users type, SPEC §8 and §9
+
+PUBLISHED = "--tmax=800 --init_sigma=2.5 --ls=1 --lsg=100 --snap=50 --dump=500"
+UNCONDITIONAL = "--cond=0 --arch=ddpmpp --ema=0.5 --tick=10"
+RECIPES = {
+    "edm-cifar10-32x32-uncond-vp": f"{UNCONDITIONAL} --alpha=1.2 --batch=256 --batch-gpu=16 --lr=1e-5 --glr=1e-5"
+    " --fp16=0 --dropout=0.13 --augment=0.12 --cres=2,2,2 --duration=500",
+    "edm-cifar10-32x32-cond-vp": "--cond=1 --arch=ddpmpp --alpha=1.2 --batch=256 --batch-gpu=16 --lr=1e-5 --glr=1e-5"
+    " --fp16=0 --dropout=0.13 --augment=0.12 --cres=2,2,2 --ema=0.5 --tick=10 --duration=800",
+    "edm-imagenet-64x64-cond-adm": "--cond=1 --arch=adm --alpha=1.2 --batch=8192 --batch-gpu=16 --lr=4e-6 --glr=4e-6"
+    " --fp16=1 --dropout=0.10 --augment=0 --cres=1,2,3,4 --ema=2 --tick=20 --duration=1000",
+    "edm-ffhq-64x64-uncond-vp": f"{UNCONDITIONAL} --alpha=1.2 --batch=512 --batch-gpu=32 --lr=1e-5 --glr=1e-5"
+    " --g_beta1=0.9 --fp16=1 --dropout=0.05 --augment=0.15 --cres=1,2,2,2 --duration=500",
+    "edm-afhqv2-64x64-uncond-vp": f"{UNCONDITIONAL} --alpha=1.0 --batch=512 --batch-gpu=32 --lr=5e-6 --glr=5e-6"
+    " --fp16=1 --dropout=0.05 --augment=0.15 --cres=1,2,2,2 --duration=500",
+}
+REFERENCES = ["cifar10-32x32", "cifar10-32x32", "imagenet-64x64", "ffhq-64x64", "afhqv2-64x64"]
+EVERYTHING = """
+    --outdir=runs --data=images --data_stat=ref.npz --cond=1 --arch=ncsnpp --precond=ve --duration=10 --batch=512
+    --batch-gpu=32 --cbase=64 --cres=1,2,2 --ema=1 --dropout=0.1 --augment=0.15 --xflip=1 --bench=0 --cache=0
+    --workers=4 --desc=mine --nosubdir --tick=5 --snap=7 --dump=9 --seed=3 --transfer=other.safetensors
+    --resume=distilled --dry-run --metrics=fid50k_full,is50k,kid50k_full,pr50k3_full --edm_model=teacher.safetensors
+    --init_sigma=2 --fp16=1 --ls=2 --lsg=50 --alpha=1 --tmax=700 --lr=2e-5 --glr=3e-5 --g_beta1=0.9
+"""
+
+
+def dry_run(folder, *options):
+    before = contents(folder)
+    result = run(sid_train.main, *options)
+    assert result.exit_code == 0, result.output
+    assert contents(folder) == before
+    return json.loads(result.output)
+
+
+@pytest.mark.parametrize(("teacher", "reference"), list(zip(RECIPES, REFERENCES)), ids=RECIPES)
+def test_recipes(work, teacher, reference):
+    given = f"{PUBLISHED} {RECIPES[teacher]}".split()
+    found = dry_run(work, "--outdir=runs", f"--edm_model={teacher}", *given, "-n")
+    assert (found["edm_model"], found["data_stat"], found["metrics"]) == (teacher, reference, ["fid50k_full"])
+    values = dict(option.removeprefix("--").split("=") for option in given)
+    assert found["total_kimg"] == float(values["duration"]) * 1000
+    assert found["ema_halflife_kimg"] == float(values["ema"]) * 1000
+    assert (found["kimg_per_tick"], found["snapshot_ticks"], found["state_ticks"]) == (float(values["tick"]), 50, 500)
+    assert found["use_fp16"] == (values["fp16"] == "1")
+    assert found["cres"] == [int(value) for value in values["cres"].split(",")]
+    assert found["g_beta1"] == float(values.get("g_beta1", 0))
+    for name in ("alpha", "tmax", "init_sigma", "lr", "glr", "ls", "lsg", "batch", "dropout", "augment"):
+        assert found[name] == float(values[name])
+    assert found["batch_gpu"] == int(values["batch-gpu"])
+
+
+def test_the_bare_defaults_are_the_first_recipe(work):
+    bare, full = (dry_run(work, *options, "-n") for options in ([], [PUBLISHED, *RECIPES.values()][1].split()))
+    same = bare.keys() - {"dropout", "augment", "use_fp16", "cond", "arch", "cres"}  # None: as the teacher has it
+    assert {name: bare[name] for name in same} == {name: full[name] for name in same}
+
+
+def test_every_option_of_published_command_lines(work):
+    found = dry_run(work, *EVERYTHING.split())
+    assert found["metrics"] == ["fid50k_full", "is50k", "kid50k_full", "pr50k3_full"]
+    assert (found["total_kimg"], found["batch"], found["batch_gpu"], found["seed"]) == (10_000, 512, 32, 3)
+    assert (found["glr"], found["lr"], found["g_beta1"], found["tmax"]) == (3e-5, 2e-5, 0.9, 700)
