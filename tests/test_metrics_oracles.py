@@ -85,9 +85,7 @@ def test_kernel_distance_by_scikit_learn(features):
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_and_recall_by_scikit_learn(features, k):
     def covered(queries, points):
-        radii = (
-            NearestNeighbors(n_neighbors=k).fit(points).kneighbors()[0][:, -1]
-        )  # no point is its own neighbour
+        radii = NearestNeighbors(n_neighbors=k).fit(points).kneighbors()[0][:, -1]  # no point is its own neighbour
         return (pairwise_distances(queries, points) <= radii).any(1).mean()
 
     real, generated = (x[:, :6] for x in features)
