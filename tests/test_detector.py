@@ -1,7 +1,11 @@
 """Detectors: both kinds of file, what is refused, and the tool that trains one."""
 
 import json
+import runpy
+import sys
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +79,40 @@ def test_torchscript_of_another_signature(tmp_path):
     torch.jit.script(torch.nn.ReLU()).save(str(path))
     with pytest.raises(UserError, match="return_features=True"):
         load_detector(path).features(images())
+
+
+class ToyBackbone(torch.nn.Module):
+    """Stands in for a network of timm, which the tests don't need."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+        self.conv = torch.nn.Conv2d(3, 6, 14, stride=14)
+
+    def forward(self, x):
+        return self.conv(x).relu().flatten(2).mean(2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_example_of_the_manual(tmp_path, monkeypatch):
+    manual = (Path(__file__).resolve().parents[1] / "docs" / "detectors.md").read_text(encoding="utf-8")
+    script = tmp_path / "export.py"
+    script.write_text(manual.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    torch.manual_seed(0)
+    backbone = ToyBackbone()
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=lambda *_, **__: backbone))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="export")
+    detector = load_detector("dinov2-vitl14.pt")
+    batch = images(channels=3, resolution=16)
+    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    resized = torch.nn.functional.interpolate(batch.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+    torch.testing.assert_close(detector.features(batch), backbone((resized / 255 - mean) / std))
+    single = torch.cat([detector.features(image[None]) for image in batch])
+    torch.testing.assert_close(detector.features(batch), single)
+    assert detector.feature_dim == 6
+    with pytest.raises(UserError, match="no classes"):
+        detector.probabilities(batch)
 
 
 def test_small_classifier(safetensors):

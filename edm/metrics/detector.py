@@ -88,7 +88,7 @@ class TorchScriptDetector(Detector):
             return self._module(images, **option).to(torch.float32)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:  # the latter for what the file itself raises
             raise dnnlib.UserError(
                 f"--detector={self.path} can't be called with {next(iter(option))}=True as NVIDIA's Inception is: "
                 + str(error).strip().splitlines()[-1]
