@@ -92,10 +92,11 @@ class NetworkSource(ImageSource):
         return _prefetched(_on_own_stream(images, device)) if device.type == "cuda" else images
 
     def describe(self, num):
+        half = getattr(self._net, "use_fp16", False) and next(self._net.parameters()).device.type != "cpu"
         return {
             "network": self._name,
             "network_sha256": self._sha256,
-            "fp16": bool(getattr(self._net, "use_fp16", False)),
+            "dtype": "float16" if half else "float32",
             "seeds": [self._seed, self._seed + num - 1],
             **{name: value for name, value in self._options.items() if value is not None},
         }
