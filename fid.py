@@ -8,15 +8,18 @@ from pathlib import Path
 import click
 
 import dnnlib
+from edm import generate
 
 BATCH = click.IntRange(min=1)
 COUNT = click.IntRange(min=2)
+NOT_SAMPLING = ("network", "outdir", "grid", "seeds", "batch", "device")  # the options of edm.generate beside these are
 
 
 def shared(*names):
     """The options that several commands have, by name."""
     options = {
-        "ref": click.option("--ref", help="Reference statistics: .npz, URL or name", type=str, required=True),
+        "ref": click.option("--ref", help="Reference statistics: .npz, URL or name  [default: of --data]", type=str),
+        "data": click.option("--data", help="Real images: folder, zip, .npz with arr_0, or name", type=str),
         "detector": click.option(
             "--detector", help="Detector: file, URL or name  [default: the reference's]", type=str
         ),
@@ -49,8 +52,8 @@ def main():
 @click.option("--images", help="Images to score: folder or zip", type=str, required=True)
 @click.option("--num", help="Number of images", type=COUNT, default=50000, show_default=True)
 @click.option("--seed", help="Of the subset, where there are more", type=int, default=0, show_default=True)
-@shared("ref", "detector", "batch", "json", "device")
-def calc(images, num, seed, ref, detector, batch, json_file, device):
+@shared("ref", "data", "detector", "batch", "json", "device")
+def calc(images, num, seed, ref, data, detector, batch, json_file, device):
     """FID of a folder or zip of images."""
     with running(device) as device:
         from edm.metrics.evaluate import evaluate, fid_name
@@ -59,12 +62,12 @@ def calc(images, num, seed, ref, detector, batch, json_file, device):
         source = FolderSource(images, max_size=num, seed=seed)
         if source.size < num:
             raise dnnlib.UserError(f"--images={images} holds {source.size} images, fewer than --num={num}; lower --num")
-        options = {"reference": ref, "detector": detector, "batch": batch, "device": device, "progress": True}
-        report(evaluate(source, [fid_name(num)], **options), json_file)
+        options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
+        report(evaluate(source, [fid_name(num)], device=device, **options), json_file)
 
 
 @main.command()
-@click.option("--data", help="Real images: folder or zip", type=str, required=True)
+@click.option("--data", help="Real images: folder, zip, .npz with arr_0, or name", type=str, required=True)
 @click.option("--dest", help="Reference statistics to write (.npz)", type=str, required=True)
 @shared("detector", "batch", "device")
 def ref(data, dest, detector, batch, device):
@@ -74,35 +77,27 @@ def ref(data, dest, detector, batch, device):
     if not Path(dest).resolve().parent.is_dir():
         raise dnnlib.UserError(f"--dest={dest}: there is no folder {Path(dest).parent}; make it first")
     with running(device) as device:
+        from edm.metrics.data_reference import make_reference
         from edm.metrics.detector import DEFAULT_DETECTOR, load_detector
-        from edm.metrics.evaluate import measure
-        from edm.metrics.reference import save_reference
-        from edm.metrics.sources import FolderSource
+        from edm.metrics.sources import open_data
         from torch_utils import distributed
 
-        source = FolderSource(data, option="--data")
-        if source.size < 2:
-            raise dnnlib.UserError(f"--data={data} holds one image; a covariance needs at least two")
         detector = load_detector(detector or DEFAULT_DETECTOR, device)
-        statistics = measure(source, detector, batch, statistics=[source.size], progress=True).statistics[source.size]
-        if distributed.rank() == 0:
-            name = source.describe(source.size)["images"]
-            save_reference(dest, statistics, detector, name, source.channels, source.resolution)
-            print(f"{dest}: {statistics.feature_dim} features of {statistics.n} images, detector {detector.name}")
+        made = make_reference(open_data(data), dest, detector, batch, progress=True)
+        distributed.print0(f"{dest}: {made.feature_dim} features of {made.n} images, detector {detector.name}")
 
 
 @main.command("eval")
 @click.option("--network", help="Network: .pkl, .safetensors, URL or name", type=str, required=True)
-@click.option("--ref", help="Reference statistics: .npz, URL or name (for fid)", type=str)
-@click.option("--data", help="Real images (for kid and pr): folder, zip, or .npz with arr_0", type=str)
 @click.option("--metrics", help="Names like fid50k,is50k,kid50k,pr50k3", type=str, default="fid50k", show_default=True)
 @click.option("--trials", help="Repetitions, each with new seeds", type=click.IntRange(min=1), default=1)
 @click.option("--seeds", help="First seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--steps", help="Sampling steps  [default: the sampler's]", type=click.IntRange(min=1))
-@click.option("--class", "class_idx", help="Class of all images  [default: random]", type=click.IntRange(min=0))
-@shared("detector", "batch", "json", "device")
-def evaluate_network(network, ref, data, metrics, trials, seeds, steps, class_idx, detector, batch, json_file, device):
-    """Metrics of a network's images, made and scored in one pass without files in between."""
+@shared("ref", "data", "detector", "batch", "json", "device")
+def evaluate_network(network, metrics, trials, seeds, ref, data, detector, batch, json_file, device, **sampling):
+    """Metrics of a network's images, made and scored in one pass without files in between.
+
+    The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr.
+    """
     with running(device) as device:
         from edm import zoo
         from edm.metrics.evaluate import Evaluator
@@ -112,10 +107,14 @@ def evaluate_network(network, ref, data, metrics, trials, seeds, steps, class_id
         options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
         evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)
         net = zoo.load_network(network).to(device)
-        made_by = {"name": Path(network).name, "sha256": zoo.network_hash(net), "class_idx": class_idx, "steps": steps}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        made_by = {"name": Path(network).name, "sha256": zoo.network_hash(net), **generate.sampler_options(net, given)}
         num = max(metric.num for metric in evaluator.metrics)
         records = [evaluator(NetworkSource(net, seed=seeds + trial * num, **made_by)) for trial in range(trials)]
         report(summarise(records), json_file)
+
+
+evaluate_network.params += [option for option in generate.main.params if option.name not in NOT_SAMPLING]
 
 
 @contextlib.contextmanager

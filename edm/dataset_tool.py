@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dnnlib import UserError, write_atomically
+from dnnlib import UserError
 
 MAX_ARRAY_BYTES = 1 << 30  # of an idx file or a CIFAR-10 batch; the real ones have 47 and 31 MB
 MAX_RESOLUTION = 8192
@@ -241,24 +241,14 @@ def convert(
 @contextlib.contextmanager
 def _writer(dest: Path) -> Iterator[Callable[[str, bytes], None]]:
     """Yields write(name, data) into a folder, or a zip by the suffix, that appears as `dest` once all is written."""
+    from edm.images import zip_writer
+
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _zip_writer(dest) if dest.suffix == ".zip" else _folder_writer(dest) as write:
+        with zip_writer(dest) if dest.suffix == ".zip" else _folder_writer(dest) as write:
             yield write
     except OSError as error:
         raise UserError(f"--dest={dest} can't be written: {error}") from None
-
-
-@contextlib.contextmanager
-def _zip_writer(dest: Path) -> Iterator[Callable[[str, bytes], None]]:
-    with write_atomically(dest) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-
-        def write(name: str, data: bytes) -> None:
-            info = zipfile.ZipInfo(name)  # of 1980-01-01: the time of the run must not show in the bytes
-            info.create_system, info.external_attr = 3, 0o644 << 16
-            archive.writestr(info, data)
-
-        yield write
 
 
 @contextlib.contextmanager

@@ -1,13 +1,20 @@
 """PNG files and grids of uint8 images [N, C, H, W], C 1 or 3."""
 
+import contextlib
+import functools
+import io
 import math
 import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib import write_atomically
+from dnnlib import UserError, write_atomically
+from torch_utils import distributed
 
 
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
@@ -33,3 +40,51 @@ def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int | None
         image = PIL.Image.fromarray(np.asarray(image).repeat(zoom, axis=0).repeat(zoom, axis=1))
     with write_atomically(path) as file:
         image.save(file, format="PNG")
+
+
+@contextlib.contextmanager
+def image_writer(dest: str | os.PathLike) -> Iterator[Callable[[torch.Tensor, int], None]]:
+    """Yields write(image uint8 [C, H, W], seed) into a folder, or a zip by the suffix; names sort by seed.
+
+    A zip appears once it is whole; in a folder each file does.
+    Errors: UserError when `dest` holds something already or can't be written.
+    """
+    dest = Path(dest)
+    is_zip = dest.suffix == ".zip"
+    if (is_zip and dest.exists()) or (dest.exists() and not dest.is_dir()):
+        raise UserError(f"--outdir={dest} exists already; remove it or choose another name")
+    if is_zip and distributed.world_size() > 1:
+        raise UserError(f"--outdir={dest}: several processes can't write one zip; give a folder")
+    with contextlib.ExitStack() as stack:
+        try:
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            put = stack.enter_context(zip_writer(dest)) if is_zip else functools.partial(_write_file, dest)
+        except OSError as error:
+            raise UserError(f"--outdir={dest} can't be written: {error.strerror}; choose another place") from None
+
+        def write(image: torch.Tensor, seed: int) -> None:
+            buffer = io.BytesIO()
+            to_pil(image).save(buffer, "png")
+            put(f"{seed // 1000:05d}/img{seed:08d}.png", buffer.getvalue())
+
+        yield write
+
+
+def _write_file(folder: Path, name: str, data: bytes) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def zip_writer(dest: Path) -> Iterator[Callable[[str, bytes], None]]:
+    """Yields write(name, data) into an uncompressed zip that appears once it is whole; equal input, equal bytes."""
+    with write_atomically(dest) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+
+        def write(name: str, data: bytes) -> None:
+            info = zipfile.ZipInfo(name)  # of 1980-01-01: the time of the run must not show in the bytes
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, data)
+
+        yield write

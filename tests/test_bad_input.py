@@ -12,7 +12,7 @@ from PIL import Image
 import fid
 import sid_train
 from dnnlib import download
-from edm import dataset_tool, train, zoo
+from edm import dataset_tool, generate, train, zoo
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
 from training.networks import EDMPrecond
@@ -227,6 +227,21 @@ OTHERS = [
 ]
 
 
+GENERATION = [
+    ([], "--outdir"),
+    (["--outdir=new", "--seeds=5-3"], "--seeds"),
+    (["--outdir=new", "--seeds=-1"], "--seeds"),
+    (["--outdir=new", "--steps=0"], "--steps"),
+    (["--outdir=new", "--steps=18", "--init_sigma=3"], "--init_sigma"),
+    (["--outdir=new", "--batch=0"], "--batch"),
+    (["--outdir=new", "--class=1"], "--class"),
+    (["--outdir=new", "--network=classes.safetensors", "--class=3"], "--class=3"),
+    (["--outdir=file"], "--outdir=file"),
+    (["--outdir=file/new"], "--outdir=file/new"),
+    (["--grid=missing/grid.png"], "--grid=missing/grid.png"),
+]
+
+
 def ids(cases):
     return [" ".join(options[-2:])[:60] for options, _ in cases]
 
@@ -239,6 +254,7 @@ TRAIN += ["--augment=0", "--workers=0", *TINY_RUN]
 @pytest.mark.parametrize(("source", "expected"), NETWORKS)
 def test_networks(work, source, expected):
     assert_refused(work, sid_train.main, [*DISTIL, f"--edm_model={source}"], expected)
+    assert_refused(work, generate.main, [f"--network={source}", "--outdir=new", "--device=cpu"], expected)
     metrics = ["--ref=good.npz", "--metrics=fid9", "--device=cpu"]
     assert_refused(work, fid.main, ["eval", f"--network={source}", *metrics], expected)
 
@@ -255,6 +271,11 @@ def test_distillation(work, options, expected):
 )
 def test_teacher_training(work, options, expected):
     assert_refused(work, train.main, [*TRAIN, *options], expected)
+
+
+@pytest.mark.parametrize(("options", "expected"), GENERATION, ids=ids(GENERATION))
+def test_generation(work, options, expected):
+    assert_refused(work, generate.main, ["--network=teacher.safetensors", "--device=cpu", *options], expected)
 
 
 @pytest.mark.parametrize(("main", "options", "expected"), OTHERS, ids=ids([case[1:] for case in OTHERS]))

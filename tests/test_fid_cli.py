@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import fid
-from edm import zoo
+from edm import generate, zoo
 from edm.metrics.detector import load_detector, save_detector
 from edm.metrics.frechet import frechet_distance
 from edm.metrics.small_classifier import SmallClassifier
@@ -94,6 +94,7 @@ def test_one_line_for_what_users_get_wrong(work):
         (["ref", f"--data={work}/fake", f"--dest={work}/no/x.npz"], "--dest="),
         (["eval", f"--network={work}/network.safetensors", "--metrics=fid9"], "--ref"),
         (["eval", f"--network={work}/network.safetensors", ref, "--metrics=fud9"], "--metrics=fud9"),
+        (["eval", f"--network={work}/network.safetensors", ref, "--metrics=fid9", "--S_churn=9"], "--S_churn"),
         (["eval", f"--network={work}/none.pkl", ref, "--metrics=fid9"], "none.pkl"),
     ]
     for command, names in cases:
@@ -112,6 +113,32 @@ def test_eval(work):
     assert records[0]["network"] == "network.safetensors"
     assert len(records[0]["trials"]["values"]["fid"]) == 2
     assert np.isfinite([record["value"] for record in records]).all()
+
+
+@pytest.mark.parametrize("options", [[], ["--steps=3", "--S_churn=8"], ["--solver=euler", "--steps=2"]], ids=str)
+def test_eval_equals_generate_then_calc(work, tmp_path, options):
+    network, ref = f"--network={work}/network.safetensors", f"--ref={work}/ref.npz"
+    done = CliRunner().invoke(
+        generate.main, [network, f"--outdir={tmp_path}/made", "--seeds=0-99", "--device=cpu", *options]
+    )
+    assert done.exit_code == 0, done.output
+    at_once = invoke("eval", network, ref, "--metrics=fid100", *options)
+    from_files = invoke("calc", f"--images={tmp_path}/made", ref, "--num=100")
+    values = [json.loads(output.strip().splitlines()[-1])["values"]["fid"] for output in (at_once, from_files)]
+    assert values[0] == values[1]  # the same uint8 images in the same batches
+
+
+def test_data_alone_is_enough(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    options = [f"--images={work}/fake", "--num=135"]
+    data, detector = f"--data={work}/real", f"--detector={work}/detector.safetensors"
+    outputs = [invoke("calc", *options, data, detector), invoke("calc", *options, data, detector)]
+    outputs.append(invoke("calc", *options, f"--ref={work}/ref.npz"))
+    records = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+    assert records[0] == records[1]
+    assert records[0]["value"] == records[2]["value"]
+    assert records[0]["reference_source"] == "real"
+    assert len(list((tmp_path / "references").iterdir())) == 1
 
 
 def test_two_processes_give_the_numbers_of_one(work):

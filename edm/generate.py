@@ -1,0 +1,117 @@
+"""Generates images with a diffusion model or a one-step generator.
+
+python -m edm.generate --network=runs/network-snapshot-000035.safetensors --outdir=out --seeds=0-63
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib import UserError
+
+MAX_SEEDS = 10_000_000
+ABLATION = ("solver", "discretization", "schedule", "scaling")
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+class SeedRanges(click.ParamType):
+    """Seeds as numbers and ranges: `0-63,100`."""
+
+    name = "seeds"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        seeds: list[int] = []
+        for part in value.split(","):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if first > last or len(seeds) + last - first >= MAX_SEEDS:
+                self.fail(f"{value!r} is no list of seeds; write for instance 0-63,100", param, ctx)
+            seeds += range(first, last + 1)
+        return seeds
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--network", help="Short name, path or URL of a teacher or generator", required=True)
+@click.option("--outdir", help="Folder or .zip file for the PNG images, one per seed")
+@click.option("--grid", help="PNG file for all images in one picture")
+@click.option("--seeds", help="One image per seed, such as 0-63,100", type=SeedRanges(), default="0-63")
+@click.option("--class", "class_idx", help="Class of all images  [default: one per seed]", type=click.IntRange(0))
+@click.option("--batch", help="Images at once", type=click.IntRange(1), default=64)
+@click.option("--steps", help="Sampler steps  [default: 1 for a one-step generator, else 18]", type=click.IntRange(1))
+@click.option("--init_sigma", help="Start noise level of one step  [default: the network's]", type=POSITIVE)
+@click.option("--sigma_min", type=POSITIVE, help="Lowest noise level  [default: 0.002]")
+@click.option("--sigma_max", type=POSITIVE, help="Highest noise level  [default: 80]")
+@click.option("--rho", type=POSITIVE, help="Spacing of the noise levels  [default: 7]")
+@click.option("--S_churn", "S_churn", type=click.FloatRange(0), help="Stochasticity  [default: 0]")
+@click.option("--S_min", "S_min", type=click.FloatRange(0), help="Stochastic from this noise level  [default: 0]")
+@click.option("--S_max", "S_max", type=click.FloatRange(0), help="Stochastic up to this noise level  [default: inf]")
+@click.option("--S_noise", "S_noise", type=POSITIVE, help="Scale of the added noise  [default: 1]")
+@click.option("--solver", type=click.Choice(["euler", "heun"]), help="Of the ablation sampler")
+@click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Likewise")
+@click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Likewise")
+@click.option("--scaling", type=click.Choice(["vp", "none"]), help="Likewise")
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+def main(network: str, outdir: str | None, grid: str | None, seeds: list[int], device: str | None, **options):
+    """Generate images: in one step with a distilled generator, by Heun's method with a diffusion model.
+
+    The network's file says which it is. Any of --solver, --disc, --schedule, --scaling takes EDM's ablation sampler.
+    An image depends on its seed alone, not on the batch or the device.
+    """
+    if outdir is None and grid is None:
+        raise UserError("give --outdir (folder or .zip) or --grid (one picture), or both")
+    if grid is not None and (Path(grid).exists() or not Path(grid).absolute().parent.is_dir()):
+        raise UserError(f"--grid={grid} exists already or its folder doesn't; name a new file in an existing folder")
+    if grid is not None and len(seeds) > 10_000:
+        raise UserError(f"--grid shows at most 10000 images, not {len(seeds)}; use --outdir")
+    import contextlib
+
+    import torch
+
+    from edm import zoo
+    from edm.images import image_writer, save_grid
+    from edm.sampler import generate_images
+    from torch_utils import distributed
+
+    place = distributed.init(device)
+    if grid is not None and distributed.world_size() > 1:
+        raise UserError("--grid needs one process; several write a folder, --outdir")
+    net = zoo.load_network(network).to(place)
+    options = sampler_options(net, {name: value for name, value in options.items() if value is not None})
+    kept = []
+    with contextlib.ExitStack() as stack:
+        write = stack.enter_context(image_writer(outdir)) if outdir else None
+        position = distributed.rank()
+        mine = seeds[position :: distributed.world_size()]
+        done = 0
+        for images in generate_images(net, mine, **options):
+            for image in images if write else ():
+                write(image, mine[done])
+                done += 1
+            if grid:
+                kept.append(images)
+    if grid:
+        save_grid(torch.cat(kept), grid)
+    distributed.print0(f"{len(seeds)} images: {', '.join(filter(None, (outdir, grid)))}")
+    distributed.shutdown()
+
+
+def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Names the sampler that the options belong to. Errors: UserError when they belong to different ones."""
+    from edm.sampler import default_sampler
+
+    ablation = any(name in options for name in ABLATION)
+    one_step = not ablation and (options["steps"] == 1 if "steps" in options else default_sampler(net) == "one-step")
+    if one_step:
+        wrong = options.keys() & {"sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise"}
+    else:
+        wrong = options.keys() & ({"init_sigma"} | ({"S_churn", "S_min", "S_max", "S_noise"} if ablation else set()))
+    if wrong:
+        sampler = "one step" if one_step else "the ablation sampler" if ablation else "Heun's sampler"
+        raise UserError(f"--{sorted(wrong)[0]} means nothing to {sampler}; leave it out")
+    return {**options, "sampler": "ablation" if ablation else "one-step" if one_step else "heun"}
+
+
+if __name__ == "__main__":
+    main()

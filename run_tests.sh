@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs ruff and all tests; makes its own environment in .venv if the packages are missing.
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup_env.sh test \
+    "import torch, numpy, scipy, PIL, click, requests, psutil, tqdm, safetensors, pytest, ruff, sklearn"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m pytest "$@"

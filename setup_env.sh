@@ -1,0 +1,15 @@
+# Sourced by run_sid.sh and run_tests.sh: sets PYTHON to an interpreter that has the packages, making .venv if need be.
+# $1: the extra to install (empty or "test"); $2: Python code that succeeds when nothing is missing.
+PYTHON=${PYTHON:-python3}
+if ! "$PYTHON" -c "$2" 2>/dev/null; then
+    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "Error: Python 3.10 or newer is needed; name one with PYTHON=..." >&2
+        exit 2
+    fi
+    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+    PYTHON=$PWD/.venv/bin/python
+    if ! "$PYTHON" -c "$2" 2>/dev/null; then
+        echo "Installing the packages into .venv ..."
+        "$PYTHON" -m pip install --quiet -c constraints.txt -e ".${1:+[$1]}"
+    fi
+fi
