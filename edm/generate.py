@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from dnnlib import UserError
+from dnnlib import FiniteRange, UserError
 
 MAX_SEEDS = 10_000_000
 ABLATION = ("solver", "discretization", "schedule", "scaling")
-POSITIVE = click.FloatRange(0, min_open=True)
+POSITIVE = FiniteRange(0, min_open=True)
 
 
 class SeedRanges(click.ParamType):
@@ -44,8 +44,8 @@ class SeedRanges(click.ParamType):
 @click.option("--sigma_min", type=POSITIVE, help="Lowest noise level  [default: 0.002]")
 @click.option("--sigma_max", type=POSITIVE, help="Highest noise level  [default: 80]")
 @click.option("--rho", type=POSITIVE, help="Spacing of the noise levels  [default: 7]")
-@click.option("--S_churn", "S_churn", type=click.FloatRange(0), help="Stochasticity  [default: 0]")
-@click.option("--S_min", "S_min", type=click.FloatRange(0), help="Stochastic from this noise level  [default: 0]")
+@click.option("--S_churn", "S_churn", type=FiniteRange(0), help="Stochasticity  [default: 0]")
+@click.option("--S_min", "S_min", type=FiniteRange(0), help="Stochastic from this noise level  [default: 0]")
 @click.option("--S_max", "S_max", type=click.FloatRange(0), help="Stochastic up to this noise level  [default: inf]")
 @click.option("--S_noise", "S_noise", type=POSITIVE, help="Scale of the added noise  [default: 1]")
 @click.option("--solver", type=click.Choice(["euler", "heun"]), help="Of the ablation sampler")
@@ -82,8 +82,7 @@ def main(network: str, outdir: str | None, grid: str | None, seeds: list[int], d
     kept = []
     with contextlib.ExitStack() as stack:
         write = stack.enter_context(image_writer(outdir)) if outdir else None
-        position = distributed.rank()
-        mine = seeds[position :: distributed.world_size()]
+        mine = seeds[distributed.rank() :: distributed.world_size()]
         done = 0
         for images in generate_images(net, mine, **options):
             for image in images if write else ():

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from dnnlib import UserError
+from training.networks import iddpm_sigmas
 
 
 @torch.no_grad()
@@ -186,10 +187,7 @@ def _scalings(sigma, sigma_deriv):
 
 
 def _iddpm_steps(num_steps, sigma_min, sigma_max, C_1, C_2, M, device):
-    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float64) / M / (C_2 + 1)).sin() ** 2
-    u = torch.zeros(M + 1, dtype=torch.float64)
-    for j in range(M, 0, -1):
-        u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
+    u = iddpm_sigmas(C_1, C_2, M, torch.float64)
     u = u[(u >= sigma_min) & (u <= sigma_max)]
     index = ((len(u) - 1) / (num_steps - 1) * torch.arange(num_steps, dtype=torch.float64)).round().to(torch.int64)
     return u[index].to(device)

@@ -68,12 +68,11 @@ PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss")
 def main(**options):
     """Train a diffusion model (EDM, VP or VE) on a folder or zip of images."""
     import json
-    from pathlib import Path
 
     import torch
 
     from edm import run_folder, zoo
-    from torch_utils import distributed, misc
+    from torch_utils import checkpoint, distributed, misc
     from training import augment, loss, networks
     from training.dataset import ImageFolderDataset
     from training.training_loop import load_state, training_loop
@@ -102,7 +101,7 @@ def main(**options):
     with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
 
         def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
-            path = Path(run_dir) / f"network-snapshot-{nimg // 1000:06d}.safetensors"
+            path = checkpoint.snapshot_path(run_dir, nimg)
             zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name)
 
         training_loop(config, net, dataset, getattr(loss, loss_name)(), pipe, run_dir, device, save_snapshot, state)

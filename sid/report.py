@@ -80,11 +80,13 @@ class Report:
 
     def _remember_best(self) -> None:
         """best.json and best.safetensors: the snapshot with the lowest value of the first FID asked for."""
+        from torch_utils import checkpoint
+
         name = next((metric.name for metric in self._evaluator.metrics if metric.kind == "fid"), None)
         trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
         if trained:
             best = min(trained, key=lambda record: record["value"])
-            snapshot = f"network-snapshot-{int(best['kimg']):06d}.safetensors"
+            snapshot = checkpoint.snapshot_path(self._run_dir, round(best["kimg"] * 1000)).name
             content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
             with write_atomically(self._run_dir / "best.json") as file:
                 file.write(json.dumps(content, indent=2).encode())

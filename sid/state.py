@@ -13,7 +13,6 @@ from training.training_loop import freeze_augment_mapping
 
 from .config import DistillationConfig
 
-BETA2 = 0.999
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 
 
@@ -49,15 +48,8 @@ class DistillationState:
         self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma}
 
         epsilon = EPSILON[bool(getattr(self.generator, "use_fp16", False)) and device.type != "cpu"]
-        self.generator_updater = self._updater(
-            "generator", self.generator, config.glr, (float(config.g_beta1), BETA2), epsilon
-        )
-        self.fake_score_updater = self._updater("fake score", self.fake_score, config.lr, (0.0, BETA2), epsilon)
-
-    @staticmethod
-    def _updater(name, net, lr, betas, epsilon):
-        trainable = [p for p in net.parameters() if p.requires_grad]
-        return Updater(name, trainable, torch.optim.Adam(trainable, lr=lr, betas=betas, eps=epsilon))
+        self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, eps=epsilon)
+        self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, eps=epsilon)
 
     def save(self, path: Path) -> None:
         parts = {name: part.state_dict() for name, part in self._parts().items()}

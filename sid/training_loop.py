@@ -153,7 +153,7 @@ def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
 
 def save_snapshot(state: DistillationState, config: DistillationConfig, run_dir: Path) -> Path:
     """Saves the one-step generator with what it takes to use it and how it was made."""
-    path = run_dir / f"network-snapshot-{state.nimg // 1000:06d}.safetensors"
+    path = checkpoint.snapshot_path(run_dir, state.nimg)
     recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": state.nimg / 1e3}
     zoo.save_network(state.ema, path, **state.ema.metadata, **recipe)
     return path

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dnnlib import UserError
+from dnnlib.download import hash_file
 from edm.metrics import train_detector
-from edm.metrics.detector import file_sha256, load_detector, save_detector
+from edm.metrics.detector import load_detector, save_detector
 from edm.metrics.small_classifier import SmallClassifier
 
 ARGUMENTS = {"img_resolution": 8, "img_channels": 1, "num_classes": 3, "width": 4}
@@ -62,7 +63,7 @@ def images(count=5, channels=1, resolution=8):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript(torchscript):
     detector = load_detector(torchscript)
-    assert (detector.name, detector.sha256, detector.feature_dim) == ("toy", file_sha256(torchscript), 3)
+    assert (detector.name, detector.sha256, detector.feature_dim) == ("toy", hash_file(torchscript), 3)
     batch = images(channels=3)
     features, probabilities = detector.measure(batch, probabilities=True)
     assert torch.equal(features, batch.float().mean((2, 3)))
@@ -118,7 +119,7 @@ def test_the_example_of_the_manual(tmp_path, monkeypatch):
 def test_small_classifier(safetensors):
     net, path = safetensors
     detector = load_detector(path)
-    assert (detector.name, detector.sha256, detector.feature_dim) == ("small", file_sha256(path), 128)
+    assert (detector.name, detector.sha256, detector.feature_dim) == ("small", hash_file(path), 128)
     assert detector.metadata == {"test_accuracy": 0.5}
     with torch.no_grad():
         features, logits = net(images())

@@ -14,6 +14,10 @@ def state_path(run_dir: str | os.PathLike, nimg: int) -> Path:
     return Path(run_dir) / f"training-state-{nimg // 1000:06d}.pt"
 
 
+def snapshot_path(run_dir: str | os.PathLike, nimg: int) -> Path:
+    return Path(run_dir) / f"network-snapshot-{nimg // 1000:06d}.safetensors"
+
+
 def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
     with write_atomically(path) as file:
         torch.save(state, file)

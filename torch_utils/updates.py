@@ -34,6 +34,14 @@ class Updater:
         self._parameters = list(parameters)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
 
+    @classmethod
+    def adam(
+        cls, name: str, net: torch.nn.Module, lr: float, beta1: float, beta2: float = 0.999, eps: float = 1e-8
+    ) -> "Updater":
+        """Adam on the trainable parameters of `net`."""
+        trainable = [p for p in net.parameters() if p.requires_grad]
+        return cls(name, trainable, torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps))
+
     def step(self, nimg: int, lr_factor: float = 1.0) -> float:
         """Updates the weights and clears the gradients; returns the gradient's norm (before clipping).
 

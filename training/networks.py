@@ -360,9 +360,7 @@ class SongUNet(torch.nn.Module):
     def _embed(self, noise_labels, class_labels, augment_labels):
         emb = torch.cat(self.map_noise(noise_labels).chunk(2, dim=1)[::-1], dim=1)  # sines first
         if self.map_label is not None:
-            if self.training and self.label_dropout:
-                keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= self.label_dropout
-                class_labels = class_labels * keep.to(class_labels.dtype)
+            class_labels = _drop_labels(class_labels, self.label_dropout if self.training else 0)
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -483,9 +481,7 @@ class DhariwalUNet(torch.nn.Module):
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
-            if self.training and self.label_dropout:
-                keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= self.label_dropout
-                class_labels = class_labels * keep.to(class_labels.dtype)
+            class_labels = _drop_labels(class_labels, self.label_dropout if self.training else 0)
             emb = emb + self.map_label(class_labels)
         return F.silu(emb)
 
@@ -498,6 +494,14 @@ class DhariwalUNet(torch.nn.Module):
         for module in self.dec.values():
             x = module(_with_skip(x, skips, module.in_channels), emb)
         return self.out_conv(F.silu(self.out_norm(x)))
+
+
+def _drop_labels(class_labels, probability):
+    """Zeroes the labels of an image with the given probability."""
+    if not probability:
+        return class_labels
+    keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= probability
+    return class_labels * keep.to(class_labels.dtype)
 
 
 def _with_skip(x, skips, in_channels):
@@ -627,6 +631,15 @@ class VEPrecond(_Preconditioner):
         return 1, sigma, torch.ones_like(sigma), (0.5 * sigma).log()
 
 
+def iddpm_sigmas(C_1: float, C_2: float, M: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The noise levels u_0 > ... > u_M = 0 of improved DDPM, [M + 1] (arXiv:2206.00364, Table 1)."""
+    alpha_bar = (0.5 * np.pi * torch.arange(M + 1, dtype=dtype) / M / (C_2 + 1)).sin() ** 2
+    u = torch.zeros(M + 1, dtype=dtype)
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
+    return u
+
+
 @persistence.persistent_class
 class iDDPMPrecond(_Preconditioner):
     """Improved DDPM (arXiv:2102.09672): a discrete set of noise levels; the network's variance output is unused."""
@@ -649,11 +662,7 @@ class iDDPMPrecond(_Preconditioner):
         self.C_1 = C_1
         self.C_2 = C_2
         self.M = M
-        alpha_bar = (0.5 * np.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin() ** 2
-        u = torch.zeros(M + 1)
-        for j in range(M, 0, -1):
-            u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clip(min=C_1) - 1).sqrt()
-        self.register_buffer("u", u)
+        self.register_buffer("u", iddpm_sigmas(C_1, C_2, M))
 
     @property
     def sigma_min(self):

@@ -57,7 +57,7 @@ def training_loop(
         freeze_augment_mapping(net)
     distributed.broadcast_module(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    updater = _adam(net, config.lr)
+    updater = Updater.adam("network", net, config.lr, beta1=0.9)
     parts = {"net": net, "ema": ema, "updater": updater}
     for name, part in parts.items() if resume else ():
         part.load_state_dict(resume[name])
@@ -94,11 +94,6 @@ def training_loop(
             checkpoint.save_state(checkpoint.state_path(run_dir, nimg), {**state, **counters})
         log.resume_clock(nimg)
     return ema
-
-
-def _adam(net: torch.nn.Module, lr: float) -> Updater:
-    trainable = [p for p in net.parameters() if p.requires_grad]
-    return Updater("network", trainable, torch.optim.Adam(trainable, lr=lr, betas=(0.9, 0.999), eps=1e-8))
 
 
 def load_state(path: Path, net: torch.nn.Module) -> dict[str, Any]:

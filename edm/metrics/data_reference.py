@@ -7,11 +7,11 @@ import zlib
 from pathlib import Path
 
 import dnnlib
-from dnnlib.download import cache_folder
+from dnnlib.download import cache_folder, hash_file
 from torch_utils import distributed
 from training.dataset import FileTree, image_names
 
-from .detector import Detector, file_sha256
+from .detector import Detector
 from .measure import DEFAULT_BATCH, measure
 from .reference import Reference, load_reference, save_reference
 from .sources import ImageSource, data_path, open_data
@@ -72,7 +72,7 @@ def content_hash(path: str | os.PathLike) -> str:
     file's hash.
     """
     if str(path).endswith(".npz"):
-        return file_sha256(path)
+        return hash_file(path)
     tree = FileTree(path)
     names = image_names(tree)
     if tree.is_zip:

@@ -4,7 +4,6 @@ Two kinds of file hold one: a TorchScript file called as NVIDIA's Inception is, 
 classes in DETECTOR_CLASSES (class and constructor arguments in its header; nothing in the file is executed).
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -15,12 +14,12 @@ from pathlib import Path
 import torch
 
 import dnnlib
+from dnnlib.download import hash_file
 
 from .small_classifier import SmallClassifier
 
 DEFAULT_DETECTOR = "inception-2015-12-05"
 DETECTOR_CLASSES = {"SmallClassifier": SmallClassifier}
-HASH_CHUNK_BYTES = 1 << 20
 PROBE_RESOLUTION = 32  # a TorchScript file doesn't tell its number of features: it is asked with one such image
 
 
@@ -34,7 +33,7 @@ class Detector(ABC):
 
     def __init__(self, path: Path, device: torch.device):
         self.path, self.name, self.device = path, path.stem, device
-        self.sha256 = file_sha256(path)
+        self.sha256 = hash_file(path)
 
     feature_dim: int
 
@@ -154,15 +153,6 @@ def save_detector(
     header = {"class_name": class_name, "init_kwargs": json.dumps(init_kwargs), "metadata": json.dumps(metadata)}
     with dnnlib.write_atomically(path) as file:
         file.write(save({name: weight.contiguous() for name, weight in weights.items()}, metadata=header))
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _load_module(path: Path) -> tuple[torch.nn.Module, dict]:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 import dnnlib
+from dnnlib.download import hash_file
 
-from .detector import DEFAULT_DETECTOR, Detector, file_sha256, load_detector
+from .detector import DEFAULT_DETECTOR, Detector, load_detector
 from .statistics import FeatureStatistics
 
 
@@ -92,7 +93,7 @@ def load_reference(source: str | os.PathLike) -> Reference:
         ) from error
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
         raise dnnlib.UserError(f"--ref={source}: mu {mu.shape} and sigma {sigma.shape} are not a mean and covariance")
-    return Reference(mu, sigma, path, file_sha256(path), record)
+    return Reference(mu, sigma, path, hash_file(path), record)
 
 
 def save_reference(
