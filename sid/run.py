@@ -14,8 +14,9 @@ from torch_utils import distributed, misc
 from training.dataset import ImageFolderDataset
 
 from .config import DistillationConfig
+from .distillation import Distillation
 from .report import GRID_COLUMNS, GRID_ROWS, Report
-from .training_loop import Distillation, training_loop
+from .training_loop import training_loop
 
 DEFAULT_METRIC = "fid50k_full"
 

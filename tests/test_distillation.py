@@ -11,7 +11,8 @@ import torch.distributed as dist
 from edm import zoo
 from sid import OneStepGenerator
 from sid.config import DistillationConfig
-from sid.training_loop import FAKE_SCORE_PHASE, GENERATOR_PHASE, Distillation, skipped_updates, training_loop
+from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE, Distillation
+from sid.training_loop import skipped_updates, training_loop
 from torch_utils import misc
 from torch_utils.updates import MAX_SKIPPED_UPDATES, DivergenceError, ema_beta, lr_factor
 from training.networks import EDMPrecond

@@ -14,7 +14,12 @@ EMBEDDED = ["training/networks.py", "training/loss.py", "training/augment.py"]  
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))])
 COMMAND_LINES = sorted(ROOT.glob("*.py"))
 
-FILE_LINES = {"training/networks.py": None, "sid/training_loop.py": 250, **{p.name: 150 for p in COMMAND_LINES}}
+FILE_LINES = {
+    "training/networks.py": None,
+    "sid/training_loop.py": 250,
+    "sid/distillation.py": 250,
+    **{p.name: 150 for p in COMMAND_LINES},
+}
 LONG_FUNCTIONS = {  # constructors that read as the table of layers which they build
     "training/networks.py": {"UNetBlock.__init__", "SongUNet.__init__", "DhariwalUNet.__init__"},
 }
