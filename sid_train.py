@@ -43,6 +43,16 @@ POSITIVE = FiniteRange(0, min_open=True)
               type=FiniteRange(0, 1))  # fmt: skip
 @click.option("--dropout", help="[default: the teacher's]", type=FiniteRange(0, 1, max_open=True))
 @click.option("--fp16", help="Half precision on a GPU  [default: the teacher's]", type=bool)
+# Speed and memory: docs/performance.md.
+@click.option("--precision", help="Of the networks' layers  [default: fp32, or fp16 with --fp16 on a GPU]",
+              type=click.Choice(["fp32", "tf32", "bf16", "fp16"]))  # fmt: skip
+@click.option("--compile", help="Compile the networks: a slow start, faster steps", type=bool, default=D.compile)
+@click.option("--channels-last", help="Memory layout of the images", type=bool, default=D.channels_last)
+@click.option("--chunk", help="Images per pass through teacher and fake score in the generator's phase  [default: all]",
+              type=click.IntRange(1))  # fmt: skip
+@click.option("--checkpoint", help="Recompute activations instead of keeping them", type=bool, default=D.checkpoint)
+@click.option("--share-images", help="One batch of generated images for both phases", type=bool,
+              default=D.share_images)  # fmt: skip
 # The teacher's architecture: checked against its own record.
 @click.option("--cond", help="Class-conditional", type=bool)
 @click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]))

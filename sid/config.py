@@ -27,6 +27,12 @@ class DistillationConfig:
     dropout: float | None = None  # of generator and fake score; None: the teacher's
     use_fp16: bool | None = None  # None: the teacher's
     augment: float | None = None  # probability of augmentations for the fake score; None: AUGMENT if the teacher can
+    precision: str | None = None  # of the layers: fp32, tf32, bf16, fp16; None: fp16 if use_fp16 and a GPU, else fp32
+    compile: bool = False  # torch.compile
+    channels_last: bool = False
+    chunk: int | None = None  # images per pass through teacher and fake score in the generator's phase; None: all
+    checkpoint: bool = False  # recompute activations instead of keeping them
+    share_images: bool = False  # one batch of generated images for both phases
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
     state_ticks: int = 500

@@ -1,12 +1,13 @@
 """One iteration of Score identity Distillation: psi learns to denoise what theta makes, theta follows L2 - alpha L1."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from dnnlib import UserError
-from torch_utils import distributed, misc
+from torch_utils import distributed, misc, precision
 from torch_utils.training_stats import Collector
 from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
@@ -16,6 +17,24 @@ from .loss import SiDLoss
 from .state import DistillationState
 
 FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two phases apart
+
+
+def compiled(net: torch.nn.Module) -> Callable:
+    """`net` as torch.compile makes it; where that fails, `net` itself and a word why."""
+    fast = torch.compile(net, dynamic=False)
+    works = True
+
+    def call(*args, **kwargs):
+        nonlocal works
+        if works:
+            try:
+                return fast(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                works = False
+                distributed.print0(f"--compile: goes on without ({str(error).strip().splitlines()[0]})")
+        return net(*args, **kwargs)
+
+    return call
 
 
 class Distillation:
@@ -38,6 +57,9 @@ class Distillation:
     ):
         if config.augment is None:
             config = dataclasses.replace(config, augment=AUGMENT if getattr(teacher, "augment_dim", 0) else 0.0)
+        if config.precision is None:
+            half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
+            config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
         self.config = config
         self.device = device
         self.teacher = teacher.to(device).eval().requires_grad_(False)
@@ -46,54 +68,120 @@ class Distillation:
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
             raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        if config.chunk and self.batch_gpu % config.chunk:
+            raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
         self.state = DistillationState(teacher, config, device, start)
         if resume is not None:
             self.state.load(resume)
         self.collector = Collector()
+        self._set_up_arithmetic()
+
+    def _set_up_arithmetic(self) -> None:
+        """Precision, memory layout and compilation of the three networks; none of it is part of the state."""
+        config, state = self.config, self.state
+        networks = {"teacher": self.teacher, "fake_score": state.fake_score, "generator": state.generator}
+        precision.set_up(config.precision, self.device)
+        dtype = precision.DTYPES[config.precision]
+        native = [precision.set_compute_dtype(net, dtype) for net in networks.values()]
+        self._autocast_dtype = torch.float32 if all(native) else dtype
+        if all(native):
+            precision.store_convolutions(self.teacher, dtype)
+        for net in networks.values():
+            if config.channels_last:  # of the weights: the activations follow
+                net.to(memory_format=torch.channels_last)
+            if config.checkpoint:
+                precision.checkpoint_blocks(net)
+        self._calls = {name: compiled(net) if config.compile else net for name, net in networks.items()}
 
     def generate(self, labels: torch.Tensor | None) -> torch.Tensor:
         """x_g = f_theta(init_sigma z; init_sigma), [batch_gpu, C, H, W]."""
         net, sigma = self.state.generator, self.config.init_sigma
         z = torch.randn([self.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=self.device)
-        return net(sigma * z, torch.full([self.batch_gpu, 1, 1, 1], sigma, device=self.device), labels)
+        levels = torch.full([self.batch_gpu, 1, 1, 1], sigma, device=self.device)
+        with self._autocast():
+            return self._calls["generator"](sigma * z, levels, labels).contiguous()
 
     def iteration(self) -> None:
         """Updates psi, then theta, then theta's moving average, each on `batch` images."""
         state, config = self.state, self.config
         factor = lr_factor(state.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
-        self.fake_score_phase(factor)
-        self.generator_phase(factor)
+        if config.share_images:
+            self.shared_phase(factor)
+        else:
+            self.fake_score_phase(factor)
+            self.generator_phase(factor)
         beta = ema_beta(config.batch, state.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
         update_ema(state.ema, state.generator, beta)
+        if self.device.type == "cpu":
+            self.check()
         state.nimg += config.batch
 
+    def check(self) -> None:
+        """Waits for the device. Errors: DivergenceError when gradients stay non-finite."""
+        for updater in (self.state.fake_score_updater, self.state.generator_updater):
+            updater.check(self.state.nimg)
+
     def fake_score_phase(self, factor: float) -> None:
-        state = self.state
-        state.generator.eval()
-        state.fake_score.train()
+        self.state.generator.eval()
         for labels in self._rounds(FAKE_SCORE_PHASE):
             with torch.no_grad():
                 images = self.generate(labels)
-            loss = self.loss.fake_score_loss(state.fake_score, images, labels, self.augment_pipe)
-            self.collector.report("Loss/fake_score", loss)
-            (loss.sum() * (self.config.ls / self.config.batch)).backward()
-        norm = state.fake_score_updater.step(state.nimg, factor)
-        self.collector.report("Gradient/fake_score_norm", norm, self.device)
+            self._backward_fake_score(images, labels)
+        self._update("fake_score", factor)
 
     def generator_phase(self, factor: float) -> None:
-        state = self.state
-        state.generator.train()
+        self.state.generator.train()
+        for labels in self._rounds(GENERATOR_PHASE):
+            self._backward_generator(self.generate(labels), labels)
+        self._update("generator", factor)
+
+    def shared_phase(self, factor: float) -> None:
+        """Both phases on the same images, which saves generating them twice; theta follows psi before its update."""
+        self.state.generator.train()
+        for labels in self._rounds(FAKE_SCORE_PHASE):
+            images = self.generate(labels)
+            self._backward_fake_score(images, labels)
+            self._backward_generator(images, labels)
+        self._update("fake_score", factor)
+        self._update("generator", factor)
+
+    def _backward_fake_score(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """Adds the gradient of psi's loss on `images` to psi's."""
+        self.state.fake_score.train()
+        with self._autocast():
+            loss = self.loss.fake_score_loss(self._calls["fake_score"], images, labels, self.augment_pipe)
+        self.collector.report("Loss/fake_score", loss)
+        self.state.fake_score_updater.backward(loss.sum() * (self.config.ls / self.config.batch))
+
+    def _backward_generator(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """Adds the gradient of theta's loss on `images` to theta's.
+
+        The loss splits over images: its gradient by x_g comes from small chunks through phi and psi, whose activations
+        are gone before one backward pass through theta. Exact, in the memory of one chunk.
+        """
+        state, config = self.state, self.config
         state.fake_score.eval()
+        x_g = images.detach().requires_grad_()
+        noise = self.loss.draw_noise(x_g)
         with state.fake_score_updater.frozen():
-            for labels in self._rounds(GENERATOR_PHASE):
-                images = self.generate(labels)
-                loss = self.loss.generator_loss(
-                    self.teacher, state.fake_score, images, labels, report=self.collector.report
-                )
+            for part in torch.arange(len(x_g)).split(config.chunk or len(x_g)):
+                part = slice(int(part[0]), int(part[-1]) + 1)
+                some = labels[part] if labels is not None else None
+                drawn = tuple(draw[part] for draw in noise)
+                with self._autocast():
+                    loss = self.loss.generator_loss(
+                        self._calls["teacher"], self._calls["fake_score"], x_g[part], some, drawn, self.collector.report
+                    )
                 self.collector.report("Loss/generator", loss)
-                (loss.sum() * (self.config.lsg / self.config.batch)).backward()
-        norm = state.generator_updater.step(state.nimg, factor)
-        self.collector.report("Gradient/generator_norm", norm, self.device)
+                state.generator_updater.backward(loss.sum() * (config.lsg / config.batch))
+        images.backward(x_g.grad)
+
+    def _update(self, name: str, factor: float) -> None:
+        norm = getattr(self.state, f"{name}_updater").step(factor)
+        self.collector.report(f"Gradient/{name}_norm", norm)
+
+    def _autocast(self):
+        return precision.autocast(self.device, self._autocast_dtype)
 
     def _rounds(self, phase: int):
         """Seeds each round by its place in the global batch, then gives its class labels [batch_gpu, label_dim]."""

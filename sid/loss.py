@@ -4,6 +4,8 @@ Denoisers predict the clean image: f_phi (teacher), f_psi (fake score network); 
 x_t = x_g + sigma n. The functions on tensors come first; `SiDLoss` draws noise and calls the networks around them.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from training.loss import EDMLoss
@@ -64,14 +66,22 @@ class SiDLoss:
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
         self._denoising = EDMLoss(P_mean=P_mean, P_std=P_std, sigma_data=sigma_data)
 
-    def generator_loss(self, teacher, fake_score, images, labels=None, report=None) -> torch.Tensor:
-        """theta's loss on generated images x_g [N, C, H, W], per pixel; gradients reach x_g through both networks.
-
-        report: called as report(name, values [N]) with what shows convergence, if given.
-        """
+    def draw_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sigma [N, 1, 1, 1], n [N, C, H, W]) of theta's loss on `images` [N, C, H, W]."""
         u = torch.rand([images.shape[0], 1, 1, 1], device=images.device)
         sigma = karras_sigma(u * self.tmax / 1000, self.sigma_min, self.sigma_max, self.rho)
-        x_t = images + sigma * torch.randn_like(images)
+        return sigma, torch.randn_like(images)
+
+    def generator_loss(
+        self, teacher, fake_score, images, labels=None, noise=None, report: Callable | None = None
+    ) -> torch.Tensor:
+        """theta's loss on generated images x_g [N, C, H, W], per pixel; gradients reach x_g through both networks.
+
+        noise: as `draw_noise` gives it; None draws it. report: called as report(name, values [N]) with what shows
+        convergence, if given.
+        """
+        sigma, n = noise or self.draw_noise(images)
+        x_t = images + sigma * n
         f_phi = teacher(x_t, sigma, labels)
         f_psi = fake_score(x_t, sigma, labels)
         if report is not None:

@@ -47,9 +47,10 @@ class DistillationState:
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma}
 
-        epsilon = EPSILON[bool(getattr(self.generator, "use_fp16", False)) and device.type != "cpu"]
-        self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, eps=epsilon)
-        self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, eps=epsilon)
+        fp16 = config.precision == "fp16"
+        adam = {"eps": EPSILON[fp16], "loss_scaling": fp16}
+        self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, **adam)
+        self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, **adam)
 
     def save(self, path: Path) -> None:
         parts = {name: part.state_dict() for name, part in self._parts().items()}

@@ -34,6 +34,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
         distillation.iteration()
         if state.nimg < total_img and int(state.nimg / tick_img) == int((state.nimg - config.batch) / tick_img):
             continue
+        distillation.check()
         state.tick += 1
         state.elapsed_sec = log.elapsed_sec
         log.tick(state.tick, state.nimg, {**distillation.collector.collect(), **skipped_updates(state)})

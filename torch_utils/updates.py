@@ -12,6 +12,8 @@ from . import distributed
 
 GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value, SPEC §2
 MAX_SKIPPED_UPDATES = 10  # so many non-finite gradients in a row end the run
+GROWTH_INTERVAL = 2000  # so many good updates in a row double the loss scale
+COUNTS = ("skipped", "skipped_in_a_row", "longest_row", "good_in_a_row")
 
 
 class DivergenceError(UserError):
@@ -23,51 +25,98 @@ class DivergenceError(UserError):
 class Updater:
     """Applies the gradients of one network's trainable parameters: sums them over processes, clips, checks, steps.
 
-    An update whose gradients are not all finite never reaches the weights: it is skipped and counted.
+    An update whose gradients are not all finite never reaches the weights: it is skipped and counted, on the device
+    where that's possible, so that a GPU never waits for the host.
+
+    loss_scaling: for half precision. `backward` multiplies the loss by `loss_scale`, which halves with every skipped
+    update and doubles after GROWTH_INTERVAL good ones; `step` divides the gradients by it.
     """
 
-    def __init__(self, name: str, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        name: str,
+        parameters: Iterable[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        loss_scaling: bool = False,
+    ):
         self.name = name
         self.optimizer = optimizer
-        self.skipped = 0
-        self._skipped_in_a_row = 0
         self._parameters = list(parameters)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        device = self._parameters[0].device
+        self._counts = dict.fromkeys(COUNTS, torch.zeros([], device=device))
+        self.loss_scale = torch.ones([], device=device) if loss_scaling else None
 
     @classmethod
     def adam(
-        cls, name: str, net: torch.nn.Module, lr: float, beta1: float, beta2: float = 0.999, eps: float = 1e-8
+        cls,
+        name: str,
+        net: torch.nn.Module,
+        lr: float,
+        beta1: float,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        loss_scaling: bool = False,
     ) -> "Updater":
-        """Adam on the trainable parameters of `net`."""
+        """Adam on the trainable parameters of `net`, in one kernel where the device has it."""
         trainable = [p for p in net.parameters() if p.requires_grad]
-        return cls(name, trainable, torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps))
+        fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
+        optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
+        return cls(name, trainable, optimizer, loss_scaling)
 
-    def step(self, nimg: int, lr_factor: float = 1.0) -> float:
-        """Updates the weights and clears the gradients; returns the gradient's norm (before clipping).
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of a scalar loss to what `step` applies."""
+        (loss if self.loss_scale is None else loss * self.loss_scale).backward()
 
-        nimg: images seen so far, for the message. lr_factor: multiplies every learning rate.
-        Errors: DivergenceError after MAX_SKIPPED_UPDATES skipped updates in a row.
+    def step(self, lr_factor: float = 1.0) -> torch.Tensor:
+        """Updates the weights and clears the gradients; returns the gradient's norm before clipping, a scalar.
+
+        lr_factor: multiplies every learning rate.
         """
         distributed.all_reduce_gradients(self._parameters)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.stack([g.float().norm() for g in gradients]).norm().item()
-        if math.isfinite(norm):
-            self._skipped_in_a_row = 0
-            for gradient in gradients:
-                gradient.clamp_(-GRADIENT_LIMIT, GRADIENT_LIMIT)
-            for group, lr in zip(self.optimizer.param_groups, self._base_lrs):
-                group["lr"] = lr * lr_factor
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        bad = (~norm.isfinite()).float()
+        torch.nn.utils.clip_grad_value_(self._parameters, GRADIENT_LIMIT)
+        for group, lr in zip(self.optimizer.param_groups, self._base_lrs):
+            group["lr"] = lr * lr_factor
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = bad  # the fused kernel leaves everything as it is where this is 1
             self.optimizer.step()
-        else:
-            self.skipped += 1
-            self._skipped_in_a_row += 1
+        elif not bad:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+        self._count(bad)
+        return norm
+
+    def _count(self, bad: torch.Tensor) -> None:
+        counts = self._counts
+        row = (counts["skipped_in_a_row"] + 1) * bad
+        good = (counts["good_in_a_row"] + 1) * (1 - bad)
+        if self.loss_scale is not None:
+            grown = (good > 0) & (good % GROWTH_INTERVAL == 0)
+            self.loss_scale = self.loss_scale * torch.where(bad > 0, 0.5, torch.where(grown, 2.0, 1.0))
+        longest = counts["longest_row"].maximum(row)
+        values = (counts["skipped"] + bad, row, longest, good)
+        self._counts = dict(zip(COUNTS, values))
+
+    def check(self, nimg: int) -> None:
+        """Waits for the device. nimg: images seen so far, for the message.
+
+        Errors: DivergenceError after MAX_SKIPPED_UPDATES skipped updates in a row.
+        """
+        if self._counts["longest_row"] >= MAX_SKIPPED_UPDATES:
             raise DivergenceError(
                 f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients"
                 f" at {nimg / 1e3:.1f} kimg; the last saved state is good: resume from it with a lower --lr and --glr"
             )
-        return norm
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped so far. Waits for the device."""
+        return int(self._counts["skipped"])
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -81,11 +130,19 @@ class Updater:
                 parameter.requires_grad_(True)
 
     def state_dict(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "skipped": self.skipped}
+        counts = {name: float(count) for name, count in self._counts.items()}
+        scale = None if self.loss_scale is None else float(self.loss_scale)
+        return {"optimizer": self.optimizer.state_dict(), "counts": counts, "loss_scale": scale}
 
     def load_state_dict(self, state: dict) -> None:
+        fused = [group.get("fused") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped = state["skipped"]
+        for group, is_fused in zip(self.optimizer.param_groups, fused):
+            group["fused"] = is_fused  # this machine's, not that of the machine which saved the state
+        device = self._parameters[0].device
+        self._counts = {name: torch.tensor(state["counts"][name], device=device) for name in COUNTS}
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale = torch.tensor(state["loss_scale"], device=device)
 
 
 def ema_beta(batch: int, nimg: int, halflife_img: float, rampup_ratio: float | None) -> float:
@@ -98,8 +155,7 @@ def ema_beta(batch: int, nimg: int, halflife_img: float, rampup_ratio: float | N
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, net: torch.nn.Module, beta: float) -> None:
     """ema <- beta ema + (1 - beta) net; buffers are copied."""
-    for average, value in zip(ema.parameters(), net.parameters()):
-        average.lerp_(value, 1 - beta)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
     for average, value in zip(ema.buffers(), net.buffers()):
         average.copy_(value)
 

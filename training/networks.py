@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from torch_utils import persistence
 
@@ -143,6 +144,8 @@ class GroupNorm(torch.nn.Module):
 class UNetBlock(torch.nn.Module):
     """Residual block of both U-Nets: two convolutions modulated by the embedding, then optional self-attention."""
 
+    checkpoint = False  # whether activations are recomputed in the backward pass
+
     def __init__(
         self,
         in_channels,
@@ -190,6 +193,11 @@ class UNetBlock(torch.nn.Module):
             self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
 
     def forward(self, x, emb):
+        if self.checkpoint and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb)[:, :, None, None].to(x.dtype)  # [N, C or 2C, 1, 1]
         if self.adaptive_scale:
@@ -518,6 +526,8 @@ _UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 class _Preconditioner(torch.nn.Module):
     """What the four preconditioners share; a subclass gives `coefficients`, `sigma_min` and `sigma_max`."""
 
+    compute_dtype = None  # of the U-Net's layers; None: float16 with use_fp16 on a GPU, else float32
+
     def __init__(
         self, img_resolution, img_channels, label_dim, use_fp16, model_type, out_channels=None, **model_kwargs
     ):
@@ -554,11 +564,12 @@ class _Preconditioner(torch.nn.Module):
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         else:
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        half = self.use_fp16 and not force_fp32 and x.device.type != "cpu"
+        dtype = torch.float16 if self.use_fp16 and x.device.type != "cpu" else torch.float32
+        dtype = torch.float32 if force_fp32 else self.compute_dtype or dtype
 
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         out = self.model(
-            (c_in * x).to(torch.float16 if half else torch.float32),
+            (c_in * x).to(dtype),
             c_noise.flatten(),
             class_labels=class_labels,
             augment_labels=augment_labels,

@@ -76,7 +76,8 @@ def training_loop(
             collector.report("Loss/loss", value)
             (value.sum() * (config.loss_scaling / config.batch)).backward()
         factor = lr_factor(nimg, total_img, config.lr_rampup_kimg * 1000, config.lr_decay)
-        collector.report("Gradient/norm", updater.step(nimg, factor), device)
+        collector.report("Gradient/norm", updater.step(factor))
+        updater.check(nimg)
         update_ema(ema, net, ema_beta(config.batch, nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio))
         nimg += config.batch
 

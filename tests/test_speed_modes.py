@@ -1,0 +1,202 @@
+"""Faster and smaller ways to make a training step: the same gradients as the plain one."""
+
+import pytest
+import torch
+from test_distillation import tiny_distillation, tiny_teacher
+
+from sid.distillation import Distillation
+from sid.loss import SiDLoss, karras_sigma
+from torch_utils import precision
+from torch_utils.updates import GROWTH_INTERVAL, MAX_SKIPPED_UPDATES, DivergenceError, Updater
+from training.networks import EDMPrecond
+
+
+def gradients(distillation: Distillation) -> dict[str, torch.Tensor]:
+    """What one iteration hands to both optimisers, as one vector each."""
+    found = {}
+    for updater in (distillation.state.fake_score_updater, distillation.state.generator_updater):
+
+        def step(factor, updater=updater, original=updater.step):
+            found[updater.name] = torch.cat([p.grad.flatten() for p in updater._parameters])
+            return original(factor)
+
+        updater.step = step
+    distillation.iteration()
+    return found
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"chunk": 1},
+        {"checkpoint": True},
+        {"channels_last": True},
+        {"chunk": 2, "checkpoint": True, "channels_last": True, "batch_gpu": 8},
+    ],
+    ids=str,
+)
+def test_the_gradients_are_those_of_the_plain_step(mode):
+    dropout = 0.0 if "channels_last" in mode else None  # its mask is drawn in the order of memory
+    size = {"batch_gpu": mode.get("batch_gpu", 2)}  # draws are seeded by micro-batch
+    expected = gradients(tiny_distillation(dropout=dropout, **size))
+    found = gradients(tiny_distillation(dropout=dropout, **{**size, **mode}))
+    for name, gradient in expected.items():
+        assert torch.linalg.norm(found[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
+
+
+def test_the_plain_step_is_one_backward_pass_through_all_three_networks():
+    """x_g in chunks and then theta is autograd's own answer for the whole graph."""
+    distillation = tiny_distillation(batch_gpu=4, chunk=2)
+    distillation.iteration()  # psi is no copy of phi from here on
+    state, config = distillation.state, distillation.config
+    state.generator.train()
+    state.fake_score.eval()
+    for labels in distillation._rounds(2):
+        images = distillation.generate(labels)
+        noise = distillation.loss.draw_noise(images)
+        loss = distillation.loss.generator_loss(distillation.teacher, state.fake_score, images, labels, noise)
+        (loss.sum() * (config.lsg / config.batch)).backward()
+    trainable = [p for p in state.generator.parameters() if p.requires_grad]
+    expected = torch.cat([p.grad.flatten() for p in trainable])
+    state.generator_updater.optimizer.zero_grad()
+    state.fake_score_updater.optimizer.zero_grad()
+    for labels in distillation._rounds(2):
+        distillation._backward_generator(distillation.generate(labels), labels)
+    found = torch.cat([p.grad.flatten() for p in trainable])
+    assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected)
+    assert all(p.grad is None for p in state.fake_score.parameters())
+
+
+def test_shared_images_reach_both_networks():
+    """Without dropout psi's gradient is the plain step's; theta sees the same images and psi before its update."""
+    torch.manual_seed(0)
+    teacher = EDMPrecond(8, 1, 0, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1, dropout=0)
+    for parameter in teacher.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    plain = tiny_distillation(teacher, augment=0)
+    shared = tiny_distillation(teacher, augment=0, share_images=True)
+    seen = []
+    original = shared.loss.generator_loss
+    shared.loss.generator_loss = lambda *args: seen.append(args[2].detach().clone()) or original(*args)
+    a, b = gradients(plain), gradients(shared)
+    assert torch.allclose(a["fake score"], b["fake score"])
+    made = []
+    shared = tiny_distillation(teacher, augment=0)
+    for labels in shared._rounds(1):
+        made.append(shared.generate(labels).detach())
+    assert torch.allclose(torch.cat(seen), torch.cat(made), atol=1e-6)
+    assert cosine(a["generator"], b["generator"]) < 0.999  # other images than the plain step's
+
+
+def test_half_precision_gradients_point_where_those_of_fp32_do_at_every_noise_level():
+    torch.manual_seed(0)
+    kwargs = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0}
+    teacher = EDMPrecond(16, 1, model_type="SongUNet", **kwargs)
+    fake_score = EDMPrecond(16, 1, model_type="SongUNet", **kwargs)
+    for net in (teacher, fake_score):
+        for parameter in net.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        net.eval().requires_grad_(False)
+    images, n = 0.5 * torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
+    for t in (0.05, 0.3, 0.5, 0.8):
+        sigma = karras_sigma(torch.full([4, 1, 1, 1], t), 0.002, 80.0, 7.0)
+        found = {}
+        for name in ("fp32", "bf16", "fp16"):
+            for net in (teacher, fake_score):
+                assert precision.set_compute_dtype(net, precision.DTYPES[name])
+            x = images.clone().requires_grad_()
+            SiDLoss().generator_loss(teacher, fake_score, x, noise=(sigma, n)).sum().backward()
+            found[name] = x.grad.flatten()
+        assert cosine(found["fp32"], found["bf16"]) > 0.99
+        assert cosine(found["fp32"], found["fp16"]) > 0.9999  # three more bits: docs/performance.md
+
+
+def test_stored_half_precision_weights_change_nothing():
+    teacher = tiny_teacher(label_dim=0).eval().requires_grad_(False)
+    precision.set_compute_dtype(teacher, torch.bfloat16)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 4.0])
+    before = teacher(x, sigma)
+    precision.store_convolutions(teacher, torch.bfloat16)
+    assert teacher.model.enc["8x8_conv"].weight.dtype == torch.bfloat16
+    assert torch.equal(teacher(x, sigma), before)
+
+
+def test_bf16_trains_and_leaves_master_weights_in_float32():
+    distillation = tiny_distillation(precision="bf16")
+    distillation.iteration()
+    for net in (distillation.state.generator, distillation.state.fake_score, distillation.state.ema):
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert distillation.state.ema.compute_dtype is None  # pictures and metrics are made in full precision
+
+
+def test_a_compiler_that_fails_is_done_without(capsys, monkeypatch):
+    def broken(net, **options):
+        def call(*args, **kwargs):
+            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler here"), None)
+
+        return call
+
+    plain = tiny_distillation()
+    plain.iteration()
+    monkeypatch.setattr(torch, "compile", broken)
+    fallen_back = tiny_distillation(compile=True)
+    fallen_back.iteration()
+    assert "--compile: goes on without" in capsys.readouterr().out
+    for a, b in zip(plain.state.generator.parameters(), fallen_back.state.generator.parameters()):
+        assert torch.equal(a, b)
+
+
+# --- loss scaling
+
+
+def scaled_updater(loss_scaling=True):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    return net, Updater.adam("network", net, 0.1, beta1=0, loss_scaling=loss_scaling)
+
+
+def test_the_loss_scale_leaves_the_update_as_it_is():
+    x = torch.randn(5, 3)
+    (net, updater), (scaled, scaled_up) = scaled_updater(False), scaled_updater()
+    scaled_up.loss_scale = torch.tensor(1024.0)
+    updater.backward(net(x).square().sum())
+    scaled_up.backward(scaled(x).square().sum())
+    assert torch.allclose(updater.step(), scaled_up.step())
+    assert torch.allclose(net.weight, scaled.weight)
+
+
+def test_the_loss_scale_halves_with_an_overflow_and_grows_back():
+    net, updater = scaled_updater()
+    x = torch.randn(5, 3)
+    for factor, scale in ((1.0, 1.0), (float("inf"), 0.5), (1.0, 0.5)):
+        updater.backward(net(x).square().sum() * factor)
+        updater.step()
+        assert updater.loss_scale == scale
+    for _ in range(GROWTH_INTERVAL - 1):
+        updater._count(torch.zeros([]))
+    assert updater.loss_scale == 1.0
+    assert updater.skipped == 1
+    restored = scaled_updater()[1]
+    restored.load_state_dict(updater.state_dict())
+    assert (restored.loss_scale, restored.skipped) == (1.0, 1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_update_changes_neither_weights_nor_moments(fused):
+    net, _ = scaled_updater()
+    updater = Updater("network", net.parameters(), torch.optim.Adam(net.parameters(), lr=0.1, fused=fused))
+    updater.backward(net(torch.ones(1, 3)).sum())
+    updater.step()
+    before = [t.clone() for t in [*net.parameters(), *updater.optimizer.state[net.weight].values()]]
+    for _ in range(MAX_SKIPPED_UPDATES):
+        updater.check(0)
+        updater.backward(net(torch.full([1, 3], torch.nan)).sum())
+        updater.step()
+    after = [*net.parameters(), *updater.optimizer.state[net.weight].values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    with pytest.raises(DivergenceError):
+        updater.check(0)
