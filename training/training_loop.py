@@ -80,7 +80,6 @@ def training_loop(
         updater.check(nimg)
         update_ema(ema, net, ema_beta(config.batch, nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio))
         nimg += config.batch
-
         if nimg < next_tick_img and nimg < total_img:
             continue
         tick += 1
