@@ -1,0 +1,81 @@
+"""How much memory a distillation takes, told before it starts: from shapes alone, nothing is allocated."""
+
+import copy
+import os
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torch_utils import precision
+
+from .config import DistillationConfig
+
+GB = 1 << 30
+USABLE = 0.8  # of the free memory; libraries and fragmentation take the rest
+CPU_BATCH = 32  # more images at once gain no speed on a CPU
+
+
+def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: int) -> dict[str, float]:
+    """GB per process, by purpose, and the higher 'peak' of the two phases; without what the libraries take.
+
+    teacher: any denoiser; it isn't changed. batch_gpu: images per process and round. The precision must be resolved
+    (not None).
+    """
+    device = next(teacher.parameters()).device
+    net = copy.deepcopy(teacher).to("meta")
+    if precision.set_compute_dtype(net, precision.DTYPES[config.precision]) and config.checkpoint:
+        precision.checkpoint_blocks(net)
+    weights = _bytes(net.parameters())
+    stored = copy.deepcopy(net).requires_grad_(False)
+    precision.store_convolutions(stored, precision.DTYPES[config.precision])
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the device's own kernels, without memory or arithmetic
+        net.to_empty(device=device).requires_grad_(True)
+        train = _kept_activations(net, batch_gpu, device)
+        net.requires_grad_(False)
+        through = _kept_activations(net, config.chunk or batch_gpu, device, input_gradient=True)
+    gradients = weights * (2 if config.share_images else 1)
+    sizes = {
+        "weights": 3 * weights + _bytes(stored.parameters()),  # theta, its average and psi; phi
+        "gradients": gradients,
+        "Adam": 4 * weights,
+        "activations of the fake score's phase": train + (train if config.share_images else 0),
+        "activations of the generator's phase": train + 2 * through,
+    }
+    *constant, fake_score, generator = sizes.values()
+    sizes["peak"] = sum(constant) + max(fake_score, generator)
+    return {name: size / GB for name, size in sizes.items()}
+
+
+def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, images: int, device: torch.device) -> int:
+    """The largest divisor of `images` (per process and update) whose estimate fits into the free memory, or 1."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] / GB
+    else:
+        free = psutil.virtual_memory().available / GB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limit = CPU_BATCH if device.type == "cpu" else images
+    divisors = [n for n in range(min(images, limit), 1, -1) if images % n == 0 and n % (config.chunk or 1) == 0]
+    return next((n for n in divisors if estimate(teacher, config, n)["peak"] < USABLE * free), config.chunk or 1)
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _kept_activations(net: torch.nn.Module, num: int, device: torch.device, input_gradient: bool = False) -> int:
+    """Bytes that autograd keeps for the backward pass of one evaluation on `num` images, weights excluded."""
+    weights = {id(parameter) for parameter in net.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # storages, held so that no two share an address
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    shape = [num, net.img_channels, net.img_resolution, net.img_resolution]
+    x = torch.empty(shape, device=device, requires_grad=input_gradient)
+    sigma = torch.empty([num, 1, 1, 1], device=device)
+    labels = torch.empty([num, net.label_dim], device=device) if net.label_dim else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net.train()(x, sigma, labels)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

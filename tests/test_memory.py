@@ -1,0 +1,72 @@
+"""The memory estimate against what autograd keeps in a real step, and the batch chosen by it."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_distillation import CPU, tiny_config, tiny_teacher
+
+from sid import memory
+from sid.distillation import Distillation
+
+RESOLVED = {"precision": "fp32", "augment": 0, "dropout": None}
+
+
+def kept_bytes(step) -> int:
+    """The most that autograd holds for later backward passes while `step` runs, in bytes, weights excluded."""
+    alive, peak = {}, 0
+
+    class Handle:
+        def __init__(self, tensor):
+            self.tensor, self.key = tensor, tensor.untyped_storage().data_ptr()
+            count, size = alive.get(self.key, (0, tensor.untyped_storage().nbytes()))
+            alive[self.key] = (count + 1, size)
+            nonlocal peak
+            peak = max(peak, sum(size for _, size in alive.values()))
+
+        def __del__(self):
+            count, size = alive.pop(self.key)
+            if count > 1:
+                alive[self.key] = (count - 1, size)
+
+    def pack(tensor):
+        return tensor if isinstance(tensor, torch.nn.Parameter) else Handle(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: getattr(kept, "tensor", kept)):
+        step()
+    return peak
+
+
+@pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"checkpoint": True}, {"precision": "bf16"}], ids=str)
+def test_activations_are_those_that_a_step_keeps(mode):
+    config = tiny_config(**{**RESOLVED, **mode}, batch_gpu=8)
+    teacher = tiny_teacher()
+    expected = memory.estimate(teacher, config, 8)
+    distillation = Distillation(teacher, config, CPU)
+    for phase, name in (("fake_score_phase", "fake score"), ("generator_phase", "generator")):
+        measured = kept_bytes(lambda phase=phase: getattr(distillation, phase)(1.0)) / memory.GB
+        assert measured == pytest.approx(expected[f"activations of the {name}'s phase"], rel=0.15)
+
+
+def test_weights_gradients_and_moments():
+    teacher = tiny_teacher()
+    size = sum(p.numel() for p in teacher.parameters()) * 4 / memory.GB
+    found = memory.estimate(teacher, tiny_config(**RESOLVED), 2)
+    assert found["weights"] == pytest.approx(4 * size)
+    assert found["gradients"] == pytest.approx(size)
+    assert found["Adam"] == pytest.approx(4 * size)
+    assert next(teacher.parameters()).device.type == "cpu"
+
+
+def test_the_largest_batch_that_fits(monkeypatch):
+    teacher, config = tiny_teacher(), tiny_config(**RESOLVED)
+    need = {n: memory.estimate(teacher, config, n)["peak"] * memory.GB / memory.USABLE for n in (1, 2, 3, 4, 6, 12)}
+
+    def chosen(free, **changes):
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
+        return memory.fitting_batch_gpu(teacher, dataclasses.replace(config, **changes), 12, CPU)
+
+    assert [chosen(need[n] * 1.001) for n in (2, 3, 4, 6, 12)] == [2, 3, 4, 6, 12]
+    assert chosen(0) == 1
+    assert chosen(need[12] * 2, chunk=4) == 12
+    assert chosen(0, chunk=4) == 4
