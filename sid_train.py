@@ -62,7 +62,7 @@ POSITIVE = FiniteRange(0, min_open=True)
 # The run.
 @click.option("--duration", help="Length in Mimg", type=POSITIVE, default=500.0)
 @click.option("--batch", help="Images per update", type=click.IntRange(1), default=D.batch)
-@click.option("--batch-gpu", help="Images per process and round", type=click.IntRange(1), default=D.batch_gpu)
+@click.option("--batch-gpu", help="Images per process and round  [default: the most that fits]", type=click.IntRange(1))
 @click.option("--tick", help="Report every so many kimg", type=POSITIVE, default=D.kimg_per_tick)
 @click.option("--snap", help="Snapshot, picture and metrics every so many ticks", type=click.IntRange(1),
               default=D.snapshot_ticks)  # fmt: skip

@@ -11,7 +11,7 @@ class DistillationConfig:
 
     total_kimg: float = 500_000
     batch: int = 256  # images per update, all processes together
-    batch_gpu: int | None = 16  # images per process and round; None: all at once
+    batch_gpu: int | None = None  # images per process and round; None: the most that fits
     alpha: float = 1.2  # weight of L1 in L2 - alpha L1
     tmax: float = 800  # the generator's loss sees noise levels up to t = tmax / 1000
     init_sigma: float = 2.5  # noise level at which the generator starts

@@ -12,6 +12,7 @@ from torch_utils.training_stats import Collector
 from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 
+from . import memory
 from .config import AUGMENT, DistillationConfig
 from .loss import SiDLoss
 from .state import DistillationState
@@ -67,14 +68,12 @@ class Distillation:
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
             raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
-        self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
-        if config.chunk and self.batch_gpu % config.chunk:
-            raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
         self.state = DistillationState(teacher, config, device, start)
         if resume is not None:
             self.state.load(resume)
         self.collector = Collector()
         self._set_up_arithmetic()
+        self._split_batch()
 
     def _set_up_arithmetic(self) -> None:
         """Precision, memory layout and compilation of the three networks; none of it is part of the state."""
@@ -92,6 +91,39 @@ class Distillation:
             if config.checkpoint:
                 precision.checkpoint_blocks(net)
         self._calls = {name: compiled(net) if config.compile else net for name, net in networks.items()}
+
+    def _split_batch(self) -> None:
+        """Images per process and round, and rounds; where --batch-gpu isn't given, the most that fits."""
+        config, processes = self.config, distributed.world_size()
+        batch_gpu = config.batch_gpu
+        if batch_gpu is None:
+            share = misc.split_batch(config.batch, None, processes)[0]
+            batch_gpu = distributed.from_process_0(memory.fitting_batch_gpu(self.teacher, config, share, self.device))
+        self.batch_gpu, self.rounds = misc.split_batch(config.batch, batch_gpu, processes)
+        if config.chunk and self.batch_gpu % config.chunk:
+            raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
+        while config.batch_gpu is None and self.batch_gpu > 1 and not self._fits():
+            smaller = next(n for n in range(self.batch_gpu // 2, 0, -1) if self.batch_gpu % n == 0)
+            self.batch_gpu, self.rounds = misc.split_batch(config.batch, smaller, processes)
+        self.config = dataclasses.replace(config, batch_gpu=self.batch_gpu)
+
+    def _fits(self) -> bool:
+        """Whether both phases have memory enough for one round on every process, tried on a GPU."""
+        if self.device.type != "cuda":
+            return True
+        fits = torch.ones([], device=self.device)
+        try:
+            labels = next(iter(self._rounds(FAKE_SCORE_PHASE)))
+            images = self.generate(labels)
+            self._backward_fake_score(images, labels)
+            self._backward_generator(images, labels)
+        except torch.cuda.OutOfMemoryError:
+            fits.zero_()
+        for updater in (self.state.fake_score_updater, self.state.generator_updater):
+            updater.optimizer.zero_grad(set_to_none=True)
+        self.collector = Collector()
+        torch.cuda.empty_cache()
+        return distributed.all_reduce_sum(fits) == distributed.world_size()
 
     def generate(self, labels: torch.Tensor | None) -> torch.Tensor:
         """x_g = f_theta(init_sigma z; init_sigma), [batch_gpu, C, H, W]."""
