@@ -5,7 +5,7 @@ import dataclasses
 import click
 
 from dnnlib import FiniteRange, IntList
-from sid.config import DistillationConfig
+from sid.config import OBJECTIVES, WEIGHTINGS, DistillationConfig
 
 D = DistillationConfig  # its class attributes are the defaults
 POSITIVE = FiniteRange(0, min_open=True)
@@ -23,9 +23,20 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--transfer", help="Network whose weights the generator starts from")
 @click.option("--resume", help="Training state, or run folder, to continue")
 # The method.
+@click.option("--objective", help="The generator's; sid is L2 - alpha L1, *-l1 takes alpha L1 from another",
+              type=click.Choice(OBJECTIVES), default=D.objective)  # fmt: skip
 @click.option("--alpha", help="Weight of L1 in L2 - alpha L1", type=FiniteRange(), default=D.alpha)
-@click.option("--tmax", help="Highest time of the generator's noise levels, of 1000", default=D.tmax,
+@click.option("--weighting", help="Divide by omega, sigma^2 or nothing  [default: none for diff-instruct, else omega]",
+              type=click.Choice(WEIGHTINGS))  # fmt: skip
+@click.option("--huber", help="c of the pseudo-Huber distance, in pixels of [-1, 1]  [default: squared]", type=POSITIVE)
+@click.option("--score-gradient", help="Through both score networks: on, off or from=KIMG", default=D.score_gradient)
+@click.option("--sigma-schedule", help="Noise levels of the generator's loss: karras, lognormal or single=SIGMA",
+              default=D.sigma_schedule)  # fmt: skip
+@click.option("--fake-sigma-schedule", help="Those of the fake score's loss", default=D.fake_sigma_schedule)
+@click.option("--tmax", help="Highest time of the noise levels by karras, of 1000", default=D.tmax,
               type=FiniteRange(0, 1000))  # fmt: skip
+@click.option("--fake-score-updates", help="Updates of the fake score for each of the generator",
+              type=click.IntRange(1), default=D.fake_score_updates)  # fmt: skip
 @click.option("--init_sigma", help="Noise level at which the generator starts", type=POSITIVE, default=D.init_sigma)
 @click.option("--lr", help="Learning rate of the fake score network", type=POSITIVE, default=D.lr)
 @click.option("--glr", help="Learning rate of the generator", type=POSITIVE, default=D.glr)

@@ -1,8 +1,18 @@
 """What a distillation run is made of. No torch here: command lines read it before anything heavy loads."""
 
 import dataclasses
+import math
+
+from dnnlib import UserError
 
 AUGMENT = 0.12  # EDM's probability for CIFAR-10
+
+# Of the generator: sid is L2 - alpha L1, and what ends in -l1 is that objective less alpha L1.
+OBJECTIVES = (
+    "sid", "l1", "l2", "cross", "full", "cross-l1", "full-l1", "diff-instruct", "diff-instruct-l1", "dmd"
+)  # fmt: skip
+PROJECTED = ("sid", "l2")  # u(x_t) times a projected factor: u may be another distance's, or have no gradient
+WEIGHTINGS = ("omega", "sigma", "none")
 
 
 @dataclasses.dataclass
@@ -12,8 +22,15 @@ class DistillationConfig:
     total_kimg: float = 500_000
     batch: int = 256  # images per update, all processes together
     batch_gpu: int | None = None  # images per process and round; None: the most that fits
+    objective: str = "sid"  # one of OBJECTIVES
     alpha: float = 1.2  # weight of L1 in L2 - alpha L1
-    tmax: float = 800  # the generator's loss sees noise levels up to t = tmax / 1000
+    weighting: str | None = None  # one of WEIGHTINGS; None: what the objective was published with
+    huber: float | None = None  # c of the pseudo-Huber distance, in pixels; None: the squared distance
+    score_gradient: str = "on"  # through both networks to the generator: on, off or from=KIMG
+    sigma_schedule: str = "karras"  # noise levels of the generator's loss: karras, lognormal or single=SIGMA
+    fake_sigma_schedule: str = "lognormal"  # those of the fake score's loss
+    tmax: float = 800  # karras reaches up to t = tmax / 1000
+    fake_score_updates: int = 1  # of the fake score for every one of the generator
     init_sigma: float = 2.5  # noise level at which the generator starts
     lr: float = 1e-5  # fake score network
     glr: float = 1e-5  # generator
@@ -37,3 +54,55 @@ class DistillationConfig:
     snapshot_ticks: int = 50
     state_ticks: int = 500
     seed: int = 0
+
+    def __post_init__(self):
+        """Errors: UserError naming the option when a text isn't understood or options contradict each other."""
+        check_objective(self.objective, self.weighting, self.huber, self.score_gradient == "on")
+        parse_schedule(self.sigma_schedule, "--sigma-schedule")
+        parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule")
+        self.has_score_gradient(0)
+
+    def has_score_gradient(self, nimg: int) -> bool:
+        """Whether the generator's gradient passes through both networks after `nimg` images."""
+        if self.score_gradient in ("on", "off"):
+            return self.score_gradient == "on"
+        start = _number_after("from=", self.score_gradient)
+        if start is None:
+            raise UserError(f"--score-gradient={self.score_gradient}: give on, off or from=KIMG, such as from=1000")
+        return nimg >= start * 1000
+
+
+def check_objective(objective: str, weighting: str | None, huber: float | None, score_gradient: bool) -> str:
+    """The weighting: the one given, or that which the objective was published with.
+
+    Errors: UserError naming the option that doesn't fit.
+    """
+    for option, value, known in (("objective", objective, OBJECTIVES), ("weighting", weighting, (None, *WEIGHTINGS))):
+        if value not in known:
+            raise UserError(f"--{option}={value}: not one of {', '.join(filter(None, known))}")
+    if objective == "dmd" and weighting not in (None, "omega"):
+        raise UserError(f"--weighting={weighting}: dmd has its own, omega; --objective=diff-instruct takes others")
+    if objective not in PROJECTED and huber is not None:
+        raise UserError(f"--huber={huber:g}: {objective} has no such form; use --objective={' or '.join(PROJECTED)}")
+    if objective not in PROJECTED and not score_gradient:
+        raise UserError(f"--score-gradient: {objective} leaves no choice; use --objective={' or '.join(PROJECTED)}")
+    return weighting or ("none" if objective == "diff-instruct" else "omega")
+
+
+def parse_schedule(text: str, option: str) -> tuple[str, float | None]:
+    """'karras', 'lognormal' or 'single=SIGMA' as (kind, the single noise level). Errors: UserError naming `option`."""
+    if text in ("karras", "lognormal"):
+        return text, None
+    sigma = _number_after("single=", text)
+    if not sigma:
+        raise UserError(f"{option}={text}: give karras, lognormal or single=SIGMA, such as single=0.5")
+    return "single", sigma
+
+
+def _number_after(prefix: str, text: str) -> float | None:
+    """The number, finite and not negative, that follows `prefix`; None if there is none."""
+    try:
+        number = float(text.removeprefix(prefix))
+    except ValueError:
+        return None
+    return number if text.startswith(prefix) and math.isfinite(number) and number >= 0 else None

@@ -64,7 +64,8 @@ class Distillation:
         self.config = config
         self.device = device
         self.teacher = teacher.to(device).eval().requires_grad_(False)
-        self.loss = SiDLoss(alpha=config.alpha, tmax=config.tmax)
+        names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule")
+        self.loss = SiDLoss(**{name: getattr(config, name) for name in names})
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
             raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
@@ -134,9 +135,11 @@ class Distillation:
             return self._calls["generator"](sigma * z, levels, labels).contiguous()
 
     def iteration(self) -> None:
-        """Updates psi, then theta, then theta's moving average, each on `batch` images."""
+        """Updates psi, `fake_score_updates` times, then theta, then its moving average, each on `batch` images."""
         state, config = self.state, self.config
         factor = lr_factor(state.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
+        for repeat in range(1, config.fake_score_updates):
+            self.fake_score_phase(factor, repeat)
         if config.share_images:
             self.shared_phase(factor)
         else:
@@ -153,9 +156,9 @@ class Distillation:
         for updater in (self.state.fake_score_updater, self.state.generator_updater):
             updater.check(self.state.nimg)
 
-    def fake_score_phase(self, factor: float) -> None:
+    def fake_score_phase(self, factor: float, repeat: int = 0) -> None:
         self.state.generator.eval()
-        for labels in self._rounds(FAKE_SCORE_PHASE):
+        for labels in self._rounds(FAKE_SCORE_PHASE, repeat):
             with torch.no_grad():
                 images = self.generate(labels)
             self._backward_fake_score(images, labels)
@@ -193,6 +196,7 @@ class Distillation:
         """
         state, config = self.state, self.config
         state.fake_score.eval()
+        self.loss.score_gradient = config.has_score_gradient(state.nimg)
         x_g = images.detach().requires_grad_()
         noise = self.loss.draw_noise(x_g)
         with state.fake_score_updater.frozen():
@@ -215,12 +219,15 @@ class Distillation:
     def _autocast(self):
         return precision.autocast(self.device, self._autocast_dtype)
 
-    def _rounds(self, phase: int):
-        """Seeds each round by its place in the global batch, then gives its class labels [batch_gpu, label_dim]."""
+    def _rounds(self, phase: int, repeat: int = 0):
+        """Seeds each round by its place in the global batch, then gives its class labels [batch_gpu, label_dim].
+
+        repeat: tells apart the updates that see the same images of the generator's count.
+        """
         net = self.state.generator
         for r in range(self.rounds):
             first_image = self.state.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
-            misc.seed_at(self.config.seed, phase, first_image)
+            misc.seed_at(self.config.seed, phase, first_image, *([repeat] if repeat else []))
             if net.label_dim:
                 classes = torch.randint(net.label_dim, [self.batch_gpu], device=self.device)
                 yield torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The mathematics of Score identity Distillation (SiD, arXiv:2404.04057). docs/method.md derives each line.
+"""The mathematics of Score identity Distillation (SiD, arXiv:2404.04057) and of its family. docs/method.md derives it.
 
 Denoisers predict the clean image: f_phi (teacher), f_psi (fake score network); x_g is what the generator made and
 x_t = x_g + sigma n. The functions on tensors come first; `SiDLoss` draws noise and calls the networks around them.
@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 
 from training.loss import EDMLoss
+
+from .config import check_objective, parse_schedule
 
 OMEGA_MIN = 1e-5  # clips the per-image weight, published value
 
@@ -24,13 +26,55 @@ def omega(x_g: torch.Tensor, f_phi: torch.Tensor) -> torch.Tensor:
     return (x_g - f_phi).detach().abs().mean(dim=[1, 2, 3], keepdim=True).clamp(min=OMEGA_MIN)
 
 
-def sid_loss(x_g: torch.Tensor, f_phi: torch.Tensor, f_psi: torch.Tensor, alpha: float) -> torch.Tensor:
-    """L2 - alpha L1, weighted by 1/omega, per pixel [N, C, H, W] (SiD eq. 23, 24).
+# Objectives: (x_g, x_t, f_phi, f_psi) -> per pixel [N, C, H, W], before weighting. They are the forms in noise
+# predictions times sigma^2, with sigma eps = x_t - f and sigma n = x_t - x_g.
 
-    L1 = (f_phi - f_psi)^2 and L2 = (f_phi - f_psi)(f_phi - x_g), up to a common factor.
-    """
+
+def l1(x_g, x_t, f_phi, f_psi) -> torch.Tensor:
+    """|f_phi - f_psi|^2: the Fisher divergence itself."""
+    return (f_phi - f_psi).square()
+
+
+def l2(x_g, x_t, f_phi, f_psi) -> torch.Tensor:
+    """(f_phi - f_psi)(f_phi - x_g): one factor projected."""
+    return (f_phi - f_psi) * (f_phi - x_g)
+
+
+def sid(x_g, x_t, f_phi, f_psi, alpha: float) -> torch.Tensor:
+    """L2 - alpha L1 (SiD eq. 23; its weight is eq. 24)."""
     difference = f_phi - f_psi
-    return difference * ((f_phi - x_g) - alpha * difference) / omega(x_g, f_phi)
+    return difference * ((f_phi - x_g) - alpha * difference)
+
+
+def cross(x_g, x_t, f_phi, f_psi) -> torch.Tensor:
+    """|eps_phi - n|^2 + |eps_psi|^2 - |n|^2: only the cross term of L1 projected."""
+    return (f_phi - x_g).square() + (x_t - f_psi).square() - (x_t - x_g).square()
+
+
+def full(x_g, x_t, f_phi, f_psi) -> torch.Tensor:
+    """|eps_phi|^2 - 2 eps_phi n + eps_psi n: every term with psi projected."""
+    noise = x_t - x_g
+    return (x_t - f_phi).square() - 2 * (x_t - f_phi) * noise + (x_t - f_psi) * noise
+
+
+def diff_instruct(x_g, x_t, f_phi, f_psi) -> torch.Tensor:
+    """(f_psi - f_phi) x_g, both stopped: the reverse KL divergence's direction (Diff-Instruct, arXiv:2305.18455)."""
+    return (f_psi - f_phi).detach() * x_g
+
+
+OBJECTIVES = {
+    "l1": l1, "l2": l2, "cross": cross, "full": full, "diff-instruct": diff_instruct, "dmd": diff_instruct
+}  # fmt: skip
+LESS_L1 = "-l1"  # the name of an objective from which alpha L1 is taken, as sid is l2-l1
+
+
+def pseudo_huber_factor(difference: torch.Tensor, c: float) -> torch.Tensor:
+    """1 / sqrt(1 + mean difference^2 / c^2) per image, [N, 1, 1, 1]; it keeps its gradient.
+
+    It makes of a squared distance's gradient that of the pseudo-Huber distance (Score Implicit Matching,
+    arXiv:2410.16794). c: in units of pixels; far below c nothing changes, far above only the direction counts.
+    """
+    return (1 + difference.square().mean(dim=[1, 2, 3], keepdim=True) / c**2).rsqrt()
 
 
 def divergence(x_g: torch.Tensor, f_phi: torch.Tensor, f_psi: torch.Tensor) -> torch.Tensor:
@@ -46,8 +90,16 @@ class SiDLoss:
 
     alpha        weight of L1 in L2 - alpha L1: 1.2 for most data sets, 1.0 for AFHQ
     tmax         noise levels reach karras_sigma(tmax / 1000)
-    sigma_min, sigma_max, rho    the noise schedule of the generator's loss
-    P_mean, P_std, sigma_data    noise levels and weight of the fake score's loss, EDM's
+    sigma_min, sigma_max, rho    the noise schedule 'karras'
+    P_mean, P_std                the noise schedule 'lognormal', EDM's
+    sigma_data                   weight of the fake score's loss, EDM's
+    objective    of the generator, one of `sid.config.OBJECTIVES`; those that end in -l1 take alpha L1 away, as sid does
+    weighting    'omega', 'sigma' (1/sigma^2) or 'none'; None: what the objective was published with
+    huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2
+    score_gradient    whether gradients pass through f_phi and f_psi; may be changed at any time. For sid and l2
+    sigma_schedule, fake_sigma_schedule    'karras', 'lognormal' or 'single=SIGMA': noise levels of the two losses
+
+    Errors: UserError when these don't fit together.
     """
 
     def __init__(
@@ -60,16 +112,28 @@ class SiDLoss:
         P_mean: float = -1.2,
         P_std: float = 1.2,
         sigma_data: float = 0.5,
+        *,
+        objective: str = "sid",
+        weighting: str | None = None,
+        huber: float | None = None,
+        score_gradient: bool = True,
+        sigma_schedule: str = "karras",
+        fake_sigma_schedule: str = "lognormal",
     ):
         self.alpha = alpha
         self.tmax = tmax
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+        self.objective = objective
+        self.weighting = check_objective(objective, weighting, huber, score_gradient)
+        self.huber = huber
+        self.score_gradient = score_gradient
+        self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule")
+        self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule")
         self._denoising = EDMLoss(P_mean=P_mean, P_std=P_std, sigma_data=sigma_data)
 
     def draw_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sigma [N, 1, 1, 1], n [N, C, H, W]) of theta's loss on `images` [N, C, H, W]."""
-        u = torch.rand([images.shape[0], 1, 1, 1], device=images.device)
-        sigma = karras_sigma(u * self.tmax / 1000, self.sigma_min, self.sigma_max, self.rho)
+        sigma = self._draw_sigma(self.sigma_schedule, images)
         return sigma, torch.randn_like(images)
 
     def generator_loss(
@@ -82,12 +146,49 @@ class SiDLoss:
         """
         sigma, n = noise or self.draw_noise(images)
         x_t = images + sigma * n
-        f_phi = teacher(x_t, sigma, labels)
-        f_psi = fake_score(x_t, sigma, labels)
+        through_scores = self.score_gradient and self.objective not in ("diff-instruct", "dmd")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and through_scores):
+            f_phi = teacher(x_t, sigma, labels)
+            f_psi = fake_score(x_t, sigma, labels)
         if report is not None:
             report("Health/divergence", divergence(images, f_phi, f_psi))
-        return sid_loss(images, f_phi, f_psi, self.alpha)
+        return self._weighted(self._terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
 
     def fake_score_loss(self, fake_score, images, labels=None, augment_pipe=None) -> torch.Tensor:
         """psi's denoising loss on generated images [N, C, H, W], per pixel; no gradient reaches the images."""
-        return self._denoising(fake_score, images.detach(), labels, augment_pipe)
+        sigma = self._draw_sigma(self.fake_sigma_schedule, images)
+        return self._denoising(fake_score, images.detach(), labels, augment_pipe, sigma=sigma)
+
+    def quantile(self, q: torch.Tensor) -> torch.Tensor:
+        """The noise level that a share q, in (0, 1), of those in the generator's loss stay below; shaped as q."""
+        kind, value = self.sigma_schedule
+        if kind == "karras":
+            return karras_sigma(q * self.tmax / 1000, self.sigma_min, self.sigma_max, self.rho)
+        if kind == "lognormal":
+            return (torch.special.ndtri(q) * self._denoising.P_std + self._denoising.P_mean).exp()
+        return torch.full_like(q, value)
+
+    def _draw_sigma(self, schedule: tuple[str, float | None], images: torch.Tensor) -> torch.Tensor:
+        """[N, 1, 1, 1], on the images' device."""
+        kind, value = schedule
+        size, device = [images.shape[0], 1, 1, 1], images.device
+        if kind == "karras":
+            t = torch.rand(size, device=device) * self.tmax / 1000
+            return karras_sigma(t, self.sigma_min, self.sigma_max, self.rho)
+        if kind == "lognormal":
+            return self._denoising.draw_sigma(images)
+        return torch.full(size, value, device=device)
+
+    def _terms(self, x_g, x_t, f_phi, f_psi) -> torch.Tensor:
+        if self.objective == "sid":
+            terms = sid(x_g, x_t, f_phi, f_psi, self.alpha)
+        else:
+            terms = OBJECTIVES[self.objective.removesuffix(LESS_L1)](x_g, x_t, f_phi, f_psi)
+            if self.objective.endswith(LESS_L1):
+                terms = terms - self.alpha * l1(x_g, x_t, f_phi, f_psi)
+        return terms if self.huber is None else terms * pseudo_huber_factor(f_phi - f_psi, self.huber)
+
+    def _weighted(self, terms, sigma, x_g, f_phi) -> torch.Tensor:
+        if self.weighting == "omega":
+            return terms / omega(x_g, f_phi)
+        return terms / sigma**2 if self.weighting == "sigma" else terms

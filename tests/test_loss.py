@@ -96,7 +96,7 @@ def test_score_identities_hold_for_gaussians():
     # x0 form, as the code has it: difference forms convert with 1/sigma^2.
     weight = sid.omega(x_g, f_phi)
     for alpha in (0.0, 0.5, 1.0, 1.2):
-        ours = sid.sid_loss(x_g, f_phi, f_psi, alpha) * weight / SIGMA**2
+        ours = sid.sid(x_g, x_t, f_phi, f_psi, alpha) / SIGMA**2
         torch.testing.assert_close(ours, l2 - alpha * l1)
         error = ours.std() / samples**0.5
         assert abs(ours.mean() - (1 - alpha) * exact) < 4 * error
@@ -109,7 +109,7 @@ def test_stopped_score_gradients_are_diff_instruct_for_every_alpha():
     weight = sid.omega(x_g, f_phi)
     for alpha in (0.0, 1.0, 1.2):
         x = x_g.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(sid.sid_loss(x, f_phi, f_psi, alpha).sum(), x)
+        (grad,) = torch.autograd.grad((sid.sid(x, None, f_phi, f_psi, alpha) / weight).sum(), x)
         torch.testing.assert_close(grad, (f_psi - f_phi) / weight)
 
 
