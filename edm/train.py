@@ -36,6 +36,8 @@ PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss")
 @click.option("--cond", help="Train a class-conditional model", type=bool, default=False, show_default=True)
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="ddpmpp", show_default=True)
 @click.option("--precond", type=click.Choice(list(PRECONDITIONINGS)), default="edm", show_default=True)
+@click.option("--sigma", help="The one noise level to train for  [default: all, as --precond draws them]",
+              type=FiniteRange(0, min_open=True))  # fmt: skip
 @click.option("--cbase", help="Channels at full resolution [default: by --arch]", type=click.IntRange(min=4))
 @click.option("--cres", help="Channel multiplier per resolution [default: by --arch]", type=IntList())
 @click.option("--blocks", help="Residual blocks per resolution [default: by --arch]", type=click.IntRange(min=1))
@@ -85,6 +87,8 @@ def main(**options):
     network_kwargs, config = build_config(options, dataset, pipe.augment_dim if pipe else 0)
     precond, loss_name = PRECONDITIONINGS[options["precond"]]
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
+    summary["sigma"] = options["sigma"]
+    loss_fn = getattr(loss, loss_name)() if options["sigma"] is None else single_level_loss(options["sigma"])
     device = distributed.init(options["device"])
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
     distributed.print0(json.dumps(summary, indent=2))
@@ -102,10 +106,20 @@ def main(**options):
 
         def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
             path = checkpoint.snapshot_path(run_dir, nimg)
-            zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name)
+            only = {} if options["sigma"] is None else {"sigma": options["sigma"]}
+            zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name, **only)
 
-        training_loop(config, net, dataset, getattr(loss, loss_name)(), pipe, run_dir, device, save_snapshot, state)
+        training_loop(config, net, dataset, loss_fn, pipe, run_dir, device, save_snapshot, state)
     distributed.shutdown()
+
+
+def single_level_loss(sigma):
+    """EDM's loss at one noise level: a denoiser that gives the score of the data smoothed by sigma, and no other."""
+    import math
+
+    from training.loss import EDMLoss
+
+    return EDMLoss(P_mean=math.log(sigma), P_std=0.0)
 
 
 def build_config(options, dataset, augment_dim):
