@@ -85,7 +85,7 @@ def check_objective(objective: str, weighting: str | None, huber: float | None, 
     if objective not in PROJECTED and huber is not None:
         raise UserError(f"--huber={huber:g}: {objective} has no such form; use --objective={' or '.join(PROJECTED)}")
     if objective not in PROJECTED and not score_gradient:
-        raise UserError(f"--score-gradient: {objective} leaves no choice; use --objective={' or '.join(PROJECTED)}")
+        raise UserError(f"--score-gradient: {objective} needs on; --objective={' or '.join(PROJECTED)} can do without")
     return weighting or ("none" if objective == "diff-instruct" else "omega")
 
 

@@ -13,7 +13,7 @@ from edm.published import FILES
 from torch_utils import distributed, misc
 from training.dataset import ImageFolderDataset
 
-from .config import DistillationConfig
+from .config import DistillationConfig, parse_schedule
 from .distillation import Distillation
 from .report import GRID_COLUMNS, GRID_ROWS, Report
 from .training_loop import training_loop
@@ -36,6 +36,7 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
 
     teacher = zoo.load_network(options["edm_model"])
     check_architecture(teacher, options)
+    check_noise_levels(teacher, config)
     start = load_start(options["transfer"], teacher) if options["transfer"] else None
     reals = load_reals(options["data"], teacher, options) if options["data"] else None
     evaluator = None
@@ -84,6 +85,19 @@ def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> Non
         given = options[name]
         if given is not None and value is not None and given != value:
             raise UserError(f"--{name}={_text(given)}: the teacher has {_text(value)}; leave the option out")
+
+
+def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> None:
+    """A teacher that was trained for one noise level knows no other. Errors: UserError naming the option."""
+    level = getattr(teacher, "metadata", {}).get("sigma")
+    if level is None:
+        return
+    schedules = {"--sigma-schedule": config.sigma_schedule, "--fake-sigma-schedule": config.fake_sigma_schedule}
+    wrong = [f"{option}=single={level}" for option, s in schedules.items() if parse_schedule(s, option)[1] != level]
+    if config.init_sigma != level:
+        wrong.append(f"--init_sigma={level}")
+    if wrong:
+        raise UserError(f"the teacher of --edm_model knows one noise level only; give {' '.join(wrong)}")
 
 
 def _text(value: Any) -> str:

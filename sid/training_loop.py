@@ -60,5 +60,7 @@ def save_snapshot(state: DistillationState, config: DistillationConfig, run_dir:
     """Saves the one-step generator with what it takes to use it and how it was made."""
     path = checkpoint.snapshot_path(run_dir, state.nimg)
     recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": state.nimg / 1e3}
+    if config.objective != "sid":
+        recipe["objective"] = config.objective
     zoo.save_network(state.ema, path, **state.ema.metadata, **recipe)
     return path
