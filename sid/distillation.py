@@ -131,7 +131,7 @@ class Distillation:
         net, sigma = self.state.generator, self.config.init_sigma
         z = torch.randn([self.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=self.device)
         levels = torch.full([self.batch_gpu, 1, 1, 1], sigma, device=self.device)
-        with self._autocast():
+        with self.autocast():
             return self._calls["generator"](sigma * z, levels, labels).contiguous()
 
     def iteration(self) -> None:
@@ -183,7 +183,7 @@ class Distillation:
     def _backward_fake_score(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Adds the gradient of psi's loss on `images` to psi's."""
         self.state.fake_score.train()
-        with self._autocast():
+        with self.autocast():
             loss = self.loss.fake_score_loss(self._calls["fake_score"], images, labels, self.augment_pipe)
         self.collector.report("Loss/fake_score", loss)
         self.state.fake_score_updater.backward(loss.sum() * (self.config.ls / self.config.batch))
@@ -204,7 +204,7 @@ class Distillation:
                 part = slice(int(part[0]), int(part[-1]) + 1)
                 some = labels[part] if labels is not None else None
                 drawn = tuple(draw[part] for draw in noise)
-                with self._autocast():
+                with self.autocast():
                     loss = self.loss.generator_loss(
                         self._calls["teacher"], self._calls["fake_score"], x_g[part], some, drawn, self.collector.report
                     )
@@ -216,7 +216,8 @@ class Distillation:
         norm = getattr(self.state, f"{name}_updater").step(factor)
         self.collector.report(f"Gradient/{name}_norm", norm)
 
-    def _autocast(self):
+    def autocast(self):
+        """The arithmetic in which the networks are called."""
         return precision.autocast(self.device, self._autocast_dtype)
 
     def _rounds(self, phase: int, repeat: int = 0):
@@ -224,12 +225,15 @@ class Distillation:
 
         repeat: tells apart the updates that see the same images of the generator's count.
         """
-        net = self.state.generator
         for r in range(self.rounds):
             first_image = self.state.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
             misc.seed_at(self.config.seed, phase, first_image, *([repeat] if repeat else []))
-            if net.label_dim:
-                classes = torch.randint(net.label_dim, [self.batch_gpu], device=self.device)
-                yield torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
-            else:
-                yield None
+            yield self.draw_labels(self.batch_gpu)
+
+    def draw_labels(self, n: int) -> torch.Tensor | None:
+        """One-hot classes, drawn uniformly, [n, label_dim]; None for a teacher without."""
+        label_dim = self.state.generator.label_dim
+        if not label_dim:
+            return None
+        classes = torch.randint(label_dim, [n], device=self.device)
+        return torch.nn.functional.one_hot(classes, label_dim).to(torch.float32)

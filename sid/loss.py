@@ -129,7 +129,7 @@ class SiDLoss:
         self.score_gradient = score_gradient
         self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule")
         self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule")
-        self._denoising = EDMLoss(P_mean=P_mean, P_std=P_std, sigma_data=sigma_data)
+        self.denoising = EDMLoss(P_mean=P_mean, P_std=P_std, sigma_data=sigma_data)
 
     def draw_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sigma [N, 1, 1, 1], n [N, C, H, W]) of theta's loss on `images` [N, C, H, W]."""
@@ -157,7 +157,7 @@ class SiDLoss:
     def fake_score_loss(self, fake_score, images, labels=None, augment_pipe=None) -> torch.Tensor:
         """psi's denoising loss on generated images [N, C, H, W], per pixel; no gradient reaches the images."""
         sigma = self._draw_sigma(self.fake_sigma_schedule, images)
-        return self._denoising(fake_score, images.detach(), labels, augment_pipe, sigma=sigma)
+        return self.denoising(fake_score, images.detach(), labels, augment_pipe, sigma=sigma)
 
     def quantile(self, q: torch.Tensor) -> torch.Tensor:
         """The noise level that a share q, in (0, 1), of those in the generator's loss stay below; shaped as q."""
@@ -165,7 +165,7 @@ class SiDLoss:
         if kind == "karras":
             return karras_sigma(q * self.tmax / 1000, self.sigma_min, self.sigma_max, self.rho)
         if kind == "lognormal":
-            return (torch.special.ndtri(q) * self._denoising.P_std + self._denoising.P_mean).exp()
+            return (torch.special.ndtri(q) * self.denoising.P_std + self.denoising.P_mean).exp()
         return torch.full_like(q, value)
 
     def _draw_sigma(self, schedule: tuple[str, float | None], images: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ class SiDLoss:
             t = torch.rand(size, device=device) * self.tmax / 1000
             return karras_sigma(t, self.sigma_min, self.sigma_max, self.rho)
         if kind == "lognormal":
-            return self._denoising.draw_sigma(images)
+            return self.denoising.draw_sigma(images)
         return torch.full(size, value, device=device)
 
     def _terms(self, x_g, x_t, f_phi, f_psi) -> torch.Tensor:

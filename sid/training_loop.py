@@ -10,6 +10,7 @@ from torch_utils.training_stats import TickLog
 
 from .config import DistillationConfig
 from .distillation import Distillation
+from .health import Health
 from .report import Report
 from .state import DistillationState
 
@@ -25,6 +26,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
         distributed.print0(f"Resumed at {state.nimg / 1e3:.1f} kimg")
     else:
         report.start(state.ema)
+    health = Health(distillation)
     log = TickLog(run_dir, distillation.device, state.elapsed_sec)
     log.resume_clock(state.nimg)
 
@@ -37,7 +39,8 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
         distillation.check()
         state.tick += 1
         state.elapsed_sec = log.elapsed_sec
-        log.tick(state.tick, state.nimg, {**distillation.collector.collect(), **skipped_updates(state)})
+        statistics = {**distillation.collector.collect(), **health.measure(), **skipped_updates(state)}
+        log.tick(state.tick, state.nimg, statistics)
         done = state.nimg >= total_img
         snapshot = done or state.tick % config.snapshot_ticks == 0
         if distributed.rank() == 0 and snapshot:

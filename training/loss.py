@@ -54,11 +54,13 @@ class EDMLoss:
         self.P_std = P_std
         self.sigma_data = sigma_data
 
+    def weight(self, sigma):
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
     def draw_sigma(self, images):
         return (torch.randn([images.shape[0], 1, 1, 1], device=images.device) * self.P_std + self.P_mean).exp()
 
     def __call__(self, net, images, labels=None, augment_pipe=None, sigma=None):
         """sigma: the noise levels [N, 1, 1, 1]; None draws them."""
         sigma = self.draw_sigma(images) if sigma is None else sigma
-        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        return _denoising_loss(net, images, sigma, weight, labels, augment_pipe)
+        return _denoising_loss(net, images, sigma, self.weight(sigma), labels, augment_pipe)

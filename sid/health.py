@@ -1,0 +1,93 @@
+"""How a distillation fares, measured once a tick on a few images. docs/method.md says how to read the figures."""
+
+import itertools
+import math
+
+import torch
+
+from torch_utils import distributed, misc
+
+from .distillation import Distillation
+from .loss import divergence
+
+HEALTH_PHASE = 3  # keeps these random draws apart from those of the training's phases
+BANDS = 4  # of noise levels, each with as many of the training's draws; a single level is one band
+# Images per measurement: a small share of the tick's, so that its four forward passes cost little beside the training.
+IMAGES_SHARE, MIN_IMAGES, MAX_IMAGES = 1 / 32, 16, 256
+
+
+class Health:
+    """Measures theta, psi and the average on the same latents and noise every time: only training changes them."""
+
+    def __init__(self, distillation: Distillation):
+        self._distillation = distillation
+        images = distillation.config.kimg_per_tick * 1000 * IMAGES_SHARE
+        share = math.ceil(min(max(images, MIN_IMAGES), MAX_IMAGES) / distributed.world_size())
+        self._size = min(distillation.batch_gpu, share)
+        self._rounds = math.ceil(share / self._size)
+        self._start: list[torch.Tensor] = []  # the teacher's one-step images, one batch a round
+        edges = distillation.loss.quantile(torch.linspace(0, 1, BANDS + 1).clamp(1e-4, 1 - 1e-4)).tolist()
+        bands = [f"{low:.2g}-{high:.2g}" for low, high in itertools.pairwise(edges)]
+        if distillation.loss.sigma_schedule[0] == "single":
+            bands = [f"{edges[0]:.2g}"]
+        self._bands = [f"Health/divergence_sigma{band}" for band in bands]
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Statistics by name, as `TickLog.tick` takes them, the same on every process; all processes must call it.
+
+        Health/divergence_sigmaA-B   mean (f_phi - f_psi)^2 / omega over the noise levels from A to B
+        Health/fake_score_ratio      psi's denoising loss on theta's images over phi's on the same
+        Health/l2_per_l1             1 where psi is optimal, more where it lags behind theta
+        Health/diversity             root mean square distance of two of theta's images over that of the teacher's
+                                     one-step images, where theta starts
+        Health/ema_distance          of the average's images from theta's, over that of theta's from the teacher's
+        """
+        for net in (self._distillation.state.generator, self._distillation.state.fake_score):
+            net.eval()
+        rounds = [self._measure_round(r) for r in range(self._rounds)]
+        per_band, images, squares = (distributed.all_reduce_sum(sum(parts)) for parts in zip(*rounds))
+        count = per_band[:, 0].sum()
+        statistics = {name: row[1] / row[0] for name, row in zip(self._bands, per_band)}
+        l1, l2, psi, phi = per_band[:, 2:].sum(dim=0)
+        variance = squares[:2] / count - (images / count).square().sum(dim=1)
+        statistics["Health/fake_score_ratio"] = psi / phi
+        statistics["Health/l2_per_l1"] = l2 / l1
+        statistics["Health/diversity"] = (variance[0] / variance[1]).sqrt()
+        statistics["Health/ema_distance"] = (squares[2] / squares[3]).sqrt()
+        return {name: {"mean": value.item()} for name, value in statistics.items() if value.isfinite()}
+
+    def _measure_round(self, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums over one batch: [bands, 6] of per-image values, [2, pixels] of images, [4] of squares of images."""
+        d, n = self._distillation, self._size
+        net, init_sigma = d.state.generator, d.config.init_sigma
+        first = (r * distributed.world_size() + distributed.rank()) * n
+        misc.seed_at(d.config.seed, HEALTH_PHASE, first)
+        z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], device=d.device)
+        labels = d.draw_labels(n)
+        bands = len(self._bands)
+        band = (first + torch.arange(n, device=d.device)) % bands
+        quantiles = (band + torch.rand([n], device=d.device)).clamp(min=1e-6) / bands
+        sigma = d.loss.quantile(quantiles).reshape(n, 1, 1, 1)
+        with d.autocast():
+            latents = init_sigma * z, torch.full_like(sigma, init_sigma), labels
+            if len(self._start) == r:
+                self._start.append(d.teacher(*latents))
+            x_g, averaged = net(*latents), d.state.ema(*latents)
+            x_t = x_g + sigma * torch.randn_like(x_g)
+            f_phi, f_psi = d.teacher(x_t, sigma, labels), d.state.fake_score(x_t, sigma, labels)
+        weight = d.loss.denoising.weight(sigma)
+        terms = [
+            (f_phi - f_psi).square(),
+            (f_phi - f_psi) * (f_phi - x_g),
+            (f_psi - x_g).square(),
+            (f_phi - x_g).square(),
+        ]
+        columns = [torch.ones_like(quantiles), divergence(x_g, f_phi, f_psi)]
+        columns += [(weight * term).mean(dim=[1, 2, 3]) for term in terms]
+        wide = torch.float32 if d.device.type == "mps" else torch.float64
+        values = torch.stack(columns, dim=1).to(wide)
+        per_band = torch.zeros([bands, values.shape[1]], dtype=wide, device=d.device).index_add(0, band, values)
+        x_g, start, averaged = (x.to(wide).flatten(1) for x in (x_g, self._start[r], averaged))
+        squares = torch.stack([x.square().sum() for x in (x_g, start, averaged - x_g, x_g - start)])
+        return per_band, torch.stack([x_g.sum(dim=0), start.sum(dim=0)]), squares
