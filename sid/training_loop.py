@@ -10,6 +10,7 @@ from torch_utils.training_stats import TickLog
 
 from .config import DistillationConfig
 from .distillation import Distillation
+from .doctor import Watch
 from .health import Health
 from .report import Report
 from .state import DistillationState
@@ -26,7 +27,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
         distributed.print0(f"Resumed at {state.nimg / 1e3:.1f} kimg")
     else:
         report.start(state.ema)
-    health = Health(distillation)
+    health, watch = Health(distillation), Watch(vars(config))
     log = TickLog(run_dir, distillation.device, state.elapsed_sec)
     log.resume_clock(state.nimg)
 
@@ -41,6 +42,8 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
         state.elapsed_sec = log.elapsed_sec
         statistics = {**distillation.collector.collect(), **health.measure(), **skipped_updates(state)}
         log.tick(state.tick, state.nimg, statistics)
+        for warning in watch.tick(state.nimg, statistics):
+            distributed.print0(warning)
         done = state.nimg >= total_img
         snapshot = done or state.tick % config.snapshot_ticks == 0
         if distributed.rank() == 0 and snapshot:

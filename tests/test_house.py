@@ -78,7 +78,11 @@ def test_lengths(path):
     assert long <= LONG_FUNCTIONS.get(name_of(path), set())
 
 
-COMMANDS = [["sid_train.py"], ["fid.py"], *(["-m", name] for name in ("edm.train", "edm.dataset_tool", "sid.report"))]
+COMMANDS = [
+    ["sid_train.py"],
+    ["fid.py"],
+    *(["-m", name] for name in ("edm.train", "edm.dataset_tool", "sid.report", "sid.doctor")),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])

@@ -1,0 +1,248 @@
+"""Says in plain words how a distillation fares, from what it recorded: python -m sid.doctor RUN_FOLDER
+
+docs/method.md says where the thresholds come from.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib import UserError
+
+OPTIONS = (
+    "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
+    "batch", "ema_halflife_kimg", "ema_rampup_ratio",
+)  # fmt: skip
+MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
+MIN_TICKS_OF_GROWTH = 12  # until then a divergence that grows is the fake score finding the generator
+WATCHED_TICKS = 60  # the run's own warnings look back so far
+MOVED = 1e-3  # the two denoising losses differ by this share, in some tick, once the fake score has learnt anything
+LAG = 3.0  # |L2/L1|
+OUTRUN, OFTEN = 1.1, 0.25  # the fake score's loss over the teacher's, and the share of ticks at half that excess
+WANDER = 0.5  # distance of average and generator, over that of generator and start
+NARROWED = 0.6  # diversity over that of the start
+WORSE = 1.5  # divergence over what it was before
+FLAT = 1.15  # the same, where little moves
+FEW_UPDATES = 10  # half-life of the average
+CERTAIN = 1.5  # so many times beyond its threshold, a figure is no accident
+
+
+@dataclasses.dataclass
+class Finding:
+    """name: of the sickness, for programs; text: what is seen, its figure and the option to change."""
+
+    name: str
+    text: str
+    certain: bool = True
+
+
+class Window:
+    """The last third of a run's records, the third before it to compare with, and all of them."""
+
+    def __init__(self, records: list[dict[str, float]]):
+        third = max(len(records) // 3, 1)
+        self.all = records
+        self._now, self._before = records[-third:], records[-2 * third : -third]
+        self.kimg = (self._now[0]["Progress/kimg"], self._now[-1]["Progress/kimg"])
+
+    def median(self, name: str) -> float | None:
+        return _median(self._now, name)
+
+    def growth(self, name: str) -> float | None:
+        """The median over the one before."""
+        now, before = _median(self._now, name), _median(self._before, name)
+        return now / before if now is not None and before else None
+
+    def farthest(self, name: str, point: float) -> float:
+        """How far the figure got from `point` in the last third."""
+        return max((abs(record[name] - point) for record in self._now if name in record), default=0.0)
+
+    def share(self, name: str, limit: float) -> float:
+        """Of all ticks that have the figure, how many have it above the limit."""
+        values = [record[name] for record in self.all if name in record]
+        return sum(value > limit for value in values) / len(values) if values else 0.0
+
+
+def _median(records: list[dict[str, float]], name: str) -> float | None:
+    values = [record[name] for record in records if name in record]
+    return statistics.median(values) if values else None
+
+
+def diagnose(records: list[dict[str, float]], options: dict[str, Any]) -> list[Finding]:
+    """What ails the run, or how it goes if nothing does.
+
+    records: of stats.jsonl, oldest first. options: those of training_options.json in OPTIONS.
+    """
+    if len(records) < MIN_TICKS:
+        return [Finding("too-early", f"{len(records)} ticks say nothing yet; it takes {MIN_TICKS}", False)]
+    window = Window(records)
+    fake_score = _fake_score(window, options)
+    rest = [_collapse(window, options), None if fake_score else _alpha(window, options), _average(window, options)]
+    findings = [finding for finding in (_skipped(window), fake_score, *rest) if finding]
+    return findings or [_progress(window, options)]
+
+
+def _skipped(window: Window) -> Finding | None:
+    last = window.all[-1]
+    skipped = sum(int(last.get(f"Health/{name}_skipped", 0)) for name in ("generator", "fake_score"))
+    if not skipped:
+        return None
+    text = f"{skipped} updates were skipped, their gradients not finite: lower --glr and --lr, or try --precision=fp32"
+    return Finding("skipped", text)
+
+
+def _fake_score(window: Window, options: dict[str, Any]) -> Finding | None:
+    """Whether psi follows theta, and theta lets it."""
+    ratio, lag, distance = (window.median(f"Health/{n}") for n in ("fake_score_ratio", "l2_per_l1", "ema_distance"))
+    if ratio is None:
+        return None
+    slower = f"lower --glr ({options['glr']:g})"
+    quicker = f"raise --lr ({options['lr']:g}) or --fake-score-updates ({options['fake_score_updates']})"
+    farthest = window.farthest("Health/fake_score_ratio", 1.0)
+    if farthest < MOVED:
+        text = f"the fake score still is the teacher: their losses on generated images differ by {farthest:.0e}"
+        return Finding("psi-lags", f"{text}; {quicker}")
+    often = window.share("Health/fake_score_ratio", 1 + (OUTRUN - 1) / 2)
+    if ratio > OUTRUN or often > OFTEN:
+        text = (
+            f"the generator outruns the fake score, which denoises its images {ratio:.2f} times as badly as the teacher"
+        )
+        certain = ratio > 1 + CERTAIN * (OUTRUN - 1) or often > CERTAIN * OFTEN
+        return Finding("theta-too-fast", f"{text} (worse in {often:.0%} of the ticks); {slower} and --lr", certain)
+    settled = _halflife_kimg(window, options) < window.kimg[1] / 4
+    if distance is not None and distance > WANDER and settled:
+        text = f"the generator wanders: it is {distance:.2f} of its whole way from the start off its own average"
+        return Finding("theta-too-fast", f"{text}; {slower}", distance > CERTAIN * WANDER)
+    if lag is not None and abs(lag) > LAG:
+        text = f"the fake score lags behind the generator: L2/L1 is {lag:.1f}, and 1 where it keeps up"
+        return Finding("psi-lags", f"{text}; {quicker}, or {slower}", abs(lag) > CERTAIN * LAG)
+    return None
+
+
+def _collapse(window: Window, options: dict[str, Any]) -> Finding | None:
+    diversity = window.median("Health/diversity")
+    if diversity is None or diversity > NARROWED:
+        return None
+    remedy = f"lower --glr ({options['glr']:g}) and --lr ({options['lr']:g}), or resume from an earlier state"
+    if options["objective"] in ("l1", "cross", "full", "cross-l1", "full-l1"):
+        remedy = f"--objective={options['objective']} does that; use sid"
+    text = f"the generator collapses: its images are {diversity:.2f} times as far apart as they were at the start"
+    return Finding("collapse", f"{text}; {remedy}", diversity < NARROWED / CERTAIN)
+
+
+def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
+    growth, alpha = window.growth("Health/divergence"), options["alpha"]
+    grows = growth is not None and growth > WORSE and len(window.all) >= MIN_TICKS_OF_GROWTH
+    follows = (window.median("Health/fake_score_ratio") or 1) < 1 and (
+        window.median("Health/diversity") or 1
+    ) > NARROWED
+    if not (grows and follows and options["objective"] == "sid" and alpha > 1):
+        return None
+    text = (
+        f"the divergence from the teacher grows though the fake score keeps up ({growth:.2f} times what it was before)"
+    )
+    return Finding("alpha-too-large", f"{text}; lower --alpha ({alpha:g}), 0.5 to 1 is safe", growth > CERTAIN * WORSE)
+
+
+def _halflife_kimg(window: Window, options: dict[str, Any]) -> float:
+    longest, ratio = options["ema_halflife_kimg"], options["ema_rampup_ratio"]
+    return longest if ratio is None else min(longest, ratio * window.kimg[1])
+
+
+def _average(window: Window, options: dict[str, Any]) -> Finding | None:
+    updates = options["ema_halflife_kimg"] * 1000 / options["batch"]
+    if updates >= FEW_UPDATES:
+        return None
+    text = f"the average is too short to smooth anything: its half-life is {updates:.2g} updates"
+    return Finding("ema-too-short", f"{text}; raise --ema ({options['ema_halflife_kimg'] / 1000:g} Mimg)")
+
+
+def _progress(window: Window, options: dict[str, Any]) -> Finding:
+    divergence, growth = window.median("Health/divergence"), window.growth("Health/divergence")
+    if divergence is None or growth is None:
+        return Finding("unknown", "no Health/divergence is recorded", False)
+    figure = f"divergence {divergence:.3g} in the last third, {growth:.2f} times that of the third before"
+    if 1 / FLAT < growth < FLAT:
+        text = f"nothing ails it and little moves: {figure}; stop, or end with --lr-decay ({options['lr_decay']})"
+        return Finding("converged", text, False)
+    does = "improves" if growth < 1 else "is on its way, its fake score still finding it"
+    return Finding("healthy", f"nothing ails it, and it {does}: {figure}", False)
+
+
+class Watch:
+    """Warns when a running distillation is certainly sick, once for each sickness."""
+
+    def __init__(self, options: dict[str, Any]):
+        self._options = options
+        self._records: deque[dict[str, float]] = deque(maxlen=WATCHED_TICKS)
+        self._told: set[str] = set()
+
+    def tick(self, nimg: int, collected: dict[str, dict[str, float]]) -> list[str]:
+        """The warnings that are new. collected: the statistics that `TickLog.tick` takes."""
+        means = {name: record["mean"] for name, record in collected.items()}
+        self._records.append({"Progress/kimg": nimg / 1e3, **means})
+        new = [f for f in diagnose(list(self._records), self._options) if f.certain and f.name not in self._told]
+        self._told.update(finding.name for finding in new)
+        return [f"warning: {finding.text}" for finding in new]
+
+
+def read_records(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The JSON lines of `path`, each an object with the numbers `needed`; a last line that was cut off is left out.
+
+    Errors: UserError when the file isn't there or holds something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(record[name], int | float) for record in records for name in needed):
+            raise ValueError("not numbers")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not there or not readable; name a run folder of sid_train.py") from None
+    return records
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options of a distillation. Errors: UserError when there are none."""
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        return {name: options[name] for name in OPTIONS}
+    except (ValueError, OSError, KeyError, TypeError):
+        raise UserError(f"{path}: not there or not that of a distillation; name a run folder of sid_train.py") from None
+
+
+def best_metric(run_dir: Path) -> str | None:
+    """A sentence about the first FID that was measured: the best and the last."""
+    for path in sorted(run_dir.glob("metric-fid*.jsonl")):
+        records = read_records(path, "kimg", "value")
+        if not records:
+            continue
+        best, last = min(records, key=lambda r: r["value"]), records[-1]
+        name = path.stem.removeprefix("metric-")
+        best, last = (f"{record['value']:.4g} at {record['kimg']:g} kimg" for record in (best, last))
+        return f"{name}: best {best}, last {last}"
+    return None
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+def main(run: str) -> None:
+    """Say what the distillation in the folder RUN suffers from, and which option would help."""
+    run_dir = Path(run)
+    options, records = (
+        read_options(run_dir / "training_options.json"),
+        read_records(run_dir / "stats.jsonl", "Progress/kimg"),
+    )
+    for finding in diagnose(records, options):
+        print(f"{finding.name}: {finding.text}")
+    metric = best_metric(run_dir)
+    if metric:
+        print(metric)
+
+
+if __name__ == "__main__":
+    main()

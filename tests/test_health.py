@@ -1,0 +1,225 @@
+"""The health of a distillation: its figures against plain formulas and closed forms, its diagnoses of sick runs."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from click.testing import CliRunner
+from test_distillation import BATCH_GPU, CPU, NoReport, Spy, equal, tiny_config, tiny_distillation, weights
+
+from sid import doctor
+from sid.config import DistillationConfig
+from sid.distillation import Distillation
+from sid.health import Health
+from sid.training_loop import training_loop
+
+
+class Gaussian(torch.nn.Module):
+    """The optimal denoiser of pixels N(mean, variance), each with its own: what it can express is what psi needs."""
+
+    def __init__(self, size=4, augment_dim=0):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = size, 1, 0
+        self.sigma_min, self.sigma_max = 0.0, float("inf")
+        torch.manual_seed(0)
+        self.mean = torch.nn.Parameter(0.3 * torch.randn(1, 1, size, size))
+        self.log_variance = torch.nn.Parameter(0.5 * torch.randn(1, 1, size, size) + math.log(0.25))
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        variance = self.log_variance.exp()
+        return self.mean + variance / (variance + sigma.reshape(-1, 1, 1, 1) ** 2) * (x - self.mean)
+
+
+def generator_of_width(width):
+    """A start for theta whose one-step images are `width` times as wide as the data, pixel by pixel."""
+    net = Gaussian()
+    gain = width * (net.log_variance / 2).exp() / 2.5
+    with torch.no_grad():
+        net.log_variance.copy_((gain / (1 - gain)).log() + 2 * math.log(2.5))
+        net.mean.div_(1 - gain)
+    return net
+
+
+# --- the figures
+
+
+def test_figures_have_their_closed_forms():
+    """With psi the optimal denoiser of what theta makes, an average of its own, and 20 000 images."""
+    config = DistillationConfig(
+        batch=512, batch_gpu=512, augment=0, kimg_per_tick=1, sigma_schedule="single=0.9", init_sigma=2.5
+    )
+    distillation = Distillation(Gaussian(), config, CPU, start=generator_of_width(1.6))
+    teacher, state = distillation.teacher, distillation.state
+    width = 1.6 * (teacher.log_variance / 2).exp()
+    with torch.no_grad():
+        state.fake_score.mean.copy_(teacher.mean)
+        state.fake_score.log_variance.copy_(2 * width.log())
+    health = Health(distillation)
+    health._size, health._rounds = 512, 40
+    found = {name.removeprefix("Health/"): record["mean"] for name, record in health.measure().items()}
+    v = teacher.log_variance.exp()
+    start = 2.5 * v / (v + 2.5**2)
+    a, b = v / (v + 0.81), width**2 / (width**2 + 0.81)
+    of_phi = (a - b) ** 2 * (width**2 + 0.81) + b * 0.81  # E (f_phi - x_g)^2 = E (f_phi - f_psi)^2 + E (f_psi - x_g)^2
+    assert found["fake_score_ratio"] == pytest.approx(((b * 0.81).sum() / of_phi.sum()).item(), rel=0.01)
+    assert found["l2_per_l1"] == pytest.approx(1, abs=0.1)
+    expected = (width.square().sum() / start.square().sum()).sqrt().item()
+    assert found["diversity"] == pytest.approx(expected, rel=0.01)
+    assert found["ema_distance"] == 0
+    assert found.keys() == {"divergence_sigma0.9", "fake_score_ratio", "l2_per_l1", "diversity", "ema_distance"}
+
+
+def test_bands_hold_the_divergence_of_their_noise_levels():
+    distillation = Distillation(Gaussian(), DistillationConfig(batch=400, batch_gpu=400, augment=0), CPU)
+    with torch.no_grad():
+        distillation.state.fake_score.mean.add_(0.1)
+    health, levels = Health(distillation), []
+    health._size, health._rounds = 400, 1
+    distillation.state.fake_score.register_forward_pre_hook(lambda net, args: levels.append(args[1].flatten()))
+    found = {name: r["mean"] for name, r in health.measure().items() if "_sigma" in name}
+    edges = [name.partition("_sigma")[2].split("-") for name in found]
+    assert [low for low, _ in edges[1:]] == [high for _, high in edges[:-1]]
+    assert [edges[0][0], edges[-1][1]] == ["0.002", "24"]
+    for low, high in edges:
+        inside = (levels[0] > 0.98 * float(low)) & (levels[0] < 1.02 * float(high))
+        assert 95 <= inside.sum() <= 105
+    values = list(found.values())
+    assert values == sorted(values)  # the mean's error counts for more, the less of x_t is trusted
+    assert values[0] < 0.01 * values[-1]
+
+
+def test_measuring_changes_nothing():
+    measured, plain = (tiny_distillation() for _ in range(2))
+    health = Health(measured)
+    for distillation in (measured, plain):
+        for _ in range(2):
+            distillation.iteration()
+            if distillation is measured:
+                first, second = health.measure(), health.measure()
+                assert first == second
+    assert equal(weights(measured), weights(plain))
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(Health(tiny_distillation()).measure(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, args=[str(tmp_path)], nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = Health(tiny_distillation()).measure()
+    assert first == second
+    assert first.keys() == alone.keys()
+    for name, record in alone.items():
+        assert first[name]["mean"] == pytest.approx(record["mean"], rel=1e-5)
+
+
+def test_what_a_run_records(tmp_path):
+    training_loop(Distillation(Spy(3), tiny_config(augment=0), CPU), tmp_path, NoReport())
+    lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    names = {"fake_score_ratio", "l2_per_l1", "diversity", "ema_distance", "divergence"}
+    assert {f"Health/{name}" for name in names} <= lines[-1].keys()
+    assert sum("_sigma" in name for name in lines[-1]) == 4
+    assert BATCH_GPU < 4  # so that bands are spread over rounds
+
+
+# --- the doctor
+
+HEALTHY = {
+    "total_kimg": 12, "batch": 64, "batch_gpu": 64, "augment": 0, "lr": 4e-2, "glr": 2e-2,
+    "kimg_per_tick": 0.6, "snapshot_ticks": 1000, "state_ticks": 1000, "ema_halflife_kimg": 1, "ema_rampup_ratio": 0.1,
+}  # fmt: skip
+SICK = {
+    "alpha-too-large": {"alpha": 3.0},
+    "theta-too-fast": {"lr": 2.0, "glr": 1.0},
+    "psi-lags": {"lr": 1e-9},
+    "collapse": {"objective": "l1"},
+    "ema-too-short": {"ema_halflife_kimg": 1e-3},
+}
+OPTIONS = {
+    "alpha-too-large": "--alpha (3)",
+    "theta-too-fast": "--glr (1)",
+    "psi-lags": "--lr (1e-09)",
+    "collapse": "--objective=l1",
+    "ema-too-short": "--ema (1e-06 Mimg)",
+}
+
+
+def run_of(folder, start=None, **changes):
+    """A run's folder as sid_train.py leaves it, in a second or two."""
+    config = DistillationConfig(**{**HEALTHY, **changes})
+    training_loop(Distillation(Gaussian(), config, CPU, start=start), folder, NoReport())
+    (folder / "training_options.json").write_text(json.dumps(vars(config)))
+
+
+def said(folder):
+    result = CliRunner().invoke(doctor.main, [str(folder)], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+@pytest.mark.parametrize("sickness", SICK)
+def test_sick_runs(tmp_path, capsys, sickness):
+    """Each is named first, with the option to change; the run itself warned of it, and of nothing it hasn't."""
+    start = generator_of_width(3) if sickness == "alpha-too-large" else None
+    run_of(tmp_path, start, **SICK[sickness])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    output = said(tmp_path)
+    assert output.startswith(f"{sickness}: ")
+    assert OPTIONS[sickness] in output
+    assert any(OPTIONS[sickness] in warning for warning in warnings)
+    assert len(warnings) == len(output.splitlines())
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha": 0.5}, {"objective": "dmd"}], ids=str)
+def test_healthy_runs(tmp_path, capsys, changes):
+    run_of(tmp_path, **changes)
+    assert "warning" not in capsys.readouterr().out
+    assert said(tmp_path).startswith(("healthy: ", "converged: "))
+
+
+def test_convergence_and_metrics(tmp_path):
+    run_of(tmp_path, total_kimg=4.2)
+    lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line.update({"Health/divergence": 0.01 * (1 + 0.02 * (i % 2)), "Health/fake_score_ratio": 0.95})
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = [{"kimg": k, "value": v} for k, v in ((0, 90.0), (2, 11.0), (4, 12.5))]
+    (tmp_path / "metric-fid5k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = said(tmp_path)
+    assert output.startswith("converged: ")
+    assert "fid5k: best 11 at 2 kimg, last 12.5 at 4 kimg" in output
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    assert said(tmp_path).startswith("too-early: ")
+    lines[-1]["Health/generator_skipped"] = 4
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert said(tmp_path).startswith("skipped: 4 updates")
+
+
+@pytest.mark.parametrize("damage", ["no stats", "no options", "garbage", "options of another program", "a list"])
+def test_a_folder_that_is_no_run(tmp_path, damage):
+    (tmp_path / "training_options.json").write_text(json.dumps(vars(DistillationConfig())))
+    (tmp_path / "stats.jsonl").write_text('{"Progress/kimg": 1}\n' * 7)
+    if damage == "no stats":
+        (tmp_path / "stats.jsonl").unlink()
+    elif damage == "no options":
+        (tmp_path / "training_options.json").unlink()
+    elif damage == "garbage":
+        (tmp_path / "stats.jsonl").write_bytes(b"\xff\xfe{")
+    elif damage == "options of another program":
+        (tmp_path / "training_options.json").write_text("{}")
+    else:
+        (tmp_path / "stats.jsonl").write_text("[1, 2]\n" * 7)
+    result = CliRunner().invoke(doctor.main, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert result.output.count("\n") == 1
+    assert str(tmp_path) in result.output
