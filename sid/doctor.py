@@ -19,7 +19,7 @@ OPTIONS = (
     "batch", "ema_halflife_kimg", "ema_rampup_ratio",
 )  # fmt: skip
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
-MIN_TICKS_OF_GROWTH = 12  # until then a divergence that grows is the fake score finding the generator
+MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
 WATCHED_TICKS = 60  # the run's own warnings look back so far
 MOVED = 1e-3  # the two denoising losses differ by this share, in some tick, once the fake score has learnt anything
 LAG = 3.0  # |L2/L1|
@@ -27,7 +27,7 @@ OUTRUN, OFTEN = 1.1, 0.25  # the fake score's loss over the teacher's, and the s
 WANDER = 0.5  # distance of average and generator, over that of generator and start
 NARROWED = 0.6  # diversity over that of the start
 WORSE = 1.5  # divergence over what it was before
-FLAT = 1.15  # the same, where little moves
+FLAT, FALLEN = 1.1, 0.5  # the same where little moves, and divergence over its highest
 FEW_UPDATES = 10  # half-life of the average
 CERTAIN = 1.5  # so many times beyond its threshold, a figure is no accident
 
@@ -57,6 +57,9 @@ class Window:
         """The median over the one before."""
         now, before = _median(self._now, name), _median(self._before, name)
         return now / before if now is not None and before else None
+
+    def highest(self, name: str) -> float:
+        return max((record[name] for record in self.all if name in record), default=0.0)
 
     def farthest(self, name: str, point: float) -> float:
         """How far the figure got from `point` in the last third."""
@@ -137,7 +140,7 @@ def _collapse(window: Window, options: dict[str, Any]) -> Finding | None:
 
 def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     growth, alpha = window.growth("Health/divergence"), options["alpha"]
-    grows = growth is not None and growth > WORSE and len(window.all) >= MIN_TICKS_OF_GROWTH
+    grows = growth is not None and growth > WORSE and len(window.all) >= MIN_TICKS_OF_TREND
     follows = (window.median("Health/fake_score_ratio") or 1) < 1 and (
         window.median("Health/diversity") or 1
     ) > NARROWED
@@ -167,10 +170,13 @@ def _progress(window: Window, options: dict[str, Any]) -> Finding:
     if divergence is None or growth is None:
         return Finding("unknown", "no Health/divergence is recorded", False)
     figure = f"divergence {divergence:.3g} in the last third, {growth:.2f} times that of the third before"
-    if 1 / FLAT < growth < FLAT:
+    fallen = len(window.all) >= MIN_TICKS_OF_TREND and divergence < FALLEN * window.highest("Health/divergence")
+    if fallen and 1 / FLAT < growth < FLAT:
         text = f"nothing ails it and little moves: {figure}; stop, or end with --lr-decay ({options['lr_decay']})"
         return Finding("converged", text, False)
-    does = "improves" if growth < 1 else "is on its way, its fake score still finding it"
+    does = (
+        "improves" if growth < 1 / FLAT else "is on its way (the divergence rises first, while the fake score learns)"
+    )
     return Finding("healthy", f"nothing ails it, and it {does}: {figure}", False)
 
 

@@ -187,10 +187,11 @@ def test_healthy_runs(tmp_path, capsys, changes):
 
 
 def test_convergence_and_metrics(tmp_path):
-    run_of(tmp_path, total_kimg=4.2)
+    run_of(tmp_path, total_kimg=9)
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):
-        line.update({"Health/divergence": 0.01 * (1 + 0.02 * (i % 2)), "Health/fake_score_ratio": 0.95})
+        value = 0.05 if i < 4 else 0.01 * (1 + 0.02 * (i % 2))
+        line.update({"Health/divergence": value, "Health/fake_score_ratio": 0.95})
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     records = [{"kimg": k, "value": v} for k, v in ((0, 90.0), (2, 11.0), (4, 12.5))]
     (tmp_path / "metric-fid5k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
