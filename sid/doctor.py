@@ -21,7 +21,8 @@ OPTIONS = (
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
 MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
 WATCHED_TICKS = 60  # the run's own warnings look back so far
-MOVED = 1e-3  # the two denoising losses differ by this share, in some tick, once the fake score has learnt anything
+STILL = 1e-4  # divergence of a fake score that has learnt nothing
+MOVED = 1e-3  # the two denoising losses differ by this share, in some tick, once it has learnt anything
 LAG = 3.0  # |L2/L1|
 OUTRUN, OFTEN = 1.1, 0.25  # the fake score's loss over the teacher's, and the share of ticks at half that excess
 WANDER = 0.5  # distance of average and generator, over that of generator and start
@@ -107,7 +108,7 @@ def _fake_score(window: Window, options: dict[str, Any]) -> Finding | None:
     slower = f"lower --glr ({options['glr']:g})"
     quicker = f"raise --lr ({options['lr']:g}) or --fake-score-updates ({options['fake_score_updates']})"
     farthest = window.farthest("Health/fake_score_ratio", 1.0)
-    if farthest < MOVED:
+    if farthest < MOVED and (window.median("Health/divergence") or 0) < STILL:
         text = f"the fake score still is the teacher: their losses on generated images differ by {farthest:.0e}"
         return Finding("psi-lags", f"{text}; {quicker}")
     often = window.share("Health/fake_score_ratio", 1 + (OUTRUN - 1) / 2)
