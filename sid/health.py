@@ -12,6 +12,7 @@ from .loss import divergence
 
 HEALTH_PHASE = 3  # keeps these random draws apart from those of the training's phases
 BANDS = 4  # of noise levels, each with as many of the training's draws; a single level is one band
+EDGE = 1e-4  # quantiles keep off 0 and 1 so much: a lognormal's are infinite there
 # Images per measurement: a small share of the tick's, so that its four forward passes cost little beside the training.
 IMAGES_SHARE, MIN_IMAGES, MAX_IMAGES = 1 / 32, 16, 256
 
@@ -26,7 +27,7 @@ class Health:
         self._size = min(distillation.batch_gpu, share)
         self._rounds = math.ceil(share / self._size)
         self._start: list[torch.Tensor] = []  # the teacher's one-step images, one batch a round
-        edges = distillation.loss.quantile(torch.linspace(0, 1, BANDS + 1).clamp(1e-4, 1 - 1e-4)).tolist()
+        edges = distillation.loss.quantile(torch.linspace(0, 1, BANDS + 1).clamp(EDGE, 1 - EDGE)).tolist()
         bands = [f"{low:.2g}-{high:.2g}" for low, high in itertools.pairwise(edges)]
         if distillation.loss.sigma_schedule[0] == "single":
             bands = [f"{edges[0]:.2g}"]
@@ -67,7 +68,7 @@ class Health:
         labels = d.draw_labels(n)
         bands = len(self._bands)
         band = (first + torch.arange(n, device=d.device)) % bands
-        quantiles = (band + torch.rand([n], device=d.device)).clamp(min=1e-6) / bands
+        quantiles = ((band + torch.rand([n], device=d.device)) / bands).clamp(EDGE, 1 - EDGE)
         sigma = d.loss.quantile(quantiles).reshape(n, 1, 1, 1)
         with d.autocast():
             latents = init_sigma * z, torch.full_like(sigma, init_sigma), labels
