@@ -6,7 +6,9 @@ import io
 import math
 import os
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ import torch
 
 from dnnlib import UserError, write_atomically
 from torch_utils import distributed
+
+ENCODED_AHEAD = 256  # so many images wait for their turn at most
 
 
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
@@ -46,7 +50,8 @@ def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int | None
 def image_writer(dest: str | os.PathLike) -> Iterator[Callable[[torch.Tensor, int], None]]:
     """Yields write(image uint8 [C, H, W], seed) into a folder, or a zip by the suffix; names sort by seed.
 
-    A zip appears once it is whole; in a folder each file does.
+    Images are encoded by threads while the next ones are made. A zip appears once it is whole; in a folder each file
+    does.
     Errors: UserError when `dest` holds something already or can't be written.
     """
     dest = Path(dest)
@@ -62,12 +67,27 @@ def image_writer(dest: str | os.PathLike) -> Iterator[Callable[[torch.Tensor, in
         except OSError as error:
             raise UserError(f"--outdir={dest} can't be written: {error.strerror}; choose another place") from None
 
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        coming: deque[tuple[int, Future[bytes]]] = deque()  # in order: a zip's bytes must not depend on the threads
+
+        def put_first() -> None:
+            seed, data = coming.popleft()
+            put(f"{seed // 1000:05d}/img{seed:08d}.png", data.result())
+
         def write(image: torch.Tensor, seed: int) -> None:
-            buffer = io.BytesIO()
-            to_pil(image).save(buffer, "png")
-            put(f"{seed // 1000:05d}/img{seed:08d}.png", buffer.getvalue())
+            coming.append((seed, pool.submit(_encode, image)))
+            if len(coming) > ENCODED_AHEAD:
+                put_first()
 
         yield write
+        while coming:
+            put_first()
+
+
+def _encode(image: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _write_file(folder: Path, name: str, data: bytes) -> None:
