@@ -4,7 +4,6 @@ import zipfile
 
 import numpy as np
 import PIL.Image
-import pytest
 import torch
 
 from edm.images import ENCODED_AHEAD, image_writer
@@ -41,6 +40,5 @@ def test_a_zip_is_in_order_and_the_same_each_time(tmp_path):
 def test_a_generator_that_fails_leaves_no_zip(tmp_path):
     writer = image_writer(tmp_path / "a.zip")
     writer.__enter__()(IMAGES[0], 0)
-    with pytest.raises(RuntimeError):
-        writer.__exit__(RuntimeError, RuntimeError("no more images"), None)
+    assert not writer.__exit__(RuntimeError, RuntimeError("no more images"), None)
     assert not list(tmp_path.iterdir())
