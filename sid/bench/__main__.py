@@ -22,7 +22,7 @@ FORMAT = 1  # of the JSON file
               type=click.Choice(list(RECIPES)), default="demo")  # fmt: skip
 @click.option("--what", help=f"Some of {','.join(WHAT)}", default="step")
 @click.option("--modes", default=f"{PUBLISHED},fp32",
-              help=f"Of the step: {PUBLISHED}, {', '.join(MODES)}, settings of DistillationConfig, and these joined by +")  # fmt: skip
+              help=f"{PUBLISHED}, {', '.join(MODES)}, or settings of DistillationConfig, joined by +")  # fmt: skip
 @click.option("--rounds", help="Turns of each mode, in alternation", type=click.IntRange(1), default=3)
 @click.option("--seconds", help="Length of a turn, at least one step", type=FiniteRange(0, min_open=True), default=10.0)
 @click.option("--steps", help="Steps of a turn, instead of --seconds", type=click.IntRange(1))

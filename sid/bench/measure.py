@@ -1,5 +1,6 @@
 """Time by phase, peak memory, number of operations, the machine's own speed at multiplying matrices."""
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -85,10 +86,8 @@ class MemoryMeter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif sys.platform == "linux":
-            try:
+            with contextlib.suppress(OSError):  # where that's forbidden, the peak is that of the process's whole life
                 Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the highest resident size
-            except OSError:  # some containers forbid it: the peak is then that of the process's whole life
-                pass
 
     def peak(self) -> float:
         return self._resident("VmHWM")

@@ -5,6 +5,7 @@ depthwise convolutions, Adam and clean-up of gradients and averaging one paramet
 phase, one wait for the device per iteration. Same mathematics and same draws as `sid.distillation.Distillation`.
 """
 
+import dataclasses
 import types
 
 import torch
@@ -13,6 +14,7 @@ from edm import zoo
 from sid.config import AUGMENT, DistillationConfig
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
 from sid.loss import OMEGA_MIN
+from sid.state import EPSILON
 from torch_utils import misc
 from torch_utils.updates import GRADIENT_LIMIT, ema_beta
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
@@ -21,7 +23,6 @@ from training.training_loop import freeze_augment_mapping
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # noise levels of the generator's loss, SPEC §2
 P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5  # of the fake score's
-EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 
 
 class PublishedStep:
@@ -31,7 +32,9 @@ class PublishedStep:
     """
 
     def __init__(self, teacher: torch.nn.Module, config: DistillationConfig, device: torch.device):
-        self.config, self.device, self.nimg = config, device, 0
+        half = config.use_fp16 if config.use_fp16 is not None else teacher.use_fp16
+        self.config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
+        self.device, self.nimg = device, 0
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, 1)
         augment = config.augment if config.augment is not None else AUGMENT if teacher.augment_dim else 0.0
         self.augment_pipe = AugmentPipe(p=augment, **EDM_MULTIPLIERS) if augment else None
@@ -49,7 +52,7 @@ class PublishedStep:
         self._trained = {
             net: [p for p in net.parameters() if p.requires_grad] for net in (self.generator, self.fake_score)
         }
-        epsilon = EPSILON[self.generator.use_fp16 and device.type != "cpu"]
+        epsilon = EPSILON[self.config.precision == "fp16"]
         self._optimizers = {
             net: torch.optim.Adam(
                 self._trained[net], lr=lr, betas=(float(beta1), 0.999), eps=epsilon, foreach=False, fused=False
@@ -79,36 +82,41 @@ class PublishedStep:
         for labels in self._rounds(FAKE_SCORE_PHASE):
             with torch.no_grad():
                 images = self.generate(labels)
-            sigma = (torch.randn([self.batch_gpu, 1, 1, 1], device=self.device) * P_STD + P_MEAN).exp()
-            weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-            y, augment_labels = self.augment_pipe(images) if self.augment_pipe else (images, None)
-            denoised = self.fake_score(y + torch.randn_like(y) * sigma, sigma, labels, augment_labels=augment_labels)
-            loss = weight * (denoised - y) ** 2
-            loss.sum().mul(self.config.ls / self.config.batch).backward()
-        self.update(self.fake_score)
+            self._backward_fake_score(images, labels)
+        self._update(self.fake_score)
 
     def generator_phase(self) -> torch.Tensor:
         self.generator.train()
         self.fake_score.eval().requires_grad_(False)
-        low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
         for labels in self._rounds(GENERATOR_PHASE):
-            images = self.generate(labels)
-            t = torch.rand([self.batch_gpu, 1, 1, 1], device=self.device) * self.config.tmax / 1000
-            sigma = (high + (1 - t) * (low - high)) ** RHO
-            x_t = images + sigma * torch.randn_like(images)
-            f_phi = self.teacher(x_t, sigma, labels)
-            f_psi = self.fake_score(x_t, sigma, labels)
-            with torch.no_grad():
-                omega = (images - f_phi).abs().mean(dim=[1, 2, 3], keepdim=True).clip(min=OMEGA_MIN)
-            loss = (f_phi - f_psi) * ((f_phi - images) - self.config.alpha * (f_phi - f_psi)) / omega
-            loss = loss.sum()
-            loss.mul(self.config.lsg / self.config.batch).backward()
+            loss = self._backward_generator(self.generate(labels), labels)
         for parameter in self._trained[self.fake_score]:
             parameter.requires_grad_(True)
-        self.update(self.generator)
+        self._update(self.generator)
+        return loss
+
+    def _backward_fake_score(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        sigma = (torch.randn([self.batch_gpu, 1, 1, 1], device=self.device) * P_STD + P_MEAN).exp()
+        weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+        y, augment_labels = self.augment_pipe(images) if self.augment_pipe else (images, None)
+        denoised = self.fake_score(y + torch.randn_like(y) * sigma, sigma, labels, augment_labels=augment_labels)
+        loss = weight * (denoised - y) ** 2
+        loss.sum().mul(self.config.ls / self.config.batch).backward()
+
+    def _backward_generator(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+        t = torch.rand([self.batch_gpu, 1, 1, 1], device=self.device) * self.config.tmax / 1000
+        sigma = (high + (1 - t) * (low - high)) ** RHO
+        x_t = images + sigma * torch.randn_like(images)
+        f_phi = self.teacher(x_t, sigma, labels)
+        f_psi = self.fake_score(x_t, sigma, labels)
+        with torch.no_grad():
+            omega = (images - f_phi).abs().mean(dim=[1, 2, 3], keepdim=True).clip(min=OMEGA_MIN)
+        loss = ((f_phi - f_psi) * ((f_phi - images) - self.config.alpha * (f_phi - f_psi)) / omega).sum()
+        loss.mul(self.config.lsg / self.config.batch).backward()
         return loss.detach()
 
-    def update(self, net: torch.nn.Module) -> None:
+    def _update(self, net: torch.nn.Module) -> None:
         """Cleans the gradients of one network and makes a step of Adam, one parameter after the other."""
         for parameter in self._trained[net]:
             torch.nan_to_num(parameter.grad, nan=0, out=parameter.grad)

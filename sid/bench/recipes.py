@@ -65,7 +65,7 @@ RECIPES = {
             "attn_resolutions": [8],
             "dropout": 0.0,
         },
-        {"batch": 32, "batch_gpu": 16, "lr": 1e-4, "glr": 1e-4, "lr_decay": "cosine", "total_kimg": 30.0},
+        {"batch": 32, "batch_gpu": 16, "lr": 1e-4, "glr": 1e-4},
         gpus=1,
         detector=DEMO / "detector.safetensors",
     ),
@@ -96,7 +96,7 @@ def build_network(recipe: Recipe, seed: int = 0) -> "torch.nn.Module":
     from training.networks import EDMPrecond
 
     torch.manual_seed(seed)
-    net = EDMPrecond(**recipe.network)
+    net = EDMPrecond(**recipe.network, use_fp16=recipe.config.get("use_fp16", False))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(WEIGHT_NOISE * torch.randn_like(parameter))

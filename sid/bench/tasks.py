@@ -18,6 +18,12 @@ from .modes import Mode
 from .published_step import PublishedStep
 from .recipes import RECIPES, build_network
 
+PHASES = {  # methods that both kinds of step have, disjoint in time; what else an iteration does is the rest
+    "generate": "generate",
+    "fake_score": "_backward_fake_score",
+    "generator": "_backward_generator",
+    "updates": "_update",
+}
 INIT_SIGMA = DistillationConfig.init_sigma
 
 
@@ -42,22 +48,14 @@ class StepTask(Task):
     def __init__(self, teacher: torch.nn.Module, config: DistillationConfig, mode: Mode, device: torch.device):
         super().__init__(device)
         config = dataclasses.replace(config, **mode.overrides)
-        self.images = config.batch
-        self.precision = getattr(config, "precision", "fp32")
-        if mode.published or config.use_fp16:
-            self.precision = "fp16" if config.use_fp16 and device.type != "cpu" else "fp32"
-        self.compiled = getattr(config, "compile", False)
+        self.images, self.compiled = config.batch, config.compile
         if mode.published:
             self.step = PublishedStep(teacher, config, device)
-            updates = [(self.step, "update")]
         else:
             self.step = Distillation(teacher, config, device)
-            state = self.step.state
-            updates = [(state.fake_score_updater, "step"), (state.generator_updater, "step")]
-        self.clock.watch("fake_score", self.step, "fake_score_phase")
-        self.clock.watch("generator", self.step, "generator_phase")
-        for owner, method in updates:
-            self.clock.watch("updates", owner, method)
+        self.precision = self.step.config.precision
+        for name, method in PHASES.items():
+            self.clock.watch(name, self.step, method)
 
     def __call__(self) -> None:
         self.step.iteration()
