@@ -10,11 +10,12 @@ import click
 from dnnlib import FiniteRange, UserError, write_atomically
 from sid.bench.modes import MODES, PUBLISHED, Mode, parse_modes
 from sid.bench.recipes import RECIPES
-from sid.bench.results import make_row, table
+from sid.bench.results import make_row, profile_table, table
 from sid.bench.worker import Worker, WorkerFailed
 
-WHAT = ("step", "sampling", "metrics")
+WHAT = ("step", "sampling", "metrics", "profile")
 FORMAT = 1  # of the JSON file
+PEAKS = "matmul_flops_per_sec"
 
 
 @click.command(context_settings={"show_default": True})
@@ -44,15 +45,19 @@ def main(recipe: str, what: str, modes: str, rounds: int, seconds: float, steps:
     parts = what.split(",")
     if not set(parts) <= set(WHAT) or len(set(parts)) < len(parts):
         raise UserError(f"--what={what}: name some of {','.join(WHAT)}, each once")
-    chosen = parse_modes(modes) if "step" in parts else []
-    jobs = [{"what": "step", "mode": mode} for mode in chosen]
-    jobs += [{"what": part, "mode": Mode(part, {})} for part in parts if part != "step"]
-
+    chosen = parse_modes(modes)
     common = {"recipe": recipe, **options}
-    results = run([{**common, **job} for job in jobs], rounds, seconds, steps)
+    jobs = [{**common, "what": "step", "mode": mode} for mode in (chosen if "step" in parts else [])]
+    jobs += [{**common, "what": part, "mode": Mode(part, {})} for part in parts if part in ("sampling", "metrics")]
+    results = run(common, jobs, rounds, seconds, steps)
+    results["profiles"] = profiles(common, chosen) if "profile" in parts else {}
     asked = {"what": what, "modes": modes, "rounds": rounds, "seconds": seconds, "steps": steps}
     report = {"format": FORMAT, "date": now(), "options": {**common, **asked}, **results}
-    print(f"\n{headline(report)}\n\n{table(report['rows'])}")
+    print(f"\n{headline(report)}")
+    if report["rows"]:
+        print(f"\n{table(report['rows'])}")
+    for mode, phases in report["profiles"].items():
+        print(f"\n{profile_table(mode, phases)}")
     if path is not None:
         with write_atomically(path) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
@@ -60,14 +65,16 @@ def main(recipe: str, what: str, modes: str, rounds: int, seconds: float, steps:
         raise SystemExit(1)
 
 
-def run(jobs: list[dict[str, Any]], rounds: int, seconds: float, steps: int | None) -> dict[str, Any]:
+def run(
+    common: dict[str, Any], jobs: list[dict[str, Any]], rounds: int, seconds: float, steps: int | None
+) -> dict[str, Any]:
     """Facts about the machine, and `rows`, one per job. Errors: UserError when an option is at fault."""
     mathematics: list[dict[str, Any]] = []
     for job in jobs:
         if job["what"] == "step" and job["mode"].mathematics() not in mathematics:
             mathematics.append(job["mode"].mathematics())
     print("Counting operations, measuring the machine ...", flush=True)
-    machine = Worker({**jobs[0], "what": "machine", "mathematics": mathematics})
+    machine = Worker({**common, "what": "machine", "mathematics": mathematics})
     machine.close()
     facts = machine.first
     counts = facts.pop("flops_per_image")
@@ -92,21 +99,30 @@ def run(jobs: list[dict[str, Any]], rounds: int, seconds: float, steps: int | No
         for worker in workers.values():
             worker.close()
 
-    baseline = next((turns[i] for i, job in enumerate(jobs) if job["mode"].published and i not in errors), None)
+    finished = {index: worker.first for index, worker in workers.items() if index not in errors}
+    published = next((index for index in finished if jobs[index]["mode"].published), None)
     rows = []
     for index, job in enumerate(jobs):
-        name, overrides = job["mode"].name, job["mode"].overrides
+        row = {"what": job["what"], "mode": job["mode"].name, "overrides": job["mode"].overrides}
         if index in errors:
-            rows.append({"what": job["what"], "mode": name, "overrides": overrides, "error": errors[index]})
+            rows.append({**row, "error": errors[index]})
             continue
         extra = {}
         if job["what"] == "step":
             flops = counts[mathematics.index(job["mode"].mathematics())]
-            extra = {"published": baseline, "flops_per_image": flops, "peaks": facts["matmul_flops_per_sec"]}
-        rows.append(
-            {**make_row(job["what"], name, workers[index].first, turns[index], **extra), "overrides": overrides}
-        )
+            extra = {"published": turns.get(published), "flops_per_image": flops, "peaks": facts[PEAKS]}
+        rows.append({**row, **make_row(finished[index], turns[index], **extra)})
     return {**facts, "rows": rows}
+
+
+def profiles(common: dict[str, Any], modes: list[Mode]) -> dict[str, dict[str, dict[str, float]]]:
+    """{mode: {phase: {kind of operation: seconds}}} of one step each."""
+    result = {}
+    for mode in modes:
+        worker = Worker({**common, "what": "profile", "mode": mode})
+        worker.close()
+        result[mode.name] = worker.first
+    return result
 
 
 def show(job: dict[str, Any], number: int, first: dict[str, Any], turns: list[dict[str, Any]]) -> None:
@@ -123,7 +139,7 @@ def headline(report: dict[str, Any]) -> str:
     """Two lines: what ran where; the machine's peaks."""
     machine, options = report["machine"], report["options"]
     place = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-    peaks = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in report["matmul_flops_per_sec"].items())
+    peaks = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in report[PEAKS].items())
     sizes = f"batch {report['batch']}, {report['batch_gpu']} at once"
     return f"{options['recipe']}, {sizes}; {place}, torch {report['versions']['torch']}\nmatmul GFLOP/s: {peaks}"
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+import torch._dynamo.utils
 from torch.utils.flop_counter import FlopCounterMode
 
 from sid.config import DistillationConfig
@@ -103,6 +104,12 @@ class MemoryMeter:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB  # bytes on macOS
+
+
+def all_compiled() -> bool:
+    """Whether torch.compile got through with all that it tried in this process."""
+    frames = torch._dynamo.utils.counters["frames"]
+    return frames["total"] > 0 and frames["ok"] == frames["total"]
 
 
 def count_flops(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> float:

@@ -28,21 +28,19 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def make_row(
-    what: str,
-    mode: str,
     first: dict[str, Any],
     turns: list[dict[str, Any]],
     published: list[dict[str, Any]] | None = None,
     flops_per_image: float | None = None,
     peaks: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """One row of results. turns: one per round, as `worker.Runner.turn` gives them; published: that mode's turns.
+    """The numbers of one row. turns: one per round, as `worker.Runner.turn` gives them; published: that mode's turns.
 
     flops_per_image, peaks: operations that an image needs, and those per second of products of matrices, by precision.
     """
     images = first["images"]
     rates = [images / turn["sec"] for turn in turns]
-    row = {"what": what, "mode": mode, **first, "steps": [turn["steps"] for turn in turns]}
+    row = {**first, "steps": [turn["steps"] for turn in turns]}
     row["images_per_sec"] = spread(rates)
     row["sec"] = spread([turn["sec"] for turn in turns])
     row["phases_sec"] = {name: spread([turn["phases_sec"][name] for turn in turns]) for name in turns[0]["phases_sec"]}
@@ -89,3 +87,20 @@ def _cell(row: dict[str, Any], path: tuple[str, ...], factor: float) -> str:
         return "1"
     half = 50 * (value["max"] - value["min"]) / value["median"] if value["median"] else 0.0
     return f"{value['median'] * factor:.3g} ±{half:.0f}%"
+
+
+def profile_table(mode: str, phases: dict[str, dict[str, float]]) -> str:
+    """Seconds of one step by phase and kind of operation, the largest kinds first, with their share of the step."""
+    totals: dict[str, float] = {}
+    for kinds in phases.values():
+        for kind, seconds in kinds.items():
+            totals[kind] = totals.get(kind, 0.0) + seconds
+    step = sum(totals.values())
+    lines = [[f"{mode}: one step", *phases, "sum", "share"]]
+    for kind in sorted(totals, key=totals.__getitem__, reverse=True):
+        cells = [f"{kinds.get(kind, 0.0):.4f}" for kinds in phases.values()]
+        lines.append([kind, *cells, f"{totals[kind]:.4f}", f"{100 * totals[kind] / step:.1f}%"])
+    sums = [f"{sum(kinds.values()):.4f}" for kinds in phases.values()]
+    lines.append(["sum", *sums, f"{step:.4f}", ""])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *_right(line[1:], widths[1:])]) for line in lines)

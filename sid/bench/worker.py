@@ -14,14 +14,17 @@ from typing import Any
 
 from dnnlib import UserError
 
+CLOSE_SEC = 5.0
+
 
 class WorkerFailed(Exception):
     """The work can't be done here, for a reason that isn't an option's: out of memory, no compiler, killed."""
 
 
 class Worker:
-    """The parent's side. job: plain values, see `tasks.make_task`; `job["what"] == "machine"` gives facts only.
+    """The parent's side.
 
+    job: as for `tasks.make_task`; with "machine" or "profile" as job["what"] there is `first` and no turns.
     first: what the process told when it was ready.
     Errors: UserError when an option is at fault; WorkerFailed.
     """
@@ -41,10 +44,11 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
+        self._connection.close()  # it ends when it finds nobody there
+        self._process.join(CLOSE_SEC)
         if self._process.is_alive():
-            self._process.terminate()
-        self._process.join()
-        self._connection.close()
+            self._process.kill()
+            self._process.join()
 
     def _receive(self) -> dict[str, Any]:
         try:
@@ -89,6 +93,11 @@ def _work(connection: Any, job: dict[str, Any]) -> None:
     if job["what"] == "machine":
         connection.send(("result", machine_facts(job, device)))
         return
+    if job["what"] == "profile":
+        from . import profile, tasks
+
+        connection.send(("result", profile.profile_step(tasks.make_task({**job, "what": "step"}, device), device)))
+        return
     runner = Runner(job, device)
     connection.send(("result", runner.first))
     while True:
@@ -122,6 +131,8 @@ class Runner:
         self._memory = measure.MemoryMeter(device)
         self._task = tasks.make_task(job, device)
         first = self._run(1)
+        if self._task.compiled and not measure.all_compiled():
+            raise RuntimeError("torch.compile doesn't work here, the step ran without it")
         if self._task.compiled or device.type == "cuda":
             self._run(1)
         self.first = {
