@@ -9,14 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from test_distillation import assert_same_training
 
 import sid_train
 from dnnlib import UserError
 from edm import zoo
 from sid.bench import measure, modes, profile, results, tasks
 from sid.bench.__main__ import main
-from sid.bench.published_step import PublishedStep
+from sid.bench.published_step import PublishedStep, plain_network
 from sid.bench.recipes import RECIPES, build_network
 from sid.bench.worker import Worker, WorkerFailed
 from sid.config import DistillationConfig
@@ -36,40 +35,56 @@ def job(what, **changes):
 # --- the baseline
 
 
-def attending_teacher(model_type):
-    """A denoiser with attention at two resolutions, classes, and dropout."""
+def attending_teacher(**changes):
+    """A denoiser with attention, resampling, classes and dropout."""
     torch.manual_seed(0)
-    kwargs = {"model_channels": 64, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [8, 4]}
-    augment_dim = 9 if model_type == "SongUNet" else 0
-    net = EDMPrecond(8, 3, 4, model_type=model_type, augment_dim=augment_dim, dropout=0.2, **kwargs)
+    kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1}
+    kwargs |= {"attn_resolutions": [4], "augment_dim": 9, "dropout": 0.2}
+    net = EDMPrecond(8, 1, 3, **{**kwargs, **changes})
     for parameter in net.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return net
 
 
-@pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
-def test_the_published_step_trains_as_the_real_one_does(model_type):
-    teacher = attending_teacher(model_type)
+def dropout(x, p=0.5, training=True):
+    """Dropout whose mask doesn't depend, as PyTorch's does, on the layout of x in memory."""
+    return x * (torch.rand(x.shape) >= p) / (1 - p) if training else x
+
+
+def flat(net):
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def test_the_published_step_trains_as_the_real_one_does(monkeypatch):
+    monkeypatch.setattr(F, "dropout", dropout)
+    teacher = attending_teacher()
     config = DistillationConfig(
         batch=4, batch_gpu=2, lr=1e-3, glr=2e-3, g_beta1=0.5, ls=2.0, lsg=50.0, tmax=700, alpha=1.1, seed=5,
-        augment=0.5 if teacher.augment_dim else 0.0, ema_halflife_kimg=1, ema_rampup_ratio=2.0,
+        augment=0.5, ema_halflife_kimg=1, ema_rampup_ratio=2.0,
     )  # fmt: skip
     published, real = PublishedStep(teacher, config, CPU), Distillation(teacher, config, CPU)
-    for _ in range(3):
+    for _ in range(2):
         published.iteration()
         real.iteration()
-    start = teacher.state_dict()
     for name in ("generator", "fake_score", "ema"):
-        theirs, ours = getattr(published, name), getattr(real.state, name)
-        assert_same_training(theirs.state_dict(), ours.state_dict(), start)
-        assert any(not torch.equal(value, start[key]) for key, value in theirs.state_dict().items())
+        theirs, ours = flat(getattr(published, name)), flat(getattr(real.state, name))
+        moved = (ours - flat(teacher)).norm().item()
+        # Rounding errors go through Adam, which blows up those of tiny gradients.
+        assert 0 < (theirs - ours).norm().item() < 0.01 * moved
+
+
+def test_the_plain_network_is_the_same_function():
+    net = attending_teacher(model_type="DhariwalUNet", model_channels=128).eval()  # two heads
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 5.0]), torch.eye(3)[:2]
+    expected = net(x, sigma, labels)
+    torch.testing.assert_close(plain_network(net)(x, sigma, labels), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_published_step_uses_nothing_fused(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("fused")
 
-    step = PublishedStep(attending_teacher("SongUNet"), DistillationConfig(batch=2, augment=0.5), CPU)
+    step = PublishedStep(attending_teacher(), DistillationConfig(batch=2, augment=0.5), CPU)
     for name in ("scaled_dot_product_attention", "interpolate", "avg_pool2d"):
         monkeypatch.setattr(F, name, refuse)
     step.iteration()
