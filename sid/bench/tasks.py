@@ -67,6 +67,7 @@ class SamplingTask(Task):
     def __init__(self, generator: torch.nn.Module, images: int, device: torch.device):
         super().__init__(device)
         self.generator, self.images = generator.to(device).eval(), images
+        self.precision = "fp16" if generator.use_fp16 and device.type != "cpu" else "fp32"
         self.generator.metadata = {"init_sigma": INIT_SIGMA}
 
     def __call__(self) -> None:

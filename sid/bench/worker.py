@@ -12,12 +12,14 @@ import time
 import traceback
 from typing import Any
 
+import click
+
 from dnnlib import UserError
 
 CLOSE_SEC = 5.0
 
 
-class WorkerFailed(Exception):
+class WorkerFailed(click.ClickException):
     """The work can't be done here, for a reason that isn't an option's: out of memory, no compiler, killed."""
 
 
@@ -135,6 +137,7 @@ class Runner:
             raise RuntimeError("torch.compile doesn't work here, the step ran without it")
         if self._task.compiled or device.type == "cuda":
             self._run(1)
+        self._give_back()
         self.first = {
             "first_sec": first,
             "baseline_GB": self._memory.baseline,
@@ -144,10 +147,8 @@ class Runner:
 
     def turn(self, seconds: float, steps: int | None) -> dict[str, Any]:
         """{steps, sec (of one), phases_sec (of one), peak_GB}"""
-        import torch
-
         if self._device.type == "cuda":
-            self._run(1)  # takes back from the driver what was given up after the last turn
+            self._run(1)  # takes from the driver again what was given back after the last turn
         if steps is None:
             steps = max(1, math.ceil(seconds / self._sec))
         self._memory.restart()
@@ -156,9 +157,15 @@ class Runner:
         if phases:
             phases["rest"] = total / steps - sum(phases.values())
         peak = self._memory.peak()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # the others need room
+        self._give_back()
         return {"steps": steps, "sec": total / steps, "phases_sec": phases, "peak_GB": peak}
+
+    def _give_back(self) -> None:
+        """Leaves room on the GPU for the others' turns."""
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _run(self, steps: int) -> float:
         self._synchronize(self._device)
