@@ -161,7 +161,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "memory_GB": round(psutil.virtual_memory().total / GB, 1),
         "platform": platform.platform(),
     }
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     if device.type == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(device)}
         machine |= {"gpu_memory_GB": round(torch.cuda.get_device_properties(device).total_memory / GB, 1)}
