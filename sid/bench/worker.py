@@ -57,7 +57,9 @@ class Worker:
             kind, content = self._connection.recv()
         except EOFError:
             self.close()
-            raise WorkerFailed(f"its process ended with code {self._process.exitcode}: out of memory?") from None
+            raise WorkerFailed(
+                f"its process ended with code {self._process.exitcode} (-9 is mostly a lack of memory)"
+            ) from None
         if kind == "result":
             return content
         self.close()
