@@ -81,7 +81,7 @@ def test_lengths(path):
 COMMANDS = [
     ["sid_train.py"],
     ["fid.py"],
-    *(["-m", name] for name in ("edm.train", "edm.dataset_tool", "sid.report", "sid.doctor")),
+    *(["-m", name] for name in ("edm.train", "edm.dataset_tool", "sid.report", "sid.doctor", "sid.bench")),
 ]
 
 
