@@ -10,8 +10,7 @@ import click
 import dnnlib
 from edm import generate
 
-BATCH = click.IntRange(min=1)
-COUNT = click.IntRange(min=2)
+WHOLE, POSITIVE, COUNT = (dnnlib.WholeRange(least) for least in range(3))
 NOT_SAMPLING = ("network", "outdir", "grid", "seeds", "batch", "device")  # the options of edm.generate beside these are
 
 
@@ -23,7 +22,9 @@ def shared(*names):
         "detector": click.option(
             "--detector", help="Detector: file, URL or name  [default: the reference's]", type=str
         ),
-        "batch": click.option("--batch", help="Images per process and step", type=BATCH, default=64, show_default=True),
+        "batch": click.option(
+            "--batch", help="Images per process and step", type=POSITIVE, default=64, show_default=True
+        ),
         "json": click.option("--json", "json_file", help="Append the records to a file instead of printing", type=str),
         "device": click.option("--device", help="cuda, mps or cpu  [default: the first that is there]", type=str),
     }
@@ -36,7 +37,7 @@ def shared(*names):
     return decorate
 
 
-@click.group()
+@click.group(cls=dnnlib.Group)
 def main():
     """Scores images and generators. Works on one process and under torchrun, with the same numbers.
 
@@ -51,11 +52,11 @@ def main():
 @main.command()
 @click.option("--images", help="Images to score: folder or zip", type=str, required=True)
 @click.option("--num", help="Number of images", type=COUNT, default=50000, show_default=True)
-@click.option("--seed", help="Of the subset, where there are more", type=int, default=0, show_default=True)
+@click.option("--seed", help="Of the subset, where there are more", type=WHOLE, default=0, show_default=True)
 @shared("ref", "data", "detector", "batch", "json", "device")
 def calc(images, num, seed, ref, data, detector, batch, json_file, device):
     """FID of a folder or zip of images."""
-    with running(device) as device:
+    with running(device, json_file) as device:
         from edm.metrics.evaluate import evaluate, fid_name
         from edm.metrics.sources import FolderSource
 
@@ -74,8 +75,8 @@ def ref(data, dest, detector, batch, device):
     """Makes reference statistics of a data set."""
     if not dest.endswith(".npz"):
         raise dnnlib.UserError(f"--dest={dest} must end in .npz")
-    if not Path(dest).resolve().parent.is_dir():
-        raise dnnlib.UserError(f"--dest={dest}: there is no folder {Path(dest).parent}; make it first")
+    if not Path(dest).absolute().parent.is_dir() or Path(dest).is_dir():
+        raise dnnlib.UserError(f"--dest={dest} is a folder, or there is no folder {Path(dest).parent}; make it first")
     with running(device) as device:
         from edm.metrics.data_reference import make_reference
         from edm.metrics.detector import DEFAULT_DETECTOR, load_detector
@@ -90,25 +91,25 @@ def ref(data, dest, detector, batch, device):
 @main.command("eval")
 @click.option("--network", help="Network: .pkl, .safetensors, URL or name", type=str, required=True)
 @click.option("--metrics", help="Names like fid50k,is50k,kid50k,pr50k3", type=str, default="fid50k", show_default=True)
-@click.option("--trials", help="Repetitions, each with new seeds", type=click.IntRange(min=1), default=1)
-@click.option("--seeds", help="First seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--trials", help="Repetitions, each with new seeds", type=POSITIVE, default=1)
+@click.option("--seeds", help="First seed", type=WHOLE, default=0, show_default=True)
 @shared("ref", "data", "detector", "batch", "json", "device")
 def evaluate_network(network, metrics, trials, seeds, ref, data, detector, batch, json_file, device, **sampling):
     """Metrics of a network's images, made and scored in one pass without files in between.
 
     The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr.
     """
-    with running(device) as device:
+    with running(device, json_file) as device:
         from edm import zoo
         from edm.metrics.evaluate import Evaluator
         from edm.metrics.records import summarise
         from edm.metrics.sources import NetworkSource
 
         options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
-        evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)
         net = zoo.load_network(network).to(device)
         given = {name: value for name, value in sampling.items() if value is not None}
         made_by = {"name": Path(network).name, "sha256": zoo.network_hash(net), **generate.sampler_options(net, given)}
+        evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)
         num = max(metric.num for metric in evaluator.metrics)
         records = [evaluator(NetworkSource(net, seed=seeds + trial * num, **made_by)) for trial in range(trials)]
         report(summarise(records), json_file)
@@ -118,11 +119,13 @@ evaluate_network.params += [option for option in generate.main.params if option.
 
 
 @contextlib.contextmanager
-def running(device):
+def running(device, json_file=None):
     """Joins torchrun's processes, gives the device, and leaves them again."""
+    from edm.metrics.records import check_appendable
     from torch_utils import distributed
 
     try:
+        check_appendable(json_file)
         yield distributed.init(device)
     finally:
         distributed.shutdown()

@@ -4,14 +4,14 @@ import dataclasses
 
 import click
 
-from dnnlib import FiniteRange, IntList
+from dnnlib import Command, FiniteRange, IntList, WholeRange
 from sid.config import OBJECTIVES, WEIGHTINGS, DistillationConfig
 
 D = DistillationConfig  # its class attributes are the defaults
 POSITIVE = FiniteRange(0, min_open=True)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 # Where things are.
 @click.option("--edm_model", help="Teacher: short name, path or URL", default="edm-cifar10-32x32-uncond-vp")
 @click.option("--outdir", help="Where to make the run folder", default="training-runs")
@@ -19,7 +19,7 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--data_stat", help="Reference statistics (.npz) for FID  [default: the published teacher's]")
 @click.option("--detector", help="Detector for metrics  [default: the one of --data_stat]")
 @click.option("--metrics", help="fid50k_full,is50k,kid50k_full,pr50k3_full or none  [default: fid50k_full]")
-@click.option("--metrics-batch", help="Images per step of the metrics", type=click.IntRange(1), default=64)
+@click.option("--metrics-batch", help="Images per step of the metrics", type=WholeRange(1), default=64)
 @click.option("--transfer", help="Network whose weights the generator starts from")
 @click.option("--resume", help="Training state, or run folder, to continue")
 # The method.
@@ -36,7 +36,7 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--tmax", help="Highest time of the noise levels by karras, of 1000", default=D.tmax,
               type=FiniteRange(0, 1000))  # fmt: skip
 @click.option("--fake-score-updates", help="Updates of the fake score for each of the generator",
-              type=click.IntRange(1), default=D.fake_score_updates)  # fmt: skip
+              type=WholeRange(1), default=D.fake_score_updates)  # fmt: skip
 @click.option("--init_sigma", help="Noise level at which the generator starts", type=POSITIVE, default=D.init_sigma)
 @click.option("--lr", help="Learning rate of the fake score network", type=POSITIVE, default=D.lr)
 @click.option("--glr", help="Learning rate of the generator", type=POSITIVE, default=D.glr)
@@ -60,7 +60,7 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--compile", help="Compile the networks: a slow start, faster steps", type=bool, default=D.compile)
 @click.option("--channels-last", help="Memory layout of the images", type=bool, default=D.channels_last)
 @click.option("--chunk", help="Images per pass through teacher and fake score in the generator's phase  [default: all]",
-              type=click.IntRange(1))  # fmt: skip
+              type=WholeRange(1))  # fmt: skip
 @click.option("--checkpoint", help="Recompute activations instead of keeping them", type=bool, default=D.checkpoint)
 @click.option("--share-images", help="One batch of generated images for both phases", type=bool,
               default=D.share_images)  # fmt: skip
@@ -68,22 +68,24 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--cond", help="Class-conditional", type=bool)
 @click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]))
 @click.option("--precond", type=click.Choice(["vp", "ve", "edm"]))
-@click.option("--cbase", help="Channels at full resolution", type=click.IntRange(1))
+@click.option("--cbase", help="Channels at full resolution", type=WholeRange(1))
 @click.option("--cres", help="Channel multiplier per resolution", type=IntList())
 # The run.
 @click.option("--duration", help="Length in Mimg", type=POSITIVE, default=500.0)
-@click.option("--batch", help="Images per update", type=click.IntRange(1), default=D.batch)
-@click.option("--batch-gpu", help="Images per process and round  [default: the most that fits]", type=click.IntRange(1))
+@click.option("--batch", help="Images per update", type=WholeRange(1), default=D.batch)
+@click.option("--batch-gpu", help="Images per process and round  [default: the most that fits]", type=WholeRange(1))
 @click.option("--tick", help="Report every so many kimg", type=POSITIVE, default=D.kimg_per_tick)
-@click.option("--snap", help="Snapshot, picture and metrics every so many ticks", type=click.IntRange(1),
+@click.option("--snap", help="Snapshot, picture and metrics every so many ticks", type=WholeRange(1),
               default=D.snapshot_ticks)  # fmt: skip
-@click.option("--dump", help="Training state every so many ticks", type=click.IntRange(1), default=D.state_ticks)
-@click.option("--seed", type=click.IntRange(0), default=D.seed)
+@click.option("--dump", help="Training state every so many ticks", type=WholeRange(1), default=D.state_ticks)
+@click.option("--seed", type=WholeRange(0), default=D.seed)
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--bench", help="cuDNN benchmarking", type=bool, default=True)
 @click.option("--xflip", help="Mirror half of --data", type=bool, default=False)
 @click.option("--cache", help="Accepted for EDM's command lines; training reads no data", type=bool, default=True)
-@click.option("--workers", help="Accepted for EDM's command lines; training reads no data", type=int, default=1)
+@click.option(
+    "--workers", help="Accepted for EDM's command lines; training reads no data", type=WholeRange(0), default=1
+)
 @click.option("--desc", help="Description in the run folder's name")
 @click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
 @click.option("-n", "--dry-run", help="Print the options and stop", is_flag=True)

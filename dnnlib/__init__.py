@@ -2,24 +2,34 @@
 
 from .download import open_url
 from .util import (
+    Command,
     EasyDict,
     FiniteRange,
+    Group,
     IntList,
     Logger,
     UserError,
+    WholeRange,
     construct_class_by_name,
     format_time,
+    user_path,
+    without_password,
     write_atomically,
 )
 
 __all__ = [
+    "Command",
     "EasyDict",
     "FiniteRange",
+    "Group",
     "IntList",
     "Logger",
     "UserError",
+    "WholeRange",
     "construct_class_by_name",
     "format_time",
     "open_url",
+    "user_path",
+    "without_password",
     "write_atomically",
 ]

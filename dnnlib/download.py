@@ -6,6 +6,9 @@ records the hash it had when first seen; a file that has another hash later is r
 
 Without internet: `DNNLIB_MIRROR` names a folder or the base of a web address where all files lie as in the cache, so
 that `https://host/a/b.pkl` comes from `$DNNLIB_MIRROR/host/a/b.pkl`. The cache folder of another machine will do.
+
+Plain http, where anyone on the way can change a file, is only for a mirror and this machine itself; an https address
+that leads to plain http or to a file of this machine is refused.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -20,10 +24,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import url2pathname
 
-from .util import UserError, write_atomically
+from .util import UserError, user_path, without_password, write_atomically
 
 try:
     import fcntl
@@ -38,6 +42,9 @@ CHUNK_BYTES = 1 << 16  # what has arrived of a broken chunk is lost
 CONNECT_SEC, READ_SEC = 20, 60
 RETRIES = 5
 MAX_RETRY_SEC = 30
+MAX_BYTES = 16 << 30  # of one download; the largest published network takes about 1.2 GB
+MAX_RECORD_BYTES = 1 << 16
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -68,9 +75,9 @@ def local_path(
     Errors: UserError when it can't be had.
     """
     if not is_url(source):
-        path = Path(source).expanduser()
-    elif urlsplit(source).scheme == "file":
-        path = Path(url2pathname(unquote(urlsplit(source).path)))
+        path = user_path(source)
+    elif _split(source).scheme == "file":
+        path = user_path(url2pathname(unquote(_split(source).path)))
     else:
         return download(source, sha256, cache_dir)
     if not path.is_file():
@@ -78,15 +85,22 @@ def local_path(
     return path
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{url}: {error}: correct the address") from None
+
+
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     """`cache_dir`, by default the cache folder that the module's docstring names."""
     folder = cache_dir or os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib"
-    return Path(folder).expanduser()
+    return user_path(folder)
 
 
 def cache_path(url: str, cache_dir: str | os.PathLike | None = None) -> Path:
     """Where the file of an http(s) address lies in the cache, whether it is there or not."""
-    parts = urlsplit(url)
+    parts = _split(url)
     names = [quote(unquote(name), safe=" +=,@") for name in f"{_host(parts)}{parts.path}".split("/")]
     names = [name for name in names if name not in ("", ".", "..")]
     if parts.query:
@@ -103,9 +117,9 @@ def mirrored(url: str) -> str | Path:
     if not mirror:
         return url
     if mirror.lower().startswith(("http://", "https://")):
-        parts = urlsplit(url)
+        parts = _split(url)
         return f"{mirror.rstrip('/')}/{_host(parts)}{parts.path}" + (f"?{parts.query}" if parts.query else "")
-    folder = Path(url2pathname(unquote(urlsplit(mirror).path)) if is_url(mirror) else mirror).expanduser()
+    folder = user_path(url2pathname(unquote(_split(mirror).path)) if is_url(mirror) else mirror)
     if not folder.is_dir():
         raise UserError(f"DNNLIB_MIRROR={mirror}: neither an http(s) address nor a folder: correct it or unset it")
     return cache_path(url, folder)
@@ -132,7 +146,7 @@ def download(
     cache_dir:  instead of the folder named in the module's docstring.
     Errors: UserError, one line, when the file can't be fetched or has another hash than expected or first seen.
     """
-    parts = urlsplit(url)
+    parts = _split(url)
     if (
         parts.scheme not in ("http", "https")
         or not parts.hostname
@@ -143,6 +157,8 @@ def download(
     path = cache_path(url, cache_dir)
     try:
         if not path.is_file():
+            if mirrored(url) == url and parts.scheme == "http" and parts.hostname not in THIS_MACHINE:
+                raise UserError(f"{url}: plain http can be changed on its way: give its https:// address")
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_name(f".{path.name}.lock")) as alone:
                 if not path.is_file():  # another process may have fetched it meanwhile
@@ -183,6 +199,21 @@ def _lock(file: BinaryIO) -> bool:
         except OSError as error:
             if error.errno != errno.EDEADLK:  # msvcrt has waited for ten seconds; other errors: no locks on this disk
                 return False
+
+
+def _session() -> Any:
+    """A requests.Session that doesn't follow https addresses to anything less."""
+    import requests
+
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:
+            target = super().get_redirect_target(resp)
+            leaves_https = urlsplit(resp.url).scheme == "https"
+            if target is not None and leaves_https and urlsplit(urljoin(resp.url, target)).scheme != "https":
+                raise requests.exceptions.InvalidSchema("an https address redirects to one that is not")
+            return target
+
+    return Session()
 
 
 class _Broken(Exception):
@@ -236,13 +267,13 @@ class _Transfer:
     def _fetch_from_web(self) -> None:
         import requests  # slow to import, and needed only here
 
-        with requests.Session() as session:
+        with _session() as session:
             failures, most = 0, 0
             while failures <= RETRIES:
                 try:
                     return self._attempt(session)
-                except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
-                    raise UserError(f"{self._place}: leads to an address that is not http(s): {error}") from None
+                except ValueError as error:  # what requests and urllib3 raise on addresses that are none
+                    raise UserError(f"{self._place}: leads to an address that is not http(s): {_reason(error)}") from None
                 except (_Broken, requests.exceptions.RequestException) as error:
                     reason = _reason(error)
                 failures = failures + 1 if self._received() <= most else 1  # a long file over a bad line gets there too
@@ -252,6 +283,10 @@ class _Transfer:
         raise UserError(
             f"{self._place}: cannot be downloaded ({reason}): fetch it on another machine and put it under {self._path}"
         )
+
+    def _refuse_size(self) -> None:
+        self._part.unlink(missing_ok=True)
+        raise UserError(f"{self._place}: has more than {MAX_BYTES >> 30} GiB: not one of the files read here")
 
     def _received(self) -> int:
         return self._part.stat().st_size if self._part.exists() else 0
@@ -288,7 +323,9 @@ class _Transfer:
         etag = response.headers.get("ETag", "")
         self._validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
         length = response.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdigit() else None
+        total = start + int(length) if length and re.fullmatch(r"[0-9]{1,18}", length) else None
+        if total is not None and total > MAX_BYTES:
+            self._refuse_size()
         quiet = not sys.stderr.isatty()
         with (
             open(self._part, "ab" if start else "wb") as file,
@@ -297,6 +334,8 @@ class _Transfer:
             for chunk in response.iter_content(CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
+                if file.tell() > MAX_BYTES:
+                    self._refuse_size()
             file.flush()
             os.fsync(file.fileno())
             if total is not None and file.tell() != total:
@@ -326,8 +365,9 @@ def _record_path(path: Path) -> Path:
 def _record(path: Path) -> dict[str, Any]:
     """What was recorded when the file was first seen; empty if nothing was."""
     try:
-        record = json.loads(_record_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open(_record_path(path), "rb") as file:
+            record = json.loads(file.read(MAX_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -348,7 +388,7 @@ def _check(path: Path, sha256: str | None, url: str, reread: bool = False) -> st
             f" or {_record_path(path)} to accept the change"
         )
     if touched or record.get("sha256") != found:
-        record = {"sha256": found, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "url": url}
+        record = {"sha256": found, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "url": without_password(url)}
         with contextlib.suppress(OSError), write_atomically(_record_path(path)) as file:  # a read-only cache is fine
             file.write(json.dumps(record).encode())
     return found

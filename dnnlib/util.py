@@ -7,20 +7,81 @@ import os
 import re
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
+MAX_MESSAGE = 2000  # characters; longer ones, of overlong options, lose their middle
+MAX_NUMBER = 1e30  # of options: its products with the thousand images of a kimg are finite too
+MAX_WHOLE_NUMBER = 2**31 - 1
+
 
 class UserError(click.ClickException):
     """Something the user can mend. The command lines print it as one line and exit with code 2.
 
-    The message names the option (or file) at fault and the remedy.
+    The message names the option (or file) at fault and the remedy. What it quotes may come from strangers: control
+    characters are shown as escapes, and user and password of an address are left out.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` in one line of bounded length without passwords; what a terminal would obey, or can't show, is escaped."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
+    return without_password("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def without_password(text: str) -> str:
+    """`text` with the user and password of every address in it replaced by asterisks."""
+    return re.sub(r'(:/{1,2})[^/\s"]*@', r"\1***@", text)  # one slash where the address was taken for a path
+
+
+def user_path(path: str | os.PathLike) -> Path:
+    """`path` with its `~` replaced. Errors: UserError when that user, or any such name, can't be."""
+    try:
+        found = Path(path).expanduser()
+        found.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}: check the file name") from None
+    return found
+
+
+class Command(click.Command):
+    """A command whose errors are one line each, also those of the operating system (a full disk, a name too long)."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for arg in args:
+            if any(unicodedata.category(c) in ("Cc", "Cs") for c in arg):
+                raise UserError(f"{arg}: holds a control character, or one that isn't UTF-8: leave it out")
+            if arg == "" or re.fullmatch(r"--[\w-]+=", arg):
+                raise UserError(f"{arg or repr(arg)}: is empty: give a value, or leave the option out")
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.message = printable(error.message)
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.filename is None:  # not about a file
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}: check the name and permissions") from None
+
+
+class Group(Command, click.Group):
+    """A group of commands, of which each is a `Command`."""
+
+    command_class = Command
 
 
 class EasyDict(dict):
@@ -47,18 +108,32 @@ class IntList(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
         if isinstance(value, list):
             return value
-        if not re.fullmatch(r"\d+(,\d+)*", value):
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", value):
             self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2", param, ctx)
         return [int(v) for v in value.split(",")]
 
 
 class FiniteRange(click.FloatRange):
-    """A number within bounds that is neither infinite nor nan."""
+    """A number within bounds that is neither nan nor beyond MAX_NUMBER, with `or_inf` perhaps infinite."""
+
+    def __init__(self, *args: Any, or_inf: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.or_inf = or_inf
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
+        if not abs(number) <= MAX_NUMBER and not (self.or_inf and number == math.inf):
+            self.fail(f"{value!r} is not a finite number of at most {MAX_NUMBER:g}", param, ctx)
+        return number
+
+
+class WholeRange(click.IntRange):
+    """A whole number within bounds, of at most MAX_WHOLE_NUMBER."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        number = super().convert(value, param, ctx)
+        if number > MAX_WHOLE_NUMBER:
+            self.fail(f"{value!r} is more than {MAX_WHOLE_NUMBER}", param, ctx)
         return number
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -23,9 +22,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dnnlib import UserError
+from dnnlib import Command, UserError, WholeRange
 
-MAX_ARRAY_BYTES = 1 << 30  # of an idx file or a CIFAR-10 batch; the real ones have 47 and 31 MB
+MAX_ARRAY_BYTES = 1 << 28  # of an idx file or a CIFAR-10 batch; the real ones have 47 and 31 MB
+MAX_TAR_BYTES = 1 << 29  # unpacked; CIFAR-10 has 186 MB
 MAX_RESOLUTION = 8192
 IDX_UINT8 = b"\x00\x00\x08"  # an idx file starts with this and its number of dimensions
 GZIP_MAGIC = b"\x1f\x8b"
@@ -111,44 +111,39 @@ def _open_maybe_gzip(path: Path) -> BinaryIO:
     return gzip.open(path) if is_gzip else open(path, "rb")
 
 
+class _Limited:
+    """The beginning of a file, read by `read`; beyond `limit` bytes it is refused: the rest may have no end."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self._file, self._left = file, limit
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(min(size, self._left + 1))
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError("it holds more than CIFAR-10")
+        return data
+
+
 def _open_cifar10(path: Path) -> Source:
-    images, labels = [], []
-    with tarfile.open(path) as tar:
-        batches = [member for member in tar if re.fullmatch(r"(.*/)?data_batch_\d", member.name)]
-        if not batches:
-            raise ValueError("no data_batch_1 to 5 in the tar file")
-        for member in sorted(batches, key=lambda member: member.name):
-            if not member.isfile() or member.size > MAX_ARRAY_BYTES:
-                raise ValueError(f"{member.name} is not a file or too large")
-            batch = _BatchUnpickler(tar.extractfile(member), encoding="bytes").load()
-            batch_labels = batch[b"labels"]
-            images.append(np.frombuffer(batch[b"data"].data, np.uint8).reshape(len(batch_labels), 3, 32, 32))
-            labels += batch_labels
+    from torch_utils.inert_pickle import read_cifar10  # takes torch with it
+
+    batches = {}
+    with _open_maybe_gzip(path) as file, tarfile.open(fileobj=_Limited(file, MAX_TAR_BYTES), mode="r|") as tar:
+        for member in tar:
+            if re.fullmatch(r"(.*/)?data_batch_\d", member.name):
+                if not member.isfile() or member.issparse() or member.size > MAX_ARRAY_BYTES:
+                    raise ValueError(f"{member.name} is not a file or too large")
+                pixels, labels = read_cifar10(tar.extractfile(member).read())
+                batches[member.name] = np.frombuffer(pixels, np.uint8).reshape(len(labels), 3, 32, 32), labels
+    if not batches:
+        raise ValueError("no data_batch_1 to 5 in the tar file")
+    images, labels = zip(*(batches[name] for name in sorted(batches)))
+    labels = [label for batch in labels for label in batch]
     if not labels or any(type(label) is not int or not 0 <= label < 10 for label in labels):
         raise ValueError("its labels are not numbers from 0 to 9")
     pixels = np.concatenate(images).transpose(0, 2, 3, 1)  # [N, H, W, C]
     return Source(lambda i: Image.fromarray(np.ascontiguousarray(pixels[i])), len(labels), labels)
-
-
-class _PickledArray:
-    """Stands in for numpy.ndarray and numpy.dtype while a batch is unpickled, and only remembers the raw bytes."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.data = b""
-
-    def __setstate__(self, state: tuple) -> None:
-        self.data = state[-1]
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Runs nothing that a pickle names: arrays become _PickledArray, bytes are decoded here, all else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return _PickledArray
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"a batch asks for {module}.{name}, which CIFAR-10 has no use for")
 
 
 def _open_lmdb(path: Path) -> Source:
@@ -276,14 +271,14 @@ def _parse_resolution(_context: Any, _parameter: Any, value: str | None) -> tupl
     return size
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--source", required=True, metavar="PATH", help="Folder or zip of images, CIFAR-10 tar.gz, MNIST idx.gz, or LMDB."
 )
 @click.option(
     "--dest", required=True, metavar="PATH", help="Data set to write: a zip if the name ends in .zip, else a folder."
 )
-@click.option("--max-images", type=click.IntRange(min=1), help="Take the first so many images.  [default: all]")
+@click.option("--max-images", type=WholeRange(min=1), help="Take the first so many images.  [default: all]")
 @click.option(
     "--resolution", callback=_parse_resolution, metavar="WxH", help="Resize to so many pixels.  [default: keep]"
 )

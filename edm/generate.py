@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
-from dnnlib import FiniteRange, UserError
+from dnnlib import Command, FiniteRange, UserError, WholeRange
 
 MAX_SEEDS = 10_000_000
+MAX_SIGMA = 1e6
+MAX_STEPS = 100_000
 ABLATION = ("solver", "discretization", "schedule", "scaling")
-POSITIVE = FiniteRange(0, min_open=True)
+POSITIVE = FiniteRange(0, MAX_SIGMA, min_open=True)
 
 
 class SeedRanges(click.ParamType):
@@ -24,7 +26,7 @@ class SeedRanges(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
         seeds: list[int] = []
         for part in value.split(","):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if first > last or len(seeds) + last - first >= MAX_SEEDS:
                 self.fail(f"{value!r} is no list of seeds; write for instance 0-63,100", param, ctx)
@@ -32,21 +34,25 @@ class SeedRanges(click.ParamType):
         return seeds
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option("--network", help="Short name, path or URL of a teacher or generator", required=True)
 @click.option("--outdir", help="Folder or .zip file for the PNG images, one per seed")
 @click.option("--grid", help="PNG file for all images in one picture")
 @click.option("--seeds", help="One image per seed, such as 0-63,100", type=SeedRanges(), default="0-63")
-@click.option("--class", "class_idx", help="Class of all images  [default: one per seed]", type=click.IntRange(0))
-@click.option("--batch", help="Images at once", type=click.IntRange(1), default=64)
-@click.option("--steps", help="Sampler steps  [default: 1 for a one-step generator, else 18]", type=click.IntRange(1))
+@click.option("--class", "class_idx", help="Class of all images  [default: one per seed]", type=WholeRange(0))
+@click.option("--batch", help="Images at once", type=WholeRange(1), default=64)
+@click.option(
+    "--steps", help="Sampler steps  [default: 1 for a one-step generator, else 18]", type=WholeRange(1, MAX_STEPS)
+)
 @click.option("--init_sigma", help="Start noise level of one step  [default: the network's]", type=POSITIVE)
 @click.option("--sigma_min", type=POSITIVE, help="Lowest noise level  [default: 0.002]")
 @click.option("--sigma_max", type=POSITIVE, help="Highest noise level  [default: 80]")
-@click.option("--rho", type=POSITIVE, help="Spacing of the noise levels  [default: 7]")
+@click.option("--rho", type=FiniteRange(0.1, 1000), help="Spacing of the noise levels  [default: 7]")
 @click.option("--S_churn", "S_churn", type=FiniteRange(0), help="Stochasticity  [default: 0]")
 @click.option("--S_min", "S_min", type=FiniteRange(0), help="Stochastic from this noise level  [default: 0]")
-@click.option("--S_max", "S_max", type=click.FloatRange(0), help="Stochastic up to this noise level  [default: inf]")
+@click.option(
+    "--S_max", "S_max", type=FiniteRange(0, or_inf=True), help="Stochastic up to this noise level  [default: inf]"
+)
 @click.option("--S_noise", "S_noise", type=POSITIVE, help="Scale of the added noise  [default: 1]")
 @click.option("--solver", type=click.Choice(["euler", "heun"]), help="Of the ablation sampler")
 @click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Likewise")

@@ -5,6 +5,7 @@ contains is executed.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,15 @@ from dnnlib import UserError, write_atomically
 from torch_utils import edm_pickle, persistence
 
 MAX_HEADER_BYTES = 16 << 20
+MAX_SIGMA = 1e6
+LIMITS = {  # of what networks tell about themselves; the weights don't depend on the resolution, so they don't limit it
+    "img_resolution": (1, 8192),
+    "img_channels": (1, 1024),
+    "label_dim": (0, 1 << 20),
+    "sigma_min": (0.0, MAX_SIGMA),
+    "sigma_max": (0.0, float("inf")),
+    "sigma_data": (0.0, MAX_SIGMA),
+}
 SUFFIXES = (".pkl", ".safetensors")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
 OWN_KEYS = {"class_name": "_class_name", "init_args": "_init_args", "metadata": "_metadata"}  # in CONFIG_FILE
@@ -34,8 +44,8 @@ def read(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict
     if path.suffix == ".pkl":
         return _read_pickle(path, classes)
     if path.suffix == ".safetensors":
-        text, state = _read_tensors(path)
-        return _build(_parse(text, path), state, classes, path)
+        header, state = read_tensors(path)
+        return _build(_parse(header.get("network", ""), path), state, classes, path)
     raise UserError(f"{path}: a network is a {' or '.join(SUFFIXES)} file or a folder with {CONFIG_FILE}")
 
 
@@ -66,8 +76,8 @@ def _read_pickle(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Modu
     contents = edm_pickle.read(path)
     if "ema" not in contents:
         raise UserError(f"{path}: not a network snapshot: it has no 'ema'")
-    metadata = contents.get("metadata")
-    return edm_pickle.build(contents["ema"], classes, path), _checked_metadata(metadata or {}, path)
+    net = edm_pickle.build(contents["ema"], classes, path)
+    return checked(net, path), _checked_metadata(contents.get("metadata") or {}, path)
 
 
 # --- safetensors
@@ -86,8 +96,8 @@ def _tensors_bytes(net: torch.nn.Module, header: dict[str, str]) -> bytes:
     return save({name: tensor.contiguous().clone() for name, tensor in net.state_dict().items()}, header)
 
 
-def _read_tensors(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """(this project's entry of the header, tensors)"""
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """(metadata, tensors on the CPU) of a safetensors file. Errors: UserError when it is damaged or none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -99,9 +109,8 @@ def _read_tensors(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
         raise UserError(f"{path}: its header claims more than {MAX_HEADER_BYTES >> 20} MB: damaged, or not a network")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get("network", "")
-            return text, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError, MemoryError, RuntimeError, ValueError) as error:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, LookupError, AttributeError, MemoryError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or not a safetensors file: {persistence.one_line(error)}") from None
 
 
@@ -122,12 +131,28 @@ def _build(
     if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
         raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
     net = persistence.construct(classes[name], tuple(args), kwargs, state, path)
-    return net, _checked_metadata(header.get("metadata"), path)
+    return checked(net, path), _checked_metadata(header.get("metadata"), path)
+
+
+def checked(net: torch.nn.Module, path: Path) -> torch.nn.Module:
+    """The network, if what it tells about itself can be: sizes of images that fit into memory, noise levels."""
+    for name, (low, high) in LIMITS.items():
+        try:
+            value = getattr(net, name, low)
+            number = math.nan if isinstance(value, bool | str) else float(value)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+            number = math.nan
+        if not low <= number <= high or (type(low) is int and not number.is_integer()):
+            raise UserError(f"{path}: its {name} is not a number from {low} to {high}: damaged, or not a network")
+    return net
 
 
 def _checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     if type(metadata) is not dict or not edm_pickle.is_plain(metadata):
         raise UserError(f"{path}: its metadata are not a dict of plain values")
+    init_sigma = metadata.get("init_sigma", 1.0)
+    if type(init_sigma) not in (int, float) or not 0 < init_sigma < MAX_SIGMA:
+        raise UserError(f"{path}: the init_sigma in its metadata is not a noise level")
     return metadata
 
 
@@ -150,13 +175,13 @@ def _write_folder(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) ->
 
 def _read_folder(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
     config = path / CONFIG_FILE
-    if config.stat().st_size > MAX_HEADER_BYTES:
-        raise UserError(f"{config}: holds more than {MAX_HEADER_BYTES >> 20} MB: damaged, or not of a network")
     try:
+        if config.stat().st_size > MAX_HEADER_BYTES:
+            raise ValueError
         values = json.loads(config.read_text(encoding="utf-8"))
         header = {"metadata": {}} | {name: values.pop(key) for name, key in OWN_KEYS.items() if key in values}
         header["class_name"] = str(header["class_name"])
     except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
         raise UserError(f"{config}: doesn't say how to build the network: write it by edm.zoo convert") from None
     values.pop("_diffusers_version", None)
-    return _build({**header, "init_kwargs": values}, _read_tensors(path / WEIGHTS_FILE)[1], classes, config)
+    return _build({**header, "init_kwargs": values}, read_tensors(path / WEIGHTS_FILE)[1], classes, config)

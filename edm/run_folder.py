@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from dnnlib import Logger, UserError
 from torch_utils import checkpoint, distributed
 
+MAX_NAME_BYTES = 255  # on all usual disks
 OPTIONS_FILE = "training_options.json"
 
 
@@ -36,12 +38,16 @@ def create(outdir: str, description: str, nosubdir: bool, options: dict, resume:
     A resumed run goes on in the folder of its state. With `nosubdir` the folder is `outdir` itself.
     Errors: UserError when that folder already holds another run or can't be made.
     """
+    if any(separator in description for separator in "/\\"):
+        raise UserError(f"--desc={description}: becomes part of a folder's name, so it can't hold / or \\")
     run_dir = [None]
     if distributed.rank() == 0:
         run_dir[0] = str(_new_folder(Path(outdir), description, nosubdir) if resume is None else resume.parent)
     if dist.is_initialized():
         dist.broadcast_object_list(run_dir, src=0)
     path = Path(run_dir[0])
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:  # seen here, before folders are made
+        raise UserError(f"--desc, --outdir: the folder's name {path.name} is too long")
     if distributed.rank() != 0:
         yield path
         return

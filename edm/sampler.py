@@ -93,10 +93,10 @@ def ablation_sampler(
     s, s_deriv = _scalings(sigma, sigma_deriv)[scaling]
     if discretization == "vp":
         i = torch.arange(num_steps, dtype=torch.float64, device=latents.device)
-        steps = vp.sigma(1 + i / (num_steps - 1) * (epsilon_s - 1))
+        steps = vp.sigma(1 + i / max(num_steps - 1, 1) * (epsilon_s - 1))
     elif discretization == "ve":
         i = torch.arange(num_steps, dtype=torch.float64, device=latents.device)
-        steps = (high**2 * (low**2 / high**2) ** (i / (num_steps - 1))).sqrt()
+        steps = (high**2 * (low**2 / high**2) ** (i / max(num_steps - 1, 1))).sqrt()
     elif discretization == "iddpm":
         steps = _iddpm_steps(num_steps, low, high, C_1, C_2, M, latents.device)
     else:
@@ -122,7 +122,10 @@ def _denoise(net, x, sigma, class_labels):
 
 
 def _limit_range(net, sigma_min, sigma_max):
-    return max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    if low > high:
+        raise UserError(f"--sigma_min={low:g} is above --sigma_max={high:g} (the network's own limits included)")
+    return low, high
 
 
 def _until_zero(steps):
@@ -189,7 +192,11 @@ def _scalings(sigma, sigma_deriv):
 def _iddpm_steps(num_steps, sigma_min, sigma_max, C_1, C_2, M, device):
     u = iddpm_sigmas(C_1, C_2, M, torch.float64)
     u = u[(u >= sigma_min) & (u <= sigma_max)]
-    index = ((len(u) - 1) / (num_steps - 1) * torch.arange(num_steps, dtype=torch.float64)).round().to(torch.int64)
+    if len(u) == 0:
+        raise UserError(f"--sigma_min={sigma_min:g} to --sigma_max={sigma_max:g} holds no noise level of --disc=iddpm")
+    index = (
+        ((len(u) - 1) / max(num_steps - 1, 1) * torch.arange(num_steps, dtype=torch.float64)).round().to(torch.int64)
+    )
     return u[index].to(device)
 
 

@@ -2,7 +2,7 @@
 
 import click
 
-from dnnlib import FiniteRange, IntList, UserError
+from dnnlib import Command, FiniteRange, IntList, UserError, WholeRange
 
 ARCHITECTURES = {
     "ddpmpp": {
@@ -30,7 +30,7 @@ ARCHITECTURES = {
 PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--outdir", help="Where to make the run folder", required=True)
 @click.option("--data", help="Training images: folder or zip", required=True)
 @click.option("--cond", help="Train a class-conditional model", type=bool, default=False, show_default=True)
@@ -38,17 +38,17 @@ PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss")
 @click.option("--precond", type=click.Choice(list(PRECONDITIONINGS)), default="edm", show_default=True)
 @click.option("--sigma", help="The one noise level to train for  [default: all, as --precond draws them]",
               type=FiniteRange(0, min_open=True))  # fmt: skip
-@click.option("--cbase", help="Channels at full resolution [default: by --arch]", type=click.IntRange(min=4))
+@click.option("--cbase", help="Channels at full resolution [default: by --arch]", type=WholeRange(min=4))
 @click.option("--cres", help="Channel multiplier per resolution [default: by --arch]", type=IntList())
-@click.option("--blocks", help="Residual blocks per resolution [default: by --arch]", type=click.IntRange(min=1))
+@click.option("--blocks", help="Residual blocks per resolution [default: by --arch]", type=WholeRange(min=1))
 @click.option("--attn", help="Resolutions with self-attention [default: by --arch]", type=IntList())
 @click.option("--dropout", type=FiniteRange(0, 1), default=0.13, show_default=True)
 @click.option("--augment", help="Augmentation probability, 0 = off", type=FiniteRange(0, 1), default=0.12)
 @click.option("--xflip", help="Add the mirrored images", type=bool, default=False, show_default=True)
 @click.option("--fp16", help="Half precision on a GPU", type=bool, default=False, show_default=True)
 @click.option("--duration", help="Length in Mimg", type=FiniteRange(0, min_open=True), default=200.0)
-@click.option("--batch", help="Images per update", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--batch-gpu", help="Images per process and round", type=click.IntRange(min=1))
+@click.option("--batch", help="Images per update", type=WholeRange(min=1), default=512, show_default=True)
+@click.option("--batch-gpu", help="Images per process and round", type=WholeRange(min=1))
 @click.option("--lr", type=FiniteRange(0, min_open=True), default=1e-3, show_default=True)
 @click.option("--lr-rampup", help="Warm-up in kimg", type=FiniteRange(0), default=10_000.0, show_default=True)
 @click.option("--lr-decay", type=click.Choice(["none", "linear", "cosine"]), default="none", show_default=True)
@@ -56,14 +56,14 @@ PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss")
 @click.option("--ls", help="Loss scaling", type=FiniteRange(0, min_open=True), default=1.0, show_default=True)
 @click.option("--bench", help="cuDNN benchmarking", type=bool, default=True, show_default=True)
 @click.option("--cache", help="Keep the images in memory", type=bool, default=True, show_default=True)
-@click.option("--workers", help="Data-loader processes", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--workers", help="Data-loader processes", type=WholeRange(0, 1024), default=1, show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--desc", help="Description in the run folder's name")
 @click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
 @click.option("--tick", help="Report every so many kimg", type=FiniteRange(0, min_open=True), default=50.0)
-@click.option("--snap", help="Snapshot every so many ticks", type=click.IntRange(min=1), default=50)
-@click.option("--dump", help="Training state every so many ticks", type=click.IntRange(min=1), default=500)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--snap", help="Snapshot every so many ticks", type=WholeRange(min=1), default=50)
+@click.option("--dump", help="Training state every so many ticks", type=WholeRange(min=1), default=500)
+@click.option("--seed", type=WholeRange(min=0), default=0, show_default=True)
 @click.option("--transfer", help="Start from the weights of this network")
 @click.option("--resume", help="Training state, or run folder, to continue")
 @click.option("-n", "--dry-run", help="Print the options and stop", is_flag=True)
@@ -97,7 +97,11 @@ def main(**options):
 
     torch.backends.cudnn.benchmark = options["bench"]
     misc.seed_at(config.seed)
-    net = getattr(networks, precond)(**network_kwargs)
+    try:
+        net = getattr(networks, precond)(**network_kwargs)
+    except (MemoryError, RuntimeError, OverflowError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
     if options["transfer"]:
         copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
     state = load_state(resume, net) if resume else None

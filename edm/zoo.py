@@ -19,7 +19,7 @@ from typing import Any
 import click
 import torch
 
-from dnnlib import UserError
+from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from edm import network_files
 from edm.published import FILES, NETWORK_KINDS, Published
@@ -47,10 +47,13 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
         if entry.kind not in kinds:
             raise UserError(f"{source} is a published {entry.kind}, but a {kind} is needed here")
         return local_path(entry.url, entry.sha256)
-    if kind == "network" and network_files.is_folder(Path(source).expanduser()):
-        return Path(source).expanduser()
-    if is_url(source) or Path(source).expanduser().is_file():
+    if is_url(source):
         return local_path(source, _sha256_of(str(source)))
+    path = user_path(source)
+    if kind == "network" and network_files.is_folder(path):
+        return path
+    if path.is_file():
+        return path
     names = [name for name, file in FILES.items() if file.kind in kinds]
     near = difflib.get_close_matches(str(source), names, n=3) or names
     raise UserError(f"{source}: no such file, and no published {kind} has that name; published: {', '.join(near)}")
@@ -176,7 +179,7 @@ def _text(arguments: Mapping[str, Any]) -> str:
 # --- command line
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Published networks, reference statistics and detectors; conversion between file formats."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib import UserError, write_atomically
+from dnnlib import Command, UserError, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -166,15 +166,15 @@ def summarise(run_dir: Path, teacher: "torch.nn.Module") -> list[tuple[str, int,
     records = read_metrics(run_dir, files[0].stem.removeprefix("metric-"))
     recorded = getattr(teacher, "metadata", {}).get("fid", {})
     rows = []
-    if recorded.get("detector_sha256") == records[0]["detector_sha256"]:
-        rows += [("teacher", int(nfe), value) for nfe, value in recorded["by_nfe"].items() if int(nfe) > 1]
+    if isinstance(recorded, dict) and recorded.get("detector_sha256") == records[0]["detector_sha256"]:
+        rows += [("teacher", int(nfe), float(value)) for nfe, value in recorded["by_nfe"].items() if int(nfe) > 1]
     if records[0]["kimg"] == 0:
         rows.append(("teacher = generator before", 1, records[0]["value"]))
     rows.append(("generator after", 1, records[-1]["value"]))
     return rows
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 def main(run: str) -> None:
     """Summarise the distillation in the folder RUN: a table of FID and a picture."""
@@ -185,17 +185,23 @@ def main(run: str) -> None:
     snapshots = sorted(run_dir.glob("network-snapshot-*.safetensors"))
     if not snapshots or not (run_dir / OPTIONS_FILE).exists():
         raise UserError(f"{run}: no snapshot of a distillation here; name a run folder of sid_train.py")
-    options = json.loads((run_dir / OPTIONS_FILE).read_text(encoding="utf-8"))
-    teacher = zoo.load_network(options["edm_model"])
-    generator = zoo.load_network(snapshots[-1])
-    rows = summarise(run_dir, teacher)
+    try:
+        options = json.loads((run_dir / OPTIONS_FILE).read_text(encoding="utf-8"))
+        teacher = zoo.load_network(str(options["edm_model"]))
+        generator = zoo.load_network(snapshots[-1])
+        rows = summarise(run_dir, teacher)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{run}: its records are damaged ({error}); restore its *.json and *.jsonl files") from None
+    if "init_sigma" not in generator.metadata:
+        raise UserError(f"{snapshots[-1]}: records no init_sigma, so it is no snapshot of a distillation")
     picture = run_dir / "comparison.png"
     compare(teacher, generator, picture)
 
     print(f"\n{'':30s} {'evaluations':>11s} {'FID':>8s}")
     for name, evaluations, fid in rows:
         print(f"{name:30s} {evaluations:11d} {fid:8.2f}")
-    print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
+    if len(rows) > 1 and rows[-1][2] > 0:
+        print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
     print(f"Generator: {snapshots[-1]}")
     print(f"Pictures:  {picture}  (teacher at {2 * TEACHER_STEPS - 1} evaluations, at one, generator at one)")
 

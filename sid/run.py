@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, without_password
 from edm import run_folder, zoo
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
@@ -30,6 +30,7 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
     summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
+    summary = json.loads(without_password(json.dumps(summary)))
     distributed.print0(json.dumps(summary, indent=2))
     if options["dry_run"]:
         return

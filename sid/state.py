@@ -70,7 +70,7 @@ class DistillationState:
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"--resume={path}: its {name} doesn't fit this run ({reason})") from None
         self.nimg, self.tick, self.elapsed_sec = state["nimg"], state["tick"], state["elapsed_sec"]

@@ -16,8 +16,10 @@ from dnnlib import UserError
 from . import persistence
 from .inert_pickle import GLOBALS, Record, read_file
 
-MAX_MODULES = 100_000
-MAX_DEPTH = 64
+MAX_PARTS = 50_000  # modules, parameters and buffers; the largest published network has below a tenth of it
+MAX_DEPTH = 32
+MAX_NAME = 100  # characters; the names of nested modules are joined
+MAX_PLAIN_DEPTH, MAX_PLAIN_VALUES = 4, 10_000
 VERSION = 6  # of the format
 
 
@@ -55,36 +57,44 @@ def build(record: Any, classes: Mapping[str, type], source: Any) -> Any:
 
 def state_dict(record: Record, source: Any) -> dict[str, torch.Tensor]:
     """{name: tensor} of a module's record, named as `Module.state_dict()` does it."""
-    tensors, pending, modules = {}, [("", record, 0)], 0
+    tensors, pending, parts = {}, [("", record, 0)], 0
     try:
         while pending:
             prefix, module, depth = pending.pop()
-            modules += 1
-            if modules > MAX_MODULES or depth > MAX_DEPTH:
+            kinds = [module.state[kind] for kind in ("_parameters", "_buffers", "_modules")]
+            parts += 1 + sum(map(len, kinds))  # the same dict may be there many times
+            if parts > MAX_PARTS or depth > MAX_DEPTH or any(len(name) > MAX_NAME for kind in kinds for name in kind):
                 raise ValueError
             transient = module.state["_non_persistent_buffers_set"]
-            for kind in ("_parameters", "_buffers"):
-                for name, tensor in module.state[kind].items():
-                    if tensor is None or name in transient:
-                        continue
-                    if type(tensor) is not torch.Tensor:
-                        raise TypeError
-                    tensors[prefix + name] = tensor
-            for name, child in module.state["_modules"].items():
-                if child is not None:
-                    pending.append((f"{prefix}{name}.", child, depth + 1))
+            if type(transient) is not set:  # a long list would be slow to search
+                raise TypeError
+            parameters, buffers, children = kinds
+            for name, tensor in (*parameters.items(), *buffers.items()):
+                if tensor is None or name in transient:
+                    continue
+                if type(tensor) is not torch.Tensor:
+                    raise TypeError
+                tensors[prefix + name] = tensor
+            pending += [(f"{prefix}{name}.", child, depth + 1) for name, child in children.items() if child is not None]
     except (AttributeError, LookupError, TypeError, ValueError):
         raise UserError(f"{source}: the network in it is damaged: fetch the file again") from None
     return tensors
 
 
-def is_plain(value: Any, depth: int = 0) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether `value` consists of numbers, text and short nested containers of them."""
-    if type(value) in (list, tuple):
-        return depth < 4 and len(value) < 1000 and all(is_plain(v, depth + 1) for v in value)
-    if type(value) is dict:
-        return depth < 4 and len(value) < 1000 and all(is_plain(v, depth + 1) for v in value.values())
-    return value is None or type(value) in (bool, int, float, str)
+    pending, count = [(value, 0)], 0
+    while pending:
+        value, depth = pending.pop()
+        if type(value) in (list, tuple, dict):
+            count += len(value)  # also of what is there several times: a few nested lists make billions of values
+            if depth >= MAX_PLAIN_DEPTH or count > MAX_PLAIN_VALUES:
+                return False
+            inner = value.values() if type(value) is dict else value
+            pending += [(v, depth + 1) for v in inner]
+        elif value is not None and type(value) not in (bool, int, float, str):
+            return False
+    return True
 
 
 def write(file: BinaryIO, **contents: Any) -> None:

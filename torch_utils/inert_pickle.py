@@ -66,6 +66,18 @@ def read_file(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: not a snapshot in EDM's format, or damaged: fetch it again") from None
 
 
+def read_cifar10(data: bytes) -> tuple[bytes, list[Any]]:
+    """(pixels, labels) of a batch of CIFAR-10 in its Python version. Errors: ValueError when it is none."""
+    try:
+        batch = _Machine(CIFAR10_GLOBALS).run(io.BytesIO(data))
+        values = {key.decode() if type(key) is bytes else key: value for key, value in _typed(batch, dict).items()}
+        return _bytes(_typed(values["data"], _Array).state[-1]), _typed(values["labels"], list)
+    except Refused as refusal:
+        raise ValueError(f"a batch {refusal}, which CIFAR-10 has no use for") from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        raise ValueError(f"not a batch of CIFAR-10, or damaged: {error}") from None
+
+
 # --- values that stand for the admitted names: markers of our own, never the real functions
 
 
@@ -88,6 +100,18 @@ class _Storage:
     """One flat tensor, `[elements]`."""
 
     values: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class _Array:
+    """A numpy array of which only the state it was pickled with is known: the last item has its bytes."""
+
+    state: tuple = ()
+
+
+def _bytes(text: Any) -> bytes:
+    """The bytes of Python 2's strings, which are read as Latin-1."""
+    return text.encode("latin1") if type(text) is str else _typed(text, bytes)
 
 
 def _persistent_object(_: "_Machine", args: tuple) -> Record:
@@ -158,7 +182,7 @@ def _storage(machine: "_Machine", args: tuple) -> _Storage:
 
 
 def _no_call(_: "_Machine", __: tuple) -> Any:
-    raise Refused("calls a storage type")
+    raise Refused("calls a type")
 
 
 def _module_dict(_: "_Machine", args: tuple) -> Record:
@@ -182,6 +206,16 @@ GLOBALS = {
         "numpy._core.multiarray scalar": _scalar,
     }.items()
 }
+CIFAR10_GLOBALS = {
+    key: _Global(key, build)
+    for key, build in {
+        "numpy ndarray": _no_call,
+        "numpy dtype": _dtype,
+        "numpy.core.multiarray _reconstruct": lambda _, args: _Array(),
+        "numpy._core.multiarray _reconstruct": lambda _, args: _Array(),
+        "_codecs encode": lambda _, args: _bytes(args[0]),  # how Python 3 writes bytes for Python 2
+    }.items()
+}
 
 
 # --- the stack machine
@@ -195,7 +229,16 @@ class _PersistentId:
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *(
+        "SHORT_BINSTRING",
+        "BINSTRING",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "SHORT_BINBYTES",
+        "BINBYTES",
+        "BINBYTES8",
+    ),
 }
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
 IGNORED = {"PROTO", "FRAME", "STOP"}
@@ -321,6 +364,8 @@ class _Machine:
             target.state = _typed(state, dict)
         elif type(target) is _Dtype:
             target.order = _typed(_typed(state, tuple)[1], str)
+        elif type(target) is _Array:
+            target.state = _typed(state, tuple)
         elif type(target) is not dict:  # a dict's own attributes mean nothing here
             raise Refused("sets the state of something other than a module")
 
@@ -328,7 +373,7 @@ class _Machine:
         self._stack.append(_PersistentId(_typed(*self._pop(1), tuple)))
 
 
-def _key(value: Any) -> str | int:
-    if type(value) not in (str, int):  # nested tuples, for one, can exhaust the interpreter's stack when hashed
+def _key(value: Any) -> str | bytes | int:
+    if type(value) not in (str, bytes, int):  # nested tuples, for one, can exhaust the interpreter's stack when hashed
         raise TypeError("a key is neither text nor a number")
     return value

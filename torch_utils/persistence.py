@@ -14,7 +14,9 @@ Class = TypeVar("Class", bound=type)
 
 FACTORIES = {torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn}
 FACTORIES |= {torch.randint, torch.zeros, torch.logspace, torch.randperm}
+GROWING = {torch.outer, torch.Tensor.outer}  # results far larger than their arguments, which a file can make long
 SPARE_ELEMENTS = 1 << 20  # tables and intermediate values that a constructor makes beside its weights
+MAX_TORCH_CALLS = 200_000  # of a constructor; a large iDDPM network makes about 15 000
 
 
 def persistent_class(cls: Class) -> Class:
@@ -51,12 +53,13 @@ def is_persistent(obj: Any) -> bool:
 def construct(cls: type, args: tuple, kwargs: dict, state: dict[str, torch.Tensor] | None, source: Any) -> Any:
     """`cls(*args, **kwargs)`, with the weights `state` if it is a module (None is for classes that aren't).
 
-    The arguments may come from a file of strangers, so building may allocate no more than about what `state` holds.
+    The arguments may come from a file of strangers, so building may allocate no more than about what `state` holds,
+    and takes a bounded number of steps.
     No random numbers are drawn from the global generator. `source` names the file in messages.
 
     Errors: UserError when the arguments or the weights don't fit the class.
     """
-    elements = sum(tensor.numel() for tensor in state.values()) if state is not None else 0
+    elements = _stored_elements(state) if state is not None else 0
     try:
         with torch.random.fork_rng(devices=[]), _AllocationLimit(2 * elements + SPARE_ELEMENTS):
             obj = cls(*args, **kwargs)
@@ -80,21 +83,37 @@ def one_line(error: Exception, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
+def _stored_elements(state: dict[str, torch.Tensor]) -> int:
+    """How many elements lie behind the weights; what several of them share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in state.values()}
+    return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in storages.values())
+
+
 class _AllocationLimit(TorchFunctionMode):
-    """While active, the tensors that torch is asked to create may have `elements` elements in all."""
+    """While active, the tensors that torch is asked to create may have `elements` elements in all.
+
+    And torch may be called MAX_TORCH_CALLS times: layers without elements take time and memory too.
+    """
 
     def __init__(self, elements: int):
         super().__init__()
         self._left = elements
+        self._calls_left = MAX_TORCH_CALLS
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self._calls_left -= 1
+        if self._calls_left < 0:
+            raise MemoryError("they ask for far more layers than any network has")
         if function in FACTORIES:
             # First on the meta device, which knows the shape and takes no memory.
             self._left -= math.prod(function(*args, **{**kwargs, "device": "meta"}).shape)
             if self._left < 0:
                 raise MemoryError("they ask for far more weights than the file holds")
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function in GROWING:
+            self._left -= result.numel()
+        return result
 
 
 def _reconstruct_persistent_obj(meta: dict) -> Any:

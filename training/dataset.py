@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import stat
+import warnings
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +17,9 @@ from dnnlib import UserError
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")  # PIL knows formats that start other programs
 LABELS_FILE = "dataset.json"
-MAX_FILE_BYTES = 1 << 28  # of an image file or dataset.json; ImageNet's dataset.json is 45 MB
+MAX_FILE_BYTES = 1 << 28  # of an image file
+MAX_LABELS_BYTES = 1 << 26  # of dataset.json; ImageNet's is 45 MB
+MAX_LABEL_BYTES = 1 << 10  # of dataset.json for each image; parsed, a byte can take more than twenty
 MAX_PIXELS = 1 << 26
 MAX_CLASSES = 1 << 16
 MAX_CACHE_BYTES = 2 << 30  # per process; every process of a multi-GPU run keeps its own cache
@@ -52,7 +56,8 @@ class FileTree:
     def names(self) -> list[str]:
         """All file names, sorted. Hidden files are left out, and links to folders aren't followed."""
         if self.is_zip:
-            names = [info.filename for info in self._open_zip().infolist() if not info.is_dir()]
+            names = [info.filename for info in self._open_zip().infolist()]
+            names = [name for name in names if name and not name.endswith("/")]
         else:
             names = []
             for folder, _, files in os.walk(self.path):
@@ -63,13 +68,16 @@ class FileTree:
     def has(self, name: str) -> bool:
         return name in self._open_zip().NameToInfo if self.is_zip else (self.path / name).is_file()
 
-    def read(self, name: str) -> bytes:
-        """The contents of one of `names()`, at most MAX_FILE_BYTES."""
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """The contents of one of `names()`, at most `max_bytes`, by default MAX_FILE_BYTES."""
+        max_bytes = MAX_FILE_BYTES if max_bytes is None else max_bytes
         try:
+            if not self.is_zip and not stat.S_ISREG(os.stat(self.path / name).st_mode):
+                raise ValueError("it is not a plain file")  # to open a pipe would wait for ever
             with self._open_zip().open(name) if self.is_zip else open(self.path / name, "rb") as file:
                 size = self._open_zip().getinfo(name).file_size if self.is_zip else os.fstat(file.fileno()).st_size
-                if size > MAX_FILE_BYTES:
-                    raise ValueError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+                if size > max_bytes:
+                    raise ValueError(f"it is larger than {max_bytes / 2**20:.4g} MiB")
                 return file.read(size)
         except Exception as error:  # zipfile passes on what its decompressors raise
             raise DatasetError(f"{self.what}: can't read {name}: {str(error) or type(error).__name__}") from None
@@ -82,7 +90,7 @@ class FileTree:
         if self._zip_pid != os.getpid():  # a forked worker would share the parent's file position
             try:
                 self._zip, self._zip_pid = zipfile.ZipFile(self.path), os.getpid()
-            except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            except Exception as error:  # zipfile passes on what parsing a broken directory raises
                 raise DatasetError(f"{self.what} is not a readable zip: {str(error) or type(error).__name__}") from None
         return self._zip
 
@@ -96,12 +104,14 @@ def decode_image(data: bytes, what: str) -> Image.Image:
     what: names the file in the DatasetError of a broken, huge or 16-bit image.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits per channel; convert it to 8")
-            return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd files: they are read, or refused in one line
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("more than 8 bits per channel; convert it to 8")
+                return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except Exception as error:  # what PIL's decoders raise on broken files has no common type
         raise DatasetError(f"{what} is not a usable image: {str(error) or type(error).__name__}") from None
 
@@ -123,7 +133,7 @@ def read_labels(tree: FileTree, images: list[str]) -> list[int] | None:
         return None
     what = f"{tree.what}: {LABELS_FILE}"
     try:
-        content = json.loads(tree.read(LABELS_FILE))
+        content = json.loads(tree.read(LABELS_FILE, min(MAX_LABELS_BYTES, MAX_LABEL_BYTES * (len(images) + 64))))
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{what} is not valid JSON: {str(error) or type(error).__name__}") from None
     entries = content.get("labels") if isinstance(content, dict) else "malformed"

@@ -60,7 +60,7 @@ def training_loop(
     updater = Updater.adam("network", net, config.lr, beta1=0.9)
     parts = {"net": net, "ema": ema, "updater": updater}
     for name, part in parts.items() if resume else ():
-        part.load_state_dict(resume[name])
+        _restore(name, part, resume[name])
     nimg, tick, elapsed_sec = (resume["nimg"], resume["tick"], resume["elapsed_sec"]) if resume else (0, 0, 0.0)
 
     batches = _endless_batches(dataset, batch_gpu, config, device, nimg)
@@ -101,10 +101,21 @@ def load_state(path: Path, net: torch.nn.Module) -> dict[str, Any]:
     state = checkpoint.load_state(path)
     if not {"net", "ema", "updater"} <= state.keys():
         raise UserError(f"--resume={path}: not the state of a teacher; name a training-state-*.pt of edm.train")
-    shapes, expected = ({k: v.shape for k, v in weights.items()} for weights in (state["net"], net.state_dict()))
-    if shapes != expected:
+    expected = {k: v.shape for k, v in net.state_dict().items()}
+    for name in ("net", "ema"):
+        weights = state[name] if isinstance(state[name], dict) else {}
+        if {k: getattr(v, "shape", None) for k, v in weights.items()} == expected:
+            continue
         raise UserError(f"--resume={path}: its network is another; give the --data, --arch, … it was started with")
     return state
+
+
+def _restore(name: str, part: Any, state: Any) -> None:
+    try:
+        part.load_state_dict(state)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--resume: the {name} of that training state doesn't fit this run ({reason})") from None
 
 
 def freeze_augment_mapping(net: torch.nn.Module) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import os
 import zipfile
 import zlib
-from pathlib import Path
 
 import dnnlib
 from dnnlib.download import cache_folder, hash_file
@@ -79,7 +78,7 @@ def content_hash(path: str | os.PathLike) -> str:
         with zipfile.ZipFile(tree.path) as archive:
             found = [(archive.getinfo(name).file_size, archive.getinfo(name).CRC) for name in names]
     else:
-        contents = (Path(tree.path, name).read_bytes() for name in names)
+        contents = map(tree.read, names)
         found = [(len(content), zlib.crc32(content)) for content in contents]
     digest = hashlib.sha256()
     for name, (size, crc) in zip(names, found):

@@ -1,7 +1,8 @@
 """Detectors: what turns images into features and class probabilities.
 
 Two kinds of file hold one: a TorchScript file called as NVIDIA's Inception is, and a `.safetensors` of one of the
-classes in DETECTOR_CLASSES (class and constructor arguments in its header; nothing in the file is executed).
+classes in DETECTOR_CLASSES (class and constructor arguments in its header; nothing in the file is executed). The former
+is a program in itself, so only the published one and what the user names is run.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 
 import dnnlib
 from dnnlib.download import hash_file
+from torch_utils import edm_pickle, persistence
 
 from .small_classifier import SmallClassifier
 
@@ -124,16 +126,23 @@ class ModuleDetector(Detector):
         return hidden if features else None, logits.softmax(1) if probabilities else None
 
 
-def load_detector(source: str | os.PathLike = DEFAULT_DETECTOR, device: torch.device | str = "cpu") -> Detector:
+def load_detector(
+    source: str | os.PathLike = DEFAULT_DETECTOR, device: torch.device | str = "cpu", chosen_by_user: bool = True
+) -> Detector:
     """The detector in a file, behind a URL, or known to `edm.zoo` by name.
 
-    Errors: UserError when it can't be found or isn't a detector.
+    A TorchScript file is a program. One that the user didn't choose is run only if it is a published one.
+    Errors: UserError when it can't be found or isn't a detector, or is such a program.
     """
     from edm import zoo
 
     path = zoo.resolve(source, kind="detector")
-    kind = ModuleDetector if path.suffix == ".safetensors" else TorchScriptDetector
-    return kind(path, torch.device(device))
+    if path.suffix == ".safetensors":
+        return ModuleDetector(path, torch.device(device))
+    known = {file.sha256 for file in zoo.FILES.values() if file.kind == "detector"}
+    if not chosen_by_user and hash_file(path) not in known:
+        raise dnnlib.UserError(f"{path} is a program (TorchScript): if you trust it, give it by --detector")
+    return TorchScriptDetector(path, torch.device(device))
 
 
 def save_detector(
@@ -156,21 +165,20 @@ def save_detector(
 
 
 def _load_module(path: Path) -> tuple[torch.nn.Module, dict]:
-    from safetensors import SafetensorError, safe_open
+    from edm.network_files import checked, read_tensors
 
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        header, weights = read_tensors(path)
         class_name = header.get("class_name")
         if class_name not in DETECTOR_CLASSES:
             raise ValueError(f"its header names the class {class_name}; known: {', '.join(DETECTOR_CLASSES)}")
-        module = DETECTOR_CLASSES[class_name](**json.loads(header["init_kwargs"]))
-        module.load_state_dict(weights)
-        metadata = json.loads(header.get("metadata", "{}"))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise dnnlib.UserError(f"--detector={path} is not a detector of this project: {reason}") from error
+        kwargs, metadata = (json.loads(header.get(name, "{}")) for name in ("init_kwargs", "metadata"))
+        if type(kwargs) is not dict or type(metadata) is not dict or not edm_pickle.is_plain([kwargs, metadata]):
+            raise ValueError("its constructor arguments and metadata are not plain values")
+        module = checked(persistence.construct(DETECTOR_CLASSES[class_name], (), kwargs, weights, path), path)
+    except (dnnlib.UserError, ValueError, RecursionError) as error:
+        reason = getattr(error, "message", None) or persistence.one_line(error)
+        raise dnnlib.UserError(f"--detector={path} is not a detector of this project: {reason}") from None
     return module.eval().requires_grad_(False), metadata
 
 

@@ -23,7 +23,7 @@ from .precision_recall import NEIGHBOUR, precision_recall
 from .reference import Reference, load_reference
 from .sources import ImageSource, open_data
 
-NAME_PATTERN = re.compile(r"(?P<kind>fid|is|kid|pr)(?P<num>\d+)(?:(?P<kilo>k)(?P<k>\d+)?)?(?P<full>_full)?")
+NAME_PATTERN = re.compile(r"(?P<kind>fid|is|kid|pr)(?P<num>\d{1,9})(?:(?P<kilo>k)(?P<k>\d{1,9})?)?(?P<full>_full)?")
 
 
 @dataclass(frozen=True)

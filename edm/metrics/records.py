@@ -42,6 +42,16 @@ def describe(record: dict) -> str:
     return f"{record['metric']}: {', '.join(parts)}; {of}, detector {record['detector']}"
 
 
+def check_appendable(path: str | os.PathLike | None) -> None:
+    """Raises UserError naming --json if `append_records` could not write to `path`, if there is one."""
+    if path is None:
+        return
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise dnnlib.UserError(f"--json={path} can't be written; give another file")
+
+
 def append_records(records: Sequence[dict], path: str | os.PathLike) -> None:
     """Appends one line of JSON per record to a file, whose folder is made if need be.
 

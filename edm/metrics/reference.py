@@ -2,18 +2,24 @@
 
 import json
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import dnnlib
 from dnnlib.download import hash_file
+from torch_utils import persistence
 
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
+from .npz import read_arrays
 from .statistics import FeatureStatistics
+
+MAX_REFERENCE_BYTES = 1 << 30  # of sigma: some 11 000 features
+RECORD_TYPES = {"detector": str, "detector_sha256": str, "detector_file": str, "source": str}
+RECORD_TYPES |= {"num_images": int, "channels": int, "resolution": int}
 
 
 @dataclass
@@ -63,12 +69,12 @@ class Reference:
         beside = self.path.parent / Path(self.record.get("detector_file", name)).name
         source = override or (beside if beside.is_file() else name)
         try:
-            detector = load_detector(source, device)
+            detector = load_detector(source, device, chosen_by_user=override is not None)
         except dnnlib.UserError as error:
             if override or not self.record:
                 raise
             raise dnnlib.UserError(
-                f"--ref={self.path} was made with the detector {name}, which is not at {beside};"
+                f"--ref={self.path} was made with the detector {name}, which can't be taken from {beside};"
                 f" give it by --detector ({error.message})"
             ) from error
         self.check(detector)
@@ -84,16 +90,26 @@ def load_reference(source: str | os.PathLike) -> Reference:
 
     path = zoo.resolve(source, kind="reference")
     try:
-        with np.load(path, allow_pickle=False) as content:
-            mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
-            record = dict(json.loads(str(content["record"]))) if "record" in content else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        content = read_arrays(path, {"mu": "f", "sigma": "f", "record": "U"}, MAX_REFERENCE_BYTES)
+        mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
+        record = _checked_record(json.loads(str(content["record"]))) if "record" in content else {}
+    except (ValueError, KeyError, RecursionError) as error:
         raise dnnlib.UserError(
-            f"--ref={source} is not an .npz with mu and sigma ({str(error).splitlines()[0]}); make one by `fid.py ref`"
-        ) from error
+            f"--ref={source} is not an .npz with mu and sigma ({persistence.one_line(error)}); make one by `fid.py ref`"
+        ) from None
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
         raise dnnlib.UserError(f"--ref={source}: mu {mu.shape} and sigma {sigma.shape} are not a mean and covariance")
     return Reference(mu, sigma, path, hash_file(path), record)
+
+
+def _checked_record(record: Any) -> dict:
+    """The record, if what is read of it has the type that `save_reference` gives it."""
+    if type(record) is not dict:
+        raise ValueError("its record is not a dict")
+    for name, kind in RECORD_TYPES.items():
+        if name in record and type(record[name]) is not kind:
+            raise ValueError(f"{name} in its record is not {kind.__name__}")
+    return record
 
 
 def save_reference(

@@ -15,8 +15,12 @@ import numpy as np
 import torch
 
 import dnnlib
+from torch_utils import persistence
+
+from .npz import read_arrays
 
 PREFETCHED_BATCHES = 4
+MAX_ARRAY_BYTES = 4 << 30  # of images in an .npz; OpenAI's reference batches have up to 2 GB
 
 
 class ImageSource(ABC):
@@ -160,11 +164,15 @@ def open_data(path: str | os.PathLike) -> ImageSource:
 def array_source(path: str | os.PathLike) -> TensorSource:
     """The images of an `.npz` as OpenAI publishes reference batches: `arr_0`, uint8 [N, H, W, C]."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            images = torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise dnnlib.UserError(f"--data={path} is not an .npz with images in arr_0: {error}") from error
-    return TensorSource([images], name=os.path.basename(path))
+        images = read_arrays(path, {"arr_0": "u"}, MAX_ARRAY_BYTES)["arr_0"]
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] != images.shape[2] or 0 in images.shape:
+            raise ValueError(f"{images.dtype} of shape {images.shape}, not uint8 [N, H, H, C]")
+        if images.shape[3] not in (1, 3):
+            raise ValueError(f"{images.shape[3]} channels, not 1 or 3")
+    except (ValueError, KeyError) as error:
+        reason = persistence.one_line(error)
+        raise dnnlib.UserError(f"--data={path} is not an .npz with images in arr_0: {reason}") from None
+    return TensorSource([torch.from_numpy(images).permute(0, 3, 1, 2)], name=os.path.basename(path))
 
 
 def _share(num: int, batch: int, rank: int, processes: int) -> Iterator[tuple[int, int]]:

@@ -16,21 +16,21 @@ MAX_SHIFT = 1  # pixels
 TEST_BATCH = 500
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=dnnlib.Command, context_settings={"show_default": True})
 @click.option("--data", help="Labelled training images: folder or zip", type=str, required=True)
 @click.option("--test", help="Labelled test images: folder or zip", type=str, required=True)
 @click.option("--dest", help="Detector to write (.safetensors)", type=str, required=True)
-@click.option("--epochs", help="Passes over the training images", type=click.IntRange(min=1), default=10)
-@click.option("--batch", help="Images per step", type=click.IntRange(min=2), default=128)
-@click.option("--width", help="Channels at full resolution", type=click.IntRange(min=4), default=32)
-@click.option("--seed", help="Of weights, order and augmentation", type=int, default=0)
+@click.option("--epochs", help="Passes over the training images", type=dnnlib.WholeRange(min=1), default=10)
+@click.option("--batch", help="Images per step", type=dnnlib.WholeRange(min=2), default=128)
+@click.option("--width", help="Channels at full resolution", type=dnnlib.WholeRange(4, 4096), default=32)
+@click.option("--seed", help="Of weights, order and augmentation", type=dnnlib.WholeRange(min=0), default=0)
 @click.option("--device", help="cuda, mps or cpu; by default the first that is there", type=str)
 def main(data: str, test: str, dest: str, epochs: int, batch: int, width: int, seed: int, device: str | None) -> None:
     """Trains a small classifier whose hidden layer gives the features for FID, IS, KID and precision/recall."""
     if not dest.endswith(".safetensors"):
         raise dnnlib.UserError(f"--dest={dest} must end in .safetensors")
-    if not Path(dest).parent.is_dir():
-        raise dnnlib.UserError(f"--dest={dest}: make its folder first")
+    if not Path(dest).parent.is_dir() or Path(dest).is_dir():
+        raise dnnlib.UserError(f"--dest={dest} is a folder, or there is no folder {Path(dest).parent}: make it first")
     from torch_utils import distributed
 
     device = distributed.init(device)
@@ -92,7 +92,7 @@ def train_detector(train, test, dest: str, epochs: int, batch: int, width: int, 
         print(
             f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}  test accuracy {accuracy:.2%}  time {took}", flush=True
         )
-    command = " ".join(["python -m edm.metrics.train_detector", *sys.argv[1:]])
+    command = " ".join(["python -m edm.metrics.train_detector", *map(dnnlib.without_password, sys.argv[1:])])
     save_detector(net, dest, init_kwargs, test_accuracy=accuracy, epochs=epochs, command=command)
     return accuracy
 
