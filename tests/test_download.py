@@ -1,5 +1,6 @@
 """dnnlib.download against a local server: whole or not at all, resumed, checked, shared between processes."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 
 from dnnlib import UserError, download
 
@@ -32,6 +34,11 @@ class Handler(BaseHTTPRequestHandler):
             return self._redirect("file:///etc/hostname")
         if name == "/busy" and len(server.requests) < 3:
             return self.send_error(503)
+        if name == "/endless":  # says no length
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(server.content)
+            return None
         if name not in ("/file", "/drop", "/noresume", "/busy"):
             return self.send_error(404)
         start = 0
@@ -135,6 +142,54 @@ def test_redirects_lead_only_to_http(server, tmp_path):
     for url in ("ftp://host/file", "http:///file", "http://host/", "http://host/a/..", "file:///etc/hostname"):
         assert "address of a file" in refused(url, tmp_path)
     assert not leftovers(tmp_path)
+
+
+def test_https_leads_only_to_https():
+    answer = requests.Response()
+    answer.status_code = 302
+    for url, target, allowed in [
+        ("https://host/a", "https://other/b", True),
+        ("https://host/a", "/b", True),
+        ("https://host/a", "http://host/b", False),
+        ("https://host/a", "HTTP://host/b", False),
+        ("https://host/a", "file:///etc/hostname", False),
+        ("http://host/a", "http://host/b", True),
+    ]:
+        answer.url, answer.headers["location"] = url, target
+        with contextlib.nullcontext() if allowed else pytest.raises(requests.exceptions.InvalidSchema):
+            assert download._session().get_redirect_target(answer) == target
+
+
+def test_plain_http_is_for_this_machine_and_mirrors(tmp_path):
+    assert "https://" in refused("http://host.invalid/file", tmp_path)
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "endless"])
+def test_downloads_are_bounded(server, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(download, "MAX_BYTES", len(CONTENT) - 1)
+    assert "GiB" in refused(f"{server.url}/{name}", tmp_path)
+    assert not leftovers(tmp_path)
+
+
+def test_passwords_are_not_shown(server, tmp_path):
+    place = server.url.replace("http://", "http://user:secret@")
+    fetch(f"{place}/file", tmp_path)
+    assert "secret" not in download._record_path(download.cache_path(f"{place}/file", tmp_path)).read_text()
+    for url in (
+        f"{place}/absent",
+        "http://user:secret@127.0.0.1:9/file",
+        "https://u:p@ss:secret@host/",
+        "http://u:secret@[",
+    ):
+        message = refused(url, tmp_path)
+        assert "secret" not in message
+        assert "***@" in message
+
+
+@pytest.mark.parametrize("url", ["http://[", "https://[::1/x", "https://host:port/x", "https:///x", "https://a..b/x"])
+def test_addresses_that_are_none(tmp_path, url):
+    refused(url, tmp_path)
 
 
 def test_wrong_hash_leaves_nothing(server, tmp_path):

@@ -1,0 +1,267 @@
+"""Nothing that a file contains is executed, and no claim in it is believed: hostile and damaged files of every kind."""
+
+import contextlib
+import gzip
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import hostile
+import numpy as np
+import pytest
+import torch
+
+from dnnlib import UserError
+from edm import zoo
+from edm.metrics import npz
+from edm.metrics.reference import load_reference
+from torch_utils import checkpoint
+from training import dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNNING, HEAVY = hostile.running(Path("mark")), hostile.heavy()
+KINDS = {"pickle": 10_000, "safetensors": 2_000, "zip": 1_000, "labels": 500, "reference": 500, "images": 500}
+KINDS |= {"image": 2_000, "idx": 500, "cifar10": 500, "detector": 200, "state": 200}  # damaged files of each
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    return hostile.readers(tmp_path_factory.mktemp("readers"))
+
+
+def refused(load, path):
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert "\n" not in error.value.message
+    return error.value.message
+
+
+# --- pickles
+
+
+@pytest.mark.parametrize("what", RUNNING)
+def test_nothing_in_a_pickle_runs(tmp_path, what):
+    mark, path = tmp_path / "mark", tmp_path / "x.pkl"
+    path.write_bytes(hostile.running(mark)[what])
+    before = set(sys.modules)
+    message = refused(hostile.load_pickle, path)
+    assert str(path) in message
+    assert not mark.exists()
+    assert not {"this", "antigravity"} & (set(sys.modules) - before)
+
+
+def test_they_would_run_elsewhere(tmp_path):
+    """Most of the above do what they mean to where pickle opens them, so the tests of them can fail."""
+    mark, ran = tmp_path / "mark", set()
+    for what, data in hostile.running(mark).items():
+        if any(word in what for word in ("hub", "import", "numpy", "torch.load")):
+            continue
+        with contextlib.suppress(BaseException):  # some raise after they ran
+            pickle.loads(data)
+        if mark.exists():
+            ran.add(what)
+            mark.unlink()
+    assert len(ran) > len(RUNNING) / 2
+
+
+def test_the_source_in_a_snapshot_is_not_executed(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(hostile.small_snapshot())  # its module_src ends the process
+    net, _ = hostile.load_pickle(path)
+    assert net.init_args == (2,)
+
+
+LIMITED = """
+import json, resource, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from pathlib import Path
+import hostile, torch
+path = Path(sys.argv[2])
+hostile.readers(path.parent)["pickle"].load(path.parent / "toy.pkl")
+start, found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
+for what, data in hostile.heavy().items():
+    message = hostile.outcome(hostile.Reader(".pkl", [], hostile.load_pickle), path, data)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found[what] = (bool(message) and "\\n" not in message, (peak - start) // 1024)
+    start = peak
+print(json.dumps(found))
+"""
+
+
+def test_heavy_pickles_are_refused_in_little_memory(tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(ROOT), str(tmp_path / "x.pkl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found.keys() == HEAVY.keys()
+    assert not [what for what, (is_refused, _) in found.items() if not is_refused]
+    assert max(megabytes for _, megabytes in found.values()) < 200, found
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_read_or_refused(readers, tmp_path, kind):
+    reader, rng, refusals = readers[kind], random.Random(0), 0
+    path = tmp_path / f"x{reader.suffix}"
+    if kind == "labels":
+        path = tmp_path / "dataset.json"
+        hostile.write_images(tmp_path)
+    good = reader.good[:1] if kind in ("pickle", "safetensors") else reader.good  # the small ones
+    for data in good:
+        assert hostile.outcome(reader, path, data) == ""
+    for _ in range(KINDS[kind]):
+        refusals += hostile.outcome(reader, path, hostile.mutate(rng, rng.choice(good), rng.choice(good))) != ""
+    assert refusals > KINDS[kind] / 10
+
+
+# --- claims and bombs of the other formats
+
+
+def header_of(path, **changes):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = {**json.loads(data[8 : 8 + length]), **changes}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def test_headers_of_safetensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    deep = "[" * 100_000
+    for network in (
+        deep,
+        '{"class_name": "Toy", "init_args": ' + "9" * 5000 + "}",
+        json.dumps({"class_name": "Toy", "init_args": [1 << 40], "metadata": {}}),
+        json.dumps({"class_name": "Toy", "metadata": {"init_sigma": "2.5"}}),
+        json.dumps({"class_name": "Toy", "metadata": {"init_sigma": -1}}),
+    ):
+        zoo.save_network(hostile.Toy(), path)
+        header_of(path, __metadata__={"network": network})
+        refused(hostile.load_pickle, path)
+    for size in (1 << 62, 1 << 24, 1 << 40):
+        path.write_bytes(size.to_bytes(8, "little") + b"{}")
+        refused(hostile.load_pickle, path)
+
+
+@pytest.mark.parametrize("change", [{"img_resolution": 1 << 20}, {"sigma_max": "80"}, {"sigma_data": float("nan")}])
+def test_networks_that_would_not_work(tmp_path, change):
+    kwargs = {
+        "img_resolution": 8,
+        "img_channels": 1,
+        "model_type": "SongUNet",
+        "model_channels": 4,
+        "channel_mult": [1],
+    }
+    path = tmp_path / "x.safetensors"
+    zoo.save_network(zoo.NETWORK_CLASSES["EDMPrecond"](**{**kwargs, **change}), path)
+    assert next(iter(change)) in refused(hostile.load_pickle, path)
+
+
+def test_arrays(tmp_path):
+    path = tmp_path / "x.npz"
+    bomb = {"mu": np.zeros(8), "sigma": np.zeros((1 << 12, 1 << 12))}  # 128 MB in 128 kB
+    np.savez_compressed(path, **bomb)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(ValueError, match="larger than 64 MiB"):
+        npz.read_arrays(path, {"mu": "f", "sigma": "f"}, 1 << 26)
+    for arrays in (
+        {"mu": np.array([hostile.Call(print, "run")], dtype=object), "sigma": np.eye(1)},
+        {"mu": np.zeros(1), "sigma": np.eye(1), "record": np.array(json.dumps({"detector": 3}))},
+        {"mu": np.zeros(1), "sigma": np.eye(1), "record": np.array("[" * 100_000)},
+        {"mu": np.zeros(1, complex), "sigma": np.eye(1)},
+        {"sigma": np.eye(1)},
+    ):
+        np.savez(path, **arrays)
+        refused(load_reference, path)
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    for data in ((tmp_path / "x.npy").read_bytes(), pickle.dumps(hostile.Call(print, "run")), b""):
+        path.write_bytes(data)
+        refused(load_reference, path)
+
+
+def test_labels_take_no_more_than_the_images_warrant(tmp_path):
+    hostile.write_images(tmp_path)
+    for content in ('{"labels": [' + "[]," * 50_000 + "[]]}", "[" * 60_000, '{"labels": {"a/0.png": 0}}'):
+        (tmp_path / "dataset.json").write_text(content)
+        refused(hostile.load_images, tmp_path)
+
+
+def test_images_of_many_pixels(tmp_path, monkeypatch, recwarn):
+    data = bytearray(hostile.image_file("BMP"))
+    data[18:26] = (1 << 15).to_bytes(4, "little") * 2  # 2^30 pixels: beyond PIL's own limit, which only warns at first
+    with pytest.raises(UserError):
+        dataset.decode_image(bytes(data), "x")
+    data[18:26] = (10_000).to_bytes(4, "little") * 2
+    with pytest.raises(UserError, match="too many"):
+        dataset.decode_image(bytes(data), "x")
+    assert not recwarn.list
+
+
+def test_paths_in_archives_lead_nowhere(tmp_path):
+    names = ["../out.png", "/abs.png", "a/../../b.png", "C:\\x.png"]
+    (tmp_path / "x.zip").write_bytes(hostile.zip_file(dict.fromkeys(names, hostile.image_file())))
+    before = sorted(tmp_path.rglob("*"))
+    assert len(list(dataset.ImageFolderDataset(tmp_path / "x.zip"))) == 2  # read in place; hidden names are left out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_pipes_in_folders(tmp_path):
+    if hasattr(os, "mkfifo"):
+        hostile.write_images(tmp_path)
+        os.mkfifo(tmp_path / "2.png")
+        assert "plain file" in refused(lambda path: list(dataset.ImageFolderDataset(path)), tmp_path)
+
+
+def test_tars(tmp_path):
+    pax = tarfile.TarInfo("data_batch_1")
+    pax.size, pax.type = 1 << 33, tarfile.XHDTYPE  # a header that claims 8 GB
+    endless = tarfile.TarInfo("data_batch_1").tobuf(tarfile.GNU_FORMAT)[:-512] + pax.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(endless + bytes(1 << 24)))
+    refused(hostile.load_source, tmp_path / "x.tar.gz")
+    for batch in hostile.RUNNING_BATCHES:
+        (tmp_path / "x.tar").write_bytes(hostile.cifar10(batch))
+        refused(hostile.load_source, tmp_path / "x.tar")
+
+
+def test_states(tmp_path):
+    path, state = tmp_path / "x.pt", {"nimg": 1, "tick": 1, "elapsed_sec": 0.0}
+    torch.save(state, path)
+    assert checkpoint.load_state(path) == state
+    mark = tmp_path / "mark"
+    torch.save({**state, "x": hostile.Call(eval, f"open({str(mark)!r}, 'w')")}, path)
+    refused(checkpoint.load_state, path)
+    for wrong in ({"nimg": -1}, {"nimg": "1"}, {"tick": 1.5}, {"elapsed_sec": float("nan")}):
+        torch.save({**state, **wrong}, path)
+        refused(checkpoint.load_state, path)
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert "begin" in refused(checkpoint.load_state, path)
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    path.write_bytes(hostile.zip_file(parts, zipfile.ZIP_DEFLATED))
+    assert "compressed" in refused(checkpoint.load_state, path)
+    path.write_bytes(hostile.zip_file({**parts, "archive/constants.pkl": b""}))
+    assert "program" in refused(checkpoint.load_state, path)
+    assert not mark.exists()
+
+
+class Program(torch.nn.Module):
+    def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
+        return x.to(torch.float32).mean([2, 3])
+
+
+def test_a_reference_starts_no_program(tmp_path):
+    torch.jit.script(Program()).save(str(tmp_path / "x.pt"))
+    record = json.dumps({"detector": "x", "detector_file": "x.pt"})
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3), record=np.array(record))
+    reference = load_reference(tmp_path / "ref.npz")
+    assert "--detector" in refused(lambda _: reference.load_detector(), None)
+    assert reference.load_detector(override=str(tmp_path / "x.pt")).feature_dim == 3
