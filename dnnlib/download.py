@@ -273,7 +273,9 @@ class _Transfer:
                 try:
                     return self._attempt(session)
                 except ValueError as error:  # what requests and urllib3 raise on addresses that are none
-                    raise UserError(f"{self._place}: leads to an address that is not http(s): {_reason(error)}") from None
+                    raise UserError(
+                        f"{self._place}: leads to an address that is not http(s): {_reason(error)}"
+                    ) from None
                 except (_Broken, requests.exceptions.RequestException) as error:
                     reason = _reason(error)
                 failures = failures + 1 if self._received() <= most else 1  # a long file over a bad line gets there too

@@ -216,5 +216,6 @@ def outside(kind):
     """Numbers just beyond a range's ends; `kind` names at least one."""
     step = 1 if isinstance(kind, click.IntRange) else 1e-9
     found = [] if kind.min is None else [kind.min if kind.min_open else kind.min - step]
+    found += [10**30] if isinstance(kind, click.IntRange) else []
     found += [] if kind.max is None else [kind.max if kind.max_open else kind.max + max(step, kind.max * 1e-9)]
     return [str(number) for number in found]
