@@ -47,7 +47,7 @@ def create(outdir: str, description: str, nosubdir: bool, options: dict, resume:
         dist.broadcast_object_list(run_dir, src=0)
     path = Path(run_dir[0])
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:  # seen here, before folders are made
-        raise UserError(f"--desc, --outdir: the folder's name {path.name} is too long")
+        raise UserError(f"--outdir={outdir} with --desc: the name {path.name} is too long")
     if distributed.rank() != 0:
         yield path
         return

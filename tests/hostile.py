@@ -248,11 +248,15 @@ def heavy() -> dict[str, bytes]:
 
 @dataclass
 class Reader:
-    """What reads one kind of file: good files of it, their suffix, and `load(path)`, which raises at most UserError."""
+    """What reads one kind of file: good files of it, their suffix, and `load(path)`, which raises at most UserError.
+
+    wrap: makes the file of what is damaged, where that is only a part: lengths and checksums are then right.
+    """
 
     suffix: str
     good: list[bytes]
     load: Callable[[Path], Any]
+    wrap: Callable[[bytes], bytes] = bytes
 
 
 def load_pickle(path: Path) -> Any:
@@ -301,6 +305,12 @@ def npz(**arrays: Any) -> bytes:
     return file.getvalue()
 
 
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def cifar10(batch: bytes) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
@@ -341,9 +351,30 @@ def readers(folder: Path) -> dict[str, Reader]:
         ("TIFF", "L"),
     ]
     idx = b"\x00\x00\x08\x03" + struct.pack(">3I", 2, 4, 4) + bytes(32)
+    toy = made["safetensors"][0]
+    start = 8 + int.from_bytes(toy[:8], "little")
+    state = zipfile.ZipFile(folder / "state.pt")
+    parts = {name_: state.read(name_) for name_ in state.namelist()}
+    program = next(name_ for name_ in parts if name_.endswith("data.pkl"))
     reference = npz(mu=np.zeros(3), sigma=np.eye(3), record=json.dumps({"detector": "x", "channels": 1}))
     return {
         "pickle": Reader(".pkl", [small_snapshot(), *made["pkl"]], load_pickle),
+        "header": Reader(
+            ".safetensors",
+            [toy[8:start]],
+            load_pickle,
+            lambda data: len(data).to_bytes(8, "little") + data + toy[start:],
+        ),
+        "array": Reader(
+            ".npz",
+            [npy(np.zeros(3))],
+            load_reference,
+            lambda data: zip_file({"mu.npy": data, "sigma.npy": npy(np.eye(3))}),
+        ),
+        "batch": Reader(".tar", [pickle.dumps(batch, 2), PYTHON_2], load_source, cifar10),
+        "state's pickle": Reader(
+            ".pt", [parts[program]], checkpoint.load_state, lambda data: zip_file({**parts, program: data})
+        ),
         "safetensors": Reader(".safetensors", made["safetensors"], load_pickle),
         "detector": Reader(".safetensors", [(folder / "detector.safetensors").read_bytes()], load_detector),
         "state": Reader(".pt", [(folder / "state.pt").read_bytes()], checkpoint.load_state),
@@ -407,7 +438,7 @@ def mutate(rng: random.Random, data: bytes, other: bytes = b"") -> bytes:
 
 def outcome(reader: Reader, path: Path, data: bytes) -> str:
     """'' when `data` is read, else the message of its refusal. Other errors pass."""
-    path.write_bytes(data)
+    path.write_bytes(reader.wrap(data))
     message = ""
     try:
         reader.load(path)

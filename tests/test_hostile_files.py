@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from training import dataset
 ROOT = Path(__file__).resolve().parents[1]
 RUNNING, HEAVY = hostile.running(Path("mark")), hostile.heavy()
 KINDS = {"pickle": 10_000, "safetensors": 2_000, "zip": 1_000, "labels": 500, "reference": 500, "images": 500}
-KINDS |= {"image": 2_000, "idx": 500, "cifar10": 500, "detector": 200, "state": 200}  # damaged files of each
+KINDS |= {"image": 2_000, "idx": 500, "cifar10": 500, "detector": 200, "state": 200}
+KINDS |= {"header": 2_000, "array": 1_000, "batch": 1_000, "state's pickle": 500}  # damaged files of each
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +261,9 @@ class Program(torch.nn.Module):
 
 
 def test_a_reference_starts_no_program(tmp_path):
-    torch.jit.script(Program()).save(str(tmp_path / "x.pt"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Program()).save(str(tmp_path / "x.pt"))
     record = json.dumps({"detector": "x", "detector_file": "x.pt"})
     np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3), record=np.array(record))
     reference = load_reference(tmp_path / "ref.npz")

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles: they are read, or refused in one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--resume={path}: no such file; name a training-state-*.pt or a run folder") from None
     except Exception as error:

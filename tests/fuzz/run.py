@@ -18,8 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 KINDS = {
     "pickle": ["pickle"],
-    "safetensors": ["safetensors", "detector"],
-    "dataset": ["zip", "labels", "image", "reference", "images", "idx", "cifar10", "state"],
+    "safetensors": ["safetensors", "header", "detector"],
+    "dataset": [
+        "zip",
+        "labels",
+        "image",
+        "reference",
+        "images",
+        "idx",
+        "cifar10",
+        "state",
+        "array",
+        "batch",
+        "state's pickle",
+    ],
 }
 WATCHED = ["torch_utils", "edm", "training", "dnnlib", "PIL"]
 MAX_FILE_BYTES = 1 << 16
