@@ -34,9 +34,10 @@ class UserError(click.ClickException):
 
 def printable(text: str) -> str:
     """`text` in one line of bounded length without passwords; what a terminal would obey, or can't show, is escaped."""
+    text = without_password(text)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
-    return without_password("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def without_password(text: str) -> str:

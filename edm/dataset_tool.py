@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dnnlib import Command, UserError, WholeRange
 
 MAX_ARRAY_BYTES = 1 << 28  # of an idx file or a CIFAR-10 batch; the real ones have 47 and 31 MB
-MAX_TAR_BYTES = 1 << 29  # unpacked; CIFAR-10 has 186 MB
+MAX_TAR_BYTES = 1 << 29  # unpacked; CIFAR-10 takes some 190 MB
 MAX_RESOLUTION = 8192
 IDX_UINT8 = b"\x00\x00\x08"  # an idx file starts with this and its number of dimensions
 GZIP_MAGIC = b"\x1f\x8b"
