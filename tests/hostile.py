@@ -299,9 +299,9 @@ def zip_file(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
     return file.getvalue()
 
 
-def npz(**arrays: Any) -> bytes:
+def npz(save: Callable = np.savez, **arrays: Any) -> bytes:
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    save(file, **arrays)
     return file.getvalue()
 
 
@@ -357,6 +357,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     parts = {name_: state.read(name_) for name_ in state.namelist()}
     program = next(name_ for name_ in parts if name_.endswith("data.pkl"))
     reference = npz(mu=np.zeros(3), sigma=np.eye(3), record=json.dumps({"detector": "x", "channels": 1}))
+    packed = npz(np.savez_compressed, mu=np.zeros(3), sigma=np.eye(3))
     return {
         "pickle": Reader(".pkl", [small_snapshot(), *made["pkl"]], load_pickle),
         "header": Reader(
@@ -381,7 +382,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "zip": Reader(".zip", [zip_file(labelled), zip_file(labelled, zipfile.ZIP_DEFLATED)], load_images),
         "labels": Reader("dataset.json", [labels], load_labels),
         "image": Reader("", [image_file(*kind) for kind in formats], load_image),
-        "reference": Reader(".npz", [reference], load_reference),
+        "reference": Reader(".npz", [reference, packed], load_reference),
         "images": Reader(".npz", [npz(arr_0=np.zeros((2, 4, 4, 3), np.uint8))], array_source),
         "idx": Reader(".gz", [gzip.compress(idx), idx], load_source),
         "cifar10": Reader(".tar", [cifar10(pickle.dumps(batch, 2)), cifar10(PYTHON_2)], load_source),

@@ -21,7 +21,9 @@ import torch
 from dnnlib import UserError
 from edm import zoo
 from edm.metrics import npz
+from edm.metrics.detector import load_detector, save_detector
 from edm.metrics.reference import load_reference
+from edm.metrics.small_classifier import SmallClassifier
 from torch_utils import checkpoint
 from training import dataset
 
@@ -153,6 +155,18 @@ def test_headers_of_safetensors(tmp_path):
         refused(hostile.load_pickle, path)
 
 
+def test_headers_of_detectors(tmp_path):
+    path, good = tmp_path / "x.safetensors", {"img_resolution": 8, "img_channels": 1, "num_classes": 2, "width": 4}
+    for change in ({"width": 1 << 20}, {"num_classes": 1 << 40}, {"img_resolution": 1 << 20}, {"img_resolution": "8"}):
+        save_detector(SmallClassifier(**good), path, good)
+        header = {"class_name": "SmallClassifier", "init_kwargs": json.dumps({**good, **change})}
+        header_of(path, __metadata__=header)
+        assert "--detector" in refused(load_detector, path)
+    for wrong in ("[" * 100_000, "[1]", '{"width": {"a": [[[[1]]]]}}'):
+        header_of(path, __metadata__={"class_name": "SmallClassifier", "init_kwargs": wrong})
+        assert "--detector" in refused(load_detector, path)
+
+
 @pytest.mark.parametrize("change", [{"img_resolution": 1 << 20}, {"sigma_max": "80"}, {"sigma_data": float("nan")}])
 def test_networks_that_would_not_work(tmp_path, change):
     kwargs = {
@@ -213,6 +227,16 @@ def test_paths_in_archives_lead_nowhere(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert len(list(dataset.ImageFolderDataset(tmp_path / "x.zip"))) == 2  # read in place; hidden names are left out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_entries_without_a_name(tmp_path):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", b"")
+        archive.writestr("1.png", hostile.image_file())
+        archive.infolist()[0].filename = ""  # in the directory, which is written last
+    assert "" in zipfile.ZipFile(path).NameToInfo
+    assert len(dataset.ImageFolderDataset(path)) == 1
 
 
 def test_pipes_in_folders(tmp_path):

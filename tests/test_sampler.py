@@ -88,3 +88,11 @@ def test_classes():
 
 def test_to_uint8():
     assert sampler.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
+
+
+@pytest.mark.parametrize("discretization", ["vp", "ve", "iddpm", "edm"])
+def test_one_step_of_every_discretization_is_finite(discretization):
+    images = sampler.ablation_sampler(
+        GaussianDenoiser(), torch.ones(2, 1, 4, 4), num_steps=1, discretization=discretization
+    )
+    assert images.isfinite().all()
