@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from dnnlib import UserError
+from dnnlib import Command, UserError
 
 OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
@@ -208,7 +208,7 @@ def read_records(path: Path, *needed: str) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         if not all(isinstance(record[name], int | float) for record in records for name in needed):
             raise ValueError("not numbers")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not there or not readable; name a run folder of sid_train.py") from None
     return records
 
@@ -218,7 +218,7 @@ def read_options(path: Path) -> dict[str, Any]:
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
         return {name: options[name] for name in OPTIONS}
-    except (ValueError, OSError, KeyError, TypeError):
+    except (ValueError, OSError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not there or not that of a distillation; name a run folder of sid_train.py") from None
 
 
@@ -235,7 +235,7 @@ def best_metric(run_dir: Path) -> str | None:
     return None
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 def main(run: str) -> None:
     """Say what the distillation in the folder RUN suffers from, and which option would help."""

@@ -21,7 +21,8 @@ from edm import dataset_tool, generate, train, zoo
 from edm.metrics import data_reference, evaluate, train_detector
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
-from sid import report
+from sid import doctor, report
+from sid.bench import __main__ as bench
 from training.networks import EDMPrecond
 
 NETWORK = {"model_type": "SongUNet", "model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -41,6 +42,8 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "edm.zoo verify": (zoo.main, ["verify"]),
     "edm.zoo convert": (zoo.main, ["convert", "{made}/net.safetensors", "new.pkl"]),
     "sid.report": (report.main, ["{made}/run"]),
+    "sid.doctor": (doctor.main, ["{made}/run"]),
+    "sid.bench": (bench.main, ["--recipe=micro", "--steps=1", "--rounds=1", "--device=cpu"]),
     "edm.metrics.train_detector": (
         train_detector.main,
         ["--data={made}/images", "--test={made}/images", "--dest=new.safetensors", "--batch=2", "--device=cpu"],
@@ -104,7 +107,9 @@ def made(tmp_path_factory):
     record = {"detector_file": "detector.safetensors", "detector": "detector"}
     np.savez(folder / "ref.npz", mu=np.zeros(128), sigma=np.eye(128), record=json.dumps(record))
     zoo.save_network(net, folder / "run" / "network-snapshot-000001.safetensors", init_sigma=2.5)
-    (folder / "run" / "training_options.json").write_text(json.dumps({"edm_model": f"{folder}/net.safetensors"}))
+    options = {**dict.fromkeys(doctor.OPTIONS, 1.0), "edm_model": f"{folder}/net.safetensors"}
+    (folder / "run" / "training_options.json").write_text(json.dumps(options))
+    (folder / "run" / "stats.jsonl").touch()
     record = {"kimg": 1, "value": 2.0, "detector_sha256": ""}
     (folder / "run" / "metric-fid4.jsonl").write_text(json.dumps(record) + "\n")
     return folder
@@ -119,7 +124,7 @@ def invoke(made, tmp_path, monkeypatch):
 
     for work in ("sid.run.training_loop", "training.training_loop.training_loop", "edm.sampler.generate_images"):
         monkeypatch.setattr(work, stop)
-    for module, work in ((data_reference, "measure"), (evaluate, "measure"), (report, "compare")):
+    for module, work in ((data_reference, "measure"), (evaluate, "measure"), (report, "compare"), (bench, "run")):
         monkeypatch.setattr(module, work, stop)
     monkeypatch.setattr(train_detector, "_augment", stop)
     monkeypatch.setattr(download, "RETRIES", 0)
@@ -168,7 +173,10 @@ def test_every_command_is_listed():
         *root.glob("*.py"),
         *(p for d in ("dnnlib", "torch_utils", "training", "edm", "sid") for p in (root / d).rglob("*.py")),
     ]
-    with_command = {p.stem for p in sources if "@click.command(" in (text := p.read_text()) or "@click.group(" in text}
+    names = {p: p.parent.name if p.name == "__main__.py" else p.stem for p in sources}
+    with_command = {
+        names[p] for p in sources if "@click.command(" in (text := p.read_text()) or "@click.group(" in text
+    }
     assert with_command == {name.split()[0].split(".")[-1] for name in COMMANDS}
 
 
@@ -180,7 +188,8 @@ def test_the_command_lines_work(invoke, name):
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS)
 def test_bad_values(invoke, name, parameter):
     parameter = PARAMETERS[name, parameter]
-    for value, refused in cases(parameter):
+    reads = parameter.name in READ and name != "sid.bench"  # whose processes read, not the command itself
+    for value, refused in cases(parameter, reads):
         what = f"{name}: {parameter.name} {value[:80]!r}"
         assert_clean(invoke(name, *given(name, parameter, value)), refused, what)
 
@@ -196,8 +205,8 @@ def given(name, parameter, value):
     return [*base[:place], *(["--"] if value.startswith("-") else []), value, *base[place + 1 :]]
 
 
-def cases(parameter):
-    """(value, whether it must be refused; None: it may be legal) for a parameter, by its type."""
+def cases(parameter, reads):
+    """(value, whether it must be refused; None: it may be legal) for a parameter, by its type; `reads`: a file."""
     kind = parameter.type
     if getattr(parameter, "is_flag", False):
         return [("x", True), ("", True)]
@@ -208,7 +217,7 @@ def cases(parameter):
     if not isinstance(kind, click.types.StringParamType | click.Path):
         is_list = isinstance(kind, IntList | generate.SeedRanges)
         return [(value, True) for value in NO_CHOICE if value != "7" or not is_list]
-    must = ABSENT if parameter.name in READ else []
+    must = ABSENT if reads else []
     return [(value, True) for value in [*NOWHERE, *must]] + [(value, None) for value in ODD if value not in must]
 
 

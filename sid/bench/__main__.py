@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dnnlib import FiniteRange, UserError, write_atomically
+from dnnlib import Command, FiniteRange, UserError, WholeRange, write_atomically
 from sid.bench.modes import MODES, PUBLISHED, Mode, parse_modes
 from sid.bench.recipes import RECIPES
 from sid.bench.results import make_row, profile_table, table
@@ -18,18 +18,18 @@ FORMAT = 1  # of the JSON file
 PEAKS = "matmul_flops_per_sec"
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option("--recipe", help="Networks and settings of run_sid.sh; micro only tries the benchmark itself",
               type=click.Choice(list(RECIPES)), default="demo")  # fmt: skip
 @click.option("--what", help=f"Some of {','.join(WHAT)}", default="step")
 @click.option("--modes", default=f"{PUBLISHED},fp32",
               help=f"{PUBLISHED}, {', '.join(MODES)}, or settings of DistillationConfig, joined by +")  # fmt: skip
-@click.option("--rounds", help="Turns of each mode, in alternation", type=click.IntRange(1), default=3)
+@click.option("--rounds", help="Turns of each mode, in alternation", type=WholeRange(1), default=3)
 @click.option("--seconds", help="Length of a turn, at least one step", type=FiniteRange(0, min_open=True), default=10.0)
-@click.option("--steps", help="Steps of a turn, instead of --seconds", type=click.IntRange(1))
-@click.option("--batch", help="Images per step  [default: one GPU's share in the recipe]", type=click.IntRange(1))
-@click.option("--batch-gpu", help="Images at once  [default: the recipe's]", type=click.IntRange(1))
-@click.option("--eval-batch", help="Images at once of sampling and metrics", type=click.IntRange(1), default=64)
+@click.option("--steps", help="Steps of a turn, instead of --seconds", type=WholeRange(1))
+@click.option("--batch", help="Images per step  [default: one GPU's share in the recipe]", type=WholeRange(1))
+@click.option("--batch-gpu", help="Images at once  [default: the recipe's]", type=WholeRange(1))
+@click.option("--eval-batch", help="Images at once of sampling and metrics", type=WholeRange(1), default=64)
 @click.option("--detector", help="For metrics  [default: the demo's for the demo, else a small one of random weights]")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--json", "json_file", help="New file for all results, with machine and versions")
