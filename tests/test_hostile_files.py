@@ -1,5 +1,6 @@
 """Nothing that a file contains is executed, and no claim in it is believed: hostile and damaged files of every kind."""
 
+import ast
 import contextlib
 import gzip
 import json
@@ -293,3 +294,19 @@ def test_a_reference_starts_no_program(tmp_path):
     reference = load_reference(tmp_path / "ref.npz")
     assert "--detector" in refused(lambda _: reference.load_detector(), None)
     assert reference.load_detector(override=str(tmp_path / "x.pt")).feature_dim == 3
+
+
+READERS_THAT_RUN_CODE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "torch.jit.load", "np.load"}
+READERS_THAT_RUN_CODE |= {"eval", "exec", "compile", "marshal.loads", "shelve.open", "yaml.load", "joblib.load"}
+ALLOWED = {("torch_utils/checkpoint.py", "torch.load"), ("edm/metrics/detector.py", "torch.jit.load")}
+
+
+def test_no_other_reader_that_runs_code_is_called():
+    folders = ("dnnlib", "torch_utils", "training", "edm", "sid")
+    called = set()
+    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS_THAT_RUN_CODE:
+                called.add((path.relative_to(ROOT).as_posix(), ast.unparse(node.func)))
+                assert ast.unparse(node.func) != "torch.load" or "weights_only=True" in ast.unparse(node)
+    assert called == ALLOWED
