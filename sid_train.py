@@ -88,7 +88,7 @@ POSITIVE = FiniteRange(0, min_open=True)
 )
 @click.option("--desc", help="Description in the run folder's name")
 @click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
-@click.option("-n", "--dry-run", help="Print the options and stop", is_flag=True)
+@click.option("-n", "--dry-run", help="Print the options and the memory they take, and stop", is_flag=True)
 def main(**options):
     """Distil a pretrained EDM diffusion model into a generator that needs one evaluation, without any data.
 

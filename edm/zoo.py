@@ -59,6 +59,13 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
     raise UserError(f"{source}: no such file, and no published {kind} has that name; published: {', '.join(near)}")
 
 
+def is_here(source: str | os.PathLike) -> bool:
+    """Whether a network's file is on this machine already, so that loading it downloads nothing."""
+    entry = FILES.get(str(source))
+    address = entry.url if entry is not None else str(source)
+    return cache_path(address).is_file() if is_url(address) else user_path(source).exists()
+
+
 def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None = None) -> torch.nn.Module:
     """A denoiser in eval mode, without gradients, float32, on the CPU. Runs nothing that the file contains.
 

@@ -38,6 +38,16 @@ def compiled(net: torch.nn.Module) -> Callable:
     return call
 
 
+def resolve(config: DistillationConfig, teacher: torch.nn.Module, device: torch.device) -> DistillationConfig:
+    """The config with augmentation and precision chosen, where it leaves them to the teacher and the device."""
+    if config.augment is None:
+        config = dataclasses.replace(config, augment=AUGMENT if getattr(teacher, "augment_dim", 0) else 0.0)
+    if config.precision is None:
+        half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
+        config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
+    return config
+
+
 class Distillation:
     """One iteration of SiD at a time (arXiv:2404.04057, Algorithm 1), on any number of processes.
 
@@ -56,12 +66,7 @@ class Distillation:
         start: torch.nn.Module | None = None,
         resume: Path | None = None,
     ):
-        if config.augment is None:
-            config = dataclasses.replace(config, augment=AUGMENT if getattr(teacher, "augment_dim", 0) else 0.0)
-        if config.precision is None:
-            half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
-            config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
-        self.config = config
+        self.config = config = resolve(config, teacher, device)
         self.device = device
         self.teacher = teacher.to(device).eval().requires_grad_(False)
         names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule")

@@ -13,8 +13,9 @@ from edm.published import FILES
 from torch_utils import distributed, misc
 from training.dataset import ImageFolderDataset
 
+from . import memory
 from .config import DistillationConfig, parse_schedule
-from .distillation import Distillation
+from .distillation import Distillation, resolve
 from .report import GRID_COLUMNS, GRID_ROWS, Report
 from .training_loop import training_loop
 
@@ -30,6 +31,8 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
     summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
+    if options["dry_run"] and zoo.is_here(options["edm_model"]):
+        summary["memory_GB"] = memory_estimate(zoo.load_network(options["edm_model"]), config, device)
     summary = json.loads(without_password(json.dumps(summary)))
     distributed.print0(json.dumps(summary, indent=2))
     if options["dry_run"]:
@@ -53,6 +56,15 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         distributed.print0(f"Run folder: {run_dir}")
         training_loop(distillation, run_dir, Report(run_dir, evaluator, reals))
     distributed.shutdown()
+
+
+def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> dict[str, float]:
+    """GB per process by purpose, at --batch-gpu or at the largest that fits."""
+    config = resolve(config, teacher, device)
+    share = misc.split_batch(config.batch, None, distributed.world_size())[0]
+    batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device)
+    sizes = memory.estimate(teacher.to(device), config, batch_gpu)
+    return {"batch_gpu": batch_gpu, **{name: float(f"{size:.3g}") for name, size in sizes.items()}}
 
 
 def published_reference(teacher: str) -> str | None:

@@ -336,6 +336,13 @@ def dry_run(folder, *options):
     return json.loads(result.output)
 
 
+def test_a_dry_run_tells_the_memory_where_the_teacher_is_here(work):
+    sizes = dry_run(work, "--edm_model=teacher.safetensors", "--batch=8", "--batch-gpu=4", "-n")["memory_GB"]
+    assert sizes["batch_gpu"] == 4
+    assert sizes["peak"] >= sizes["weights"] > 0
+    assert "memory_GB" not in dry_run(work, "--edm_model=edm-ffhq-64x64-uncond-vp", "-n")
+
+
 @pytest.mark.parametrize(("teacher", "reference"), list(zip(RECIPES, REFERENCES)), ids=RECIPES)
 def test_recipes(work, teacher, reference):
     given = f"{PUBLISHED} {RECIPES[teacher]}".split()
