@@ -23,6 +23,7 @@ from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
 from sid import doctor, report
 from sid.bench import __main__ as bench
+from sid.bench import gradients
 from training.networks import EDMPrecond
 
 NETWORK = {"model_type": "SongUNet", "model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -43,6 +44,7 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "edm.zoo convert": (zoo.main, ["convert", "{made}/net.safetensors", "new.pkl"]),
     "sid.report": (report.main, ["{made}/run"]),
     "sid.doctor": (doctor.main, ["{made}/run"]),
+    "sid.bench.gradients": (gradients.main, ["{made}/run"]),
     "sid.bench": (bench.main, ["--recipe=micro", "--steps=1", "--rounds=1", "--device=cpu"]),
     "edm.metrics.train_detector": (
         train_detector.main,
@@ -124,7 +126,13 @@ def invoke(made, tmp_path, monkeypatch):
 
     for work in ("sid.run.training_loop", "training.training_loop.training_loop", "edm.sampler.generate_images"):
         monkeypatch.setattr(work, stop)
-    for module, work in ((data_reference, "measure"), (evaluate, "measure"), (report, "compare"), (bench, "run")):
+    for module, work in (
+        (data_reference, "measure"),
+        (evaluate, "measure"),
+        (report, "compare"),
+        (bench, "run"),
+        (gradients, "compare"),
+    ):
         monkeypatch.setattr(module, work, stop)
     monkeypatch.setattr(train_detector, "_augment", stop)
     monkeypatch.setattr(download, "RETRIES", 0)

@@ -81,7 +81,10 @@ def test_lengths(path):
 COMMANDS = [
     ["sid_train.py"],
     ["fid.py"],
-    *(["-m", name] for name in ("edm.train", "edm.dataset_tool", "sid.report", "sid.doctor", "sid.bench")),
+    *(
+        ["-m", name]
+        for name in ("edm.train", "edm.dataset_tool", "sid.report", "sid.doctor", "sid.bench", "sid.bench.gradients")
+    ),
 ]
 
 

@@ -1,0 +1,98 @@
+"""How far half precision turns the generator's gradient, by noise level, in a distillation that is under way.
+
+python -m sid.bench.gradients RUN_FOLDER    needs a training state there: late in a run psi is close to phi, and
+rounding tells most where the two differ least
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dnnlib import Command, UserError, WholeRange
+
+if TYPE_CHECKING:
+    import torch
+
+    from sid.distillation import Distillation
+
+TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the schedule karras, between the lowest and the highest noise level
+
+
+@click.command(cls=Command, context_settings={"show_default": True})
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.option("--precisions", help="Compared with fp32", default="bf16,fp16")
+@click.option("--batch", help="Images", type=WholeRange(1, 1 << 16), default=64)
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+def main(run: str, precisions: str, batch: int, device: str | None) -> None:
+    """Cosine between the generator's gradient in half precision and in fp32, for the state in the folder RUN."""
+    from torch_utils.precision import DTYPES
+
+    names = precisions.split(",")
+    if not set(names) <= DTYPES.keys() - {"fp32"}:
+        raise UserError(f"--precisions={precisions}: give some of {', '.join(DTYPES)} but fp32, such as bf16,fp16")
+    compare(Path(run), names, batch, device)
+
+
+def compare(run_dir: Path, names: list[str], batch: int, device: str | None) -> None:
+    """Prints the table: one row per noise level."""
+    from torch_utils import distributed
+
+    distillation = load(run_dir, batch, distributed.init(device))
+    print(f"{'sigma':>9s}" + "".join(f"{f'{name} image':>13s}{f'{name} theta':>13s}" for name in names))
+    for t in TIMES:
+        sigma, exact = gradients(distillation, "fp32", t, batch)
+        cosines = [cosine(a, b) for name in names for a, b in zip(exact, gradients(distillation, name, t, batch)[1])]
+        print(f"{sigma:9.3f}" + "".join(f"{value:13.5f}" for value in cosines))
+
+
+def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
+    """The distillation of a run folder at its newest state. Errors: UserError when there is none."""
+    import dataclasses
+
+    from edm import run_folder, zoo
+    from sid.config import DistillationConfig
+    from sid.distillation import Distillation
+
+    state = run_folder.resolve_resume(str(run_dir))
+    options = json.loads((run_dir / run_folder.OPTIONS_FILE).read_text(encoding="utf-8"))
+    names = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
+    changes = {"batch": batch, "batch_gpu": batch, "precision": "fp32", "dropout": 0.0}
+    config = DistillationConfig(**{**{name: options[name] for name in names}, **changes})
+    return Distillation(zoo.load_network(options["edm_model"]), config, device, resume=state)
+
+
+def gradients(distillation: "Distillation", name: str, t: float, batch: int) -> tuple[float, list["torch.Tensor"]]:
+    """(sigma, gradients of the loss by the images and by theta, one vector each), all images at one noise level."""
+    import torch
+
+    from torch_utils import misc
+    from torch_utils.precision import DTYPES, set_compute_dtype
+
+    state, loss = distillation.state, distillation.loss
+    for net in (distillation.teacher, state.fake_score, state.generator):
+        set_compute_dtype(net, DTYPES[name])
+    state.fake_score.eval().requires_grad_(False)
+    state.generator.eval().zero_grad()
+    misc.seed_at(0)
+    labels = distillation.draw_labels(batch)
+    images = distillation.generate(labels)
+    x_g = images.detach().requires_grad_()
+    q = torch.full([batch, 1, 1, 1], t / (loss.tmax / 1000), device=x_g.device).clamp(max=1)
+    sigma = loss.quantile(q)
+    noise = (sigma, torch.randn(x_g.shape, device=x_g.device))
+    loss.generator_loss(distillation.teacher, state.fake_score, x_g, labels, noise).sum().backward()
+    images.backward(x_g.grad)
+    theta = [p.grad.flatten() for p in state.generator.parameters() if p.grad is not None]
+    return sigma.mean().item(), [x_g.grad.flatten(), torch.cat(theta)]
+
+
+def cosine(a: "torch.Tensor", b: "torch.Tensor") -> float:
+    """Of two vectors, in float64."""
+    a, b = a.double().cpu(), b.double().cpu()
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+if __name__ == "__main__":
+    main()
