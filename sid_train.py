@@ -21,7 +21,9 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--metrics", help="fid50k_full,is50k,kid50k_full,pr50k3_full or none  [default: fid50k_full]")
 @click.option("--metrics-batch", help="Images per step of the metrics", type=WholeRange(1), default=64)
 @click.option("--transfer", help="Network whose weights the generator starts from")
-@click.option("--resume", help="Training state, or run folder, to continue")
+@click.option("--resume", help="Training state or run folder to continue; auto: this command's own run folder, if it"
+              " is there  [default: auto with --nosubdir]")  # fmt: skip
+@click.option("--override", help="Let --resume change options of the method", is_flag=True)
 # The method.
 @click.option("--objective", help="The generator's; sid is L2 - alpha L1, *-l1 takes alpha L1 from another",
               type=click.Choice(OBJECTIVES), default=D.objective)  # fmt: skip
@@ -78,6 +80,11 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--snap", help="Snapshot, picture and metrics every so many ticks", type=WholeRange(1),
               default=D.snapshot_ticks)  # fmt: skip
 @click.option("--dump", help="Training state every so many ticks", type=WholeRange(1), default=D.state_ticks)
+@click.option("--save-every", help="Training state every so many minutes, 0 = by --dump only", type=FiniteRange(0),
+              default=D.save_minutes)  # fmt: skip
+@click.option("--keep", help="How many training states to keep, 0 = all", type=WholeRange(0), default=D.keep_states)
+@click.option("--timeout", help="End the run when its processes make no progress for so many minutes", type=FiniteRange(0, 1e5, min_open=True),
+              default=30.0)  # fmt: skip
 @click.option("--seed", type=WholeRange(0), default=D.seed)
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--bench", help="cuDNN benchmarking", type=bool, default=True)
@@ -112,6 +119,8 @@ def build_config(options: dict) -> DistillationConfig:
         kimg_per_tick=options.pop("tick"),
         snapshot_ticks=options.pop("snap"),
         state_ticks=options.pop("dump"),
+        save_minutes=options.pop("save_every"),
+        keep_states=options.pop("keep"),
         **{name: options.pop(name) for name in same},
     )
 

@@ -179,8 +179,9 @@ class _Tee:
         self._stream, self._file = stream, file
 
     def write(self, text: str) -> int:
-        self._file.write(text)
-        self._file.flush()  # a run that is killed keeps its last line
+        with contextlib.suppress(OSError):  # a full disk costs the log its lines, not the run its life
+            self._file.write(text)
+            self._file.flush()  # a run that is killed keeps its last line
         return self._stream.write(text)
 
     def flush(self) -> None:
@@ -192,7 +193,10 @@ class _Tee:
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yields a binary file that becomes `path` on success and leaves nothing behind on failure."""
+    """Yields a binary file that becomes `path` on success and leaves nothing behind on failure.
+
+    On success it is on the disk, its name included: neither a kill nor a power cut leaves half a file under `path`.
+    """
     path = Path(path)
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -207,3 +211,21 @@ def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, where the system can (Windows can't)."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Removes what `write_atomically` left in a folder when its process was killed; nobody may be writing there."""
+    for path in Path(folder).glob(".*.part"):
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,28 +1,66 @@
-"""Run folders: `00003-description/` with training_options.json and log.txt, made once and never overwritten."""
+"""Run folders: `00003-description/` with training_options.json and log.txt; a run goes on in its own, alone."""
 
 import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
-
-from dnnlib import Logger, UserError
+from dnnlib import Logger, UserError, remove_unfinished, write_atomically
 from torch_utils import checkpoint, distributed
 
 MAX_NAME_BYTES = 255  # on all usual disks
 OPTIONS_FILE = "training_options.json"
+LOCK_FILE = ".lock"
+# How the command lines name an option that has another name here, and in which unit they take it.
+OPTION_NAMES: dict[str, tuple[str, float]] = {
+    "total_kimg": ("duration", 1000),
+    "ema_halflife_kimg": ("ema", 1000),
+    "ema_rampup_ratio": ("ema-rampup", 1),
+    "lr_rampup_kimg": ("lr-rampup", 1),
+    "loss_scaling": ("ls", 1),
+    "use_fp16": ("fp16", 1),
+    "init_sigma": ("init_sigma", 1),
+    "g_beta1": ("g_beta1", 1),
+    "img_resolution": ("data", 1),
+    "model_channels": ("cbase", 1),
+    "channel_mult": ("cres", 1),
+    "num_blocks": ("blocks", 1),
+    "attn_resolutions": ("attn", 1),
+}
 
 
-def resolve_resume(resume: str | None) -> Path | None:
-    """The training state that --resume names: a state file, or the newest in a run folder."""
+def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: bool) -> Path | None:
+    """The training state that --resume names, the same on every process; None to start anew.
+
+    resume: a state file; a run folder, of which the newest undamaged state is taken; 'auto', which is the run folder
+            that this command line makes, if it is there already: `outdir` itself with `nosubdir`, else the last one
+            with this description; None: 'auto' with `nosubdir` and when torchrun has restarted the processes.
+    Errors: UserError naming --resume or --outdir.
+    """
+    return _on_process_0(lambda: _find_state(resume, Path(outdir), description, nosubdir))
+
+
+def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bool) -> Path | None:
+    if resume is None and (nosubdir or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
+        resume = "auto"
     if resume is None:
         return None
+    if resume == "auto":
+        folder = outdir if nosubdir else _last_folder(outdir, description)
+        if folder is None or not folder.is_dir():
+            return None
+        found = checkpoint.newest_good_state(folder)
+        if found is None and checkpoint.snapshots(folder):
+            raise UserError(
+                f"--outdir={folder} holds a run without a training state to go on from; name another folder"
+            )
+        return found
     path = Path(resume)
     if path.is_dir():
-        newest = checkpoint.newest_state(path)
+        newest = checkpoint.newest_good_state(path)
         if newest is None:
             raise UserError(f"--resume={resume}: no training-state-*.pt in this folder")
         return newest
@@ -31,43 +69,131 @@ def resolve_resume(resume: str | None) -> Path | None:
     return path
 
 
+def check_setting(
+    path: Path,
+    was: dict[str, dict[str, Any]],
+    now: dict[str, dict[str, Any]],
+    free: Collection[str],
+    rounding: Collection[str],
+    override: bool = False,
+) -> None:
+    """Holds the options of a resumed run against those in its state; tells when it can't be bit-equal any more.
+
+    was, now: 'options' and 'surroundings' (`checkpoint.setting`) of the state at `path` and of this run.
+    free, rounding: names of options that may change; the latter change how sums are rounded.
+    override: other options may change too; what changes is printed.
+    Errors: UserError naming the first option that differs, both values, and the way out.
+    """
+    old, new = was["options"], now["options"]
+    changed = [name for name in old if name in new and new[name] != old[name] and name not in free]
+    if "total_kimg" in changed and new["lr_decay"] == "none":
+        changed.remove("total_kimg")  # without a decay the end changes nothing before it
+    texts = [(_option(name, new[name]), _option(name, old[name])) for name in changed if name not in rounding]
+    if texts and not override:
+        here, there = texts[0]
+        raise UserError(f"{here}: the run in {path} has {there}; give that, or --override to change it")
+    for here, there in texts:
+        distributed.print0(f"{here} from here on, instead of {there}")
+    differing = [f"{_option(name, new[name])} instead of {old[name]}" for name in changed if name in rounding]
+    differing += [
+        f"{name} {now['surroundings'].get(name)} instead of {value}"
+        for name, value in was["surroundings"].items()
+        if now["surroundings"].get(name) != value
+    ]
+    if differing:
+        distributed.print0(f"Resumed with {', '.join(differing)}: as good, but no longer bit-equal to an unbroken run")
+
+
+def _option(name: str, value: Any) -> str:
+    option, unit = OPTION_NAMES.get(name, (name.replace("_", "-"), 1))
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    elif isinstance(value, float):
+        value = f"{value / unit:g}"
+    return f"--{option}={value}"
+
+
 @contextlib.contextmanager
 def create(outdir: str, description: str, nosubdir: bool, options: dict, resume: Path | None) -> Iterator[Path]:
     """Makes the run folder on process 0, writes the options there, logs to log.txt while open; gives its path.
 
-    A resumed run goes on in the folder of its state. With `nosubdir` the folder is `outdir` itself.
-    Errors: UserError when that folder already holds another run or can't be made.
+    A resumed run goes on in the folder of its state; newer states there are set aside. With `nosubdir` the folder is
+    `outdir` itself.
+    Errors: UserError when that folder can't be made, or another run is at work in it.
     """
     if any(separator in description for separator in "/\\"):
         raise UserError(f"--desc={description}: becomes part of a folder's name, so it can't hold / or \\")
-    run_dir = [None]
-    if distributed.rank() == 0:
-        run_dir[0] = str(_new_folder(Path(outdir), description, nosubdir) if resume is None else resume.parent)
-    if dist.is_initialized():
-        dist.broadcast_object_list(run_dir, src=0)
-    path = Path(run_dir[0])
-    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:  # seen here, before folders are made
-        raise UserError(f"--outdir={outdir} with --desc: the name {path.name} is too long")
+    path = _on_process_0(lambda: _prepare(Path(outdir), description, nosubdir, resume))
     if distributed.rank() != 0:
         yield path
         return
+    with _locked(path):
+        remove_unfinished(path)
+        if resume is not None:
+            checkpoint.set_aside_later(resume)
+        try:
+            with write_atomically(path / OPTIONS_FILE) as file:
+                file.write((json.dumps(options, indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder"
+            ) from None
+        with Logger(path / "log.txt"):
+            yield path
+
+
+def _prepare(outdir: Path, description: str, nosubdir: bool, resume: Path | None) -> Path:
+    path = _new_folder(outdir, description, nosubdir) if resume is None else resume.parent
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:  # seen here, before folders are made
+        raise UserError(f"--outdir={outdir} with --desc: the name {path.name} is too long")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / OPTIONS_FILE).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder") from None
-    with Logger(path / "log.txt"):
-        yield path
+        raise UserError(f"--outdir={outdir}: can't make {path} ({error.strerror}); name another folder") from None
+    return path
 
 
 def _new_folder(outdir: Path, description: str, nosubdir: bool) -> Path:
     if outdir.exists() and not outdir.is_dir():
         raise UserError(f"--outdir={outdir} is a file; name a folder")
     if nosubdir:
-        if (outdir / OPTIONS_FILE).exists():
-            raise UserError(
-                f"--outdir={outdir} holds a run already: continue it with --resume={outdir}, or name another"
-            )
         return outdir
     taken = [int(m[1]) for p in outdir.glob("*") if (m := re.match(r"(\d{5})-", p.name))]
     return outdir / f"{max(taken, default=-1) + 1:05d}-{description}"
+
+
+def _last_folder(outdir: Path, description: str) -> Path | None:
+    folders = [p for p in outdir.glob("*") if re.fullmatch(rf"\d{{5}}-{re.escape(description)}", p.name)]
+    return max(folders, default=None)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of a folder while open; the lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / LOCK_FILE, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--outdir={folder}: another run is at work there; wait for its end or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _on_process_0(action: Callable[[], Any]) -> Any:
+    """What `action` gives on process 0; its UserError comes out on every process."""
+    result, error = None, None
+    if distributed.rank() == 0:
+        try:
+            result = action()
+        except UserError as problem:
+            error = problem.message
+    result, error = distributed.from_process_0((result, error))
+    if error is not None:
+        raise UserError(error)
+    return result

@@ -63,9 +63,16 @@ PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss")
 @click.option("--tick", help="Report every so many kimg", type=FiniteRange(0, min_open=True), default=50.0)
 @click.option("--snap", help="Snapshot every so many ticks", type=WholeRange(min=1), default=50)
 @click.option("--dump", help="Training state every so many ticks", type=WholeRange(min=1), default=500)
+@click.option("--save-every", help="Training state every so many minutes, 0 = by --dump only", type=FiniteRange(0),
+              default=10.0, show_default=True)  # fmt: skip
+@click.option("--keep", help="How many training states to keep, 0 = all", type=WholeRange(min=0), default=2)
+@click.option("--timeout", help="End the run when its processes make no progress for so many minutes", default=30.0,
+              type=FiniteRange(0, 1e5, min_open=True))  # fmt: skip
 @click.option("--seed", type=WholeRange(min=0), default=0, show_default=True)
 @click.option("--transfer", help="Start from the weights of this network")
-@click.option("--resume", help="Training state, or run folder, to continue")
+@click.option("--resume", help="Training state or run folder to continue; auto: this command's own run folder, if it"
+              " is there  [default: auto with --nosubdir]")  # fmt: skip
+@click.option("--override", help="Let --resume change options of the training", is_flag=True)
 @click.option("-n", "--dry-run", help="Print the options and stop", is_flag=True)
 def main(**options):
     """Train a diffusion model (EDM, VP or VE) on a folder or zip of images."""
@@ -75,11 +82,11 @@ def main(**options):
 
     from edm import run_folder, zoo
     from torch_utils import checkpoint, distributed, misc
+    from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment, loss, networks
     from training.dataset import ImageFolderDataset
-    from training.training_loop import load_state, training_loop
+    from training.training_loop import FREE_ON_RESUME, ROUNDING, Training, load_state, training_loop
 
-    resume = run_folder.resolve_resume(options["resume"])
     dataset = ImageFolderDataset(
         options["data"], use_labels=options["cond"], xflip=options["xflip"], cache=options["cache"]
     )
@@ -89,7 +96,7 @@ def main(**options):
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary["sigma"] = options["sigma"]
     loss_fn = getattr(loss, loss_name)() if options["sigma"] is None else single_level_loss(options["sigma"])
-    device = distributed.init(options["device"])
+    device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
     distributed.print0(json.dumps(summary, indent=2))
     if options["dry_run"]:
@@ -104,16 +111,30 @@ def main(**options):
         raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
     if options["transfer"]:
         copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
-    state = load_state(resume, net) if resume else None
     description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
-    with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
+    place = (options["outdir"], description, options["nosubdir"])
+    resume = run_folder.resolve_resume(options["resume"], *place)
+    state = load_state(resume, net) if resume else None
+    asked = {
+        **network_kwargs,
+        **vars(config),
+        **{name: options[name] for name in ("precond", "augment", "xflip", "sigma")},
+    }
+    asked["images"] = len(dataset)
+    if state is not None:
+        run_folder.check_setting(
+            resume, state, checkpoint.setting(asked, device), FREE_ON_RESUME, ROUNDING, options["override"]
+        )
+    training = Training(config, net, loss_fn, pipe, device, asked, state)
+    del state
+    with run_folder.create(*place, summary, resume) as run_dir, watching(60 * options["timeout"]):
 
         def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
-            path = checkpoint.snapshot_path(run_dir, nimg)
+            path = checkpoint.snapshot_path(run_dir, nimg, config.batch)
             only = {} if options["sigma"] is None else {"sigma": options["sigma"]}
             zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name, **only)
 
-        training_loop(config, net, dataset, loss_fn, pipe, run_dir, device, save_snapshot, state)
+        training_loop(training, dataset, run_dir, save_snapshot)
     distributed.shutdown()
 
 
@@ -160,6 +181,8 @@ def build_config(options, dataset, augment_dim):
         kimg_per_tick=options["tick"],
         snapshot_ticks=options["snap"],
         state_ticks=options["dump"],
+        save_minutes=options["save_every"],
+        keep_states=options["keep"],
         seed=options["seed"],
         workers=options["workers"],
     )

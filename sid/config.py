@@ -6,6 +6,10 @@ import math
 from dnnlib import UserError
 
 AUGMENT = 0.12  # EDM's probability for CIFAR-10
+# What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
+ROUNDING = {"batch_gpu", "compile", "channels_last", "chunk", "checkpoint"}
+FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states"}
+FREE_ON_RESUME |= {"use_fp16"}  # `precision` says what came of it
 
 # Of the generator: sid is L2 - alpha L1, and what ends in -l1 is that objective less alpha L1.
 OBJECTIVES = (
@@ -53,6 +57,8 @@ class DistillationConfig:
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
     state_ticks: int = 500
+    save_minutes: float = 10  # a state at least so often; 0: by ticks only
+    keep_states: int = 2  # older ones are removed; 0: none is
     seed: int = 0
 
     def __post_init__(self):

@@ -6,6 +6,7 @@ python -m sid.report RUN_FOLDER    prints the summary and writes RUN_FOLDER/comp
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,26 +32,38 @@ class Report:
     The best one's name and FID are in `best.json`; `best.safetensors` links to it.
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
+    batch: images per iteration, which file names depend on (`checkpoint.kimg_name`).
+    What can't be written to a full disk is reported and left out.
     """
 
-    def __init__(self, run_dir: Path, evaluator: "Evaluator | None" = None, reals: "torch.Tensor | None" = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        evaluator: "Evaluator | None" = None,
+        reals: "torch.Tensor | None" = None,
+        batch: int = 1,
+    ):
         self._run_dir = run_dir
+        self._batch = batch
         self._evaluator = evaluator
         self._reals = reals
 
     def start(self, ema: "torch.nn.Module") -> None:
         """Before the first iteration: `ema` is the teacher used as a one-step generator."""
         if self._reals is not None and _is_process_0():
-            _save_grid(self._reals, self._run_dir / "reals.png")
+            _attempt("saving reals.png", lambda: _save_grid(self._reals, self._run_dir / "reals.png"))
         self._show(ema, 0, "fakes_init.png")
 
     def snapshot(self, ema: "torch.nn.Module", nimg: int) -> None:
         """Every process calls it with equal weights."""
-        self._show(ema, nimg, f"fakes_{nimg // 1000:06d}.png")
+        from torch_utils.checkpoint import kimg_name
+
+        self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
 
     def _show(self, ema: "torch.nn.Module", nimg: int, name: str) -> None:
         if _is_process_0():
-            _save_grid(_generate(ema, GRID_COLUMNS * GRID_ROWS), self._run_dir / name)
+            images = _generate(ema, GRID_COLUMNS * GRID_ROWS)
+            _attempt(f"saving {name}", lambda: _save_grid(images, self._run_dir / name))
         if self._evaluator is not None:
             self._measure(ema, nimg)
 
@@ -58,6 +71,7 @@ class Report:
         from edm.metrics.sources import NetworkSource
         from edm.zoo import network_hash
         from torch_utils import distributed
+        from torch_utils.training_stats import append_line
 
         sha256 = network_hash(ema)
         if not distributed.from_process_0(self._missing(sha256)):
@@ -67,10 +81,10 @@ class Report:
                 continue
             values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
             print(f"{record['metric']} at {nimg / 1e3:.1f} kimg: {values}", flush=True)
-            with open(_metric_file(self._run_dir, record["metric"]), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"kimg": nimg / 1e3, **record}) + "\n")
+            line = json.dumps({"kimg": nimg / 1e3, **record})
+            append_line(_metric_file(self._run_dir, record["metric"]), line)
         if _is_process_0():
-            self._remember_best()
+            _attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
 
     def _missing(self, sha256: str) -> list[str]:
         """The metrics not yet recorded of the weights with this hash."""
@@ -86,7 +100,7 @@ class Report:
         trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
         if trained:
             best = min(trained, key=lambda record: record["value"])
-            snapshot = checkpoint.snapshot_path(self._run_dir, round(best["kimg"] * 1000)).name
+            snapshot = checkpoint.snapshot_path(self._run_dir, round(best["kimg"] * 1000), self._batch).name
             content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
             with write_atomically(self._run_dir / "best.json") as file:
                 file.write(json.dumps(content, indent=2).encode())
@@ -117,6 +131,12 @@ def read_metrics(run_dir: str | os.PathLike, name: str) -> list[dict[str, Any]]:
 
 def _metric_file(run_dir: str | os.PathLike, name: str) -> Path:
     return Path(run_dir) / f"metric-{name}.jsonl"
+
+
+def _attempt(what: str, action: Callable[[], Any]) -> None:
+    from torch_utils.checkpoint import attempt
+
+    attempt(what, action)
 
 
 def _is_process_0() -> bool:
@@ -180,20 +200,21 @@ def main(run: str) -> None:
     """Summarise the distillation in the folder RUN: a table of FID and a picture."""
     from edm import zoo
     from edm.run_folder import OPTIONS_FILE
+    from torch_utils import checkpoint
 
     run_dir = Path(run)
-    snapshots = sorted(run_dir.glob("network-snapshot-*.safetensors"))
+    snapshots = checkpoint.snapshots(run_dir)
     if not snapshots or not (run_dir / OPTIONS_FILE).exists():
         raise UserError(f"{run}: no snapshot of a distillation here; name a run folder of sid_train.py")
     try:
         options = json.loads((run_dir / OPTIONS_FILE).read_text(encoding="utf-8"))
         teacher = zoo.load_network(str(options["edm_model"]))
-        generator = zoo.load_network(snapshots[-1])
+        generator = zoo.load_network(snapshots[0])
         rows = summarise(run_dir, teacher)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{run}: its records are damaged ({error}); restore its *.json and *.jsonl files") from None
     if "init_sigma" not in generator.metadata:
-        raise UserError(f"{snapshots[-1]}: records no init_sigma, so it is no snapshot of a distillation")
+        raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")
     picture = run_dir / "comparison.png"
     compare(teacher, generator, picture)
 
@@ -202,7 +223,7 @@ def main(run: str) -> None:
         print(f"{name:30s} {evaluations:11d} {fid:8.2f}")
     if len(rows) > 1 and rows[-1][2] > 0:
         print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
-    print(f"Generator: {snapshots[-1]}")
+    print(f"Generator: {snapshots[0]}")
     print(f"Pictures:  {picture}  (teacher at {2 * TEACHER_STEPS - 1} evaluations, at one, generator at one)")
 
 

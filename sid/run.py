@@ -1,6 +1,8 @@
 """From checked options to a finished run: loads the teacher, holds the options against it, trains."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +12,12 @@ from edm import run_folder, zoo
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from edm.published import FILES
-from torch_utils import distributed, misc
+from torch_utils import checkpoint, distributed, misc
+from torch_utils.watchdog import SPARE_SEC, watching
 from training.dataset import ImageFolderDataset
 
 from . import memory
-from .config import DistillationConfig, parse_schedule
+from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, parse_schedule
 from .distillation import Distillation, resolve
 from .report import GRID_COLUMNS, GRID_ROWS, Report
 from .training_loop import training_loop
@@ -24,10 +27,9 @@ DEFAULT_METRIC = "fid50k_full"
 
 def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     """options: those of sid_train.py that aren't in the config, by name. Errors: UserError naming the option."""
-    resume = run_folder.resolve_resume(options["resume"])
     reference = options["data_stat"] or published_reference(options["edm_model"])
     metrics = choose_metrics(options["metrics"], reference, options["data"])
-    device = distributed.init(options["device"])
+    device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
     summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
@@ -50,11 +52,18 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         detector, data = options["detector"], options["data"]
         evaluator = Evaluator(metrics, reference, detector, data, batch=options["metrics_batch"], device=device)
     torch.backends.cudnn.benchmark = options["bench"]
+    place = (options["outdir"], options["desc"] or describe(teacher, config), options["nosubdir"])
+    resume = run_folder.resolve_resume(options["resume"], *place)
+    if resume is not None and config.batch_gpu is None:
+        config = dataclasses.replace(config, batch_gpu=former_batch_gpu(resume, config.batch))
     distillation = Distillation(teacher, config, device, start, resume)  # may refuse options, so before the run folder
-    description = options["desc"] or describe(teacher, config)
-    with run_folder.create(options["outdir"], description, options["nosubdir"], summary, resume) as run_dir:
+    if resume is not None:
+        now = checkpoint.setting(vars(distillation.config), device)
+        override = options["override"]
+        run_folder.check_setting(resume, distillation.state.setting, now, FREE_ON_RESUME, ROUNDING, override)
+    with run_folder.create(*place, summary, resume) as run_dir, watching(60 * options["timeout"]):
         distributed.print0(f"Run folder: {run_dir}")
-        training_loop(distillation, run_dir, Report(run_dir, evaluator, reals))
+        training_loop(distillation, run_dir, Report(run_dir, evaluator, reals, config.batch))
     distributed.shutdown()
 
 
@@ -65,6 +74,12 @@ def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device
     batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device)
     sizes = memory.estimate(teacher.to(device), config, batch_gpu)
     return {"batch_gpu": batch_gpu, **{name: float(f"{size:.3g}") for name, size in sizes.items()}}
+
+
+def former_batch_gpu(resume: Path, batch: int) -> int | None:
+    """The images per round of the run in a state, which its random draws depend on; None if they don't fit here."""
+    former = checkpoint.load_state(resume).get("options", {}).get("batch_gpu")
+    return former if type(former) is int and former > 0 and batch % (former * distributed.world_size()) == 0 else None
 
 
 def published_reference(teacher: str) -> str | None:

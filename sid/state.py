@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from training.training_loop import freeze_augment_mapping
 
 from .config import DistillationConfig
 
+COUNTERS = ("nimg", "tick", "elapsed_sec", "at_snapshot")
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 
 
@@ -32,6 +34,9 @@ class DistillationState:
         self.nimg = 0
         self.tick = 0
         self.elapsed_sec = 0.0
+        self.at_snapshot = False  # whether a snapshot and its metrics are due at this very iteration
+        self.statistics = {}  # what a loaded state had collected since its last tick
+        self.setting = {}  # the options and surroundings of a loaded state
         self._teacher_hash = zoo.network_hash(teacher)
         wanted = {"dropout": config.dropout, "use_fp16": config.use_fp16}
         overrides = {name: value for name, value in wanted.items() if value is not None}
@@ -52,16 +57,23 @@ class DistillationState:
         self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, **adam)
         self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, **adam)
 
-    def save(self, path: Path) -> None:
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Those that are equal on all processes."""
+        return {"generator": self.generator, "fake score": self.fake_score, "average": self.ema}
+
+    def contents(self, config: DistillationConfig, statistics: dict[str, Any]) -> dict[str, Any]:
+        """What a state's file holds. statistics: what was collected since the last tick (`Collector.state_dict`)."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        counters = {"nimg": self.nimg, "tick": self.tick, "elapsed_sec": self.elapsed_sec}
-        checkpoint.save_state(path, {**parts, **counters, "teacher_hash": self._teacher_hash})
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        setting = checkpoint.setting(vars(config), next(self.generator.parameters()).device)
+        return {**parts, **counters, **setting, "statistics": statistics, "teacher_hash": self._teacher_hash}
 
     def load(self, path: Path) -> None:
         """Errors: UserError when the file is no state of a distillation of this teacher."""
         state = checkpoint.load_state(path)
         parts = self._parts()
-        if not {*parts, "teacher_hash"} <= state.keys():
+        if not {*parts, "teacher_hash"} <= state.keys() or not checkpoint.is_complete(state):
             raise UserError(
                 f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train"
             )
@@ -73,7 +85,10 @@ class DistillationState:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"--resume={path}: its {name} doesn't fit this run ({reason})") from None
-        self.nimg, self.tick, self.elapsed_sec = state["nimg"], state["tick"], state["elapsed_sec"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.statistics = state["statistics"]
+        self.setting = {name: state[name] for name in ("options", "surroundings")}
 
     def _parts(self):
         names = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")

@@ -1,59 +1,99 @@
 """The distillation from its first iteration to its last: ticks, statistics, snapshots and states."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from edm import zoo
-from torch_utils import checkpoint, distributed
+from torch_utils import distributed
+from torch_utils.checkpoint import StateFolder, attempt, snapshot_path
+from torch_utils.interruption import Interruption
 from torch_utils.training_stats import TickLog
+from torch_utils.updates import DivergenceError
+from torch_utils.watchdog import check_equal_weights
 
 from .config import DistillationConfig
 from .distillation import Distillation
 from .doctor import Watch
 from .health import Health
+from .loss import SiDLoss
 from .report import Report
 from .state import DistillationState
+
+TAIL = 1e-4  # the range of noise levels leaves out so much at either end
 
 
 def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> torch.nn.Module:
     """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
     run_dir: takes statistics, snapshots and states. report: makes pictures and metrics of the generator.
-    Errors: DivergenceError when gradients stay non-finite.
+    Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     state, config = distillation.state, distillation.config
-    if state.nimg:
-        distributed.print0(f"Resumed at {state.nimg / 1e3:.1f} kimg")
-    else:
-        report.start(state.ema)
-    health, watch = Health(distillation), Watch(vars(config))
-    log = TickLog(run_dir, distillation.device, state.elapsed_sec)
-    log.resume_clock(state.nimg)
+    states = StateFolder(run_dir, config.keep_states)
+    log = TickLog(run_dir, distillation.device, state.elapsed_sec, state.nimg)
+    if state.statistics:
+        distillation.collector.load_state_dict(state.statistics, distillation.device)
 
+    health, watch = Health(distillation), Watch(vars(config))
     total_img = int(config.total_kimg * 1000)
     tick_img = config.kimg_per_tick * 1000
-    while state.nimg < total_img:
-        distillation.iteration()
-        if state.nimg < total_img and int(state.nimg / tick_img) == int((state.nimg - config.batch) / tick_img):
-            continue
-        distillation.check()
-        state.tick += 1
-        state.elapsed_sec = log.elapsed_sec
-        statistics = {**distillation.collector.collect(), **health.measure(), **skipped_updates(state)}
-        log.tick(state.tick, state.nimg, statistics)
-        for warning in watch.tick(state.nimg, statistics):
-            distributed.print0(warning)
-        done = state.nimg >= total_img
-        snapshot = done or state.tick % config.snapshot_ticks == 0
-        if distributed.rank() == 0 and snapshot:
-            save_snapshot(state, config, run_dir)
-        if distributed.rank() == 0 and (done or state.tick % config.state_ticks == 0):
-            state.save(checkpoint.state_path(run_dir, state.nimg))
-        if snapshot:
-            report.snapshot(state.ema, state.nimg)
+    with explained(distillation.loss), Interruption(distillation.device, config.save_minutes) as interruption:
+        if state.nimg == 0:
+            report.start(state.ema)
+        elif state.at_snapshot:  # the run ended between this state and its snapshot
+            publish(state, config, run_dir, report)
         log.resume_clock(state.nimg)
+        while state.nimg < total_img:
+            distillation.iteration()
+            done = state.nimg >= total_img
+            tick = done or int(state.nimg / tick_img) != int((state.nimg - config.batch) / tick_img)
+            state.tick += tick
+            state.at_snapshot = tick and (done or state.tick % config.snapshot_ticks == 0)
+            interruption.check()
+            due = state.at_snapshot or (tick and state.tick % config.state_ticks == 0)
+            save = due or interruption.save or interruption.stop
+            if tick or save:
+                distillation.check()
+                check_equal_weights(state.networks, state.nimg)
+            if tick:
+                statistics = {**distillation.collector.collect(), **health.measure(), **skipped_updates(state)}
+                log.tick(state.tick, state.nimg, statistics)
+                for warning in watch.tick(state.nimg, statistics):
+                    distributed.print0(warning)
+            if save:
+                state.elapsed_sec = log.elapsed_sec
+                saved = states.save(state.contents(config, distillation.collector.state_dict()), config.batch)
+                interruption.saved()
+            if interruption.stop:
+                interruption.leave(run_dir, saved)
+            if state.at_snapshot:
+                publish(state, config, run_dir, report)
+            if tick:
+                log.resume_clock(state.nimg)
     return state.ema
+
+
+@contextlib.contextmanager
+def explained(loss: SiDLoss) -> Iterator[None]:
+    """Says more when the distillation diverges while open."""
+    try:
+        yield
+    except DivergenceError as error:
+        low, high = loss.quantile(torch.tensor([TAIL, 1 - TAIL])).tolist()
+        raise DivergenceError(
+            f"{error.message} and --override (the generator's loss sees noise levels {low:.2g} to {high:.2g})"
+        ) from None
+
+
+def publish(state: DistillationState, config: DistillationConfig, run_dir: Path, report: Report) -> None:
+    """The snapshot, its picture and its metrics; all of them again when a run is resumed here."""
+    if distributed.rank() == 0:
+        path = snapshot_path(run_dir, state.nimg, config.batch)
+        attempt(f"saving {path.name}", lambda: save_snapshot(state, config, path))
+    report.snapshot(state.ema, state.nimg)
 
 
 def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
@@ -62,11 +102,9 @@ def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
     return {f"Health/{name}_skipped": {"mean": u.skipped} for name, u in updaters.items() if u.skipped}
 
 
-def save_snapshot(state: DistillationState, config: DistillationConfig, run_dir: Path) -> Path:
+def save_snapshot(state: DistillationState, config: DistillationConfig, path: Path) -> None:
     """Saves the one-step generator with what it takes to use it and how it was made."""
-    path = checkpoint.snapshot_path(run_dir, state.nimg)
     recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": state.nimg / 1e3}
     if config.objective != "sid":
         recipe["objective"] = config.objective
     zoo.save_network(state.ema, path, **state.ema.metadata, **recipe)
-    return path

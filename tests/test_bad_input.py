@@ -54,6 +54,10 @@ def made(tmp_path_factory):
     (folder / "damaged" / "1.png").write_bytes((folder / "images" / "1.png").read_bytes()[:-30])
     (folder / "empty").mkdir()
     (folder / "file").write_bytes(b"a file")
+    (folder / "stateless").mkdir()
+    (folder / "stateless" / "network-snapshot-000001.safetensors").write_bytes(b"a result")
+    (folder / "ruined").mkdir()
+    (folder / "ruined" / "training-state-000001.pt").write_bytes(b"garbage")
     for name in ("garbage.pkl", "garbage.safetensors", "garbage.npz", "garbage.zip", "training-state-garbage.pt"):
         (folder / name).write_bytes(b"garbage" * 100)
     snapshot = (DATA / "edm-format-edm-ddpmpp.pkl").read_bytes()
@@ -121,6 +125,9 @@ FOLDERS = [
     ("oblong", "not square"),
 ]
 BOTH_TRAININGS = [
+    (["--save-every=-1"], "--save-every"),
+    (["--keep=-1"], "--keep"),
+    (["--timeout=0"], "--timeout"),
     (["--duration=-1"], "--duration"),
     (["--duration=0"], "--duration"),
     (["--duration=nan"], "--duration"),
@@ -174,7 +181,8 @@ DISTILLATION = [
     (["--transfer=wide.safetensors"], "--transfer=wide.safetensors"),
     (["--resume=trained"], "--resume=trained/training-state"),
     (["--resume=distilled", "--edm_model=other.safetensors"], "--edm_model"),
-    (["--outdir=distilled", "--nosubdir"], "--resume=distilled"),
+    (["--resume=distilled", "--lr=1e-3"], "--lr=0.001: the run in distilled"),
+    (["--outdir=distilled", "--nosubdir", "--glr=1e-3"], "--glr=1e-05"),
     (["--alpha=nan"], "--alpha"),
     (["--alpha=big"], "--alpha"),
     (["--tmax=1001"], "--tmax"),
@@ -216,7 +224,10 @@ TEACHER_TRAINING = [
     (["--resume=distilled"], "--resume=distilled/training-state"),
     (["--resume=trained", "--cbase=16"], "--resume=trained/training-state"),
     (["--resume=trained", "--augment=0.12"], "--resume=trained/training-state"),
-    (["--outdir=trained", "--nosubdir"], "--resume=trained"),
+    (["--resume=trained", "--lr-decay=cosine"], "--lr-decay=none"),
+    (["--outdir=trained", "--nosubdir", "--batch=2"], "--batch=4"),
+    (["--outdir=stateless", "--nosubdir"], "--outdir=stateless"),
+    (["--outdir=ruined", "--nosubdir"], "ruined: all training states in it are damaged"),
 ]
 OTHERS = [
     (dataset_tool.main, ["--dest=new.zip"], "--source"),

@@ -13,7 +13,7 @@ from sid import OneStepGenerator
 from sid.config import DistillationConfig
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE, Distillation
 from sid.training_loop import skipped_updates, training_loop
-from torch_utils import misc
+from torch_utils import checkpoint, misc
 from torch_utils.updates import MAX_SKIPPED_UPDATES, DivergenceError, ema_beta, lr_factor
 from training.networks import EDMPrecond
 
@@ -139,7 +139,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, schedule):
         parameter.grad = torch.full_like(parameter, math.nan)
     stopped.state.fake_score_updater.step()
     stopped.state.tick = 2
-    stopped.state.save(parts / "training-state-000000.pt")
+    checkpoint.save_state(parts / "training-state-000000.pt", stopped.state.contents(stopped.config, {}))
     torch.manual_seed(1234)  # a new process has other random numbers
     resumed = tiny_distillation(resume=parts / "training-state-000000.pt", **schedule)
     assert (resumed.state.nimg, resumed.state.tick, resumed.state.fake_score_updater.skipped) == (2 * BATCH, 2, 1)
@@ -340,7 +340,7 @@ def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     for name in before:
         assert after[name].isfinite().all()
         assert not torch.equal(before[name], after[name]), name
-    path = tmp_path / "network-snapshot-000000.safetensors"
+    path = tmp_path / "network-snapshot-000000.040.safetensors"
     generator = zoo.load_network(path, classes={"Spy": lambda: Spy(label_dim)})
     assert zoo.network_hash(generator) == zoo.network_hash(ema)
     assert generator.metadata == {
@@ -350,4 +350,4 @@ def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     assert images.shape == (3, 3, 8, 8)
     again = Distillation(Spy(label_dim), tiny_config(augment=None), CPU)
     with pytest.raises(Exception, match="another teacher"):
-        again.state.load(tmp_path / "training-state-000000.pt")
+        again.state.load(tmp_path / "training-state-000000.040.pt")

@@ -1,31 +1,82 @@
-"""Training states: tensors and plain values only, written whole or not at all."""
+"""Training states: tensors and plain values only, written whole or not at all, verified when they are read."""
 
+import errno
+import hashlib
 import math
 import os
 import re
+import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from dnnlib import UserError, write_atomically
 
+from . import distributed
+
 COUNTERS = {"nimg": (int,), "tick": (int,), "elapsed_sec": (int, float)}
 
+STATE_PATTERN = r"training-state-(\d+)(?:\.(\d{3}))?\.pt"
+SNAPSHOT_PATTERN = r"network-snapshot-(\d+)(?:\.(\d{3}))?\.safetensors"
+SPARE_BYTES = 1 << 20  # left free beside a state
+CHECKSUM = "sha256"
+PLAIN_TYPES = (type(None), bool, int, float, str)
 
-def state_path(run_dir: str | os.PathLike, nimg: int) -> Path:
-    return Path(run_dir) / f"training-state-{nimg // 1000:06d}.pt"
+
+def kimg_name(nimg: int, batch: int = 1) -> str:
+    """Whole kimg in six digits, with the images beyond them unless this is the first iteration of that kimg.
+
+    So no two iterations of a run share a name, names sort by images, and ticks of whole kimg have EDM's names:
+    10 240 images in batches of 256 are '000010', the 10 496 after them '000010.496'.
+    """
+    kimg, beyond = divmod(nimg, 1000)
+    return f"{kimg:06d}" if beyond < batch else f"{kimg:06d}.{beyond:03d}"
 
 
-def snapshot_path(run_dir: str | os.PathLike, nimg: int) -> Path:
-    return Path(run_dir) / f"network-snapshot-{nimg // 1000:06d}.safetensors"
+def state_path(run_dir: str | os.PathLike, nimg: int, batch: int = 1) -> Path:
+    return Path(run_dir) / f"training-state-{kimg_name(nimg, batch)}.pt"
+
+
+def snapshot_path(run_dir: str | os.PathLike, nimg: int, batch: int = 1) -> Path:
+    return Path(run_dir) / f"network-snapshot-{kimg_name(nimg, batch)}.safetensors"
+
+
+def states(run_dir: str | os.PathLike) -> list[Path]:
+    """The training states in a run folder, newest first."""
+    return _numbered(run_dir, STATE_PATTERN)
+
+
+def snapshots(run_dir: str | os.PathLike) -> list[Path]:
+    """The network snapshots in a run folder, newest first."""
+    return _numbered(run_dir, SNAPSHOT_PATTERN)
+
+
+def _numbered(run_dir: str | os.PathLike, pattern: str) -> list[Path]:
+    found = [(m, path) for path in Path(run_dir).iterdir() if (m := re.fullmatch(pattern, path.name))]
+    return [path for m, path in sorted(found, key=lambda item: (int(item[0][1]), int(item[0][2] or 0)), reverse=True)]
+
+
+# --- one state
 
 
 def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Writes a state with its checksum; the file appears whole or not at all.
+
+    Errors: OSError when there is no room for it (nothing is written then) or writing fails.
+    """
+    path = Path(path)
+    needed, free = _size(state) + SPARE_BYTES, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
     with write_atomically(path) as file:
-        torch.save(state, file)
+        sink = _Sink(file)
+        torch.save({**state, CHECKSUM: checksum(state)}, sink)
+        if sink.error is not None:
+            raise sink.error
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -45,6 +96,12 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"--resume={path}: not a readable training state ({reason}); try an earlier one") from None
     if not isinstance(state, dict) or not all(_is_count(state.get(k), kinds) for k, kinds in COUNTERS.items()):
         raise UserError(f"--resume={path}: not a training state; name a training-state-*.pt or a run folder")
+    try:
+        sound = state.pop(CHECKSUM, None) == checksum(state)
+    except (TypeError, RecursionError, RuntimeError):  # of what no state holds
+        sound = False
+    if not sound:
+        raise UserError(f"--resume={path}: damaged, its checksum is another; try an earlier one")
     return state
 
 
@@ -71,9 +128,141 @@ def _is_count(value: Any, kinds: tuple[type, ...]) -> bool:
     return type(value) in kinds and 0 <= value < math.inf
 
 
-def newest_state(run_dir: str | os.PathLike) -> Path | None:
-    """The state with the most images in a run folder, or None."""
-    found = [
-        (int(m[1]), p) for p in Path(run_dir).iterdir() if (m := re.fullmatch(r"training-state-(\d+)\.pt", p.name))
-    ]
-    return max(found)[1] if found else None
+def setting(options: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Where a state comes from. options: what the run was asked for; beside them what can make rounding differ."""
+    surroundings = {"processes": distributed.world_size(), "device": device.type, "torch": str(torch.__version__)}
+    return {"options": dict(options), "surroundings": surroundings}
+
+
+def is_complete(state: dict[str, Any]) -> bool:
+    """Whether a loaded state has, in sound form, what those of every training have beside its own parts."""
+    if not all(isinstance(state.get(name), dict) for name in ("options", "surroundings", "statistics")):
+        return False
+    if any(isinstance(v, torch.Tensor) for name in ("options", "surroundings") for v in state[name].values()):
+        return False
+    names, moments = (state["statistics"].get(key) for key in ("names", "moments"))
+    sound = names is None or (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and isinstance(moments, torch.Tensor)
+        and moments.ndim == 3
+        and tuple(moments.shape[1:]) == (len(names), 3)
+    )
+    return sound and type(state.get("at_snapshot")) is bool
+
+
+def checksum(value: Any) -> str:
+    """sha256, in hex, of nested dicts and lists of tensors and plain values."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}\n".encode())
+        for key, item in value.items():
+            digest.update(f"{key!r}\n".encode())
+            _feed(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"list {len(value)}\n".encode())
+        for item in value:
+            _feed(digest, item)
+    elif type(value) in PLAIN_TYPES:
+        digest.update(f"{value!r}\n".encode())
+    else:  # it would be saved, but load_state would refuse it
+        raise TypeError(f"a state holds tensors and plain values, not {type(value)}")
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(_size(part) for part in parts)
+
+
+class _Sink:
+    """A file for torch.save that keeps the first error of writing: torch's own report of it hides the reason."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+# --- the states of a run
+
+
+class StateFolder:
+    """Saves the states of a run into its folder and keeps the last few.
+
+    keep: how many states to keep; 0 keeps all.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, keep: int = 2):
+        self._run_dir, self._keep = Path(run_dir), keep
+
+    def save(self, state: dict[str, Any], batch: int) -> Path | None:
+        """Saves on process 0 and removes what is older than the last `keep`; returns the path, None if it failed.
+
+        A full disk or a broken one costs this state only: that is said in one line, and training goes on.
+        """
+        path = state_path(self._run_dir, state["nimg"], batch)
+        if distributed.rank() != 0:
+            return path
+        if not attempt(f"saving {path.name}", lambda: save_state(path, state)):
+            return None
+        for old in states(self._run_dir)[self._keep :] if self._keep else ():
+            attempt(f"removing {old.name}", old.unlink)
+        return path
+
+
+def attempt(what: str, action: Callable[[], Any]) -> bool:
+    """Does something with files that training can do without; False, after a line that says why, if it fails."""
+    try:
+        action()
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        print(f"Warning: {what} failed ({reason}); the run goes on: free the disk or mend it", flush=True)
+        return False
+    return True
+
+
+def newest_good_state(run_dir: str | os.PathLike) -> Path | None:
+    """The newest state in a run folder that is whole; None if there is no state. Damaged ones are reported.
+
+    Errors: UserError when there are states and all are damaged.
+    """
+    found = states(run_dir)
+    for path in found:
+        try:
+            load_state(path)
+        except UserError as error:
+            print(f"Warning: {error.message.removeprefix('--resume=')}", flush=True)
+        else:
+            return path
+    if found:
+        raise UserError(f"--resume={run_dir}: all training states in it are damaged; start anew in another folder")
+    return None
+
+
+def set_aside_later(state: Path) -> None:
+    """Renames the states in its folder that are newer than `state`: the run goes on from here and passes them again."""
+    everything = states(state.parent)
+    for later in everything[: everything.index(state)] if state in everything else ():
+        aside = later.with_name(f"{later.name}.unused")
+        if attempt(f"renaming {later.name}", lambda later=later, aside=aside: os.replace(later, aside)):
+            print(f"{later.name} is newer than the state to continue from: renamed to {aside.name}", flush=True)

@@ -13,6 +13,7 @@ from dnnlib import UserError
 
 T = TypeVar("T")
 GRADIENT_BUCKET_BYTES = 64 << 20  # one all-reduce carries about this much
+progress = {"messages": 0, "signs": 0}  # counted here for watchdog.py: messages entered, other signs of life
 
 
 def init(device: str | None = None, timeout_sec: float = 1800) -> torch.device:
@@ -58,13 +59,20 @@ def print0(*args, **kwargs) -> None:
         sys.stdout.flush()
 
 
+def alive() -> None:
+    """Long work between two messages calls it now and then, so that it isn't taken for a hang."""
+    progress["signs"] += 1
+
+
 def barrier() -> None:
+    progress["messages"] += 1
     if dist.is_initialized():
         dist.barrier()
 
 
 def from_process_0(value: T) -> T:
     """What process 0 passes, a picklable object; every process must call it."""
+    progress["messages"] += 1
     if not dist.is_initialized():
         return value
     box = [value]
@@ -74,9 +82,25 @@ def from_process_0(value: T) -> T:
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all processes, in place; returns it."""
+    progress["messages"] += 1
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum of `tensor` over all processes, in place; returns it."""
+    progress["messages"] += 1
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The equally shaped tensors of all processes, stacked by rank: [processes, ...]."""
+    everyone = tensor.new_zeros([world_size(), *tensor.shape])
+    everyone[rank()] = tensor
+    return all_reduce_sum(everyone)
 
 
 def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -84,6 +108,7 @@ def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
     Parameters without a gradient must be so on every process (frozen ones are).
     """
+    progress["messages"] += 1
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,16 +1,20 @@
 """Means and deviations of training statistics, over images and processes, between two ticks."""
 
+import errno
+import functools
 import json
 import math
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from dnnlib import format_time
+from dnnlib import format_time, write_atomically
 
-from . import distributed
+from . import checkpoint, distributed
 
 
 class Collector:
@@ -44,11 +48,74 @@ class Collector:
                 result[name] = {"num": int(count), "mean": mean, "std": math.sqrt(max(squares / count - mean**2, 0.0))}
         return result
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected since the last tick, of every process; every process must call it."""
+        names = sorted(self._moments)
+        if not names:
+            return {"names": [], "moments": torch.zeros(distributed.world_size(), 0, 3)}
+        own = torch.stack([self._moments[name] for name in names])  # [names, 3]
+        return {"names": names, "moments": distributed.gather(own).cpu()}  # [processes, names, 3]
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Each process takes what was its own; when their number has changed, process 0 takes the sum."""
+        moments = state["moments"].to(device)
+        if len(moments) == distributed.world_size():
+            own = moments[distributed.rank()]
+        else:
+            own = moments.sum(0) * (distributed.rank() == 0)
+        self._moments = dict(zip(state["names"], own))
+
+
+def drop_later_records(run_dir: Path, nimg: int) -> None:
+    """Drops from the *.jsonl of a run folder what was recorded after `nimg` images, and lines cut short by a kill."""
+
+    def kept(line: str) -> bool:
+        try:
+            record = json.loads(line)
+            return record.get("Progress/kimg", record.get("kimg", 0)) <= nimg / 1e3
+        except (ValueError, AttributeError, TypeError):
+            return False
+
+    def rewrite(path: Path, content: bytes) -> None:
+        with write_atomically(path) as file:
+            file.write(content)
+
+    for path in run_dir.glob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        content = "".join(f"{line}\n" for line in lines if kept(line)).encode()
+        if content != path.read_bytes():
+            checkpoint.attempt(f"shortening {path.name}", functools.partial(rewrite, path, content))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line and brings it to the disk. A disk that can't take it is reported and costs the line only."""
+
+    def write() -> None:
+        data = f"{line}\n".encode()
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)  # no half line, which the next one would go on
+                raise
+
+    checkpoint.attempt(f"writing to {path.name}", write)
+
 
 class TickLog:
-    """Prints one line a tick and appends one JSON record a tick to `stats.jsonl`, on process 0."""
+    """Prints one line a tick and appends one JSON record a tick to `stats.jsonl`, on process 0.
 
-    def __init__(self, run_dir: Path, device: torch.device, elapsed_sec: float = 0.0):
+    elapsed_sec, nimg: time and images of the state that a run goes on from; later records in the folder are dropped.
+    """
+
+    def __init__(self, run_dir: Path, device: torch.device, elapsed_sec: float = 0.0, nimg: int = 0):
+        if nimg:
+            distributed.print0(f"Resumed at {nimg / 1e3:.1f} kimg")
+        if distributed.rank() == 0:
+            drop_later_records(run_dir, nimg)
         self._path = run_dir / "stats.jsonl"
         self._device = device
         self._start = time.time() - elapsed_sec
@@ -86,5 +153,4 @@ class TickLog:
         )
         if distributed.rank() == 0:
             record = {**fields, **{name: s["mean"] for name, s in statistics.items()}, "timestamp": time.time()}
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+            append_line(self._path, json.dumps(record, allow_nan=False))

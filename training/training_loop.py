@@ -1,5 +1,6 @@
 """Trains a denoiser on images."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,8 +11,15 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import checkpoint, distributed, misc
+from torch_utils.interruption import Interruption, ignore_signals
 from torch_utils.training_stats import Collector, TickLog
 from torch_utils.updates import Updater, ema_beta, lr_factor, update_ema
+from torch_utils.watchdog import check_equal_weights
+
+COUNTERS = ("nimg", "tick", "elapsed_sec", "at_snapshot")
+# What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
+ROUNDING = {"batch_gpu"}
+FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states", "workers"}
 
 
 @dataclasses.dataclass
@@ -30,76 +38,138 @@ class TrainingConfig:
     kimg_per_tick: float = 50
     snapshot_ticks: int = 50
     state_ticks: int = 500
+    save_minutes: float = 10  # a state at least so often; 0: by ticks only
+    keep_states: int = 2  # older ones are removed; 0: none is
     seed: int = 0
     workers: int = 1
 
 
+class Training:
+    """All that changes while a denoiser is trained: network, moving average, optimiser, counters; and one iteration.
+
+    resume: the training state to go on from, as `load_state` gives it. options: what the run was asked for, plain
+    values that its states record.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        net: torch.nn.Module,
+        loss: Callable,
+        augment_pipe: Callable | None,
+        device: torch.device,
+        options: dict[str, Any],
+        resume: dict[str, Any] | None = None,
+    ):
+        self.config, self.net, self.device = config, net, device
+        self._loss, self._augment_pipe, self._options = loss, augment_pipe, options
+        self.batch_gpu, self._rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        net.train().requires_grad_(True).to(device)
+        if augment_pipe is None:
+            freeze_augment_mapping(net)
+        distributed.broadcast_module(net)
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.collector = Collector()
+        self._parts = {"net": net, "ema": self.ema, "updater": Updater.adam("network", net, config.lr, beta1=0.9)}
+        self.nimg, self.tick, self.elapsed_sec, self.at_snapshot = 0, 0, 0.0, False
+        if resume is not None:
+            for name, part in self._parts.items():
+                _restore(name, part, resume[name])
+            for name in COUNTERS:
+                setattr(self, name, resume[name])
+            self.collector.load_state_dict(resume["statistics"], device)
+
+    def iteration(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """One update on `batch` images, and its share in the moving average."""
+        config = self.config
+        for r in range(self._rounds):
+            images, labels = next(batches)
+            place = self.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
+            misc.seed_at(config.seed, place)
+            value = self._loss(self.net, images, labels, self._augment_pipe)
+            self.collector.report("Loss/loss", value)
+            (value.sum() * (config.loss_scaling / config.batch)).backward()
+        factor = lr_factor(self.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
+        self.collector.report("Gradient/norm", self._parts["updater"].step(factor))
+        beta = ema_beta(config.batch, self.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
+        update_ema(self.ema, self.net, beta)
+        if self.device.type == "cpu":
+            self.check()
+        self.nimg += config.batch
+
+    def check(self) -> None:
+        """Waits for the device. Errors: DivergenceError when gradients stay non-finite."""
+        self._parts["updater"].check(self.nimg)
+
+    def contents(self) -> dict[str, Any]:
+        """What a state's file holds; every process must call it."""
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {
+            **state,
+            **counters,
+            **checkpoint.setting(self._options, self.device),
+            "statistics": self.collector.state_dict(),
+        }
+
+
 def training_loop(
-    config: TrainingConfig,
-    net: torch.nn.Module,
+    training: Training,
     dataset: torch.utils.data.Dataset,
-    loss: Callable,
-    augment_pipe: Callable | None,
     run_dir: Path,
-    device: torch.device,
     save_snapshot: Callable[[torch.nn.Module, int], None],
-    resume: dict[str, Any] | None = None,
 ) -> torch.nn.Module:
-    """Trains `net` and returns the moving average of its weights.
+    """Trains to the end and returns the moving average of the weights.
 
     dataset: items are (uint8 image [C, H, W], float32 label [label_dim]).
     save_snapshot: called on process 0 as save_snapshot(ema, nimg) every `snapshot_ticks` ticks and at the end.
-    resume: the training state to go on from, as `load_state` gives it.
+    Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
-    batch_gpu, rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
-    net.train().requires_grad_(True).to(device)
-    if augment_pipe is None:
-        freeze_augment_mapping(net)
-    distributed.broadcast_module(net)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    updater = Updater.adam("network", net, config.lr, beta1=0.9)
-    parts = {"net": net, "ema": ema, "updater": updater}
-    for name, part in parts.items() if resume else ():
-        _restore(name, part, resume[name])
-    nimg, tick, elapsed_sec = (resume["nimg"], resume["tick"], resume["elapsed_sec"]) if resume else (0, 0, 0.0)
+    config = training.config
+    states = checkpoint.StateFolder(run_dir, config.keep_states)
+    log = TickLog(run_dir, training.device, training.elapsed_sec, training.nimg)
+    total_img, tick_img = int(config.total_kimg * 1000), config.kimg_per_tick * 1000
 
-    batches = _endless_batches(dataset, batch_gpu, config, device, nimg)
-    collector, log = Collector(), TickLog(run_dir, device, elapsed_sec)
-    log.resume_clock(nimg)
-    total_img = int(config.total_kimg * 1000)
-    next_tick_img = nimg + config.kimg_per_tick * 1000
-    while nimg < total_img:
-        for r in range(rounds):
-            images, labels = next(batches)
-            misc.seed_at(config.seed, nimg + (r * distributed.world_size() + distributed.rank()) * batch_gpu)
-            value = loss(net, images, labels, augment_pipe)
-            collector.report("Loss/loss", value)
-            (value.sum() * (config.loss_scaling / config.batch)).backward()
-        factor = lr_factor(nimg, total_img, config.lr_rampup_kimg * 1000, config.lr_decay)
-        collector.report("Gradient/norm", updater.step(factor))
-        updater.check(nimg)
-        update_ema(ema, net, ema_beta(config.batch, nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio))
-        nimg += config.batch
-        if nimg < next_tick_img and nimg < total_img:
-            continue
-        tick += 1
-        next_tick_img = nimg + config.kimg_per_tick * 1000
-        log.tick(tick, nimg, collector.collect())
-        done = nimg >= total_img
-        if distributed.rank() == 0 and (done or tick % config.snapshot_ticks == 0):
-            save_snapshot(ema, nimg)
-        if distributed.rank() == 0 and (done or tick % config.state_ticks == 0):
-            counters = {"nimg": nimg, "tick": tick, "elapsed_sec": log.elapsed_sec}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            checkpoint.save_state(checkpoint.state_path(run_dir, nimg), {**state, **counters})
-        log.resume_clock(nimg)
-    return ema
+    def publish() -> None:
+        if training.at_snapshot and distributed.rank() == 0:
+            checkpoint.attempt("saving a snapshot", lambda: save_snapshot(training.ema, training.nimg))
+
+    with (
+        Interruption(training.device, config.save_minutes) as interruption,
+        contextlib.closing(_endless_batches(dataset, training)) as batches,
+    ):
+        publish()  # in case the run ended between its state and its snapshot
+        log.resume_clock(training.nimg)
+        while training.nimg < total_img:
+            training.iteration(batches)
+            done = training.nimg >= total_img
+            tick = done or int(training.nimg / tick_img) != int((training.nimg - config.batch) / tick_img)
+            training.tick += tick
+            training.at_snapshot = tick and (done or training.tick % config.snapshot_ticks == 0)
+            interruption.check()
+            due = training.at_snapshot or (tick and training.tick % config.state_ticks == 0)
+            save = due or interruption.save or interruption.stop
+            if tick or save:
+                training.check()
+                check_equal_weights({"network": training.net, "average": training.ema}, training.nimg)
+            if tick:
+                log.tick(training.tick, training.nimg, training.collector.collect())
+            if save:
+                training.elapsed_sec = log.elapsed_sec
+                saved = states.save(training.contents(), config.batch)
+                interruption.saved()
+            if interruption.stop:
+                interruption.leave(run_dir, saved)
+            publish()
+            if tick:
+                log.resume_clock(training.nimg)
+    return training.ema
 
 
 def load_state(path: Path, net: torch.nn.Module) -> dict[str, Any]:
     """The training state at `path`. Errors: UserError when it is none, or that of another network than `net`."""
     state = checkpoint.load_state(path)
-    if not {"net", "ema", "updater"} <= state.keys():
+    if not {"net", "ema", "updater"} <= state.keys() or not checkpoint.is_complete(state):
         raise UserError(f"--resume={path}: not the state of a teacher; name a training-state-*.pt of edm.train")
     expected = {k: v.shape for k, v in net.state_dict().items()}
     for name in ("net", "ema"):
@@ -126,19 +196,21 @@ def freeze_augment_mapping(net: torch.nn.Module) -> None:
 
 
 def _endless_batches(
-    dataset: torch.utils.data.Dataset, batch_gpu: int, config: TrainingConfig, device: torch.device, nimg: int
+    dataset: torch.utils.data.Dataset, training: Training
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(images [batch_gpu, C, H, W] float32 in [-1, 1], labels [batch_gpu, label_dim]) on `device`, for ever."""
+    """(images [batch_gpu, C, H, W] float32 in [-1, 1], labels [batch_gpu, label_dim]) on the device, for ever."""
+    config, device = training.config, training.device
     sampler = misc.InfiniteSampler(
-        len(dataset), distributed.rank(), distributed.world_size(), seed=config.seed, start=nimg
+        len(dataset), distributed.rank(), distributed.world_size(), seed=config.seed, start=training.nimg
     )
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_size=batch_gpu,
+        batch_size=training.batch_gpu,
         sampler=sampler,
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         persistent_workers=config.workers > 0,
+        worker_init_fn=ignore_signals,
     )
     for images, labels in loader:
         yield images.to(device, non_blocking=True).to(torch.float32) / 127.5 - 1, labels.to(device, non_blocking=True)

@@ -56,6 +56,7 @@ def measure(
     rank, processes = distributed.rank(), distributed.world_size()
     with tqdm.tqdm(total=num_images, unit="img", disable=None if progress and rank == 0 else True) as bar:
         for start, images in source.batches(num_images, batch, rank, processes):
+            distributed.alive()
             hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
             for num, moment in moments.items():
                 moment.append(hidden[: max(num - start, 0)])

@@ -1,0 +1,119 @@
+"""Processes that watch each other: one that hangs ends the run, weights that drift apart are found."""
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+
+from dnnlib import UserError
+
+from . import distributed
+
+HANG_EXIT_CODE = 5
+SPARE_SEC = 60.0  # how much longer messages wait, so that who keeps them waiting is named first
+PERIOD_SEC = 5.0  # how often a process shows that it is alive and looks at the others
+
+
+class RanksDisagreeError(UserError):
+    """Weights that must be equal on all processes are not: memory or a device is faulty."""
+
+    exit_code = 4
+
+
+def check_equal_weights(networks: Mapping[str, torch.nn.Module], nimg: int) -> None:
+    """Compares the bits of the networks over all processes, in one small message; every process must call it.
+
+    Errors: RanksDisagreeError naming network and processes, on all of them.
+    """
+    if distributed.world_size() == 1:
+        return
+    own = torch.stack([fingerprint(net) for net in networks.values()])  # int64 [networks]
+    everyone = distributed.gather(own)  # [processes, networks]
+    wrong = everyone != everyone[0]
+    if wrong.any():
+        names = [name for name, differs in zip(networks, wrong.any(0).tolist()) if differs]
+        ranks = [str(rank) for rank, differs in enumerate(wrong.any(1).tolist()) if differs]
+        raise RanksDisagreeError(
+            f"{', '.join(names)}: the weights on process {', '.join(ranks)} are not those on process 0 at"
+            f" {nimg / 1e3:.1f} kimg; the last saved state is good: continue with --resume, and suspect that machine"
+        )
+
+
+@torch.no_grad()
+def fingerprint(net: torch.nn.Module) -> torch.Tensor:
+    """An int64 scalar made of all bits of the parameters; integer sums, so no order of summing changes it."""
+    total = torch.zeros([], dtype=torch.int64, device=next(net.parameters()).device)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for i, tensor in enumerate(net.parameters(), start=1):
+        bits = tensor.contiguous().reshape(-1).view(words[tensor.element_size()])
+        total += (2 * i + 1) * bits.sum(dtype=torch.int64).to(total.device)
+    return total
+
+
+@contextlib.contextmanager
+def watching(timeout_sec: float) -> Iterator[None]:
+    """While open, ends all processes of the run when none has got on for `timeout_sec`, and names who is behind.
+
+    Works through torchrun's store, so it needs its environment; without, or with one process, it does nothing.
+    """
+    if distributed.world_size() == 1 or "MASTER_PORT" not in os.environ:
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(done, timeout_sec), daemon=True)
+    thread.start()
+    try:
+        yield
+        distributed.barrier()  # who holds the store stays until all are here
+    finally:
+        done.set()
+        thread.join(2 * PERIOD_SEC)
+
+
+def _watch(done: threading.Event, timeout_sec: float) -> None:
+    try:
+        _look_around(done, timeout_sec)
+    except RuntimeError as error:  # the store is gone, so the process that held it is dead
+        if not done.wait(timeout_sec):  # in which this one may still save its state and end by itself
+            print(f"Error: lost touch with the other processes ({error})".splitlines()[0], file=sys.stderr, flush=True)
+            os._exit(HANG_EXIT_CODE)
+
+
+def _look_around(done: threading.Event, timeout_sec: float) -> None:
+    rank, processes = distributed.rank(), distributed.world_size()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keys = [f"watchdog/{attempt}/{r}" for r in range(processes)]
+    seen, since = None, time.monotonic()
+    store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_sec))
+    while not done.wait(min(PERIOD_SEC, timeout_sec / 5)):
+        store.set(keys[rank], "{messages} {signs}".format(**distributed.progress))
+        if not store.check(keys):
+            continue  # not all have started to watch
+        found = store.multi_get(keys)
+        if found != seen:
+            seen, since = found, time.monotonic()
+        elif time.monotonic() - since > timeout_sec:
+            _end([int(value.split()[0]) for value in found], rank, timeout_sec)
+
+
+def _end(messages: list[int], rank: int, timeout_sec: float) -> None:
+    """messages: how many each process has entered; those with the fewest keep the others waiting."""
+    behind = [r for r, count in enumerate(messages) if count == min(messages)]
+    if len(behind) == len(messages):
+        who, teller = "all processes wait in the same message (see to the network)", 0
+    else:
+        teller = next(r for r in range(len(messages)) if r not in behind)
+        who = f"process {', '.join(map(str, behind))} keeps the others waiting"
+    if rank == teller:
+        print(f"Error: no progress for {timeout_sec:g} seconds: {who}; the run ends here", file=sys.stderr, flush=True)
+    if rank in behind:
+        faulthandler.dump_traceback(file=sys.__stderr__)
+    os._exit(HANG_EXIT_CODE)
