@@ -83,8 +83,8 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--save-every", help="Training state every so many minutes, 0 = by --dump only", type=FiniteRange(0),
               default=D.save_minutes)  # fmt: skip
 @click.option("--keep", help="How many training states to keep, 0 = all", type=WholeRange(0), default=D.keep_states)
-@click.option("--timeout", help="End the run when its processes make no progress for so many minutes", type=FiniteRange(0, 1e5, min_open=True),
-              default=30.0)  # fmt: skip
+@click.option("--timeout", help="End the run when its processes make no progress for so many minutes", default=30.0,
+              type=FiniteRange(0, 1e5, min_open=True))  # fmt: skip
 @click.option("--seed", type=WholeRange(0), default=D.seed)
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--bench", help="cuDNN benchmarking", type=bool, default=True)

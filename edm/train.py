@@ -83,7 +83,7 @@ def main(**options):
     from edm import run_folder, zoo
     from torch_utils import checkpoint, distributed, misc
     from torch_utils.watchdog import SPARE_SEC, watching
-    from training import augment, loss, networks
+    from training import augment, loss
     from training.dataset import ImageFolderDataset
     from training.training_loop import FREE_ON_RESUME, ROUNDING, Training, load_state, training_loop
 
@@ -104,27 +104,18 @@ def main(**options):
 
     torch.backends.cudnn.benchmark = options["bench"]
     misc.seed_at(config.seed)
-    try:
-        net = getattr(networks, precond)(**network_kwargs)
-    except (MemoryError, RuntimeError, OverflowError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
+    net = build_network(precond, network_kwargs)
     if options["transfer"]:
         copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
     description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
     place = (options["outdir"], description, options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
     state = load_state(resume, net) if resume else None
-    asked = {
-        **network_kwargs,
-        **vars(config),
-        **{name: options[name] for name in ("precond", "augment", "xflip", "sigma")},
-    }
-    asked["images"] = len(dataset)
+    asked = {**network_kwargs, **vars(config), "images": len(dataset)}
+    asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")}
     if state is not None:
-        run_folder.check_setting(
-            resume, state, checkpoint.setting(asked, device), FREE_ON_RESUME, ROUNDING, options["override"]
-        )
+        now = checkpoint.setting(asked, device)
+        run_folder.check_setting(resume, state, now, FREE_ON_RESUME, ROUNDING, options["override"])
     training = Training(config, net, loss_fn, pipe, device, asked, state)
     del state
     with run_folder.create(*place, summary, resume) as run_dir, watching(60 * options["timeout"]):
@@ -136,6 +127,17 @@ def main(**options):
 
         training_loop(training, dataset, run_dir, save_snapshot)
     distributed.shutdown()
+
+
+def build_network(precond, network_kwargs):
+    """The network that is to be trained. Errors: UserError when there is no room for it."""
+    from training import networks
+
+    try:
+        return getattr(networks, precond)(**network_kwargs)
+    except (MemoryError, RuntimeError, OverflowError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
 
 
 def single_level_loss(sigma):

@@ -260,7 +260,7 @@ def test_tars(tmp_path):
 
 def test_states(tmp_path):
     path, state = tmp_path / "x.pt", {"nimg": 1, "tick": 1, "elapsed_sec": 0.0}
-    torch.save(state, path)
+    checkpoint.save_state(path, state)
     assert checkpoint.load_state(path) == state
     mark = tmp_path / "mark"
     torch.save({**state, "x": hostile.Call(eval, f"open({str(mark)!r}, 'w')")}, path)
@@ -271,6 +271,11 @@ def test_states(tmp_path):
     torch.save(state, path, _use_new_zipfile_serialization=False)
     assert "begin" in refused(checkpoint.load_state, path)
     torch.save(state, path)
+    assert "checksum" in refused(checkpoint.load_state, path)
+    for odd in ({1}, [[]] * 9, {"deep": torch.ones(2)}):  # with a checksum of something else
+        torch.save({**state, "odd": odd, "sha256": checkpoint.checksum(state)}, path)
+        refused(checkpoint.load_state, path)
+    checkpoint.save_state(path, state)
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     path.write_bytes(hostile.zip_file(parts, zipfile.ZIP_DEFLATED))

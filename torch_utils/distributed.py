@@ -34,8 +34,17 @@ def init(device: str | None = None, timeout_sec: float = 1800) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(resolved)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_sec))
+        _join("nccl" if kind == "cuda" else "gloo", datetime.timedelta(seconds=timeout_sec))
     return resolved
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> None:
+    """Joins torchrun's group, under keys of this attempt: after a restart its store still holds the addresses of the
+    processes that died, and gloo would wait for those."""
+    store, rank, processes = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timeout)
 
 
 def shutdown() -> None:
