@@ -184,10 +184,12 @@ def summarise(run_dir: Path, teacher: "torch.nn.Module") -> list[tuple[str, int,
     if not files:
         raise UserError(f"{run_dir}: no metric-fid*.jsonl; distil with --metrics=fid50k to have FID in the summary")
     records = read_metrics(run_dir, files[0].stem.removeprefix("metric-"))
-    recorded = getattr(teacher, "metadata", {}).get("fid", {})
-    rows = []
+    rows, evaluations = [], 2 * TEACHER_STEPS - 1
+    recorded = getattr(teacher, "metadata", {}).get("fid")
     if isinstance(recorded, dict) and recorded.get("detector_sha256") == records[0]["detector_sha256"]:
-        rows += [("teacher", int(nfe), float(value)) for nfe, value in recorded["by_nfe"].items() if int(nfe) > 1]
+        value = recorded.get(f"evaluations_{evaluations}")
+        if isinstance(value, int | float):
+            rows.append(("teacher", evaluations, float(value)))
     if records[0]["kimg"] == 0:
         rows.append(("teacher = generator before", 1, records[0]["value"]))
     rows.append(("generator after", 1, records[-1]["value"]))

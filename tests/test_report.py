@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sid.report import Report, read_metrics
+from sid.report import Report, read_metrics, summarise
 
 
 class Evaluator:
@@ -75,3 +75,21 @@ def test_equal_weights_are_not_measured_again(tmp_path):
     snapshots(tmp_path, resumed, [(3, 3)])
     assert len(read_metrics(tmp_path, "fid2")) == 3
     assert len(read_metrics(tmp_path, "is10")) == 1
+
+
+@pytest.mark.parametrize(
+    ("recorded", "row"),
+    [
+        ({"detector_sha256": "d", "evaluations_35": 15.2, "evaluations_5": 452.3}, [("teacher", 35, 15.2)]),
+        ({"detector_sha256": "another", "evaluations_35": 15.2}, []),
+        ({"detector_sha256": "d", "evaluations_35": "15.2"}, []),
+        (None, []),
+    ],
+)
+def test_the_summary_takes_the_teachers_fid_from_its_file(tmp_path, recorded, row):
+    records = [{"kimg": kimg, "value": value, "detector_sha256": "d"} for kimg, value in ((0, 300.0), (5, 30.0))]
+    (tmp_path / "metric-fid5k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    teacher = Net(0.1)
+    teacher.metadata = {"fid": recorded}
+    rows = summarise(tmp_path, teacher)
+    assert rows == [*row, ("teacher = generator before", 1, 300.0), ("generator after", 1, 30.0)]
