@@ -1,11 +1,17 @@
 """Faster and smaller ways to make a training step: the same gradients as the plain one."""
 
+import json
+
 import pytest
 import torch
-from test_distillation import tiny_distillation, tiny_teacher
+from test_distillation import NoReport, tiny_config, tiny_distillation, tiny_teacher
 
+from edm import zoo
+from sid.bench.gradients import compare, load
+from sid.bench.gradients import gradients as found_gradients
 from sid.distillation import Distillation
 from sid.loss import SiDLoss, karras_sigma
+from sid.training_loop import training_loop
 from torch_utils import precision
 from torch_utils.updates import GROWTH_INTERVAL, MAX_SKIPPED_UPDATES, DivergenceError, Updater
 from training.networks import EDMPrecond
@@ -113,6 +119,22 @@ def test_half_precision_gradients_point_where_those_of_fp32_do_at_every_noise_le
             found[name] = x.grad.flatten()
         assert cosine(found["fp32"], found["bf16"]) > 0.99
         assert cosine(found["fp32"], found["fp16"]) > 0.9999  # three more bits: docs/performance.md
+
+
+def test_gradients_of_a_run_under_way(tmp_path, capsys):
+    """`python -m sid.bench.gradients` on a real run folder: precision shows, and fp32 against itself is exact."""
+    teacher = tiny_teacher()
+    zoo.save_network(teacher, tmp_path / "teacher.safetensors")
+    options = {**vars(tiny_config()), "edm_model": str(tmp_path / "teacher.safetensors")}
+    (tmp_path / "training_options.json").write_text(json.dumps(options))
+    training_loop(tiny_distillation(teacher), tmp_path, NoReport())
+    compare(tmp_path, ["bf16"], 4, "cpu")
+    rows = [[float(cell) for cell in line.split()] for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert all(0.9 < value < 1 for row in rows for value in row[1:])
+    distillation = load(tmp_path, 4, torch.device("cpu"))
+    a, b = (found_gradients(distillation, "fp32", 0.5, 4)[1] for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def test_stored_half_precision_weights_change_nothing():

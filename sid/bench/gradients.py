@@ -54,8 +54,11 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     from edm import run_folder, zoo
     from sid.config import DistillationConfig
     from sid.distillation import Distillation
+    from torch_utils import checkpoint
 
-    state = run_folder.resolve_resume(str(run_dir))
+    state = checkpoint.newest_good_state(run_dir)
+    if state is None or not (run_dir / run_folder.OPTIONS_FILE).exists():
+        raise UserError(f"{run_dir}: no training state of a distillation here; name a run folder of sid_train.py")
     options = json.loads((run_dir / run_folder.OPTIONS_FILE).read_text(encoding="utf-8"))
     names = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
     changes = {"batch": batch, "batch_gpu": batch, "precision": "fp32", "dropout": 0.0}
