@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from dnnlib import UserError
 
@@ -67,6 +68,11 @@ class DistillationConfig:
         parse_schedule(self.sigma_schedule, "--sigma-schedule")
         parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule")
         self.has_score_gradient(0)
+
+    def network_overrides(self) -> dict[str, Any]:
+        """Constructor arguments in which generator and fake score differ from the teacher."""
+        wanted = {"dropout": self.dropout, "use_fp16": self.use_fp16}
+        return {name: value for name, value in wanted.items() if value is not None}
 
     def has_score_gradient(self, nimg: int) -> bool:
         """Whether the generator's gradient passes through both networks after `nimg` images."""

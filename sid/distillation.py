@@ -1,7 +1,6 @@
 """One iteration of Score identity Distillation: psi learns to denoise what theta makes, theta follows L2 - alpha L1."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,24 +17,6 @@ from .loss import SiDLoss
 from .state import DistillationState
 
 FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two phases apart
-
-
-def compiled(net: torch.nn.Module) -> Callable:
-    """`net` as torch.compile makes it; where that fails, `net` itself and a word why."""
-    fast = torch.compile(net, dynamic=False)
-    works = True
-
-    def call(*args, **kwargs):
-        nonlocal works
-        if works:
-            try:
-                return fast(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                works = False
-                distributed.print0(f"--compile: goes on without ({str(error).strip().splitlines()[0]})")
-        return net(*args, **kwargs)
-
-    return call
 
 
 def resolve(config: DistillationConfig, teacher: torch.nn.Module, device: torch.device) -> DistillationConfig:
@@ -96,22 +77,28 @@ class Distillation:
                 net.to(memory_format=torch.channels_last)
             if config.checkpoint:
                 precision.checkpoint_blocks(net)
-        self._calls = {name: compiled(net) if config.compile else net for name, net in networks.items()}
+        self._calls = {name: precision.compiled(net) if config.compile else net for name, net in networks.items()}
 
     def _split_batch(self) -> None:
-        """Images per process and round, and rounds; where --batch-gpu isn't given, the most that fits."""
+        """Images per process and round, and rounds: --batch-gpu, that of the resumed run, or the most that fits."""
         config, processes = self.config, distributed.world_size()
-        batch_gpu = config.batch_gpu
+        batch_gpu = given = config.batch_gpu or self._former_batch_gpu()
         if batch_gpu is None:
             share = misc.split_batch(config.batch, None, processes)[0]
             batch_gpu = distributed.from_process_0(memory.fitting_batch_gpu(self.teacher, config, share, self.device))
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, batch_gpu, processes)
         if config.chunk and self.batch_gpu % config.chunk:
             raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
-        while config.batch_gpu is None and self.batch_gpu > 1 and not self._fits():
+        while given is None and self.batch_gpu > 1 and not self._fits():
             smaller = next(n for n in range(self.batch_gpu // 2, 0, -1) if self.batch_gpu % n == 0)
             self.batch_gpu, self.rounds = misc.split_batch(config.batch, smaller, processes)
         self.config = dataclasses.replace(config, batch_gpu=self.batch_gpu)
+
+    def _former_batch_gpu(self) -> int | None:
+        """That of the run in the loaded state, which its random draws depend on; None if it doesn't fit here."""
+        former = self.state.setting.get("options", {}).get("batch_gpu")
+        sound = type(former) is int and former > 0
+        return former if sound and self.config.batch % (former * distributed.world_size()) == 0 else None
 
     def _fits(self) -> bool:
         """Whether both phases have memory enough for one round on every process, tried on a GPU."""
@@ -205,8 +192,9 @@ class Distillation:
         x_g = images.detach().requires_grad_()
         noise = self.loss.draw_noise(x_g)
         with state.fake_score_updater.frozen():
-            for part in torch.arange(len(x_g)).split(config.chunk or len(x_g)):
-                part = slice(int(part[0]), int(part[-1]) + 1)
+            size = config.chunk or len(x_g)
+            for start in range(0, len(x_g), size):
+                part = slice(start, start + size)
                 some = labels[part] if labels is not None else None
                 drawn = tuple(draw[part] for draw in noise)
                 with self.autocast():

@@ -23,7 +23,8 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     (not None).
     """
     device = next(teacher.parameters()).device
-    net = copy.deepcopy(teacher).to("meta")
+    shapes = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in teacher.parameters()}
+    net = copy.deepcopy(teacher, shapes).to("meta")  # no weight is copied
     if precision.set_compute_dtype(net, precision.DTYPES[config.precision]) and config.checkpoint:
         precision.checkpoint_blocks(net)
     weights = _bytes(net.parameters())

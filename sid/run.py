@@ -1,8 +1,6 @@
 """From checked options to a finished run: loads the teacher, holds the options against it, trains."""
 
-import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +52,6 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     torch.backends.cudnn.benchmark = options["bench"]
     place = (options["outdir"], options["desc"] or describe(teacher, config), options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
-    if resume is not None and config.batch_gpu is None:
-        config = dataclasses.replace(config, batch_gpu=former_batch_gpu(resume, config.batch))
     distillation = Distillation(teacher, config, device, start, resume)  # may refuse options, so before the run folder
     if resume is not None:
         now = checkpoint.setting(vars(distillation.config), device)
@@ -74,12 +70,6 @@ def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device
     batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device)
     sizes = memory.estimate(teacher.to(device), config, batch_gpu)
     return {"batch_gpu": batch_gpu, **{name: float(f"{size:.3g}") for name, size in sizes.items()}}
-
-
-def former_batch_gpu(resume: Path, batch: int) -> int | None:
-    """The images per round of the run in a state, which its random draws depend on; None if they don't fit here."""
-    former = checkpoint.load_state(resume).get("options", {}).get("batch_gpu")
-    return former if type(former) is int and former > 0 and batch % (former * distributed.world_size()) == 0 else None
 
 
 def published_reference(teacher: str) -> str | None:

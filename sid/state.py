@@ -10,11 +10,10 @@ from dnnlib import UserError
 from edm import zoo
 from torch_utils import checkpoint, distributed
 from torch_utils.updates import Updater
-from training.training_loop import freeze_augment_mapping
+from training.training_loop import COUNTERS, freeze_augment_mapping
 
 from .config import DistillationConfig
 
-COUNTERS = ("nimg", "tick", "elapsed_sec", "at_snapshot")
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 
 
@@ -38,8 +37,7 @@ class DistillationState:
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
         self._teacher_hash = zoo.network_hash(teacher)
-        wanted = {"dropout": config.dropout, "use_fp16": config.use_fp16}
-        overrides = {name: value for name, value in wanted.items() if value is not None}
+        overrides = config.network_overrides()
         self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         if start is not None:

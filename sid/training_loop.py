@@ -13,16 +13,15 @@ from torch_utils.interruption import Interruption
 from torch_utils.training_stats import TickLog
 from torch_utils.updates import DivergenceError
 from torch_utils.watchdog import check_equal_weights
+from training.training_loop import milestones
 
 from .config import DistillationConfig
 from .distillation import Distillation
 from .doctor import Watch
-from .health import Health
+from .health import EDGE, Health
 from .loss import SiDLoss
 from .report import Report
 from .state import DistillationState
-
-TAIL = 1e-4  # the range of noise levels leaves out so much at either end
 
 
 def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> torch.nn.Module:
@@ -39,7 +38,6 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
 
     health, watch = Health(distillation), Watch(vars(config))
     total_img = int(config.total_kimg * 1000)
-    tick_img = config.kimg_per_tick * 1000
     with explained(distillation.loss), Interruption(distillation.device, config.save_minutes) as interruption:
         if state.nimg == 0:
             report.start(state.ema)
@@ -48,13 +46,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
         log.resume_clock(state.nimg)
         while state.nimg < total_img:
             distillation.iteration()
-            done = state.nimg >= total_img
-            tick = done or int(state.nimg / tick_img) != int((state.nimg - config.batch) / tick_img)
-            state.tick += tick
-            state.at_snapshot = tick and (done or state.tick % config.snapshot_ticks == 0)
-            interruption.check()
-            due = state.at_snapshot or (tick and state.tick % config.state_ticks == 0)
-            save = due or interruption.save or interruption.stop
+            tick, save = milestones(state, config, interruption)
             if tick or save:
                 distillation.check()
                 check_equal_weights(state.networks, state.nimg)
@@ -82,7 +74,7 @@ def explained(loss: SiDLoss) -> Iterator[None]:
     try:
         yield
     except DivergenceError as error:
-        low, high = loss.quantile(torch.tensor([TAIL, 1 - TAIL])).tolist()
+        low, high = loss.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
         raise DivergenceError(
             f"{error.message} and --override (the generator's loss sees noise levels {low:.2g} to {high:.2g})"
         ) from None

@@ -1,10 +1,13 @@
-"""Numeric precision of a network's body: which dtype its layers work in, while weights and losses stay float32."""
+"""How a network is computed: the dtype of its layers (weights and losses stay float32), recomputation, compilation."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
 from dnnlib import UserError
+
+from . import distributed
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,3 +52,21 @@ def checkpoint_blocks(net: torch.nn.Module) -> None:
     for module in net.modules():
         if hasattr(type(module), "checkpoint"):
             module.checkpoint = True
+
+
+def compiled(net: torch.nn.Module) -> Callable:
+    """`net` as torch.compile makes it; where that fails, `net` itself and a word why."""
+    fast = torch.compile(net, dynamic=False)
+    works = True
+
+    def call(*args, **kwargs):
+        nonlocal works
+        if works:
+            try:
+                return fast(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                works = False
+                distributed.print0(f"--compile: goes on without ({str(error).strip().splitlines()[0]})")
+        return net(*args, **kwargs)
+
+    return call

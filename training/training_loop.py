@@ -128,7 +128,7 @@ def training_loop(
     config = training.config
     states = checkpoint.StateFolder(run_dir, config.keep_states)
     log = TickLog(run_dir, training.device, training.elapsed_sec, training.nimg)
-    total_img, tick_img = int(config.total_kimg * 1000), config.kimg_per_tick * 1000
+    total_img = int(config.total_kimg * 1000)
 
     def publish() -> None:
         if training.at_snapshot and distributed.rank() == 0:
@@ -142,13 +142,7 @@ def training_loop(
         log.resume_clock(training.nimg)
         while training.nimg < total_img:
             training.iteration(batches)
-            done = training.nimg >= total_img
-            tick = done or int(training.nimg / tick_img) != int((training.nimg - config.batch) / tick_img)
-            training.tick += tick
-            training.at_snapshot = tick and (done or training.tick % config.snapshot_ticks == 0)
-            interruption.check()
-            due = training.at_snapshot or (tick and training.tick % config.state_ticks == 0)
-            save = due or interruption.save or interruption.stop
+            tick, save = milestones(training, config, interruption)
             if tick or save:
                 training.check()
                 check_equal_weights({"network": training.net, "average": training.ema}, training.nimg)
@@ -164,6 +158,22 @@ def training_loop(
             if tick:
                 log.resume_clock(training.nimg)
     return training.ema
+
+
+def milestones(progress: Any, config: Any, interruption: Interruption) -> tuple[bool, bool]:
+    """(whether a tick ends, whether a state is to be saved) after an iteration of any training.
+
+    progress: has `nimg`, `tick` and `at_snapshot`; the latter two are brought up to date. config: of this training,
+    with `total_kimg`, `batch`, `kimg_per_tick`, `snapshot_ticks` and `state_ticks`. Every process must call it.
+    """
+    tick_img = config.kimg_per_tick * 1000
+    done = progress.nimg >= int(config.total_kimg * 1000)
+    tick = done or int(progress.nimg / tick_img) != int((progress.nimg - config.batch) / tick_img)
+    progress.tick += tick
+    progress.at_snapshot = tick and (done or progress.tick % config.snapshot_ticks == 0)
+    interruption.check()
+    due = progress.at_snapshot or (tick and progress.tick % config.state_ticks == 0)
+    return tick, due or interruption.save or interruption.stop
 
 
 def load_state(path: Path, net: torch.nn.Module) -> dict[str, Any]:

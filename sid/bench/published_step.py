@@ -11,8 +11,8 @@ import types
 import torch
 
 from edm import zoo
-from sid.config import AUGMENT, DistillationConfig
-from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
+from sid.config import DistillationConfig
+from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE, resolve
 from sid.loss import OMEGA_MIN
 from sid.state import EPSILON
 from torch_utils import misc
@@ -32,22 +32,19 @@ class PublishedStep:
     """
 
     def __init__(self, teacher: torch.nn.Module, config: DistillationConfig, device: torch.device):
-        half = config.use_fp16 if config.use_fp16 is not None else teacher.use_fp16
-        self.config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
+        self.config = config = resolve(dataclasses.replace(config, precision=None), teacher, device)
         self.device, self.nimg = device, 0
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, 1)
-        augment = config.augment if config.augment is not None else AUGMENT if teacher.augment_dim else 0.0
-        self.augment_pipe = AugmentPipe(p=augment, **EDM_MULTIPLIERS) if augment else None
+        self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
 
-        wanted = {"dropout": config.dropout, "use_fp16": config.use_fp16}
-        overrides = {name: value for name, value in wanted.items() if value is not None}
+        overrides = config.network_overrides()
         self.teacher = plain_network(teacher).to(device).eval().requires_grad_(False)
         self.generator, self.fake_score, self.ema = (
             plain_network(teacher, **overrides).to(device).requires_grad_(True) for _ in range(3)
         )
         self.ema.eval().requires_grad_(False)
         freeze_augment_mapping(self.generator)
-        if not augment:
+        if not config.augment:
             freeze_augment_mapping(self.fake_score)
         self._trained = {
             net: [p for p in net.parameters() if p.requires_grad] for net in (self.generator, self.fake_score)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ PHASES = {  # methods that both kinds of step have, disjoint in time; what else 
 INIT_SIGMA = DistillationConfig.init_sigma
 
 
-class Task:
+class Task(ABC):
     """One repeatable piece of work on `images` images. clock: what it tells beside the time of the whole."""
 
     images: int
@@ -38,8 +39,8 @@ class Task:
         self.device = device
         self.clock = PhaseClock(device)
 
-    def __call__(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self) -> None: ...
 
 
 class StepTask(Task):
