@@ -43,6 +43,8 @@ PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss")
 @click.option("--blocks", help="Residual blocks per resolution [default: by --arch]", type=WholeRange(min=1))
 @click.option("--attn", help="Resolutions with self-attention [default: by --arch]", type=IntList())
 @click.option("--dropout", type=FiniteRange(0, 1), default=0.13, show_default=True)
+@click.option("--label-dropout", type=FiniteRange(0, 1), default=0.0, show_default=True,
+              help="Probability of hiding an image's label, so that guidance can leave it out")  # fmt: skip
 @click.option("--augment", help="Augmentation probability, 0 = off", type=FiniteRange(0, 1), default=0.12)
 @click.option("--xflip", help="Add the mirrored images", type=bool, default=False, show_default=True)
 @click.option("--fp16", help="Half precision on a GPU", type=bool, default=False, show_default=True)
@@ -160,6 +162,7 @@ def build_config(options, dataset, augment_dim):
         label_dim=dataset.label_dim,
         use_fp16=options["fp16"],
         dropout=options["dropout"],
+        label_dropout=options["label_dropout"],
         augment_dim=augment_dim,
     )
     given = {"model_channels": "cbase", "channel_mult": "cres", "num_blocks": "blocks", "attn_resolutions": "attn"}
