@@ -39,12 +39,12 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     sizes = {
         "weights": 3 * weights + _bytes(stored.parameters()),  # theta, its average and psi; phi
         "gradients": gradients,
-        "Adam": 4 * weights,
+        "Adam": weights * (3 if config.g_beta1 else 2),
         "activations of the fake score's phase": train + (train if config.share_images else 0),
         "activations of the generator's phase": train + 2 * through,
     }
     *constant, fake_score, generator = sizes.values()
-    sizes["peak"] = sum(constant) + max(fake_score, generator)
+    sizes["peak"] = sum(constant) + max(fake_score, generator, weights)  # Adam's step holds a copy for a moment
     return {name: size / GB for name, size in sizes.items()}
 
 

@@ -54,7 +54,8 @@ def test_weights_gradients_and_moments():
     found = memory.estimate(teacher, tiny_config(**RESOLVED), 2)
     assert found["weights"] == pytest.approx(4 * size)
     assert found["gradients"] == pytest.approx(size)
-    assert found["Adam"] == pytest.approx(4 * size)
+    assert found["Adam"] == pytest.approx(2 * size)
+    assert memory.estimate(teacher, tiny_config(**RESOLVED, g_beta1=0.9), 2)["Adam"] == pytest.approx(3 * size)
     assert next(teacher.parameters()).device.type == "cpu"
 
 

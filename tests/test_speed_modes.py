@@ -13,6 +13,7 @@ from sid.distillation import Distillation
 from sid.loss import SiDLoss, karras_sigma
 from sid.training_loop import training_loop
 from torch_utils import precision
+from torch_utils.adam import MomentumFreeAdam
 from torch_utils.updates import GROWTH_INTERVAL, MAX_SKIPPED_UPDATES, DivergenceError, Updater
 from training.networks import EDMPrecond
 
@@ -207,10 +208,17 @@ def test_the_loss_scale_halves_with_an_overflow_and_grows_back():
     assert (restored.loss_scale, restored.skipped) == (1.0, 1)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_bad_update_changes_neither_weights_nor_moments(fused):
+OPTIMIZERS = {
+    "fused": lambda parameters: torch.optim.Adam(parameters, lr=0.1, fused=True),
+    "plain": lambda parameters: torch.optim.Adam(parameters, lr=0.1, fused=False),
+    "momentum-free": lambda parameters: MomentumFreeAdam(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_bad_update_changes_neither_weights_nor_moments(optimizer):
     net, _ = scaled_updater()
-    updater = Updater("network", net.parameters(), torch.optim.Adam(net.parameters(), lr=0.1, fused=fused))
+    updater = Updater("network", net.parameters(), OPTIMIZERS[optimizer](net.parameters()))
     updater.backward(net(torch.ones(1, 3)).sum())
     updater.step()
     before = [t.clone() for t in [*net.parameters(), *updater.optimizer.state[net.weight].values()]]
@@ -222,3 +230,28 @@ def test_a_bad_update_changes_neither_weights_nor_moments(fused):
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     with pytest.raises(DivergenceError):
         updater.check(0)
+
+
+def test_adam_without_a_first_moment_is_adam():
+    weights = {kind: [torch.randn(5, 3).double().requires_grad_(), torch.zeros(4).double().requires_grad_()]
+               for kind in ("ours", "theirs")}  # fmt: skip
+    for ours, theirs in zip(*weights.values()):
+        theirs.data.copy_(ours.data)
+    optimizers = [
+        MomentumFreeAdam(weights["ours"], lr=0.03, beta2=0.999, eps=1e-4),
+        torch.optim.Adam(weights["theirs"], lr=0.03, betas=(0.0, 0.999), eps=1e-4),
+    ]
+    for step in range(6):
+        for ours, theirs in zip(*weights.values()):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        optimizers[0].found_inf = torch.zeros([]) if step % 2 else None
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == 2:  # a state can be saved, read and gone on from
+            restored = MomentumFreeAdam(weights["ours"], lr=1.0)
+            restored.load_state_dict(optimizers[0].state_dict())
+            optimizers[0] = restored
+    for ours, theirs in zip(*weights.values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    assert set(optimizers[0].state[weights["ours"][0]]) == {"updates", "exp_avg_sq"}

@@ -9,6 +9,7 @@ import torch
 from dnnlib import UserError
 
 from . import distributed
+from .adam import MomentumFreeAdam
 
 GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value, SPEC §2
 MAX_SKIPPED_UPDATES = 10  # so many non-finite gradients in a row end the run
@@ -58,8 +59,10 @@ class Updater:
         eps: float = 1e-8,
         loss_scaling: bool = False,
     ) -> "Updater":
-        """Adam on the trainable parameters of `net`, in one kernel where the device has it."""
+        """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0."""
         trainable = [p for p in net.parameters() if p.requires_grad]
+        if beta1 == 0:
+            return cls(name, trainable, MomentumFreeAdam(trainable, lr, beta2, eps), loss_scaling)
         fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
         return cls(name, trainable, optimizer, loss_scaling)
@@ -82,8 +85,9 @@ class Updater:
         torch.nn.utils.clip_grad_value_(self._parameters, GRADIENT_LIMIT)
         for group, lr in zip(self.optimizer.param_groups, self._base_lrs):
             group["lr"] = lr * lr_factor
-        if all(group.get("fused") for group in self.optimizer.param_groups):
-            self.optimizer.found_inf = bad  # the fused kernel leaves everything as it is where this is 1
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        if fused or isinstance(self.optimizer, MomentumFreeAdam):
+            self.optimizer.found_inf = bad  # leaves everything as it is where this is 1
             self.optimizer.step()
         elif not bad:
             self.optimizer.step()
@@ -138,7 +142,8 @@ class Updater:
         fused = [group.get("fused") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, is_fused in zip(self.optimizer.param_groups, fused):
-            group["fused"] = is_fused  # this machine's, not that of the machine which saved the state
+            if "fused" in group:
+                group["fused"] = is_fused  # this machine's, not that of the machine which saved the state
         device = self._parameters[0].device
         self._counts = {name: torch.tensor(state["counts"][name], device=device) for name in COUNTS}
         if self.loss_scale is not None and state["loss_scale"] is not None:
