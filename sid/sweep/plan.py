@@ -50,6 +50,7 @@ class Plan:
 
     title: str
     stem: str
+    seeds: list[int]
     runs: list[Run]
 
     @property
@@ -80,7 +81,7 @@ def load_plan(path: str) -> Plan:
         raise UserError(f"{path}: a setting with an empty list makes no runs; give it values")
     runs = [_make_run(path, name, seed, common, own) for seed in seeds for name, own in settings.items()]
     stem = Path(path).stem
-    return Plan(str(content.get("title", stem)), stem, runs)
+    return Plan(str(content.get("title", stem)), stem, seeds, runs)
 
 
 def _read(path: Path, may_include: bool = True) -> dict[str, Any]:

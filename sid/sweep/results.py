@@ -1,5 +1,6 @@
 """Writes what a sweep found: NAME.jsonl with the records, NAME.md with the table, two plots."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,7 +11,8 @@ from .folders import run_records
 from .plan import Plan
 from .table import Curve, curve, fid_metric, markdown, traces
 
-INCHES, DOTS_PER_INCH = (8, 4.5), 100
+INCHES, DOTS_PER_INCH, COLOURS = (8, 4.5), 100, 128
+LABELLED = "2357"  # first digits of numbers between powers of ten that have room at the axis
 STYLES = ("-", "--", ":", "-.")  # beside ten colours
 
 
@@ -20,7 +22,7 @@ def write_results(plan: Plan, outdir: Path) -> str:
     Errors: UserError when a folder holds another run, or damaged records.
     """
     records = [record for run in plan.runs for record in run_records(run, outdir / run.name)]
-    table = markdown(records, plan.settings)
+    table = markdown(records, plan.settings, plan.seeds)
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     for name, text in ((f"{plan.stem}.jsonl", lines), (f"{plan.stem}.md", f"# {plan.title}\n\n{table}")):
         with write_atomically(outdir / name) as file:
@@ -47,6 +49,7 @@ def _plot_all(plan: Plan, records: list[dict[str, Any]], outdir: Path) -> None:
 
 def plot(curves: dict[str, Curve], axis: str, metric: str, title: str, file: BinaryIO) -> None:
     """FID against 'kimg' or 'seconds', both logarithmic: the mean over seeds, and a band from lowest to highest."""
+    import PIL.Image
     from matplotlib.figure import Figure  # and no pyplot: no display, no global state
 
     figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
@@ -59,8 +62,11 @@ def plot(curves: dict[str, Curve], axis: str, metric: str, title: str, file: Bin
     axes.set_title(title, fontsize="medium")
     for ticks in (axes.xaxis, axes.yaxis):
         ticks.set_major_formatter("{x:g}")
-        ticks.set_minor_formatter("{x:g}")
+        ticks.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in LABELLED else "")
     axes.tick_params(which="both", labelsize="small")
     axes.grid(which="both", alpha=0.2)
     figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(file, format="png", metadata={"Software": None})  # the same bytes from the same records
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    picture = PIL.Image.open(drawn).convert("RGB").quantize(COLOURS, dither=PIL.Image.Dither.NONE)
+    picture.save(file, format="png", optimize=True)  # small, and the same bytes from the same records

@@ -102,7 +102,6 @@ def summarise(records: list[dict[str, Any]], settings: list[str]) -> list[dict[s
         rates = [run.seconds[-1][1] / run.seconds[-1][0] for run in runs if run.seconds]
         row = {
             "setting": setting,
-            "runs": len(runs),
             "finished": len(finished),
             "failed": [run.failure for run in runs if run.failure],
             "last": _mean_sd([run.points[-1][1] for run in finished]),
@@ -126,7 +125,7 @@ def _mean_sd(values: list[float]) -> tuple[float | None, float | None]:
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-def markdown(records: list[dict[str, Any]], settings: list[str]) -> str:
+def markdown(records: list[dict[str, Any]], settings: list[str], seeds: list[int]) -> str:
     """The table, and under it a line for each run that failed."""
     rows, metric = summarise(records, settings), fid_metric(records)
     level = rows[0]["level"]
@@ -134,7 +133,7 @@ def markdown(records: list[dict[str, Any]], settings: list[str]) -> str:
     head = ["setting", "runs", f"{metric or 'FID'} at the end", "of the best snapshot", reached, "images, relative"]
     lines = [[*head, "sec/kimg, relative"], ["---"] * (len(head) + 1)]
     for row in rows:
-        runs = f"{row['finished']}" if row["finished"] == row["runs"] else f"{row['finished']} of {row['runs']}"
+        runs = f"{row['finished']}" if row["finished"] == len(seeds) else f"{row['finished']} of {len(seeds)}"
         reached, relative = _number(row["kimg_to_level"]), _number(row["kimg_to_level_ratio"], 2)
         if level is not None and row["finished"] and row["kimg_to_level"] is None:
             reached = relative = "never"
