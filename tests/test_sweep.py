@@ -111,7 +111,7 @@ def test_the_questions_are_sound():
         assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", 1.2, 35]
         for run in plan.runs:
             assert known.setdefault(run.name, run.recorded) == run.recorded  # one name, one run, whichever file asks
-    assert len(QUESTIONS) == 7
+    assert len(QUESTIONS) >= 7
     objectives = {run.recorded["objective"] for run in load_plan(str(QUESTIONS[0])).runs}
     assert objectives == {"sid", "l1", "l2", "cross", "full"}
 
@@ -317,6 +317,21 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, pr
     failure = {"exit_code": 3, "message": "theta diverged"}
     assert first == {"setting": "one", "options": {}, "seed": 0, "failure": failure}
     assert second["failure"]["exit_code"] == 1
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "output", "expected"),
+    [
+        (0, "one\ntwo\n", (0, "two")),
+        (-9, "", (-9, "")),
+        (2, "Error: no --lr\nbye\n", (2, "no --lr")),
+        (1, "[rank1]: torch.OutOfMemoryError: 1 GB\n", (1, "torch.OutOfMemoryError: 1 GB")),
+        (1, "Error: x\nerrors.ChildFailedError: \n  exitcode  : 1 (pid: 3)\n  exitcode  : 5 (pid: 4) \n", (5, "x")),
+        (0, "  exitcode  : 1 (pid: 3)\nError: told before a restart\n", (0, "told before a restart")),
+    ],
+)
+def test_what_a_run_said_last(exit_code, output, expected):
+    assert runner.outcome(exit_code, output) == expected
 
 
 def test_two_sweeps_never_share_a_folder_at_a_time(tmp_path):

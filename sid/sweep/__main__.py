@@ -42,7 +42,7 @@ def main(file: str, outdir: str, nproc: int, only: str | None, report: bool, dry
             exit_code = run_all(chosen, folder, nproc)
     print(f"\n{write_results(plan, folder)}\n{folder / plan.stem}.md", flush=True)
     if exit_code == STOPPED:
-        print(f"Stopped; the run's state is saved. To continue:\n{continue_command()}", flush=True)
+        print(f"Stopped. To continue:\n{continue_command()}", flush=True)
     raise SystemExit(exit_code)
 
 

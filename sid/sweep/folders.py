@@ -54,7 +54,7 @@ def is_finished(folder: Path, options: dict[str, Any]) -> bool:
     stats = read_stats(folder)
     last = stats[-1]["Progress/kimg"] if stats else -1
     measured = read_metrics(folder, options["metrics"])
-    return 1000 * last >= int(options["total_kimg"] * 1000) and all(last in of for of in measured.values())
+    return round(1000 * last) >= int(options["total_kimg"] * 1000) and all(last in of for of in measured.values())
 
 
 def read_run_options(folder: Path) -> dict[str, Any] | None:

@@ -77,8 +77,6 @@ def load_plan(path: str) -> Plan:
             settings[full_name] = options
             if len(settings) * len(seeds) > MAX_RUNS:
                 raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
-    if not settings:
-        raise UserError(f"{path}: a setting with an empty list makes no runs; give it values")
     runs = [_make_run(path, name, seed, common, own) for seed in seeds for name, own in settings.items()]
     stem = Path(path).stem
     return Plan(str(content.get("title", stem)), stem, seeds, runs)
@@ -114,6 +112,8 @@ def _expand(path: str, name: str, table: Any) -> Iterator[tuple[str, dict[str, A
     if not isinstance(table, dict):
         raise UserError(f"{path}: settings.{name}: not a table of options")
     lists = {option: values for option, values in table.items() if isinstance(values, list)}
+    if [] in lists.values():
+        raise UserError(f"{path}: setting {name}: an empty list makes no runs; give it values")
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values))
         yield "-".join([name, *(f"{option}={_text(value)}" for option, value in chosen.items())]), {**table, **chosen}

@@ -14,6 +14,7 @@ from .plan import PROGRAM, Run
 
 CONSOLE_FILE = "console.txt"  # all that a run's processes print, in its folder
 MEANING = {REFUSED: "an option or a file is wrong", DIVERGED: "diverged", 4: "weights differ", 5: "a process hangs"}
+ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:Error|[\w.]+Error|[\w.]+Exception): .+)")  # a traceback's last line too
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -115,9 +116,7 @@ def outcome(exit_code: int, output: str) -> tuple[int, str]:
     """
     codes = re.findall(r"^\s*exitcode\s*:\s*(-?\d+)", output, re.MULTILINE)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [
-        line for line in lines if re.match(r"(Error|\w+Error|\w+Exception): ", line) and "ChildFailed" not in line
-    ]
+    errors = [match[1] for line in lines if (match := ERROR.match(line))]
     message = (errors or lines or [""])[-1].removeprefix("Error: ")
     return (int(codes[-1]) if exit_code and codes else exit_code), message
 

@@ -19,7 +19,7 @@ class Trace:
 
     @property
     def is_finished(self) -> bool:
-        return bool(self.points) and 1000 * self.points[-1][0] >= int(1000 * self.total_kimg)
+        return bool(self.points) and round(1000 * self.points[-1][0]) >= int(self.total_kimg * 1000)
 
 
 @dataclasses.dataclass
