@@ -17,6 +17,7 @@ import click
 MAX_MESSAGE = 2000  # characters; longer ones, of overlong options, lose their middle
 MAX_NUMBER = 1e30  # of options: its products with the thousand images of a kimg are finite too
 MAX_WHOLE_NUMBER = 2**31 - 1
+LOCK_FILE = ".lock"
 
 
 class UserError(click.ClickException):
@@ -229,3 +230,24 @@ def remove_unfinished(folder: str | os.PathLike) -> None:
     for path in Path(folder).glob(".*.part"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps a second run out of a folder while open; the lock ends with the process, however that ends.
+
+    Errors: UserError naming --outdir when another run has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(Path(folder) / LOCK_FILE, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--outdir={folder}: another run is at work there; wait for its end or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from dnnlib import Logger, UserError, remove_unfinished, write_atomically
+from dnnlib import Logger, UserError, locked_folder, remove_unfinished, write_atomically
 from torch_utils import checkpoint, distributed
 
 MAX_NAME_BYTES = 255  # on all usual disks
 OPTIONS_FILE = "training_options.json"
-LOCK_FILE = ".lock"
 # How the command lines name an option that has another name here, and in which unit they take it.
 OPTION_NAMES: dict[str, tuple[str, float]] = {
     "total_kimg": ("duration", 1000),
@@ -127,7 +126,7 @@ def create(outdir: str, description: str, nosubdir: bool, options: dict, resume:
     if distributed.rank() != 0:
         yield path
         return
-    with _locked(path):
+    with locked_folder(path):
         remove_unfinished(path)
         if resume is not None:
             checkpoint.set_aside_later(resume)
@@ -165,24 +164,6 @@ def _new_folder(outdir: Path, description: str, nosubdir: bool) -> Path:
 def _last_folder(outdir: Path, description: str) -> Path | None:
     folders = [p for p in outdir.glob("*") if re.fullmatch(rf"\d{{5}}-{re.escape(description)}", p.name)]
     return max(folders, default=None)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of a folder while open; the lock ends with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(folder / LOCK_FILE, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"--outdir={folder}: another run is at work there; wait for its end or stop it") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 def _on_process_0(action: Callable[[], Any]) -> Any:

@@ -24,6 +24,7 @@ from edm.metrics.small_classifier import SmallClassifier
 from sid import doctor, report
 from sid.bench import __main__ as bench
 from sid.bench import gradients
+from sid.sweep import __main__ as sweep
 from training.networks import EDMPrecond
 
 NETWORK = {"model_type": "SongUNet", "model_channels": 4, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -46,13 +47,14 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "sid.doctor": (doctor.main, ["{made}/run"]),
     "sid.bench.gradients": (gradients.main, ["{made}/run"]),
     "sid.bench": (bench.main, ["--recipe=micro", "--steps=1", "--rounds=1", "--device=cpu"]),
+    "sid.sweep": (sweep.main, ["--outdir=new", "{made}/sweep.toml"]),
     "edm.metrics.train_detector": (
         train_detector.main,
         ["--data={made}/images", "--test={made}/images", "--dest=new.safetensors", "--batch=2", "--device=cpu"],
     ),
 }
 READ = {"edm_model", "data_stat", "transfer", "resume", "detector", "data", "images", "ref", "network", "source"}
-READ |= {"test", "names", "run"}  # what names something to read
+READ |= {"test", "names", "run", "file"}  # what names something to read
 
 NOWHERE = ["\0", "a\0b", "a\nb", "\x1b[2Jx", "\udcff", ""]  # no option takes such text
 NO_NUMBER = [*NOWHERE, "abc", "nan", "1e400", "-inf", "9" * 5000, "-1e31", "1e31", "0x1", "1 2", "²"]
@@ -105,6 +107,7 @@ def made(tmp_path_factory):
     labels = [[name, i % 2] for i, name in enumerate(names)]
     (folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
     (folder / "file").write_bytes(b"a file")
+    (folder / "sweep.toml").write_text("[settings.one]\n")
     save_detector(SmallClassifier(**DETECTOR), folder / "detector.safetensors", DETECTOR)
     record = {"detector_file": "detector.safetensors", "detector": "detector"}
     np.savez(folder / "ref.npz", mu=np.zeros(128), sigma=np.eye(128), record=json.dumps(record))
@@ -132,6 +135,7 @@ def invoke(made, tmp_path, monkeypatch):
         (report, "compare"),
         (bench, "run"),
         (gradients, "compare"),
+        (sweep, "run_all"),
     ):
         monkeypatch.setattr(module, work, stop)
     monkeypatch.setattr(train_detector, "_augment", stop)

@@ -83,7 +83,15 @@ COMMANDS = [
     ["fid.py"],
     *(
         ["-m", name]
-        for name in ("edm.train", "edm.dataset_tool", "sid.report", "sid.doctor", "sid.bench", "sid.bench.gradients")
+        for name in (
+            "edm.train",
+            "edm.dataset_tool",
+            "sid.report",
+            "sid.doctor",
+            "sid.bench",
+            "sid.bench.gradients",
+            "sid.sweep",
+        )
     ),
 ]
 

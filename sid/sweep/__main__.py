@@ -1,0 +1,65 @@
+"""Queues distillations, resumes after a break, reports: python -m sid.sweep docs/ablations/q1-objectives.toml"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from dnnlib import Command, UserError, WholeRange, locked_folder
+from sid.sweep.folders import STOPPED, status
+from sid.sweep.plan import Run, load_plan
+from sid.sweep.results import write_results
+from sid.sweep.runner import describe, run_all
+
+
+@click.command(cls=Command, context_settings={"show_default": True})
+@click.argument("file")
+@click.option("--outdir", help="Where run folders and results are; several sweeps may share it", default="sweeps")
+@click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)
+@click.option("--only", help="Settings to run, with commas between")
+@click.option("--report", help="Run nothing: make records, table and plots from what is there", is_flag=True)
+@click.option("-n", "--dry-run", help="Print how far each run is, and its command; change nothing", is_flag=True)
+def main(file: str, outdir: str, nproc: int, only: str | None, report: bool, dry_run: bool) -> None:
+    """Run the distillations that FILE describes, one after the other; make a table and plots of their FID.
+
+    The same command goes on after a break and repeats no finished run. Exit code 0: all finished; 1: some failed;
+    75: stopped by a signal, run it again. docs/ablations.md has the format of FILE.
+    """
+    plan, folder = load_plan(file), Path(outdir)
+    chosen = choose(plan.runs, only)
+    if dry_run:
+        print(describe(chosen, folder, nproc))
+        return
+    if report and not folder.is_dir():
+        raise UserError(f"--outdir={outdir}: no such folder; name that of a sweep")
+    exit_code = 0
+    if not report:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked_folder(folder):
+            for run in plan.runs:
+                status(run, folder / run.name)  # refuses what has changed now, not after hours of running
+            exit_code = run_all(chosen, folder, nproc)
+    print(f"\n{write_results(plan, folder)}\n{folder / plan.stem}.md", flush=True)
+    if exit_code == STOPPED:
+        print(f"Stopped. To continue:\n{continue_command()}", flush=True)
+    raise SystemExit(exit_code)
+
+
+def choose(runs: list[Run], only: str | None) -> list[Run]:
+    """The runs of the settings that --only names; all without it."""
+    if only is None:
+        return runs
+    names, known = set(only.split(",")), {run.setting for run in runs}
+    unknown = sorted(names - known)
+    if unknown:
+        raise UserError(f"--only={only}: no setting {unknown[0]!r} in FILE; it has {', '.join(sorted(known))}")
+    return [run for run in runs if run.setting in names]
+
+
+def continue_command() -> str:
+    return shlex.join(["python", "-m", "sid.sweep", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

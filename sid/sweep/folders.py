@@ -1,0 +1,147 @@
+"""What a run folder tells: how far its run is, and its records. Nothing is kept elsewhere, so all can be rebuilt."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dnnlib import UserError, write_atomically
+from sid.doctor import read_records
+
+from .plan import Run, recorded_options
+
+OPTIONS_FILE = "training_options.json"  # edm.run_folder.OPTIONS_FILE, which loads torch; a test compares
+FAILURE_FILE = "failure.json"
+REFUSED, DIVERGED, STOPPED = 2, 3, 75  # exit codes of sid_train.py: docs/reliability.md
+# What doesn't change a result, and what only the run itself finds out.
+FREE = {"outdir", "nosubdir", "desc", "resume", "override", "dry_run", "state_ticks", "save_minutes", "keep_states"}
+FREE |= {"timeout", "cache", "workers"}
+
+
+def status(run: Run, folder: Path) -> str:
+    """'new', 'begun', 'finished', 'diverged' (it would do so again) or 'failed'.
+
+    Errors: UserError when the folder holds a run with other options, or its records are damaged.
+    """
+    failure = read_failure(folder)
+    options = read_run_options(folder)
+    if options is not None:
+        check_unchanged(run, folder, options)
+        if is_finished(folder, options):
+            return "finished"
+    if failure:
+        return "diverged" if failure["exit_code"] == DIVERGED else "failed"
+    return "new" if options is None else "begun"
+
+
+def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
+    """Errors: UserError naming an option in which the run in `folder` differs from the one asked for."""
+    there = {**recorded_options(()), **options}  # an older run lacks newer options, which then were as by default
+    for name, wanted in run.recorded.items():
+        found = there[name]
+        if name == "metrics":  # recorded as a list, and resolved where not given, as is data_stat
+            found = wanted if wanted is None else ",".join(found or [])
+            wanted = wanted and ",".join(part.strip() for part in wanted.split(","))
+        if name not in FREE and found != wanted and not (name == "data_stat" and wanted is None):
+            raise UserError(
+                f"{folder} has {name} = {json.dumps(found)}, setting {run.setting} asks for {json.dumps(wanted)}:"
+                f" give the setting another name, or remove the folder"
+            )
+
+
+def is_finished(folder: Path, options: dict[str, Any]) -> bool:
+    """Whether the last tick was at the end and every metric has been measured there."""
+    stats = read_stats(folder)
+    last = stats[-1]["Progress/kimg"] if stats else -1
+    measured = read_metrics(folder, options["metrics"])
+    return round(1000 * last) >= int(options["total_kimg"] * 1000) and all(last in of for of in measured.values())
+
+
+def read_run_options(folder: Path) -> dict[str, Any] | None:
+    """training_options.json; None if the run hasn't begun. Errors: UserError when it is damaged."""
+    path = folder / OPTIONS_FILE
+    if not path.exists():
+        return None
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(options["metrics"], list) and options["total_kimg"] > 0 and options["processes"] > 0:
+            return options
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{path}: not that of a distillation; remove the folder {folder} to have the run made anew")
+
+
+def read_stats(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "stats.jsonl"
+    return read_records(path, "Progress/kimg", "Timing/img_per_sec") if path.exists() else []
+
+
+def read_metrics(folder: Path, names: list[str]) -> dict[str, dict[float, dict[str, Any]]]:
+    """{metric: {kimg: its record}}."""
+    paths = {name: folder / f"metric-{name}.jsonl" for name in names}
+    found = {name: read_records(path, "kimg", "value") if path.exists() else [] for name, path in paths.items()}
+    return {name: {record["kimg"]: record for record in records} for name, records in found.items()}
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """exit_code and message of the last attempt, if it failed."""
+    path = folder / FAILURE_FILE
+    if not path.exists():
+        return None
+    try:
+        failure = json.loads(path.read_text(encoding="utf-8"))
+        return {"exit_code": int(failure["exit_code"]), "message": str(failure["message"])}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{path}: damaged; remove it to have the run tried again") from None
+
+
+def write_failure(folder: Path, exit_code: int, message: str) -> None:
+    with write_atomically(folder / FAILURE_FILE) as file:
+        file.write((json.dumps({"exit_code": exit_code, "message": message}) + "\n").encode())
+
+
+def run_records(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """One record per snapshot that was measured, by kimg; one more with the failure if the run failed."""
+    options, state = read_run_options(folder), status(run, folder)
+    what = {"setting": run.setting, "options": run.options, "seed": run.seed}
+    records = []
+    if options is not None:
+        measured = read_metrics(folder, options["metrics"])
+        seconds = training_seconds(read_stats(folder))
+        for kimg in sorted({kimg for of in measured.values() for kimg in of}):
+            here = {name: of[kimg] for name, of in measured.items() if kimg in of}
+            any_record = next(iter(here.values()))
+            records.append(
+                {
+                    **what,
+                    "kimg": kimg,
+                    "total_kimg": options["total_kimg"],
+                    "seconds": seconds.get(kimg),
+                    "metrics": {name: _finite(record.get("values", {})) for name, record in here.items()},
+                    "network_sha256": any_record.get("network_sha256"),
+                    "device": any_record.get("device"),
+                    "processes": options["processes"],
+                    "versions": any_record.get("versions", {}),
+                }
+            )
+    if state in ("diverged", "failed"):
+        records.append({**what, "failure": read_failure(folder)})
+    return records
+
+
+def training_seconds(stats: list[dict[str, Any]]) -> dict[float, float]:
+    """{kimg: seconds of training so far, without pictures and metrics}, at 0 and at every tick.
+
+    From the rate of each tick: its seconds lack what was done before, when a run was stopped within it.
+    """
+    total, before, found = 0.0, 0.0, {0.0: 0.0}
+    for record in stats:
+        kimg, rate = record["Progress/kimg"], record["Timing/img_per_sec"]
+        total += 1000 * (kimg - before) / rate if rate > 0 else 0.0
+        before = kimg
+        found[kimg] = total
+    return found
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,0 +1,167 @@
+"""What a sweep file asks for: settings, seeds, and the options of each run. docs/ablations.md has the format."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib import UserError, user_path, without_password
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROGRAM = Path(__file__).resolve().parents[2] / "sid_train.py"  # what the runs execute; its options are asked of it
+KEYS = {"title", "include", "seeds", "common", "settings"}  # of a sweep file
+OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  # options that the sweep gives itself
+NAME = re.compile(r"[A-Za-z0-9_][\w.=+-]{0,99}", re.ASCII)  # of a setting: becomes part of a folder's name
+MAX_RUNS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One distillation. options: those of its setting, as in the file; arguments: all of sid_train.py but the place;
+    recorded: what its run folder's training_options.json will say of them."""
+
+    setting: str
+    seed: int
+    options: dict[str, Any]
+    arguments: tuple[str, ...]
+    recorded: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """runs: seed by seed, so that a sweep that is broken off has something of every setting; the first setting is the
+    baseline. stem: names the files of the results."""
+
+    title: str
+    stem: str
+    seeds: list[int]
+    runs: list[Run]
+
+    @property
+    def settings(self) -> list[str]:
+        return list(dict.fromkeys(run.setting for run in self.runs))
+
+
+def load_plan(path: str) -> Plan:
+    """Reads a sweep file and holds every run in it against the options of sid_train.py.
+
+    Errors: UserError naming the file, the setting, and the option that is wrong.
+    """
+    content = _read(user_path(path))
+    seeds, common, tables = content.get("seeds", [0]), content["common"], content.get("settings")
+    if not _is_list_of(int, seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: seeds = {seeds}: give a list of different whole numbers, such as [0, 1, 2]")
+    if not isinstance(tables, dict) or not tables:
+        raise UserError(f"{path}: needs tables [settings.NAME], each with options of sid_train.py")
+    settings: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        for full_name, options in _expand(path, name, table):
+            if not NAME.fullmatch(full_name) or full_name in settings:
+                raise UserError(f"{path}: setting {full_name!r}: not a name of its own of letters, digits, _ . = + -")
+            settings[full_name] = options
+            if len(settings) * len(seeds) > MAX_RUNS:
+                raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
+    runs = [_make_run(path, name, seed, common, own) for seed in seeds for name, own in settings.items()]
+    stem = Path(path).stem
+    return Plan(str(content.get("title", stem)), stem, seeds, runs)
+
+
+def _read(path: Path, may_include: bool = True) -> dict[str, Any]:
+    """The tables of a file over those of the file that it includes, if any, whose path is relative to its own."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a sweep file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a sweep file in TOML ({error}); docs/ablations.md has the format") from None
+    unknown = sorted(content.keys() - KEYS)
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]}: not one of {', '.join(sorted(KEYS))}")
+    if not isinstance(content.setdefault("common", {}), dict):
+        raise UserError(f"{path}: common = …: write a table [common] with options of sid_train.py")
+    if "include" in content:
+        if not may_include:
+            raise UserError(f"{path}: include: an included file can't include another; move its options there")
+        included = _read(path.parent / str(content.pop("include")), may_include=False)
+        content = {**included, **content, "common": {**included["common"], **content["common"]}}
+    return content
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is kind for item in value)
+
+
+def _expand(path: str, name: str, table: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, options) of the settings that a table stands for: an option with a list stands for each of its values."""
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: settings.{name}: not a table of options")
+    lists = {option: values for option, values in table.items() if isinstance(values, list)}
+    if [] in lists.values():
+        raise UserError(f"{path}: setting {name}: an empty list makes no runs; give it values")
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values))
+        yield "-".join([name, *(f"{option}={_text(value)}" for option, value in chosen.items())]), {**table, **chosen}
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _make_run(path: str, name: str, seed: int, common: dict[str, Any], own: dict[str, Any]) -> Run:
+    try:
+        arguments = (*_arguments({**common, **own}), f"--seed={seed}")
+        recorded = recorded_options(arguments)
+    except click.ClickException as error:
+        raise UserError(f"{path}: setting {name}: {error.format_message()}") from None
+    if recorded["metrics"] == "none":
+        raise UserError(f"{path}: setting {name}: metrics = none: a sweep compares FID; name one, such as fid5k")
+    return Run(name, seed, own, arguments, recorded)
+
+
+def _arguments(options: dict[str, Any]) -> Iterator[str]:
+    """Options of sid_train.py as on its command line."""
+    known = {name.lstrip("-"): p for p in _program()["main"].params for name in p.opts if name.startswith("--")}
+    for name, value in options.items():
+        if name in OWN:
+            raise UserError(f"{name}: the sweep gives it itself: leave it out")
+        if name not in known:
+            raise UserError(f"{name}: not an option of sid_train.py, which --help lists")
+        if not isinstance(value, bool | int | float | str) or value == "":
+            raise UserError(f"{name} = {value!r}: give a text, a number, true or false")
+        if getattr(known[name], "is_flag", False):
+            yield from [f"--{name}"] if value else []
+        else:  # a float in full, not as in names
+            yield f"--{name}={_text(value) if isinstance(value, bool) else value}"
+
+
+def recorded_options(arguments: tuple[str, ...]) -> dict[str, Any]:
+    """What training_options.json says of a command line of sid_train.py, but for what is found out when it runs.
+
+    Errors: click.ClickException when sid_train.py wouldn't take it.
+    """
+    program = _program()
+    options = program["main"].make_context(PROGRAM.name, list(arguments)).params
+    config = program["build_config"](options)
+    return json.loads(without_password(json.dumps({**vars(config), **options})))
+
+
+@functools.cache
+def _program() -> dict[str, Any]:
+    """The names in sid_train.py. It stands above this package, which drives it as a program and doesn't import it."""
+    return runpy.run_path(str(PROGRAM))

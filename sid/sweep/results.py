@@ -1,0 +1,72 @@
+"""Writes what a sweep found: NAME.jsonl with the records, NAME.md with the table, two plots."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dnnlib import write_atomically
+
+from .folders import run_records
+from .plan import Plan
+from .table import Curve, curve, fid_metric, markdown, traces
+
+INCHES, DOTS_PER_INCH, COLOURS = (8, 4.5), 100, 128
+LABELLED = "2357"  # first digits of numbers between powers of ten that have room at the axis
+STYLES = ("-", "--", ":", "-.")  # beside ten colours
+
+
+def write_results(plan: Plan, outdir: Path) -> str:
+    """Makes all files anew from the run folders of `plan`, whatever is there; returns the table.
+
+    Errors: UserError when a folder holds another run, or damaged records.
+    """
+    records = [record for run in plan.runs for record in run_records(run, outdir / run.name)]
+    table = markdown(records, plan.settings, plan.seeds)
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    for name, text in ((f"{plan.stem}.jsonl", lines), (f"{plan.stem}.md", f"# {plan.title}\n\n{table}")):
+        with write_atomically(outdir / name) as file:
+            file.write(text.encode())
+    _plot_all(plan, records, outdir)
+    return table
+
+
+def _plot_all(plan: Plan, records: list[dict[str, Any]], outdir: Path) -> None:
+    metric = fid_metric(records)
+    curves = {setting: curve(traces(records, setting, metric)) for setting in plan.settings}
+    curves = {setting: line for setting, line in curves.items() if line.kimg}
+    if not curves:
+        return
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        print("No plots: they need matplotlib; pip install '.[plots]'", flush=True)
+        return
+    for axis in ("kimg", "seconds"):
+        with write_atomically(outdir / f"{plan.stem}-{axis}.png") as file:
+            plot(curves, axis, metric, plan.title, file)
+
+
+def plot(curves: dict[str, Curve], axis: str, metric: str, title: str, file: BinaryIO) -> None:
+    """FID against 'kimg' or 'seconds', both logarithmic: the mean over seeds, and a band from lowest to highest."""
+    import PIL.Image
+    from matplotlib.figure import Figure  # and no pyplot: no display, no global state
+
+    figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    for i, (setting, line) in enumerate(curves.items()):
+        x, look = getattr(line, axis), {"color": f"C{i % 10}"}
+        axes.plot(x, line.mean, label=setting, linestyle=STYLES[i // 10 % len(STYLES)], marker=".", **look)
+        axes.fill_between(x, line.low, line.high, alpha=0.15, linewidth=0, **look)
+    axes.set(xscale="log", yscale="log", xlabel=axis if axis == "kimg" else "seconds of training", ylabel=metric)
+    axes.set_title(title, fontsize="medium")
+    for ticks in (axes.xaxis, axes.yaxis):
+        ticks.set_major_formatter("{x:g}")
+        ticks.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in LABELLED else "")
+    axes.tick_params(which="both", labelsize="small")
+    axes.grid(which="both", alpha=0.2)
+    figure.legend(loc="outside right upper", fontsize="small")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    picture = PIL.Image.open(drawn).convert("RGB").quantize(COLOURS, dither=PIL.Image.Dither.NONE)
+    picture.save(file, format="png", optimize=True)  # small, and the same bytes from the same records

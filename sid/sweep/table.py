@@ -1,0 +1,153 @@
+"""The numbers of a sweep, from its records alone: means over seeds, images needed for a given FID, a Markdown table."""
+
+import dataclasses
+import math
+import statistics
+from typing import Any
+
+Point = tuple[float, float]  # kimg, FID
+
+
+@dataclasses.dataclass
+class Trace:
+    """What one run measured. points, seconds: (kimg, FID) and (kimg, seconds of training) of its trained snapshots."""
+
+    points: list[Point]
+    seconds: list[Point]
+    total_kimg: float
+    failure: dict[str, Any] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.points) and round(1000 * self.points[-1][0]) >= int(self.total_kimg * 1000)
+
+
+@dataclasses.dataclass
+class Curve:
+    """Mean over the seeds of a setting at each kimg that all of them have, with the lowest and highest."""
+
+    kimg: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    seconds: list[float]  # mean over the seeds
+
+
+def fid_metric(records: list[dict[str, Any]]) -> str | None:
+    """The first FID among the metrics."""
+    names = (name for record in records for name in record.get("metrics", {}))
+    return next((name for name in names if name.startswith("fid")), None)
+
+
+def traces(records: list[dict[str, Any]], setting: str, metric: str | None) -> list[Trace]:
+    """The runs of a setting, by seed. FIDs that aren't finite are left out."""
+    found = {}
+    for record in records:
+        if record["setting"] != setting:
+            continue
+        trace = found.setdefault(record["seed"], Trace([], [], math.inf))
+        if "failure" in record:
+            trace.failure = record["failure"]
+            continue
+        trace.total_kimg = record["total_kimg"]
+        fid = record["metrics"].get(metric, {}).get("fid")
+        if record["kimg"] > 0 and fid is not None:
+            trace.points.append((record["kimg"], fid))
+        if record["kimg"] > 0 and record["seconds"] is not None:
+            trace.seconds.append((record["kimg"], record["seconds"]))
+    return [found[seed] for seed in sorted(found)]
+
+
+def curve(runs: list[Trace]) -> Curve:
+    """Of the finished runs; of those under way as long as there are none."""
+    runs = [run for run in runs if run.is_finished] or [run for run in runs if run.points]
+    fids, seconds = [dict(run.points) for run in runs], [dict(run.seconds) for run in runs]
+    shared = sorted(set.intersection(*map(set, fids))) if fids else []
+    values = [[fid[kimg] for fid in fids] for kimg in shared]
+    times = [[time[kimg] for time in seconds if kimg in time] for kimg in shared]
+    return Curve(
+        kimg=shared,
+        mean=[statistics.fmean(v) for v in values],
+        low=[min(v) for v in values],
+        high=[max(v) for v in values],
+        seconds=[statistics.fmean(t) if t else math.nan for t in times],
+    )
+
+
+def kimg_to_reach(points: list[Point], level: float) -> float | None:
+    """Where a curve first comes down to a FID, interpolated in log kimg and log FID; None if it never does.
+
+    A curve that begins below is there at its first point at the latest, and that is what is given.
+    """
+    before = None
+    for kimg, fid in points:
+        if fid <= level:
+            if before is None or fid == level or fid <= 0:
+                return kimg
+            share = math.log(before[1] / level) / math.log(before[1] / fid)
+            return before[0] * (kimg / before[0]) ** share
+        before = kimg, fid
+    return None
+
+
+def summarise(records: list[dict[str, Any]], settings: list[str]) -> list[dict[str, Any]]:
+    """A row for each setting; the first is the baseline. A mean without a value is None, as is a sd of one run."""
+    metric = fid_metric(records)
+    rows, level = [], None
+    for setting in settings:
+        runs = traces(records, setting, metric)
+        finished = [run for run in runs if run.is_finished]
+        line = curve(runs)
+        points = list(zip(line.kimg, line.mean))
+        rates = [run.seconds[-1][1] / run.seconds[-1][0] for run in runs if run.seconds]
+        row = {
+            "setting": setting,
+            "finished": len(finished),
+            "failed": [run.failure for run in runs if run.failure],
+            "last": _mean_sd([run.points[-1][1] for run in finished]),
+            "best": _mean_sd([min(fid for _, fid in run.points) for run in finished]),
+            "sec_per_kimg": _mean_sd(rates)[0],
+        }
+        if not rows and finished:
+            level = row["last"][0]
+        row["level"] = level
+        row["kimg_to_level"] = kimg_to_reach(points, level) if level is not None and finished else None
+        rows.append(row)
+    for row in rows:
+        for name in ("kimg_to_level", "sec_per_kimg"):
+            value, base = row[name], rows[0][name]
+            row[f"{name}_ratio"] = value / base if value is not None and base else None
+    return rows
+
+
+def _mean_sd(values: list[float]) -> tuple[float | None, float | None]:
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
+
+
+def markdown(records: list[dict[str, Any]], settings: list[str], seeds: list[int]) -> str:
+    """The table, and under it a line for each run that failed."""
+    rows, metric = summarise(records, settings), fid_metric(records)
+    level = rows[0]["level"]
+    reached = f"kimg to {level:.2f}" if level is not None else "kimg to the baseline's"
+    head = ["setting", "runs", f"{metric or 'FID'} at the end", "of the best snapshot", reached, "images, relative"]
+    lines = [[*head, "sec/kimg, relative"], ["---"] * (len(head) + 1)]
+    for row in rows:
+        runs = f"{row['finished']}" if row["finished"] == len(seeds) else f"{row['finished']} of {len(seeds)}"
+        reached, relative = _number(row["kimg_to_level"]), _number(row["kimg_to_level_ratio"], 2)
+        if level is not None and row["finished"] and row["kimg_to_level"] is None:
+            reached = relative = "never"
+        cells = [row["setting"], runs, _text(row["last"]), _text(row["best"]), reached, relative]
+        lines.append([*cells, _number(row["sec_per_kimg_ratio"], 2)])
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    failed = [f"- {row['setting']}: exit code {f['exit_code']}: {f['message']}" for row in rows for f in row["failed"]]
+    return text + ("\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else "")
+
+
+def _text(mean_sd: tuple[float | None, float | None]) -> str:
+    mean, sd = mean_sd
+    return _number(mean, 2) + (f" ± {sd:.2f}" if sd is not None else "")
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

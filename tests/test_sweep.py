@@ -1,0 +1,402 @@
+"""Sweeps: what a file expands to, what is finished and what goes on, numbers of the table, one sweep for real."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
+
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+from crash import kill
+
+from dnnlib import UserError, locked_folder
+from edm import run_folder
+from sid.sweep import __main__ as sweep
+from sid.sweep import folders, results, runner, table
+from sid.sweep.folders import DIVERGED, REFUSED, STOPPED, status
+from sid.sweep.plan import load_plan
+from torch_utils.interruption import EXIT_CODE
+from torch_utils.updates import DivergenceError
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTIONS = sorted((ROOT / "docs" / "ablations").glob("q*.toml"))
+COMMON = 'seeds = [0, 1]\n[common]\nedm_model = "t.pkl"\ndata_stat = "r.npz"\nmetrics = "fid8,is8"\nduration = 0.008\n'
+TWO = f"{COMMON}lr-decay = 'cosine'\n[settings.one]\n[settings.two]\nglr = 1e-3\n"
+
+
+def write(folder, text, name="sweep.toml"):
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def pretend(run, folder, points, total_kimg=8.0, seconds_per_kimg=2.0):
+    """A run folder as sid_train.py leaves it; points: (kimg, FID), of which those after 0 are a tick and a snapshot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {**run.recorded, "metrics": run.recorded["metrics"].split(","), "total_kimg": total_kimg, "processes": 2}
+    (folder / "training_options.json").write_text(json.dumps(options))
+    rate = 1000 / seconds_per_kimg
+    ticks = [{"Progress/kimg": kimg, "Timing/img_per_sec": rate, "Timing/sec_per_tick": 9.0} for kimg, _ in points]
+    lines = {"stats.jsonl": [tick for tick in ticks if tick["Progress/kimg"]]}
+    for metric in options["metrics"]:
+        kind = metric.rstrip("0123456789")
+        lines[f"metric-{metric}.jsonl"] = [{"kimg": k, "value": f, "values": {kind: f}} for k, f in points]
+    for name, records in lines.items():
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+# --- the file
+
+
+def test_a_file_expands_to_runs(tmp_path):
+    path = write(tmp_path, "title = 'T'\ninclude = 'base.toml'\n[common]\nlr = 2e-5\n[settings.base]\n[settings.grid]\n"
+                 "lr = 3e-5\nalpha = [0.5, 1.0]\nweighting = ['none', 'sigma']\ncompile = true\n")  # fmt: skip
+    write(tmp_path, COMMON, "base.toml")
+    plan = load_plan(path)
+    names = ["base", *(f"grid-alpha={a}-weighting={w}" for a in ("0.5", "1") for w in ("none", "sigma"))]
+    assert (plan.title, plan.stem, plan.settings) == ("T", "sweep", names)
+    assert [run.name for run in plan.runs] == [f"{name}-seed{seed}" for seed in (0, 1) for name in names]
+    common = ("--edm_model=t.pkl", "--data_stat=r.npz", "--metrics=fid8,is8", "--duration=0.008")
+    assert plan.runs[5].arguments == (*common, "--lr=2e-05", "--seed=1")
+    last = plan.runs[-1]
+    assert last.arguments == (
+        *common, "--lr=3e-05", "--alpha=1.0", "--weighting=sigma", "--compile=true", "--seed=1"
+    )  # fmt: skip
+    assert last.options == {"lr": 3e-5, "alpha": 1.0, "weighting": "sigma", "compile": True}
+    found = {name: last.recorded[name] for name in ("total_kimg", "lr", "glr", "compile", "weighting", "seed")}
+    assert found == {"total_kimg": 8, "lr": 3e-5, "glr": 1e-5, "compile": True, "weighting": "sigma", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("title = ", "TOML"),
+        ("grid = 1\n[settings.a]", "grid: not one of"),
+        ("seeds = [1, 1]\n[settings.a]", "seeds = [1, 1]"),
+        ("title = 'nothing'", "[settings.NAME]"),
+        ("[settings.'a/b']", "'a/b'"),
+        ("[settings.a]\nalpha = []", "empty list"),
+        ("[settings.a]\nalpha = [1.0, 1.0]", "a-alpha=1"),
+        ("[settings.a]\nalhpa = 1", "setting a: alhpa: not an option"),
+        ("[settings.a]\nalpha = 'x'", "'--alpha'"),
+        ("[settings.a]\nobjective = 'l1'\nhuber = 0.1", "setting a: --huber=0.1"),
+        ("[settings.a]\noutdir = 'x'", "outdir: the sweep gives it itself"),
+        ("[settings.a]\nseed = 3", "seed: the sweep gives it itself"),
+        ("[settings.a]\nmetrics = 'none'", "metrics = none"),
+        ("include = 'sweep.toml'\n[settings.a]", "an included file can't include another"),
+        ("include = 'missing.toml'\n[settings.a]", "missing.toml: No such file"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, expected):
+    path = write(tmp_path, text)
+    result = CliRunner().invoke(sweep.main, [path, f"--outdir={tmp_path / 'out'}"])
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert result.output.startswith(f"Error: {tmp_path}")
+    assert expected in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_questions_are_sound():
+    known = {}
+    for path in QUESTIONS:
+        plan = load_plan(str(path))  # sid_train.py takes every run
+        assert len(plan.runs) == 3 * len(plan.settings)
+        baseline = plan.runs[0]
+        assert (baseline.setting, baseline.options) == ("sid", {})
+        assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", 1.2, 35]
+        for run in plan.runs:
+            assert known.setdefault(run.name, run.recorded) == run.recorded  # one name, one run, whichever file asks
+    assert len(QUESTIONS) >= 7
+    objectives = {run.recorded["objective"] for run in load_plan(str(QUESTIONS[0])).runs}
+    assert objectives == {"sid", "l1", "l2", "cross", "full"}
+
+
+# --- what is finished, what goes on, what is refused
+
+
+def test_status(tmp_path):
+    run = load_plan(write(tmp_path, TWO)).runs[0]
+    folder = tmp_path / run.name
+    assert status(run, folder) == "new"
+    pretend(run, folder, [(0, 300), (4, 90)])
+    assert status(run, folder) == "begun"
+    pretend(run, folder, [(0, 300), (4, 90), (8.004, 50)])
+    assert status(run, folder) == "finished"
+    metric = folder / "metric-is8.jsonl"
+    metric.write_text("".join(metric.read_text().splitlines(keepends=True)[:-1]))  # killed before the last metric
+    assert status(run, folder) == "begun"
+    folders.write_failure(folder, 5, "a process hangs")
+    assert status(run, folder) == "failed"
+    folders.write_failure(folder, DIVERGED, "diverged")
+    assert status(run, folder) == "diverged"
+    (folder / "training_options.json").write_text("{")
+    with pytest.raises(UserError, match=r"training_options\.json: .*remove the folder"):
+        status(run, folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "refused"),
+    [
+        ("glr", 2e-5, True),
+        ("total_kimg", 16.0, True),
+        ("snapshot_ticks", 7, True),
+        ("edm_model", "other.pkl", True),
+        ("metrics", ["fid8"], True),
+        ("seed", 3, True),
+        ("keep_states", 9, False),
+        ("outdir", "moved", False),
+    ],
+)
+def test_a_folder_with_other_options_is_refused(tmp_path, option, value, refused):
+    path = write(tmp_path, TWO)
+    run = load_plan(path).runs[0]
+    folder = tmp_path / "out" / run.name
+    pretend(run, folder, [(8, 50)])
+    file = folder / "training_options.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), option: value}))
+    if not refused:
+        assert status(run, folder) == "finished"
+        return
+    for mode in ([], ["--report"], ["--only=two"]):
+        result = CliRunner().invoke(sweep.main, [path, f"--outdir={tmp_path / 'out'}", *mode])
+        assert result.exit_code == 2
+        assert f"{folder} has {option} = " in result.output
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [run.name]
+
+
+def test_a_run_from_before_an_option_came_is_known(tmp_path):
+    one, two = load_plan(write(tmp_path, TWO)).runs[:2]
+    for run in (one, two):
+        pretend(run, tmp_path / run.name, [(8, 50)])
+        file = tmp_path / run.name / "training_options.json"
+        options = json.loads(file.read_text())
+        del options["glr"]  # then what is the default now was the only way
+        file.write_text(json.dumps(options))
+    assert status(one, tmp_path / one.name) == "finished"
+    with pytest.raises(UserError, match=r"glr = 1e-05, setting two asks for 0\.001"):
+        status(two, tmp_path / two.name)
+
+
+def test_codes_and_names_are_those_of_the_training():
+    assert (UserError.exit_code, DivergenceError.exit_code, EXIT_CODE) == (REFUSED, DIVERGED, STOPPED)
+    assert folders.OPTIONS_FILE == run_folder.OPTIONS_FILE
+
+
+# --- the table
+
+
+def test_images_needed_for_a_fid():
+    points = [(4.0, 100.0), (16.0, 25.0), (20.0, 30.0), (32.0, 10.0)]
+    assert table.kimg_to_reach(points, 50.0) == pytest.approx(8)  # on the line fid = 400 / kimg
+    assert table.kimg_to_reach(points, 25.0) == 16
+    assert table.kimg_to_reach(points, 120.0) == 4
+    assert table.kimg_to_reach(points, 15.0) == pytest.approx(20 * (32 / 20) ** 0.630930, rel=1e-5)  # log 2 / log 3
+    assert table.kimg_to_reach(points, 9.0) is None
+
+
+def test_table_against_hand_computed_numbers(tmp_path):
+    path = write(tmp_path, f"title = 'Two'\n{TWO}[settings.three]\nglr = 2e-3\n")
+    plan, out = load_plan(path), tmp_path / "out"
+    values = {
+        "one-seed0": [(0, 300), (2, 100), (8, 38)], "one-seed1": [(0, 300), (2, 60), (8, 42)],
+        "two-seed0": [(0, 300), (2, 70), (8, 21)], "two-seed1": [(0, 300), (2, 90), (8, 19)],
+        "three-seed0": [(0, 300), (2, 41)],
+    }  # fmt: skip
+    for run in plan.runs:
+        if run.name in values:
+            pretend(run, out / run.name, values[run.name], seconds_per_kimg=3.0 if run.setting == "two" else 2.0)
+    folders.write_failure(out / "three-seed0", 3, "theta diverged")
+    text = results.write_results(plan, out)
+    # Means 80, 40 and 80, 20. 80 (kimg / 2) ** -1 is 40 at 4 kimg: half of the baseline's 8.
+    assert text.splitlines()[2:] == [
+        "| one | 2 | 40.00 ± 2.83 | 40.00 ± 2.83 | 8.0 | 1.00 | 1.00 |",
+        "| two | 2 | 20.00 ± 1.41 | 20.00 ± 1.41 | 4.0 | 0.50 | 1.50 |",
+        "| three | 0 of 2 |  |  |  |  | 1.00 |",
+        "",
+        "Failed:",
+        "",
+        "- three: exit code 3: theta diverged",
+    ]
+    assert (out / "sweep.md").read_text() == f"# Two\n\n{text}"
+    records = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
+    assert len(records) == 4 * 3 + 2 + 1
+    assert [record["seconds"] for record in records[3:6]] == [0, 6, 24]
+    assert "failure" in records[8]
+    two = records[4]
+    assert (two["setting"], two["options"], two["seed"], two["kimg"]) == ("two", {"glr": 1e-3}, 0, 2)
+    assert two["metrics"] == {"fid8": {"fid": 70}, "is8": {"is": 70}}
+
+
+def test_seconds_of_a_tick_that_was_interrupted():
+    """Its record has the seconds since the resume only; its rate counts the images since then as well."""
+    stats = [
+        {"Progress/kimg": 2.0, "Timing/img_per_sec": 100.0, "Timing/sec_per_tick": 20.0},
+        {"Progress/kimg": 4.0, "Timing/img_per_sec": 50.0, "Timing/sec_per_tick": 1.0},
+    ]
+    assert folders.training_seconds(stats) == {0.0: 0.0, 2.0: 20.0, 4.0: 60.0}
+
+
+def test_plots(tmp_path, monkeypatch):
+    """What is drawn, by a stand-in for matplotlib, which the tests don't need; and without it the table alone."""
+    plan, out = load_plan(write(tmp_path, TWO)), tmp_path / "out"
+    for run, fids in zip(plan.runs, [(100, 30), (70, 21), (60, 50), (90, 19)]):
+        pretend(run, out / run.name, [(0, 300), *zip((2, 8), fids)])
+    figures = []
+
+    class Figure(MagicMock):
+        def __init__(self, **_):
+            super().__init__()
+            figures.append(self)
+
+        def _get_child_mock(self, **_):
+            return MagicMock()
+
+        def savefig(self, file, format):
+            PIL.Image.new("RGB", (9, 5)).save(file, format=format)
+
+    module = ModuleType("matplotlib.figure")
+    module.Figure = Figure
+    package = ModuleType("matplotlib")
+    package.figure = module
+    monkeypatch.setitem(sys.modules, "matplotlib", package)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    results.write_results(plan, out)
+    drawn = [figure.add_subplot.return_value for figure in figures]
+    for axes, x in zip(drawn, ([2, 8], [4, 16])):  # kimg, then seconds
+        lines = [(call.args, call.kwargs["label"]) for call in axes.plot.call_args_list]
+        assert lines == [((x, [80, 40]), "one"), ((x, [80, 20]), "two")]
+        assert axes.fill_between.call_args_list[0].args == (x, [60, 30], [100, 50])
+    for name in ("sweep-kimg.png", "sweep-seconds.png"):
+        assert PIL.Image.open(io.BytesIO((out / name).read_bytes())).size == (9, 5)
+        (out / name).unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = CliRunner().invoke(sweep.main, [str(tmp_path / "sweep.toml"), f"--outdir={out}", "--report"])
+    assert result.exit_code == 0
+    assert result.output.startswith("No plots: they need matplotlib; pip install '.[plots]'\n")
+    assert {path.name for path in out.glob("sweep*")} == {"sweep.md", "sweep.jsonl"}
+
+
+# --- runs that fail, with a stand-in for the training
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, processes):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "folder = next(a.removeprefix('--outdir=') for a in sys.argv if a.startswith('--outdir='))\n"
+        "open(f'{folder}/starts', 'a').write('x')\n"
+        "print('working', os.environ['OMP_NUM_THREADS'], flush=True)\n"
+        "sys.exit(print('Error: theta diverged', file=sys.stderr) or 3 if 'one' in folder else 1)\n"
+    )
+    monkeypatch.setattr(runner, "PROGRAM", program)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    path, out = write(tmp_path, TWO.replace("[0, 1]", "[0]")), tmp_path / "out"
+    command = [path, f"--outdir={out}", f"--nproc={processes}"]
+    for attempt in range(3 - processes):
+        result = CliRunner().invoke(sweep.main, command)
+        assert result.exit_code == 1, result.output
+        lines = result.output.splitlines()
+        if not attempt:
+            assert lines[0] == f"[1/2] one-seed0: starts, see {out / 'one-seed0'}"
+            assert lines[1] == "[1/2] one-seed0: diverged (exit code 3): theta diverged"
+        else:
+            assert lines[0] == "[1/2] one-seed0: diverged before"
+        assert f"[2/2] two-seed0: {'goes on' if attempt else 'starts'}" in result.output
+        assert "[2/2] two-seed0: failed (exit code 1): " in result.output
+    assert (out / "one-seed0" / "starts").read_text() == "x" * processes  # it would diverge again
+    assert (out / "two-seed0" / "starts").read_text() == "xx"
+    assert "working 1" in (out / "one-seed0" / "console.txt").read_text()
+    first, second = (json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines())
+    failure = {"exit_code": 3, "message": "theta diverged"}
+    assert first == {"setting": "one", "options": {}, "seed": 0, "failure": failure}
+    assert second["failure"]["exit_code"] == 1
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "output", "expected"),
+    [
+        (0, "one\ntwo\n", (0, "two")),
+        (-9, "", (-9, "")),
+        (2, "Error: no --lr\nbye\n", (2, "no --lr")),
+        (1, "[rank1]: torch.OutOfMemoryError: 1 GB\n", (1, "torch.OutOfMemoryError: 1 GB")),
+        (1, "Error: x\nerrors.ChildFailedError: \n  exitcode  : 1 (pid: 3)\n  exitcode  : 5 (pid: 4) \n", (5, "x")),
+        (0, "  exitcode  : 1 (pid: 3)\nError: told before a restart\n", (0, "told before a restart")),
+    ],
+)
+def test_what_a_run_said_last(exit_code, output, expected):
+    assert runner.outcome(exit_code, output) == expected
+
+
+def test_two_sweeps_never_share_a_folder_at_a_time(tmp_path):
+    path = write(tmp_path, TWO)
+    with locked_folder(tmp_path):
+        second = subprocess.run(
+            [sys.executable, "-m", "sid.sweep", path, f"--outdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+        )
+    assert second.returncode == 2
+    assert "another run is at work there" in second.stderr
+    assert not (tmp_path / "one-seed0").exists()
+
+
+# --- for real
+
+
+def test_a_sweep_that_is_stopped_goes_on(tmp_path):
+    """Two settings, two seeds; SIGTERM amid the second run; the same command ends it, finished runs stay untouched."""
+    common = [option.removeprefix("--").split("=", 1) for option in kill.prepare(tmp_path)]
+    text = "".join(f"{name} = '{value}'\n" for name, value in common)
+    text += "batch = 4\nbatch-gpu = 2\ntick = 0.048\nsnap = 1\nlr = 1e-3\nduration = 0.000096\ndevice = 'cpu'\n"
+    text += "save-every = 0.0001\n[settings.one]\n[settings.two]\nglr = 1e-3\n"
+    path, out = write(tmp_path, f"seeds = [0, 1]\n[common]\n{text}"), tmp_path / "out"
+    command = [sys.executable, "-m", "sid.sweep", path, f"--outdir={out}"]
+    one_thread = {"cwd": ROOT, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **one_thread)
+    assert kill.wait_for(lambda: (out / "two-seed0").is_dir() and kill.states(out / "two-seed0"), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == STOPPED, output
+    assert "[1/4] one-seed0: finished\n" in output
+    assert "[2/4] two-seed0: stopped\n" in output
+    assert output.endswith(f"To continue:\npython -m sid.sweep {path} --outdir={out}\n")
+    assert sorted(folder.name for folder in out.iterdir() if folder.is_dir()) == ["one-seed0", "two-seed0"]
+    assert status(load_plan(path).runs[1], out / "two-seed0") == "begun"
+
+    before = mtimes(out / "one-seed0")
+    done = subprocess.run(command, capture_output=True, **one_thread)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[1/4] one-seed0: finished before\n" in done.stdout
+    assert "[2/4] two-seed0: goes on" in done.stdout
+    assert mtimes(out / "one-seed0") == before
+    assert "Resumed at" in (out / "two-seed0" / "console.txt").read_text()
+    lines = (out / "sweep.jsonl").read_bytes()
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert [(record["setting"], record["seed"], record["kimg"]) for record in records] == [
+        (setting, seed, kimg) for seed in (0, 1) for setting in ("one", "two") for kimg in (0, 0.048, 0.096)
+    ]
+    assert all(record["seconds"] > 0 for record in records if record["kimg"])
+    assert len({record["network_sha256"] for record in records}) == 1 + 8  # the teacher's, and two of each run
+
+    everything = mtimes(out)
+    for name in ("sweep.jsonl", "sweep.md"):
+        (out / name).unlink()
+    again = CliRunner().invoke(sweep.main, [path, f"--outdir={out}", "--report"])
+    assert again.exit_code == 0, again.output
+    assert (out / "sweep.jsonl").read_bytes() == lines
+    new = mtimes(out)
+    assert {name for name in everything if new[name] != everything[name]} <= {"sweep.jsonl", "sweep.md", *PLOTS}
+    dry = CliRunner().invoke(sweep.main, [path, f"--outdir={out}", "-n", "--only=two"])
+    assert [line.split(":")[0] for line in dry.output.splitlines()] == ["finished"] * 2
+
+
+PLOTS = {"sweep-kimg.png", "sweep-seconds.png"}  # if matplotlib is there
+
+
+def mtimes(folder):
+    return {str(path.relative_to(folder)): os.stat(path).st_mtime_ns for path in folder.rglob("*") if path.is_file()}
