@@ -39,6 +39,7 @@ POSITIVE = FiniteRange(0, min_open=True)
               type=FiniteRange(0, 1000))  # fmt: skip
 @click.option("--fake-score-updates", help="Updates of the fake score for each of the generator",
               type=WholeRange(1), default=D.fake_score_updates)  # fmt: skip
+@click.option("--guidance", help="Of a class-conditional teacher: long=K, short=K or long-short=K  [default: none]")
 @click.option("--init_sigma", help="Noise level at which the generator starts", type=POSITIVE, default=D.init_sigma)
 @click.option("--lr", help="Learning rate of the fake score network", type=POSITIVE, default=D.lr)
 @click.option("--glr", help="Learning rate of the generator", type=POSITIVE, default=D.glr)

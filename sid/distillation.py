@@ -12,7 +12,8 @@ from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 
 from . import memory
-from .config import AUGMENT, DistillationConfig
+from .config import AUGMENT, DistillationConfig, parse_guidance
+from .guidance import check_guidance
 from .loss import SiDLoss
 from .state import DistillationState
 
@@ -51,7 +52,8 @@ class Distillation:
         self.device = device
         self.teacher = teacher.to(device).eval().requires_grad_(False)
         names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule")
-        self.loss = SiDLoss(**{name: getattr(config, name) for name in names})
+        check_guidance(config, teacher)
+        self.loss = SiDLoss(**{name: getattr(config, name) for name in names}, guidance=parse_guidance(config.guidance))
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
             raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")

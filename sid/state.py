@@ -37,7 +37,7 @@ class DistillationState:
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
         self._teacher_hash = zoo.network_hash(teacher)
-        overrides = config.network_overrides()
+        overrides = config.network_overrides(teacher)
         self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         if start is not None:
