@@ -17,6 +17,7 @@ FREE_ON_RESUME |= {"use_fp16"}  # `precision` says what came of it
 OBJECTIVES = (
     "sid", "l1", "l2", "cross", "full", "cross-l1", "full-l1", "diff-instruct", "diff-instruct-l1", "dmd"
 )  # fmt: skip
+STOPPED = ("diff-instruct", "dmd")  # without gradient through the score networks
 PROJECTED = ("sid", "l2")  # u(x_t) times a projected factor: u may be another distance's, or have no gradient
 WEIGHTINGS = ("omega", "sigma", "none")
 
@@ -57,6 +58,12 @@ class DistillationConfig:
     checkpoint: bool = False  # recompute activations instead of keeping them
     share_images: bool = False  # one batch of generated images for both phases
     guidance: str | None = None  # long=K, short=K or long-short=K, as `parse_guidance` reads it
+    gan: bool = False  # SiDA: an adversarial loss beside the generator's, from real images
+    gan_freeze_kimg: float = 100  # with gan, the generator stays as it starts for so long
+    gan_start_kimg: float = 200  # with gan, the generator's loss gets its adversarial part then
+    lsd: float = 1.0  # scales the discriminator's loss beside the fake score's
+    lsg_gan: float = 0.01  # scales the adversarial loss beside the generator's
+    real_images: int = 0  # how many `gan` draws from; a resumed run must have as many
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
     state_ticks: int = 500
@@ -71,6 +78,18 @@ class DistillationConfig:
         parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule")
         parse_guidance(self.guidance)
         self.has_score_gradient(0)
+        if self.gan:
+            self._check_gan()
+
+    def _check_gan(self) -> None:
+        if self.score_gradient != "on":
+            raise UserError("--gan: its gradient comes through the fake score; use --score-gradient=on")
+        if self.objective in STOPPED:
+            raise UserError(
+                f"--gan: its gradient comes through the fake score, but none with {self.objective}; use sid"
+            )
+        if self.chunk:
+            raise UserError("--gan: its loss is a mean over --batch-gpu, which --chunk would split; use --checkpoint=1")
 
     def network_overrides(self, teacher: Any) -> dict[str, Any]:
         """Constructor arguments in which generator and fake score differ from the teacher.
@@ -81,6 +100,14 @@ class DistillationConfig:
         if getattr(teacher, "init_kwargs", {}).get("label_dropout"):
             wanted["label_dropout"] = 0
         return {name: value for name, value in wanted.items() if value is not None}
+
+    def trains_generator(self, nimg: int) -> bool:
+        """Whether the generator is updated after `nimg` images."""
+        return not self.gan or nimg >= self.gan_freeze_kimg * 1000
+
+    def is_adversarial(self, nimg: int) -> bool:
+        """Whether the generator's loss has an adversarial part after `nimg` images."""
+        return self.gan and nimg >= self.gan_start_kimg * 1000
 
     def has_score_gradient(self, nimg: int) -> bool:
         """Whether the generator's gradient passes through both networks after `nimg` images."""

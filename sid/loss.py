@@ -10,7 +10,7 @@ import torch
 
 from training.loss import EDMLoss
 
-from .config import Guidance, check_objective, parse_schedule
+from .config import STOPPED, Guidance, check_objective, parse_schedule
 from .guidance import drop_labels, guided
 
 OMEGA_MIN = 1e-5  # clips the per-image weight, published value
@@ -131,6 +131,7 @@ class SiDLoss:
         self.huber = huber
         self.score_gradient = score_gradient
         self.guidance = guidance
+        self.adversarial = False  # of a subclass that can be
         self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule")
         self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule")
         self.denoising = EDMLoss(P_mean=P_mean, P_std=P_std, sigma_data=sigma_data)
@@ -150,7 +151,7 @@ class SiDLoss:
         """
         sigma, n = noise or self.draw_noise(images)
         x_t = images + sigma * n
-        through_scores = self.score_gradient and self.objective not in ("diff-instruct", "dmd")
+        through_scores = self.score_gradient and self.objective not in STOPPED
         with torch.set_grad_enabled(torch.is_grad_enabled() and through_scores):
             f_phi, f_psi = (net(x_t, sigma, labels) for net in self.score_networks(teacher, fake_score))
         if report is not None:
@@ -161,8 +162,13 @@ class SiDLoss:
         """(phi, psi) as theta's loss asks them: guided where there is guidance."""
         return guided(teacher, self.guidance.teacher), guided(fake_score, self.guidance.fake_score)
 
-    def fake_score_loss(self, fake_score, images, labels=None, augment_pipe=None) -> torch.Tensor:
-        """psi's denoising loss on generated images [N, C, H, W], per pixel; no gradient reaches the images."""
+    def fake_score_loss(
+        self, fake_score, images, labels=None, augment_pipe=None, report: Callable | None = None
+    ) -> torch.Tensor:
+        """psi's denoising loss on generated images [N, C, H, W], per pixel; no gradient reaches the images.
+
+        report: as for `generator_loss`; there is nothing to report here, but subclasses have something.
+        """
         sigma = self._draw_sigma(self.fake_sigma_schedule, images)
         labels = drop_labels(labels, self.guidance.label_dropout)
         net = guided(fake_score, self.guidance.fake_score_step)

@@ -37,7 +37,7 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
         through = _kept_activations(net, config.chunk or batch_gpu, device, input_gradient=True)
     gradients = weights * (2 if config.share_images else 1)
     kappa = parse_guidance(config.guidance)  # a guided network is called twice
-    fake_score = train * (1 + (kappa.fake_score_step != 1))
+    fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
     through *= 2 + (kappa.teacher != 1) + (kappa.fake_score != 1)
     sizes = {
         "weights": 3 * weights + _bytes(stored.parameters()),  # theta, its average and psi; phi

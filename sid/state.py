@@ -9,11 +9,12 @@ import torch
 from dnnlib import UserError
 from edm import zoo
 from torch_utils import checkpoint, distributed
-from torch_utils.updates import Updater
+from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.training_loop import COUNTERS, freeze_augment_mapping
 
 from .config import DistillationConfig
 
+GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA)
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 
 
@@ -53,6 +54,7 @@ class DistillationState:
         fp16 = config.precision == "fp16"
         adam = {"eps": EPSILON[fp16], "loss_scaling": fp16}
         self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, **adam)
+        adam["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
         self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, **adam)
 
     @property

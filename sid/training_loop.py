@@ -101,4 +101,6 @@ def save_snapshot(state: DistillationState, config: DistillationConfig, path: Pa
         recipe["objective"] = config.objective
     if config.guidance is not None:
         recipe["guidance"] = config.guidance
+    if config.gan:
+        recipe |= {"gan": True, "lsg_gan": config.lsg_gan}
     zoo.save_network(state.ema, path, **state.ema.metadata, **recipe)
