@@ -6,7 +6,7 @@ networks and the real images that it draws.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,11 +76,17 @@ class RealImages:
         """(images [n, C, H, W] float32 in [-1, 1], one-hot labels [n, label_dim] or None), with replacement."""
         indices = torch.randint(len(self._dataset), [n]).tolist()
         images, labels = zip(*(self._dataset[index] for index in indices))
-        x = torch.as_tensor(np.stack(images)).to(self._device).to(torch.float32) / 127.5 - 1
+        x = self._on_device(images).to(torch.float32) / 127.5 - 1
         if not self._label_dim:
             return x, None
-        labels = torch.as_tensor(np.stack(labels)).to(self._device)
+        labels = self._on_device(labels)
         return x, torch.nn.functional.pad(labels, [0, self._label_dim - labels.shape[1]])
+
+    def _on_device(self, arrays: Sequence[np.ndarray]) -> torch.Tensor:
+        batch = torch.as_tensor(np.stack(arrays))
+        if self._device.type == "cuda":
+            batch = batch.pin_memory()  # else the host would wait for the GPU
+        return batch.to(self._device, non_blocking=True)
 
 
 class SiDALoss(SiDLoss):

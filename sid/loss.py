@@ -99,7 +99,7 @@ class SiDLoss:
     huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2
     score_gradient    whether gradients pass through f_phi and f_psi; may be changed at any time. For sid and l2
     sigma_schedule, fake_sigma_schedule    'karras', 'lognormal' or 'single=SIGMA': noise levels of the two losses
-    guidance     of the networks by their labels
+    guidance     of the networks by their labels; None: none
 
     Errors: UserError when these don't fit together.
     """
@@ -121,7 +121,7 @@ class SiDLoss:
         score_gradient: bool = True,
         sigma_schedule: str = "karras",
         fake_sigma_schedule: str = "lognormal",
-        guidance: Guidance = Guidance(),  # noqa: B008  frozen
+        guidance: Guidance | None = None,
     ):
         self.alpha = alpha
         self.tmax = tmax
@@ -130,7 +130,7 @@ class SiDLoss:
         self.weighting = check_objective(objective, weighting, huber, score_gradient)
         self.huber = huber
         self.score_gradient = score_gradient
-        self.guidance = guidance
+        self.guidance = guidance or Guidance()
         self.adversarial = False  # of a subclass that can be
         self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule")
         self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule")

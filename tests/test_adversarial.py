@@ -395,9 +395,10 @@ def test_from_the_command_line(tmp_path, data):
     run(f"--outdir={tmp_path}/first")
     assert "Resumed" in (tmp_path / "first" / "log.txt").read_text()
     run(f"--outdir={tmp_path}/second", f"--transfer={generator}", "--share-images=1")
-    refused = CliRunner().invoke(sid_train.main, [*common, f"--outdir={tmp_path}/first", "--xflip=1"])
-    assert refused.exit_code == 2
-    assert "--data (images)=24: the run in" in refused.output
+    for option, said in (("--xflip=1", "--data (images)=24"), ("--batch-gpu=4", "--batch-gpu=4")):
+        refused = CliRunner().invoke(sid_train.main, [*common, f"--outdir={tmp_path}/first", option])
+        assert refused.exit_code == 2
+        assert f"Error: {said}: the run in" in refused.output
 
 
 def test_too_many_classes(tmp_path, data):

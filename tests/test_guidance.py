@@ -108,7 +108,7 @@ def run(**changes):
 
 def test_a_weight_of_one_changes_no_bit_and_another_does(monkeypatch):
     plain = weights(run())
-    monkeypatch.setattr("sid.distillation.parse_guidance", lambda text: Guidance())
+    monkeypatch.setattr("sid.adversarial.parse_guidance", lambda text: Guidance())
     assert equal(weights(run(guidance="long-short=2")), plain)
     monkeypatch.undo()
     for text in ("long=2", "short=0.5", "long-short=2"):
