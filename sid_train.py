@@ -15,7 +15,7 @@ POSITIVE = FiniteRange(0, min_open=True)
 # Where things are.
 @click.option("--edm_model", help="Teacher: short name, path or URL", default="edm-cifar10-32x32-uncond-vp")
 @click.option("--outdir", help="Where to make the run folder", default="training-runs")
-@click.option("--data", help="Real images, only for the picture and metrics")
+@click.option("--data", help="Real images, only for the picture, metrics and --gan")
 @click.option("--data_stat", help="Reference statistics (.npz) for FID  [default: the published teacher's]")
 @click.option("--detector", help="Detector for metrics  [default: the one of --data_stat]")
 @click.option("--metrics", help="fid50k_full,is50k,kid50k_full,pr50k3_full or none  [default: fid50k_full]")
@@ -39,6 +39,14 @@ POSITIVE = FiniteRange(0, min_open=True)
               type=FiniteRange(0, 1000))  # fmt: skip
 @click.option("--fake-score-updates", help="Updates of the fake score for each of the generator",
               type=WholeRange(1), default=D.fake_score_updates)  # fmt: skip
+@click.option("--guidance", help="Of a class-conditional teacher: long=K, short=K or long-short=K  [default: none]")
+@click.option("--gan", help="SiDA: an adversarial loss from the images of --data", is_flag=True)
+@click.option("--gan-freeze", help="With --gan, the generator stays as it is for so many kimg", type=FiniteRange(0),
+              default=D.gan_freeze_kimg)  # fmt: skip
+@click.option("--gan-start", help="With --gan, the generator's adversarial loss begins after so many kimg",
+              type=FiniteRange(0), default=D.gan_start_kimg)  # fmt: skip
+@click.option("--lsd", help="Scale of the discriminator's loss", type=POSITIVE, default=D.lsd)
+@click.option("--lsg_gan", help="Scale of the generator's adversarial loss", type=POSITIVE, default=D.lsg_gan)
 @click.option("--init_sigma", help="Noise level at which the generator starts", type=POSITIVE, default=D.init_sigma)
 @click.option("--lr", help="Learning rate of the fake score network", type=POSITIVE, default=D.lr)
 @click.option("--glr", help="Learning rate of the generator", type=POSITIVE, default=D.glr)
@@ -89,9 +97,9 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--bench", help="cuDNN benchmarking", type=bool, default=True)
 @click.option("--xflip", help="Mirror half of --data", type=bool, default=False)
-@click.option("--cache", help="Accepted for EDM's command lines; training reads no data", type=bool, default=True)
+@click.option("--cache", help="Keep the images of --gan in memory", type=bool, default=True)
 @click.option(
-    "--workers", help="Accepted for EDM's command lines; training reads no data", type=WholeRange(0), default=1
+    "--workers", help="Accepted for EDM's command lines; --gan reads its images itself", type=WholeRange(0), default=1
 )
 @click.option("--desc", help="Description in the run folder's name")
 @click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
@@ -116,6 +124,8 @@ def build_config(options: dict) -> DistillationConfig:
         ema_halflife_kimg=options.pop("ema") * 1000,
         ema_rampup_ratio=options.pop("ema_rampup"),
         use_fp16=options.pop("fp16"),
+        gan_freeze_kimg=options.pop("gan_freeze"),
+        gan_start_kimg=options.pop("gan_start"),
         kimg_per_tick=options.pop("tick"),
         snapshot_ticks=options.pop("snap"),
         state_ticks=options.pop("dump"),

@@ -7,6 +7,7 @@ from typing import Any
 from dnnlib import UserError
 
 AUGMENT = 0.12  # EDM's probability for CIFAR-10
+LABEL_DROPOUT = 0.1  # SiD-LSG's, with long-short guidance
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
 ROUNDING = {"batch_gpu", "compile", "channels_last", "chunk", "checkpoint"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states"}
@@ -16,6 +17,7 @@ FREE_ON_RESUME |= {"use_fp16"}  # `precision` says what came of it
 OBJECTIVES = (
     "sid", "l1", "l2", "cross", "full", "cross-l1", "full-l1", "diff-instruct", "diff-instruct-l1", "dmd"
 )  # fmt: skip
+STOPPED = ("diff-instruct", "dmd")  # without gradient through the score networks
 PROJECTED = ("sid", "l2")  # u(x_t) times a projected factor: u may be another distance's, or have no gradient
 WEIGHTINGS = ("omega", "sigma", "none")
 
@@ -55,6 +57,13 @@ class DistillationConfig:
     chunk: int | None = None  # images per pass through teacher and fake score in the generator's phase; None: all
     checkpoint: bool = False  # recompute activations instead of keeping them
     share_images: bool = False  # one batch of generated images for both phases
+    guidance: str | None = None  # long=K, short=K or long-short=K, as `parse_guidance` reads it
+    gan: bool = False  # SiDA: an adversarial loss beside the generator's, from real images
+    gan_freeze_kimg: float = 100  # with gan, the generator stays as it starts for so long
+    gan_start_kimg: float = 200  # with gan, the generator's loss gets its adversarial part then
+    lsd: float = 1.0  # scales the discriminator's loss beside the fake score's
+    lsg_gan: float = 0.01  # scales the adversarial loss beside the generator's
+    real_images: int = 0  # how many `gan` draws from; a resumed run must have as many
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
     state_ticks: int = 500
@@ -67,12 +76,38 @@ class DistillationConfig:
         check_objective(self.objective, self.weighting, self.huber, self.score_gradient == "on")
         parse_schedule(self.sigma_schedule, "--sigma-schedule")
         parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule")
+        parse_guidance(self.guidance)
         self.has_score_gradient(0)
+        if self.gan:
+            self._check_gan()
 
-    def network_overrides(self) -> dict[str, Any]:
-        """Constructor arguments in which generator and fake score differ from the teacher."""
+    def _check_gan(self) -> None:
+        if self.score_gradient != "on":
+            raise UserError("--gan: its gradient comes through the fake score; use --score-gradient=on")
+        if self.objective in STOPPED:
+            raise UserError(
+                f"--gan: its gradient comes through the fake score, but none with {self.objective}; use sid"
+            )
+        if self.chunk:
+            raise UserError("--gan: its loss is a mean over --batch-gpu, which --chunk would split; use --checkpoint=1")
+
+    def network_overrides(self, teacher: Any) -> dict[str, Any]:
+        """Constructor arguments in which generator and fake score differ from the teacher.
+
+        A teacher that dropped labels in its training passes that on to neither: here only guidance drops labels.
+        """
         wanted = {"dropout": self.dropout, "use_fp16": self.use_fp16}
+        if getattr(teacher, "init_kwargs", {}).get("label_dropout"):
+            wanted["label_dropout"] = 0
         return {name: value for name, value in wanted.items() if value is not None}
+
+    def trains_generator(self, nimg: int) -> bool:
+        """Whether the generator is updated after `nimg` images."""
+        return not self.gan or nimg >= self.gan_freeze_kimg * 1000
+
+    def is_adversarial(self, nimg: int) -> bool:
+        """Whether the generator's loss has an adversarial part after `nimg` images."""
+        return self.gan and nimg >= self.gan_start_kimg * 1000
 
     def has_score_gradient(self, nimg: int) -> bool:
         """Whether the generator's gradient passes through both networks after `nimg` images."""
@@ -109,6 +144,34 @@ def parse_schedule(text: str, option: str) -> tuple[str, float | None]:
     if not sigma:
         raise UserError(f"{option}={text}: give karras, lognormal or single=SIGMA, such as single=0.5")
     return "single", sigma
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Weights kappa of classifier-free guidance in the three places where a score network is asked; 1 is none.
+
+    SiD-LSG, arXiv:2406.01561.
+    """
+
+    fake_score_step: float = 1.0  # kappa1: psi in its own loss
+    fake_score: float = 1.0  # kappa2 = kappa3: psi in the generator's loss
+    teacher: float = 1.0  # kappa4: phi in the generator's loss
+    label_dropout: float = 0.0  # probability that an image loses its label in psi's own loss
+
+
+def parse_guidance(text: str | None) -> Guidance:
+    """'long=K', 'short=K' or 'long-short=K'; None is no guidance. Errors: UserError naming --guidance."""
+    if text is None:
+        return Guidance()
+    kind = text.partition("=")[0]
+    scale = _number_after(f"{kind}=", text)
+    if kind == "long" and scale is not None and scale > 1:
+        return Guidance(teacher=scale)
+    if kind == "short" and scale is not None and scale < 1:
+        return Guidance(fake_score_step=scale)
+    if kind == "long-short" and scale is not None and scale > 1:
+        return Guidance(scale, scale, scale, LABEL_DROPOUT)
+    raise UserError(f"--guidance={text}: give long=K or long-short=K with K > 1, or short=K with K < 1")
 
 
 def _number_after(prefix: str, text: str) -> float | None:

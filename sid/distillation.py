@@ -12,8 +12,9 @@ from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 
 from . import memory
+from .adversarial import RealImages, make_loss
 from .config import AUGMENT, DistillationConfig
-from .loss import SiDLoss
+from .guidance import check_guidance
 from .state import DistillationState
 
 FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two phases apart
@@ -36,6 +37,7 @@ class Distillation:
              to eval mode and frozen.
     start:   another denoiser whose weights theta starts from.
     resume:  a training state to go on from.
+    reals:   real images for the discriminator of `config.gan`.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
 
@@ -46,12 +48,13 @@ class Distillation:
         device: torch.device,
         start: torch.nn.Module | None = None,
         resume: Path | None = None,
+        reals: RealImages | None = None,
     ):
         self.config = config = resolve(config, teacher, device)
         self.device = device
         self.teacher = teacher.to(device).eval().requires_grad_(False)
-        names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule")
-        self.loss = SiDLoss(**{name: getattr(config, name) for name in names})
+        check_guidance(config, teacher)
+        self.loss = make_loss(config, teacher, reals)
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
             raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
@@ -77,7 +80,9 @@ class Distillation:
                 net.to(memory_format=torch.channels_last)
             if config.checkpoint:
                 precision.checkpoint_blocks(net)
-        self._calls = {name: precision.compiled(net) if config.compile else net for name, net in networks.items()}
+        fixed = {"fake_score"} if config.gan else set()  # a compiled network can't be listened to
+        compiled = networks.keys() - fixed if config.compile else set()
+        self._calls = {name: precision.compiled(net) if name in compiled else net for name, net in networks.items()}
 
     def _split_batch(self) -> None:
         """Images per process and round, and rounds: --batch-gpu, that of the resumed run, or the most that fits."""
@@ -132,7 +137,9 @@ class Distillation:
         factor = lr_factor(state.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
         for repeat in range(1, config.fake_score_updates):
             self.fake_score_phase(factor, repeat)
-        if config.share_images:
+        if not config.trains_generator(state.nimg):
+            self.fake_score_phase(factor)
+        elif config.share_images:
             self.shared_phase(factor)
         else:
             self.fake_score_phase(factor)
@@ -176,7 +183,9 @@ class Distillation:
         """Adds the gradient of psi's loss on `images` to psi's."""
         self.state.fake_score.train()
         with self.autocast():
-            loss = self.loss.fake_score_loss(self._calls["fake_score"], images, labels, self.augment_pipe)
+            loss = self.loss.fake_score_loss(
+                self._calls["fake_score"], images, labels, self.augment_pipe, self.collector.report
+            )
         self.collector.report("Loss/fake_score", loss)
         self.state.fake_score_updater.backward(loss.sum() * (self.config.ls / self.config.batch))
 
@@ -189,6 +198,7 @@ class Distillation:
         state, config = self.state, self.config
         state.fake_score.eval()
         self.loss.score_gradient = config.has_score_gradient(state.nimg)
+        self.loss.adversarial = config.is_adversarial(state.nimg)
         x_g = images.detach().requires_grad_()
         noise = self.loss.draw_noise(x_g)
         with state.fake_score_updater.frozen():

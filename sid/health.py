@@ -76,7 +76,7 @@ class Health:
                 self._start.append(d.teacher(*latents))
             x_g, averaged = net(*latents), d.state.ema(*latents)
             x_t = x_g + sigma * torch.randn_like(x_g)
-            f_phi, f_psi = d.teacher(x_t, sigma, labels), d.state.fake_score(x_t, sigma, labels)
+            f_phi, f_psi = (f(x_t, sigma, labels) for f in d.loss.score_networks(d.teacher, d.state.fake_score))
         weight = d.loss.denoising.weight(sigma)
         terms = [
             (f_phi - f_psi).square(),

@@ -10,7 +10,8 @@ import torch
 
 from training.loss import EDMLoss
 
-from .config import check_objective, parse_schedule
+from .config import STOPPED, Guidance, check_objective, parse_schedule
+from .guidance import drop_labels, guided
 
 OMEGA_MIN = 1e-5  # clips the per-image weight, published value
 
@@ -98,6 +99,7 @@ class SiDLoss:
     huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2
     score_gradient    whether gradients pass through f_phi and f_psi; may be changed at any time. For sid and l2
     sigma_schedule, fake_sigma_schedule    'karras', 'lognormal' or 'single=SIGMA': noise levels of the two losses
+    guidance     of the networks by their labels; None: none
 
     Errors: UserError when these don't fit together.
     """
@@ -119,6 +121,7 @@ class SiDLoss:
         score_gradient: bool = True,
         sigma_schedule: str = "karras",
         fake_sigma_schedule: str = "lognormal",
+        guidance: Guidance | None = None,
     ):
         self.alpha = alpha
         self.tmax = tmax
@@ -127,6 +130,8 @@ class SiDLoss:
         self.weighting = check_objective(objective, weighting, huber, score_gradient)
         self.huber = huber
         self.score_gradient = score_gradient
+        self.guidance = guidance or Guidance()
+        self.adversarial = False  # of a subclass that can be
         self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule")
         self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule")
         self.denoising = EDMLoss(P_mean=P_mean, P_std=P_std, sigma_data=sigma_data)
@@ -146,18 +151,28 @@ class SiDLoss:
         """
         sigma, n = noise or self.draw_noise(images)
         x_t = images + sigma * n
-        through_scores = self.score_gradient and self.objective not in ("diff-instruct", "dmd")
+        through_scores = self.score_gradient and self.objective not in STOPPED
         with torch.set_grad_enabled(torch.is_grad_enabled() and through_scores):
-            f_phi = teacher(x_t, sigma, labels)
-            f_psi = fake_score(x_t, sigma, labels)
+            f_phi, f_psi = (net(x_t, sigma, labels) for net in self.score_networks(teacher, fake_score))
         if report is not None:
             report("Health/divergence", divergence(images, f_phi, f_psi))
         return self._weighted(self._terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
 
-    def fake_score_loss(self, fake_score, images, labels=None, augment_pipe=None) -> torch.Tensor:
-        """psi's denoising loss on generated images [N, C, H, W], per pixel; no gradient reaches the images."""
+    def score_networks(self, teacher, fake_score) -> tuple[Callable, Callable]:
+        """(phi, psi) as theta's loss asks them: guided where there is guidance."""
+        return guided(teacher, self.guidance.teacher), guided(fake_score, self.guidance.fake_score)
+
+    def fake_score_loss(
+        self, fake_score, images, labels=None, augment_pipe=None, report: Callable | None = None
+    ) -> torch.Tensor:
+        """psi's denoising loss on generated images [N, C, H, W], per pixel; no gradient reaches the images.
+
+        report: as for `generator_loss`; there is nothing to report here, but subclasses have something.
+        """
         sigma = self._draw_sigma(self.fake_sigma_schedule, images)
-        return self.denoising(fake_score, images.detach(), labels, augment_pipe, sigma=sigma)
+        labels = drop_labels(labels, self.guidance.label_dropout)
+        net = guided(fake_score, self.guidance.fake_score_step)
+        return self.denoising(net, images.detach(), labels, augment_pipe, sigma=sigma)
 
     def quantile(self, q: torch.Tensor) -> torch.Tensor:
         """The noise level that a share q, in (0, 1), of those in the generator's loss stay below; shaped as q."""

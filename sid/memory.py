@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_utils import precision
 
-from .config import DistillationConfig
+from .config import DistillationConfig, parse_guidance
 
 GB = 1 << 30
 USABLE = 0.8  # of the free memory; libraries and fragmentation take the rest
@@ -36,12 +36,15 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
         net.requires_grad_(False)
         through = _kept_activations(net, config.chunk or batch_gpu, device, input_gradient=True)
     gradients = weights * (2 if config.share_images else 1)
+    kappa = parse_guidance(config.guidance)  # a guided network is called twice
+    fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
+    through *= 2 + (kappa.teacher != 1) + (kappa.fake_score != 1)
     sizes = {
         "weights": 3 * weights + _bytes(stored.parameters()),  # theta, its average and psi; phi
         "gradients": gradients,
         "Adam": weights * (3 if config.g_beta1 else 2),
-        "activations of the fake score's phase": train + (train if config.share_images else 0),
-        "activations of the generator's phase": train + 2 * through,
+        "activations of the fake score's phase": fake_score + (train if config.share_images else 0),
+        "activations of the generator's phase": train + through,
     }
     *constant, fake_score, generator = sizes.values()
     sizes["peak"] = sum(constant) + max(fake_score, generator, weights)  # Adam's step holds a copy for a moment

@@ -1,5 +1,6 @@
 """From checked options to a finished run: loads the teacher, holds the options against it, trains."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch_utils.watchdog import SPARE_SEC, watching
 from training.dataset import ImageFolderDataset
 
 from . import memory
+from .adversarial import RealImages
 from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, parse_schedule
 from .distillation import Distillation, resolve
 from .report import GRID_COLUMNS, GRID_ROWS, Report
@@ -25,6 +27,8 @@ DEFAULT_METRIC = "fid50k_full"
 
 def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     """options: those of sid_train.py that aren't in the config, by name. Errors: UserError naming the option."""
+    if config.gan and not options["data"]:
+        raise UserError("--gan learns from real images; name them with --data")
     reference = options["data_stat"] or published_reference(options["edm_model"])
     metrics = choose_metrics(options["metrics"], reference, options["data"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
@@ -42,7 +46,13 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     check_architecture(teacher, options)
     check_noise_levels(teacher, config)
     start = load_start(options["transfer"], teacher) if options["transfer"] else None
-    reals = load_reals(options["data"], teacher, options) if options["data"] else None
+    dataset = load_dataset(options["data"], teacher, config, options) if options["data"] else None
+    picture = first_images(dataset) if dataset is not None else None
+    reals = None
+    if config.gan:
+        summary["real_images"] = len(dataset)
+        config = dataclasses.replace(config, real_images=len(dataset))
+        reals = RealImages(dataset, teacher.label_dim, device)
     evaluator = None
     if metrics:
         needed = reference and any(m.startswith("fid") for m in metrics)
@@ -52,14 +62,15 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     torch.backends.cudnn.benchmark = options["bench"]
     place = (options["outdir"], options["desc"] or describe(teacher, config), options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
-    distillation = Distillation(teacher, config, device, start, resume)  # may refuse options, so before the run folder
+    distillation = Distillation(teacher, config, device, start, resume, reals)  # may refuse options: before the folder
     if resume is not None:
         now = checkpoint.setting(vars(distillation.config), device)
         override = options["override"]
-        run_folder.check_setting(resume, distillation.state.setting, now, FREE_ON_RESUME, ROUNDING, override)
+        rounding = ROUNDING - {"batch_gpu"} if config.gan else ROUNDING  # whose loss is a mean over --batch-gpu
+        run_folder.check_setting(resume, distillation.state.setting, now, FREE_ON_RESUME, rounding, override)
     with run_folder.create(*place, summary, resume) as run_dir, watching(60 * options["timeout"]):
         distributed.print0(f"Run folder: {run_dir}")
-        training_loop(distillation, run_dir, Report(run_dir, evaluator, reals, config.batch))
+        training_loop(distillation, run_dir, Report(run_dir, evaluator, picture, config.batch))
     distributed.shutdown()
 
 
@@ -131,16 +142,30 @@ def load_start(source: str, teacher: torch.nn.Module) -> torch.nn.Module:
     return start
 
 
-def load_reals(path: str, teacher: torch.nn.Module, options: dict[str, Any]) -> torch.Tensor:
-    """Real images for the picture beside the generated ones, uint8 [N, C, H, W]; training sees none of them."""
-    dataset = ImageFolderDataset(path, xflip=options["xflip"])
+def load_dataset(
+    path: str, teacher: torch.nn.Module, config: DistillationConfig, options: dict[str, Any]
+) -> ImageFolderDataset:
+    """Real images for the picture beside the generated ones; training sees them with --gan only, then with classes."""
+    use_labels = config.gan and bool(teacher.label_dim)
+    dataset = ImageFolderDataset(
+        path, use_labels=use_labels, xflip=options["xflip"], cache=config.gan and options["cache"]
+    )
     if (dataset.resolution, dataset.num_channels) != (teacher.img_resolution, teacher.img_channels):
         raise UserError(
             f"--data={path}: {dataset.num_channels} x {dataset.resolution} x {dataset.resolution} images, but the"
             f" teacher makes {teacher.img_channels} x {teacher.img_resolution} x {teacher.img_resolution}"
         )
-    count = min(GRID_COLUMNS * GRID_ROWS, len(dataset))
-    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(count)])
+    if dataset.label_dim > teacher.label_dim:
+        raise UserError(
+            f"--data={path}: its classes go up to {dataset.label_dim - 1}, but the teacher has {teacher.label_dim} of"
+            " them; give the images that it was trained on"
+        )
+    return dataset
+
+
+def first_images(dataset: ImageFolderDataset) -> torch.Tensor:
+    """Those for the picture, uint8 [N, C, H, W]."""
+    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(GRID_COLUMNS * GRID_ROWS, len(dataset)))])
 
 
 def describe(teacher: torch.nn.Module, config: DistillationConfig) -> str:

@@ -9,11 +9,12 @@ import torch
 from dnnlib import UserError
 from edm import zoo
 from torch_utils import checkpoint, distributed
-from torch_utils.updates import Updater
+from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.training_loop import COUNTERS, freeze_augment_mapping
 
 from .config import DistillationConfig
 
+GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA)
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 
 
@@ -37,7 +38,7 @@ class DistillationState:
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
         self._teacher_hash = zoo.network_hash(teacher)
-        overrides = config.network_overrides()
+        overrides = config.network_overrides(teacher)
         self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         if start is not None:
@@ -53,6 +54,7 @@ class DistillationState:
         fp16 = config.precision == "fp16"
         adam = {"eps": EPSILON[fp16], "loss_scaling": fp16}
         self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, **adam)
+        adam["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
         self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, **adam)
 
     @property

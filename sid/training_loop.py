@@ -99,4 +99,8 @@ def save_snapshot(state: DistillationState, config: DistillationConfig, path: Pa
     recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": state.nimg / 1e3}
     if config.objective != "sid":
         recipe["objective"] = config.objective
+    if config.guidance is not None:
+        recipe["guidance"] = config.guidance
+    if config.gan:
+        recipe |= {"gan": True, "lsg_gan": config.lsg_gan}
     zoo.save_network(state.ema, path, **state.ema.metadata, **recipe)

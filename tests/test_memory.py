@@ -9,6 +9,7 @@ from test_distillation import CPU, tiny_config, tiny_teacher
 from sid import memory
 from sid.distillation import Distillation
 
+GUIDED = {"guidance": "long-short=2"}
 RESOLVED = {"precision": "fp32", "augment": 0, "dropout": None}
 
 
@@ -37,7 +38,7 @@ def kept_bytes(step) -> int:
     return peak
 
 
-@pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"checkpoint": True}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"checkpoint": True}, {"precision": "bf16"}, GUIDED], ids=str)
 def test_activations_are_those_that_a_step_keeps(mode):
     config = tiny_config(**{**RESOLVED, **mode}, batch_gpu=8)
     teacher = tiny_teacher()

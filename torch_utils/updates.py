@@ -11,7 +11,7 @@ from dnnlib import UserError
 from . import distributed
 from .adam import MomentumFreeAdam
 
-GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value, SPEC §2
+GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value unless told otherwise, SPEC §2
 MAX_SKIPPED_UPDATES = 10  # so many non-finite gradients in a row end the run
 GROWTH_INTERVAL = 2000  # so many good updates in a row double the loss scale
 COUNTS = ("skipped", "skipped_in_a_row", "longest_row", "good_in_a_row")
@@ -31,6 +31,7 @@ class Updater:
 
     loss_scaling: for half precision. `backward` multiplies the loss by `loss_scale`, which halves with every skipped
     update and doubles after GROWTH_INTERVAL good ones; `step` divides the gradients by it.
+    limit: gradients are clipped to this by value.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Updater:
         parameters: Iterable[torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         loss_scaling: bool = False,
+        limit: float = GRADIENT_LIMIT,
     ):
         self.name = name
         self.optimizer = optimizer
+        self.limit = limit
         self._parameters = list(parameters)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         device = self._parameters[0].device
@@ -58,6 +61,7 @@ class Updater:
         beta2: float = 0.999,
         eps: float = 1e-8,
         loss_scaling: bool = False,
+        limit: float = GRADIENT_LIMIT,
     ) -> "Updater":
         """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0."""
         trainable = [p for p in net.parameters() if p.requires_grad]
@@ -65,7 +69,7 @@ class Updater:
             return cls(name, trainable, MomentumFreeAdam(trainable, lr, beta2, eps), loss_scaling)
         fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
-        return cls(name, trainable, optimizer, loss_scaling)
+        return cls(name, trainable, optimizer, loss_scaling, limit)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a scalar loss to what `step` applies."""
@@ -82,7 +86,7 @@ class Updater:
             torch._foreach_mul_(gradients, 1 / self.loss_scale)
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         bad = (~norm.isfinite()).float()
-        torch.nn.utils.clip_grad_value_(self._parameters, GRADIENT_LIMIT)
+        torch.nn.utils.clip_grad_value_(self._parameters, self.limit)
         for group, lr in zip(self.optimizer.param_groups, self._base_lrs):
             group["lr"] = lr * lr_factor
         fused = all(group.get("fused") for group in self.optimizer.param_groups)

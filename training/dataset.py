@@ -181,7 +181,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._names = image_names(self._tree)
         self._labels = read_labels(self._tree, self._names) if use_labels else None
         if use_labels and self._labels is None:
-            raise DatasetError(f"{self._tree.what} has no labels in {LABELS_FILE}; add them or use --cond=0")
+            raise DatasetError(
+                f"{self._tree.what} has no labels in {LABELS_FILE}; add them (edm.train --cond=0 needs none)"
+            )
         self.label_dim = max(self._labels) + 1 if use_labels else 0
         if max_size is not None and max_size < 1:
             raise DatasetError(f"{self._tree.what}: can't take {max_size} images; use at least 1")

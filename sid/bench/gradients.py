@@ -61,7 +61,7 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
         raise UserError(f"{run_dir}: no training state of a distillation here; name a run folder of sid_train.py")
     options = json.loads((run_dir / run_folder.OPTIONS_FILE).read_text(encoding="utf-8"))
     names = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
-    changes = {"batch": batch, "batch_gpu": batch, "precision": "fp32", "dropout": 0.0}
+    changes = {"batch": batch, "batch_gpu": batch, "precision": "fp32", "dropout": 0.0, "gan": False}
     config = DistillationConfig(**{**{name: options[name] for name in names}, **changes})
     return Distillation(zoo.load_network(options["edm_model"]), config, device, resume=state)
 

@@ -37,7 +37,7 @@ class PublishedStep:
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, 1)
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
 
-        overrides = config.network_overrides()
+        overrides = config.network_overrides(teacher)
         self.teacher = plain_network(teacher).to(device).eval().requires_grad_(False)
         self.generator, self.fake_score, self.ema = (
             plain_network(teacher, **overrides).to(device).requires_grad_(True) for _ in range(3)

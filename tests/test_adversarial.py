@@ -1,0 +1,422 @@
+"""SiDA's losses against formulas in float64, its schedule, and its runs against themselves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from click.testing import CliRunner
+from PIL import Image
+from test_distillation import (
+    BATCH,
+    CPU,
+    NoReport,
+    Spy,
+    assert_same_training,
+    equal,
+    tiny_config,
+    tiny_teacher,
+    weights,
+)
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+import sid_train
+from dnnlib import UserError
+from edm import run_folder, zoo
+from sid import adversarial, memory
+from sid.adversarial import RealImages, SiDALoss, logits_of
+from sid.config import FREE_ON_RESUME, ROUNDING, Guidance
+from sid.distillation import Distillation
+from sid.loss import SiDLoss
+from sid.state import GAN_LIMIT
+from sid.training_loop import training_loop
+from torch_utils import checkpoint, misc
+from torch_utils.updates import GRADIENT_LIMIT, Updater
+from training.augment import EDM_MULTIPLIERS, AugmentPipe
+from training.dataset import ImageFolderDataset
+from training.networks import EDMPrecond
+
+GAN = {"gan": True, "gan_freeze_kimg": 0.008, "gan_start_kimg": 0.016}  # one iteration each
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve images with three classes: the class is the brightness of the upper half."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    labels = []
+    for i in range(12):
+        pixels = rng.integers(0, 40, [8, 8], dtype=np.uint8)
+        pixels[:4] += np.uint8(80 * (i % 3))
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        labels.append([f"{i:02d}.png", i % 3])
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def reals_of(data, label_dim=3):
+    return RealImages(ImageFolderDataset(data, use_labels=label_dim > 0), label_dim, CPU)
+
+
+def make(data, resume=None, **changes):
+    return Distillation(tiny_teacher(), tiny_config(**{**GAN, **changes}), CPU, resume=resume, reals=reals_of(data))
+
+
+# --- the discriminator
+
+
+def network(model_type, **changes):
+    torch.manual_seed(0)
+    kwargs = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1}
+    net = EDMPrecond(8, 1, 3, model_type=model_type, **kwargs, **changes)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+KINDS = [
+    ("SongUNet", {}),
+    ("SongUNet", {"encoder_type": "residual", "embedding_type": "fourier"}),
+    ("SongUNet", {"encoder_type": "skip"}),
+    ("DhariwalUNet", {}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), KINDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_logits_come_with_the_plain_call(model_type, changes, recompute):
+    net = network(model_type, **changes).train()
+    if recompute:
+        for module in net.model.enc.values():
+            module.checkpoint = True
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 1, 1) + 0.1, torch.eye(3)[:2]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.manual_seed(1)
+    plain = net(x, sigma, labels)
+    torch.manual_seed(1)
+    with logits_of(net) as logits:
+        denoised = net(x, sigma, labels)
+    assert torch.equal(denoised, plain)
+    assert [lg.shape for lg in logits] == [(2, 4, 4)]
+    net(x, sigma, labels)
+    assert len(logits) == 1  # nobody listens any more
+    assert equal(net.state_dict(), before)
+    logits[0].sum().backward()
+    touched = {name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None}
+    assert "enc" in touched
+    assert "dec" not in touched
+
+
+@pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
+def test_logits_are_channel_means_of_the_last_block(model_type):
+    net = network(model_type).eval()
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 1, 1) + 0.1, torch.eye(3)[:2]
+    with logits_of(net) as logits:
+        net(x, sigma, labels)
+    _, _, c_in, c_noise = net.coefficients(sigma)
+    features, emb = c_in * x, net.model._embed(c_noise.flatten(), labels, None)
+    for name, module in net.model.enc.items():
+        features = module(features) if name.endswith("_conv") else module(features, emb)
+    assert features.shape == (2, 16, 4, 4)
+    torch.testing.assert_close(logits[0], features.mean(1))
+
+
+def test_a_network_without_an_encoder_is_refused(data):
+    with pytest.raises(UserError, match="--gan: Spy has no encoder"):
+        Distillation(Spy(), tiny_config(**GAN, augment=0), CPU, reals=reals_of(data, 0))
+    with pytest.raises(UserError, match="--data"):
+        Distillation(tiny_teacher(), tiny_config(**GAN), CPU)
+
+
+# --- the losses
+
+
+def test_the_functions_are_cross_entropies():
+    torch.manual_seed(0)
+    real, fake = 20 * torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    ones = torch.ones_like(real)
+    expected = [(bce(r, ones[0]) + bce(f, 0 * ones[0])) / 2 for r, f in zip(real, fake)]
+    torch.testing.assert_close(adversarial.discriminator_loss(real, fake), torch.stack(expected))
+    torch.testing.assert_close(adversarial.adversarial_loss(fake), bce(fake.clamp(-10, 10), ones))
+    right = [((r > 0).sum() + (f < 0).sum()) / 32 for r, f in zip(real, fake)]
+    torch.testing.assert_close(adversarial.accuracy(real, fake), torch.stack(right))
+
+
+class Toy(torch.nn.Module):
+    """A denoiser in float64 with an encoder of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.enc = torch.nn.ModuleDict({"only": torch.nn.Conv2d(1, 4, 3, padding=1)})
+        self.out = torch.nn.Conv2d(4, 1, 3, padding=1)
+        self.double()
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        return x / (1 + sigma**2) + self.out(torch.tanh(self.model.enc["only"](x / (1 + sigma))))
+
+    def logits(self, x, sigma):
+        return self.model.enc["only"](x / (1 + sigma)).sum(1) / 4
+
+
+class TwoReals:
+    def draw(self, n):
+        return torch.linspace(-1, 1, n * 64, dtype=torch.float64).reshape(n, 1, 8, 8), None
+
+
+def toys():
+    torch.manual_seed(0)
+    return Toy(), Toy(), 3 * torch.randn(2, 1, 8, 8, dtype=torch.float64)
+
+
+def test_the_fake_scores_loss_and_gradient_in_float64():
+    _, psi, x_g = toys()
+    lsd, n = 0.3, len(x_g)
+    torch.manual_seed(5)
+    loss = SiDALoss(TwoReals(), lsd=lsd, fake_sigma_schedule="lognormal")
+    found = torch.autograd.grad(loss.fake_score_loss(psi, x_g).sum(), [*psi.parameters()])
+    torch.manual_seed(5)
+    sigma = (torch.randn(n, 1, 1, 1) * 1.2 - 1.2).exp()
+    noise = torch.randn_like(x_g) * sigma
+    expected = 0
+    for i in range(n):  # image by image
+        level, image, real = sigma[i : i + 1], x_g[i : i + 1], TwoReals().draw(n)[0][i : i + 1]
+        noisy, ones = image + noise[i], torch.ones(1, 8, 8, dtype=torch.float64)
+        weight = (level.item() ** 2 + 0.25) / (0.5 * level.item()) ** 2
+        told = bce(psi.logits(real + noise[i], level), ones) + bce(psi.logits(noisy, level), 0 * ones)
+        expected = expected + weight * (((psi(noisy, level) - image) ** 2).sum() + lsd * told / 2)
+    for a, b in zip(found, torch.autograd.grad(expected, [*psi.parameters()])):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_adversarial", [True, False])
+def test_the_generators_loss_and_gradient_in_float64(is_adversarial):
+    """1/2 SiD + 1/2 lsg_gan C BCE / omega per image, C its pixels, BCE one number for all images."""
+    phi, psi, x_g = toys()
+    loss = SiDALoss(TwoReals(), lsg_gan=0.7, alpha=1.0)
+    loss.adversarial = is_adversarial
+    images = [x_g.clone().requires_grad_() for _ in range(2)]
+    sigma, n = loss.draw_noise(x_g)
+    value = loss.generator_loss(phi, psi, images[0], None, (sigma, n))
+    x_t = images[1] + sigma * n
+    f_phi, f_psi = phi(x_t, sigma), psi(x_t, sigma)
+    entropy = bce(psi.logits(x_t, sigma).clamp(-10, 10), torch.ones(2, 8, 8, dtype=torch.float64))
+    expected = 0
+    for i in range(2):
+        omega = (images[1][i] - f_phi[i]).abs().mean().item()
+        sid = ((f_phi - f_psi) * (f_psi - images[1]))[i].sum() / omega  # alpha = 1
+        expected = expected + sid / 2 + is_adversarial * 0.7 * 64 * entropy / omega / 2
+    torch.testing.assert_close(value.sum(), expected)
+    a, b = (torch.autograd.grad(v, x)[0] for v, x in zip((value.sum(), expected), images))
+    torch.testing.assert_close(a, b)
+
+
+def test_without_their_new_parts_the_losses_are_sids(data):
+    plain, sida = SiDLoss(), SiDALoss(reals_of(data), lsd=0)
+    sida.adversarial = False
+    phi, psi, labels = tiny_teacher().eval(), tiny_teacher().train(), torch.eye(3)[:2]
+    x_g, pipe = torch.randn(2, 1, 8, 8), AugmentPipe(p=0.5, **EDM_MULTIPLIERS)
+    found = []
+    for loss in (plain, sida):
+        torch.manual_seed(7)
+        found.append(loss.fake_score_loss(psi.train(), x_g, labels, pipe))
+        torch.manual_seed(8)
+        found.append(loss.generator_loss(phi, psi.eval(), x_g, labels))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1] / 2, found[3])
+
+
+def test_guidance_leaves_the_logits_to_the_call_with_labels(data):
+    psi, labels, x_g = tiny_teacher().eval(), torch.eye(3)[:2], torch.randn(2, 1, 8, 8)
+    seen = []
+    for kappa in (1.0, 3.0):
+        loss = SiDALoss(reals_of(data), guidance=Guidance(fake_score_step=kappa))
+        torch.manual_seed(7)
+        loss.fake_score_loss(psi, x_g, labels, report=lambda name, values: seen.append(values))
+    assert len(seen) == 8
+    assert all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:]))
+
+
+def test_gradients_are_clipped_by_value(data):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    updater = Updater("network", [weight], torch.optim.SGD([weight], lr=1.0), limit=GAN_LIMIT)
+    weight.grad = torch.tensor([0.25, -7.0, 3.0])
+    updater.step()
+    assert weight.tolist() == [-0.25, 1.0, -1.0]
+    updaters = [(d.state.fake_score_updater, d.state.generator_updater) for d in (make(data), make(data, gan=False))]
+    assert [[u.limit for u in pair] for pair in updaters] == [[1.0, 1e5], [GRADIENT_LIMIT, GRADIENT_LIMIT]]
+
+
+# --- real images
+
+
+def test_real_images_are_drawn_by_seed_with_their_labels(data):
+    dataset = ImageFolderDataset(data, use_labels=True)
+    reals = RealImages(dataset, 5, CPU)  # the networks have two classes more
+    misc.seed_at(5, 1, 16)
+    images, labels = reals.draw(200)
+    assert images.shape == (200, 1, 8, 8)
+    assert labels.shape == (200, 5)
+    known = {torch.as_tensor(dataset[i][0] / np.float32(127.5) - 1).numpy().tobytes(): i for i in range(12)}
+    indices = [known[image.numpy().tobytes()] for image in images]
+    assert set(indices) == set(range(12))
+    assert labels.argmax(1).tolist() == [i % 3 for i in indices]
+    misc.seed_at(5, 1, 16)
+    assert torch.equal(reals.draw(200)[0], images)
+    assert reals_of(data, 0).draw(2)[1] is None
+
+
+# --- runs
+
+
+def states_of(distillation, iterations):
+    """Weights after each iteration."""
+    found = []
+    for _ in range(iterations):
+        distillation.iteration()
+        found.append(weights(distillation))
+    return found
+
+
+def changed(a, b, network):
+    return any(not torch.equal(a[name], b[name]) for name in a if name.startswith(network))
+
+
+@pytest.mark.parametrize("share_images", [False, True])
+def test_schedule(data, share_images):
+    """theta is frozen for two iterations, and follows the discriminator from the fifth on."""
+    times = {"gan_freeze_kimg": 2 * BATCH / 1e3, "gan_start_kimg": 4 * BATCH / 1e3, "share_images": share_images}
+    start = weights(make(data))
+    ours, others = (states_of(make(data, **times, lsg_gan=scale), 5) for scale in (0.01, 1.0))
+    assert [changed(state, start, "generator") for state in ours] == [False, False, True, True, True]
+    assert [changed(state, start, "ema") for state in ours] == [False, False, True, True, True]
+    assert all(changed(state, start, "fake_score") for state in ours)
+    assert [changed(a, b, "generator") for a, b in zip(ours, others)] == [False, False, False, False, True]
+
+
+def test_recomputed_activations_change_nothing(data):
+    a, b = (states_of(make(data, checkpoint=flag), 3)[-1] for flag in (False, True))
+    assert_same_training(a, b, weights(make(data)))
+
+
+def test_the_discriminator_learns(data):
+    """Dark images from bright noise: right at chance before, nearly always after forty updates."""
+    distillation = make(data, gan_freeze_kimg=1, lr=3e-3, augment=0)
+    distillation.iteration()
+    before = distillation.collector.collect()
+    for _ in range(40):
+        distillation.iteration()
+    distillation.collector.collect()
+    for _ in range(3):
+        distillation.iteration()
+    after = distillation.collector.collect()
+    name = "Health/discriminator_accuracy"
+    assert after[name]["mean"] > 0.8 > before[name]["mean"]
+    assert after["Health/logit_real"]["mean"] > 0 > after["Health/logit_fake"]["mean"]
+    assert after["Loss/discriminator"]["mean"] < before["Loss/discriminator"]["mean"]
+
+
+def run_iterations(data):
+    distillation = make(data)
+    return states_of(distillation, 4)[-1], distillation.collector.collect()
+
+
+def _one_of_two(rank, folder, data):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(run_iterations(data), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_does(tmp_path, data):
+    torch.multiprocessing.spawn(_one_of_two, args=[str(tmp_path), str(data)], nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone, statistics = run_iterations(data)
+    assert equal(first[0], second[0])
+    assert_same_training(first[0], alone, weights(make(data)))
+    assert {"Loss/discriminator", "Health/logit_real", "Health/logit_fake"} < first[1].keys() == statistics.keys()
+    for name in ("Loss/discriminator", "Health/logit_real", "Health/discriminator_accuracy"):
+        assert first[1][name]["num"] == statistics[name]["num"]
+        assert first[1][name]["mean"] == pytest.approx(statistics[name]["mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize("stop", [1, 3])  # while theta is frozen, and later
+def test_a_resumed_run_is_bit_equal(tmp_path, data, stop):
+    whole, stopped = make(data), make(data)
+    expected = states_of(whole, 4)[-1]
+    states_of(stopped, stop)
+    path = tmp_path / "training-state-000000.pt"
+    checkpoint.save_state(path, stopped.state.contents(stopped.config, {}))
+    torch.manual_seed(1234)
+    resumed = make(data, resume=path)
+    assert equal(states_of(resumed, 4 - stop)[-1], expected)
+    was = resumed.state.setting
+    for changes, said in (
+        ({"gan": False}, "--gan=False"),
+        ({"gan_start_kimg": 5.0}, "--gan-start=5"),
+        ({"gan_freeze_kimg": 5.0}, "--gan-freeze=5"),
+        ({"lsd": 2.0}, "--lsd=2"),
+        ({"lsg_gan": 2.0}, "--lsg_gan=2"),
+        ({"real_images": 13}, r"--data \(images\)=13"),
+    ):
+        now = checkpoint.setting({**vars(resumed.config), **changes}, CPU)
+        with pytest.raises(UserError, match=f"^{said}: the run in "):
+            run_folder.check_setting(path, was, now, FREE_ON_RESUME, ROUNDING)
+
+
+def test_memory_counts_the_real_images():
+    teacher = tiny_teacher()
+    plain, gan = (memory.estimate(teacher, tiny_config(precision="fp32", augment=0, gan=g), 8) for g in (False, True))
+    name = "activations of the fake score's phase"
+    assert gan[name] == 2 * plain[name]
+
+
+def test_from_the_command_line(tmp_path, data):
+    """From the teacher, then on from its generator; the same command again finds its run finished."""
+    torch.manual_seed(0)
+    zoo.save_network(tiny_teacher(), tmp_path / "teacher.safetensors")
+    common = [f"--edm_model={tmp_path}/teacher.safetensors", f"--data={data}", "--gan", "--alpha=1", "--nosubdir"]
+    common += ["--batch=4", "--batch-gpu=2", "--tick=0.004", "--duration=0.000016", "--device=cpu", "--lsg_gan=0.02"]
+    common += ["--gan-freeze=0.004", "--gan-start=0.008", "--metrics=none"]
+
+    def run(*options):
+        result = CliRunner().invoke(sid_train.main, [*common, *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    run(f"--outdir={tmp_path}/first")
+    lines = [json.loads(line) for line in (tmp_path / "first" / "stats.jsonl").read_text().splitlines()]
+    assert ["Loss/generator" in line for line in lines] == [False, True, True, True]
+    assert all({"Loss/discriminator", "Health/discriminator_accuracy"} < line.keys() for line in lines)
+    assert json.loads((tmp_path / "first" / "training_options.json").read_text())["real_images"] == 12
+    generator = tmp_path / "first" / "network-snapshot-000000.016.safetensors"
+    saved = zoo.load_network(generator)
+    assert (saved.metadata["gan"], saved.metadata["lsg_gan"], saved.metadata["alpha"]) == (True, 0.02, 1)
+    run(f"--outdir={tmp_path}/first")
+    assert "Resumed" in (tmp_path / "first" / "log.txt").read_text()
+    run(f"--outdir={tmp_path}/second", f"--transfer={generator}", "--share-images=1")
+    for option, said in (("--xflip=1", "--data (images)=24"), ("--batch-gpu=4", "--batch-gpu=4")):
+        refused = CliRunner().invoke(sid_train.main, [*common, f"--outdir={tmp_path}/first", option])
+        assert refused.exit_code == 2
+        assert f"Error: {said}: the run in" in refused.output
+
+
+def test_too_many_classes(tmp_path, data):
+    zoo.save_network(network("SongUNet"), tmp_path / "teacher.safetensors")
+    (tmp_path / "data").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "0.png")
+    (tmp_path / "data" / "dataset.json").write_text('{"labels": [["0.png", 7]]}')
+    options = [f"--edm_model={tmp_path}/teacher.safetensors", f"--data={tmp_path}/data", "--gan", "--device=cpu"]
+    result = CliRunner().invoke(sid_train.main, [*options, f"--outdir={tmp_path}/runs", "--batch=2"])
+    assert result.exit_code == 2
+    assert "--data=" in result.output.splitlines()[-1]
+    assert "classes go up to 7" in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_guided_run_has_finite_statistics(tmp_path, data):
+    distillation = make(data, guidance="long-short=2")
+    training_loop(distillation, tmp_path, NoReport())
+    lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    assert all(np.isfinite(value) for line in lines for value in line.values())
