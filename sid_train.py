@@ -74,6 +74,8 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--checkpoint", help="Recompute activations instead of keeping them", type=bool, default=D.checkpoint)
 @click.option("--share-images", help="One batch of generated images for both phases", type=bool,
               default=D.share_images)  # fmt: skip
+@click.option("--lora-rank", help="Learn updates of this rank, with one copy of the weights in memory  [default: all]",
+              type=WholeRange(1))  # fmt: skip
 # The teacher's architecture: checked against its own record.
 @click.option("--cond", help="Class-conditional", type=bool)
 @click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]))

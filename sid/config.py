@@ -57,6 +57,7 @@ class DistillationConfig:
     chunk: int | None = None  # images per pass through teacher and fake score in the generator's phase; None: all
     checkpoint: bool = False  # recompute activations instead of keeping them
     share_images: bool = False  # one batch of generated images for both phases
+    lora_rank: int | None = None  # of the updates that generator and fake score learn; None: they learn all weights
     guidance: str | None = None  # long=K, short=K or long-short=K, as `parse_guidance` reads it
     gan: bool = False  # SiDA: an adversarial loss beside the generator's, from real images
     gan_freeze_kimg: float = 100  # with gan, the generator stays as it starts for so long

@@ -73,7 +73,7 @@ class Distillation:
         dtype = precision.DTYPES[config.precision]
         native = [precision.set_compute_dtype(net, dtype) for net in networks.values()]
         self._autocast_dtype = torch.float32 if all(native) else dtype
-        if all(native):
+        if all(native) and not config.lora_rank:  # whose updates need the weights in full
             precision.store_convolutions(self.teacher, dtype)
         for net in networks.values():
             if config.channels_last:  # of the weights: the activations follow

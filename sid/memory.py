@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_utils import precision
 
+from . import lora
 from .config import DistillationConfig, parse_guidance
 
 GB = 1 << 30
@@ -27,27 +28,30 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     net = copy.deepcopy(teacher, shapes).to("meta")  # no weight is copied
     if precision.set_compute_dtype(net, precision.DTYPES[config.precision]) and config.checkpoint:
         precision.checkpoint_blocks(net)
-    weights = _bytes(net.parameters())
     stored = copy.deepcopy(net).requires_grad_(False)
-    precision.store_convolutions(stored, precision.DTYPES[config.precision])
+    if not config.lora_rank:
+        precision.store_convolutions(stored, precision.DTYPES[config.precision])
     with FakeTensorMode(allow_non_fake_inputs=True):  # the device's own kernels, without memory or arithmetic
-        net.to_empty(device=device).requires_grad_(True)
-        train = _kept_activations(net, batch_gpu, device)
-        net.requires_grad_(False)
-        through = _kept_activations(net, config.chunk or batch_gpu, device, input_gradient=True)
-    gradients = weights * (2 if config.share_images else 1)
+        net.to_empty(device=device).requires_grad_(False)
+        part = config.chunk or batch_gpu
+        phi = psi = _kept_activations(net, part, device, input_gradient=True)
+        if config.lora_rank:  # psi keeps what it makes of phi's weights, too
+            lora.adapt(net.requires_grad_(True), config.lora_rank)
+            psi = _kept_activations(net.requires_grad_(False), part, device, input_gradient=True)
+        train = _kept_activations(net.requires_grad_(True), batch_gpu, device)
+        trained = _bytes(net.parameters())
     kappa = parse_guidance(config.guidance)  # a guided network is called twice
     fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
-    through *= 2 + (kappa.teacher != 1) + (kappa.fake_score != 1)
+    through = phi * (1 + (kappa.teacher != 1)) + psi * (1 + (kappa.fake_score != 1))
     sizes = {
-        "weights": 3 * weights + _bytes(stored.parameters()),  # theta, its average and psi; phi
-        "gradients": gradients,
-        "Adam": weights * (3 if config.g_beta1 else 2),
+        "weights": 3 * trained + _bytes(stored.parameters()),  # theta, its average and psi; phi
+        "gradients": trained * (2 if config.share_images else 1),
+        "Adam": trained * (3 if config.g_beta1 else 2),
         "activations of the fake score's phase": fake_score + (train if config.share_images else 0),
         "activations of the generator's phase": train + through,
     }
     *constant, fake_score, generator = sizes.values()
-    sizes["peak"] = sum(constant) + max(fake_score, generator, weights)  # Adam's step holds a copy for a moment
+    sizes["peak"] = sum(constant) + max(fake_score, generator, trained)  # Adam's step holds a copy for a moment
     return {name: size / GB for name, size in sizes.items()}
 
 

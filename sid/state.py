@@ -8,20 +8,24 @@ import torch
 
 from dnnlib import UserError
 from edm import zoo
-from torch_utils import checkpoint, distributed
+from torch_utils import checkpoint, distributed, misc
 from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.training_loop import COUNTERS, freeze_augment_mapping
 
+from . import lora
 from .config import DistillationConfig
 
 GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA)
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
+FACTORS_PHASE = 4  # keeps the random factors of low-rank updates apart from the draws of the training
 
 
 class DistillationState:
     """Generator theta, fake score psi and theta's moving average, all starting as copies of the teacher phi.
 
-    teacher: the denoiser to distil. start: another denoiser whose weights theta starts from, if given.
+    teacher: the denoiser to distil, on `device` already. start: another denoiser whose weights theta starts from, if
+    given. With config.lora_rank the networks share the teacher's weights (theta, given a start, has those), and states
+    hold what is trained.
     """
 
     def __init__(
@@ -38,6 +42,8 @@ class DistillationState:
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
         self._teacher_hash = zoo.network_hash(teacher)
+        self._rank = config.lora_rank
+        self._base_hash = zoo.network_hash(start) if config.lora_rank and start is not None else self._teacher_hash
         overrides = config.network_overrides(teacher)
         self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
@@ -46,6 +52,11 @@ class DistillationState:
         freeze_augment_mapping(self.generator)
         if not config.augment:
             freeze_augment_mapping(self.fake_score)
+        if config.lora_rank:
+            bases = [(self.generator, teacher if start is None else None), (self.fake_score, teacher)]
+            for i, (net, base) in enumerate(bases):
+                misc.seed_at(config.seed, FACTORS_PHASE, i)
+                lora.adapt(net, config.lora_rank, base)
         for net in (self.generator, self.fake_score):
             distributed.broadcast_module(net)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -67,7 +78,8 @@ class DistillationState:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         counters = {name: getattr(self, name) for name in COUNTERS}
         setting = checkpoint.setting(vars(config), next(self.generator.parameters()).device)
-        return {**parts, **counters, **setting, "statistics": statistics, "teacher_hash": self._teacher_hash}
+        hashes = {"teacher_hash": self._teacher_hash, **({"base_hash": self._base_hash} if self._rank else {})}
+        return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 
     def load(self, path: Path) -> None:
         """Errors: UserError when the file is no state of a distillation of this teacher."""
@@ -79,6 +91,7 @@ class DistillationState:
             )
         if state["teacher_hash"] != self._teacher_hash:
             raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
+        self._check_base(path, state)
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -89,6 +102,15 @@ class DistillationState:
             setattr(self, name, state[name])
         self.statistics = state["statistics"]
         self.setting = {name: state[name] for name in ("options", "surroundings")}
+
+    def _check_base(self, path: Path, state: dict[str, Any]) -> None:
+        """What a state holds means nothing on other weights than those it was learnt on."""
+        rank = state["options"].get("lora_rank")
+        if rank != self._rank:
+            advice = f"has --lora-rank={rank!r}; give that" if rank else "has no --lora-rank; leave it out"
+            raise UserError(f"--resume={path}: that run {advice}")
+        if self._rank and state.get("base_hash") != self._base_hash:
+            raise UserError(f"--resume={path}: its generator has other weights below; give --transfer as at its start")
 
     def _parts(self):
         names = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")

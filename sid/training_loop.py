@@ -15,6 +15,7 @@ from torch_utils.updates import DivergenceError
 from torch_utils.watchdog import check_equal_weights
 from training.training_loop import milestones
 
+from . import lora
 from .config import DistillationConfig
 from .distillation import Distillation
 from .doctor import Watch
@@ -40,7 +41,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
     total_img = int(config.total_kimg * 1000)
     with explained(distillation.loss), Interruption(distillation.device, config.save_minutes) as interruption:
         if state.nimg == 0:
-            report.start(state.ema)
+            report.start(lora.merge(state.ema))
         elif state.at_snapshot:  # the run ended between this state and its snapshot
             publish(state, config, run_dir, report)
         log.resume_clock(state.nimg)
@@ -65,7 +66,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
                 publish(state, config, run_dir, report)
             if tick:
                 log.resume_clock(state.nimg)
-    return state.ema
+    return lora.merge(state.ema)
 
 
 @contextlib.contextmanager
@@ -82,10 +83,11 @@ def explained(loss: SiDLoss) -> Iterator[None]:
 
 def publish(state: DistillationState, config: DistillationConfig, run_dir: Path, report: Report) -> None:
     """The snapshot, its picture and its metrics; all of them again when a run is resumed here."""
+    net = lora.merge(state.ema)
     if distributed.rank() == 0:
         path = snapshot_path(run_dir, state.nimg, config.batch)
-        attempt(f"saving {path.name}", lambda: save_snapshot(state, config, path))
-    report.snapshot(state.ema, state.nimg)
+        attempt(f"saving {path.name}", lambda: save_snapshot(net, state.nimg, config, path))
+    report.snapshot(net, state.nimg)
 
 
 def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
@@ -94,13 +96,15 @@ def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
     return {f"Health/{name}_skipped": {"mean": u.skipped} for name, u in updaters.items() if u.skipped}
 
 
-def save_snapshot(state: DistillationState, config: DistillationConfig, path: Path) -> None:
+def save_snapshot(net: torch.nn.Module, nimg: int, config: DistillationConfig, path: Path) -> None:
     """Saves the one-step generator with what it takes to use it and how it was made."""
-    recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": state.nimg / 1e3}
+    recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": nimg / 1e3}
     if config.objective != "sid":
         recipe["objective"] = config.objective
     if config.guidance is not None:
         recipe["guidance"] = config.guidance
     if config.gan:
         recipe |= {"gan": True, "lsg_gan": config.lsg_gan}
-    zoo.save_network(state.ema, path, **state.ema.metadata, **recipe)
+    if config.lora_rank:
+        recipe["lora_rank"] = config.lora_rank
+    zoo.save_network(net, path, **net.metadata, **recipe)

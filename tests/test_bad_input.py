@@ -199,6 +199,8 @@ DISTILLATION = [
     (["--sigma-schedule=single=0"], "--sigma-schedule=single=0"),
     (["--fake-sigma-schedule=single=inf"], "--fake-sigma-schedule=single=inf"),
     (["--fake-score-updates=0"], "--fake-score-updates"),
+    (["--lora-rank=0"], "--lora-rank"),
+    (["--resume=distilled", "--lora-rank=2", "--override"], "has no --lora-rank"),
     (["--gan"], "--data"),
     (["--gan", "--data=large"], "--data=large"),
     (["--gan", "--data=damaged"], "--data=damaged"),

@@ -38,7 +38,12 @@ def kept_bytes(step) -> int:
     return peak
 
 
-@pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"checkpoint": True}, {"precision": "bf16"}, GUIDED], ids=str)
+MODES = [{}, {"chunk": 2}, {"checkpoint": True}, {"precision": "bf16"}, GUIDED]
+MODES += [{"lora_rank": 2}, {"lora_rank": 2, "checkpoint": True}, {"lora_rank": 2, "precision": "bf16"}]
+MODES += [{"lora_rank": 2, **GUIDED}]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_activations_are_those_that_a_step_keeps(mode):
     config = tiny_config(**{**RESOLVED, **mode}, batch_gpu=8)
     teacher = tiny_teacher()

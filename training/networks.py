@@ -93,7 +93,8 @@ class Conv2d(torch.nn.Module):
         self.register_buffer("resample_filter", taps if up or down else None)
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype) if self.weight is not None else None
+        weight = self.weight  # read once: it may be computed
+        weight = weight.to(x.dtype) if weight is not None else None
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         weight_pad = weight.shape[-1] // 2 if weight is not None else 0
         filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample_filter is not None else 0

@@ -1,0 +1,109 @@
+"""Low-rank training (LoRA, arXiv:2106.09685): networks that share one frozen copy of the large weights.
+
+A weight of shape [out, ...], seen as a matrix [out, in], becomes W + s B A with W frozen and shared, A [r, in] and
+B [out, r] trained. A starts as N(0, 1/in), B as zero, so the network starts as it was. Biases and norms are trained
+whole, and so is a matrix whose two factors would hold no fewer numbers than it does itself: a rank that is large enough
+is ordinary training.
+
+The scale s = sqrt(in/r), in LoRA's terms alpha = sqrt(in r), makes learning rates mean what they mean without: Adam's
+first step moves every number in B by lr, hence those in s B A by lr, root mean square, whatever the rank.
+
+Not peft: it replaces layers of the classes that it knows (torch.nn.Linear, Conv2d, ...), and those of
+training/networks.py or of a foreign denoiser are others; nor would its networks keep their class and names.
+"""
+
+import copy
+import functools
+import math
+from typing import Any
+
+import torch
+
+SUFFIX = "_update"  # the module that makes `weight` is called `weight_update`
+
+
+class _Shared:
+    """Holds a tensor that belongs to another network: not among a module's parameters, and not copied with it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+
+class LowRank(torch.nn.Module):
+    """W + s B A as a tensor in the shape of W; its parameters are A and B. base: W, [out, ...], frozen from here on."""
+
+    def __init__(self, base: torch.nn.Parameter, rank: int):
+        super().__init__()
+        rows, columns = _matrix(base)
+        like = {"device": base.device, "dtype": base.dtype}
+        self.a = torch.nn.Parameter(torch.randn([rank, columns], **like) / math.sqrt(columns))
+        self.b = torch.nn.Parameter(torch.zeros([rows, rank], **like))
+        self.scale = math.sqrt(columns / rank)
+        self._base = _Shared(base.requires_grad_(False))
+
+    @property
+    def base(self) -> torch.Tensor:
+        return self._base.tensor
+
+    def forward(self) -> torch.Tensor:
+        base = self.base
+        with torch.autocast(base.device.type, enabled=False):  # half precision would lose small updates
+            return base + (self.scale * self.b @ self.a).view_as(base)  # in the memory layout of the base
+
+
+def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None) -> None:
+    """Makes the trainable matrices of `net` low-rank updates of those of `base`, in place.
+
+    net:  any module on the device where it stays; parameters that are frozen remain as they are.
+    base: a network with the same parameter names, whose matrices are frozen and shared; None: the present weights of
+          `net` itself. Copies (`copy.deepcopy`) of an adapted network share them, too.
+    """
+
+    def large(weight: torch.nn.Parameter) -> bool:
+        rows, columns = _matrix(weight) if weight.ndim > 1 else (1, 1)
+        return weight.requires_grad and rank * (rows + columns) < rows * columns
+
+    bases = dict((net if base is None else base).named_parameters(remove_duplicate=False))
+    made = {parameter: LowRank(bases[name], rank) for name, parameter in net.named_parameters() if large(parameter)}
+    for module in list(net.modules()):
+        names = tuple(name for name, parameter in module._parameters.items() if parameter in made)
+        for name in names:
+            module.add_module(name + SUFFIX, made[module._parameters[name]])  # one for all that share the parameter
+            module._parameters[name] = None  # keeps its place for `merge`
+        if names:
+            module.__class__ = _adapted_class(type(module), names)
+
+
+def merge(net: torch.nn.Module) -> torch.nn.Module:
+    """An ordinary frozen network with the weights of an adapted one: same classes, names and order as before `adapt`.
+
+    Shares nothing with `net`. A network that isn't adapted comes back as it is.
+    """
+    if not any(isinstance(module, LowRank) for module in net.modules()):
+        return net
+    net = copy.deepcopy(net).requires_grad_(False)
+    made: dict[LowRank, torch.nn.Parameter] = {}
+    for module in list(net.modules()):
+        for name in getattr(type(module), "adapted_names", ()):
+            update = module._modules.pop(name + SUFFIX)
+            if update not in made:
+                made[update] = torch.nn.Parameter(update().contiguous(), requires_grad=False)
+            module._parameters[name] = made[update]
+        if hasattr(type(module), "adapted_names"):
+            module.__class__ = type(module).__base__
+    return net
+
+
+def _matrix(weight: torch.Tensor) -> tuple[int, int]:
+    """(out, in) of a weight [out, ...]."""
+    return weight.shape[0], weight[0].numel()
+
+
+@functools.cache
+def _adapted_class(cls: type, names: tuple[str, ...]) -> type:
+    """`cls` with attributes `names` that are computed whenever they are read."""
+    computed = {name: property(lambda module, name=name: getattr(module, name + SUFFIX)()) for name in names}
+    return type(f"LowRank{cls.__name__}", (cls,), {**computed, "adapted_names": names})
