@@ -66,7 +66,7 @@ class Updater:
         """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0."""
         trainable = [p for p in net.parameters() if p.requires_grad]
         if beta1 == 0:
-            return cls(name, trainable, MomentumFreeAdam(trainable, lr, beta2, eps), loss_scaling)
+            return cls(name, trainable, MomentumFreeAdam(trainable, lr, beta2, eps), loss_scaling, limit)
         fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
         return cls(name, trainable, optimizer, loss_scaling, limit)
