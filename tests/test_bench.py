@@ -15,6 +15,7 @@ from dnnlib import UserError
 from edm import zoo
 from sid.bench import measure, modes, profile, results, tasks
 from sid.bench.__main__ import main
+from sid.bench.noise import signal_and_noise
 from sid.bench.published_step import PublishedStep, plain_network
 from sid.bench.recipes import RECIPES, build_network
 from sid.bench.worker import Worker, WorkerFailed
@@ -300,3 +301,11 @@ def test_an_existing_file_stays(tmp_path):
     run = CliRunner().invoke(main, [f"--json={file}"])
     assert (run.exit_code, file.read_text()) == (2, "mine")
     assert str(file) in run.output.splitlines()[-1]
+
+
+def test_signal_and_noise_are_unbiased():
+    torch.manual_seed(0)
+    signal, scale = torch.tensor([3.0, -4.0]).double(), torch.tensor([2.0, 0.5]).double()
+    found = [signal_and_noise(signal + scale * torch.randn(4, 2).double()) for _ in range(4000)]
+    mean = torch.tensor(found).mean(dim=0)
+    torch.testing.assert_close(mean, torch.tensor([25.0, 4.25]), rtol=0.02, atol=0)

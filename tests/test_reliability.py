@@ -188,6 +188,9 @@ def test_the_same_command_continues(tmp_path, options, monkeypatch):
     changed = distil(run, "--duration=0.000024", "--glr=2e-5", "--override")
     assert changed.exit_code == 0, changed.output
     assert "--glr=2e-05 from here on, instead of --glr=1e-05" in changed.output
+    other_moments = distil(run, "--duration=0.000032", "--glr=2e-5", "--g_beta1=0.5", "--override")
+    assert other_moments.exit_code == 2
+    assert "Adam's beta1 was 0 before or is now" in other_moments.output
     assert [path.name for path in tmp_path.iterdir()] == ["00000-mine"]
     assert distil(run[:-1], "--duration=0.000004").exit_code == 0  # not asked to continue: a new folder
     assert (tmp_path / "00001-mine").is_dir()

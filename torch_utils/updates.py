@@ -143,7 +143,11 @@ class Updater:
         return {"optimizer": self.optimizer.state_dict(), "counts": counts, "loss_scale": scale}
 
     def load_state_dict(self, state: dict) -> None:
+        """Errors: ValueError when it holds other moments of Adam; others when it isn't of this network."""
         fused = [group.get("fused") for group in self.optimizer.param_groups]
+        momentum_free = isinstance(self.optimizer, MomentumFreeAdam)
+        if any(("exp_avg" in moments) == momentum_free for moments in state["optimizer"]["state"].values()):
+            raise ValueError("Adam's beta1 was 0 before or is now, not both")
         self.optimizer.load_state_dict(state["optimizer"])
         for group, is_fused in zip(self.optimizer.param_groups, fused):
             if "fused" in group:

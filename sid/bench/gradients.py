@@ -66,7 +66,9 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     return Distillation(zoo.load_network(options["edm_model"]), config, device, resume=state)
 
 
-def gradients(distillation: "Distillation", name: str, t: float, batch: int) -> tuple[float, list["torch.Tensor"]]:
+def gradients(
+    distillation: "Distillation", name: str, t: float, batch: int, seed: int = 0
+) -> tuple[float, list["torch.Tensor"]]:
     """(sigma, gradients of the loss by the images and by theta, one vector each), all images at one noise level."""
     import torch
 
@@ -78,7 +80,7 @@ def gradients(distillation: "Distillation", name: str, t: float, batch: int) -> 
         set_compute_dtype(net, DTYPES[name])
     state.fake_score.eval().requires_grad_(False)
     state.generator.eval().zero_grad()
-    misc.seed_at(0)
+    misc.seed_at(seed)
     labels = distillation.draw_labels(batch)
     images = distillation.generate(labels)
     x_g = images.detach().requires_grad_()
