@@ -111,7 +111,7 @@ def test_the_questions_are_sound():
         assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", 1.2, 35]
         for run in plan.runs:
             assert known.setdefault(run.name, run.recorded) == run.recorded  # one name, one run, whichever file asks
-    assert len(QUESTIONS) >= 8
+    assert len(QUESTIONS) >= 9
     objectives = {run.recorded["objective"] for run in load_plan(str(QUESTIONS[0])).runs}
     assert objectives == {"sid", "l1", "l2", "cross", "full"}
 
