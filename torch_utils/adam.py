@@ -10,7 +10,7 @@ class MomentumFreeAdam(torch.optim.Optimizer):
     """Adam (arXiv:1412.6980) with beta1 = 0, where the first moment is the gradient itself and need not be kept.
 
     Keeps one tensor per weight instead of two. `found_inf`, a scalar on the weights' device, may be set before `step`:
-    where it is 1 nothing changes, whatever the gradients are, and the host doesn't wait to know. `step` overwrites the
+    where it is 1 nothing changes, whatever the gradients are, and the host doesn't wait to know. `step` may overwrite the
     gradients; those of a group must have been there at the same steps, so that one count serves the bias correction.
     """
 
@@ -26,17 +26,21 @@ class MomentumFreeAdam(torch.optim.Optimizer):
                 self._step(group, weights, [p.grad for p in weights])
 
     def _step(self, group: dict, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-        beta2, device = group["beta2"], weights[0].device
+        beta2, device, found_inf = group["beta2"], weights[0].device, self.found_inf
+        if found_inf is not None and device.type == "cpu":  # the host knows already
+            if found_inf:
+                return
+            found_inf = None
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = {"updates": torch.zeros([], device=device), "exp_avg_sq": torch.zeros_like(weight)}
         states = [self.state[weight] for weight in weights]
         squares, updates = ([state[name] for state in states] for name in ("exp_avg_sq", "updates"))
-        if self.found_inf is None:
+        if found_inf is None:
             torch._foreach_mul_(squares, beta2)
             torch._foreach_add_(updates, 1)
         else:
-            good = 1 - self.found_inf
+            good = 1 - found_inf
             for gradient in gradients:
                 gradient.nan_to_num_(0, 0, 0)  # 0 times these wouldn't be 0
             torch._foreach_mul_(gradients, good)
@@ -47,5 +51,4 @@ class MomentumFreeAdam(torch.optim.Optimizer):
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_mul_(denominators, correction.rsqrt())
         torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_div_(gradients, denominators)
-        torch._foreach_add_(weights, gradients, alpha=-group["lr"])
+        torch._foreach_addcdiv_(weights, gradients, denominators, value=-group["lr"])
