@@ -12,7 +12,7 @@ from sid.bench.gradients import gradients as found_gradients
 from sid.distillation import Distillation
 from sid.loss import SiDLoss, karras_sigma
 from sid.training_loop import training_loop
-from torch_utils import precision
+from torch_utils import adam, precision
 from torch_utils.adam import MomentumFreeAdam
 from torch_utils.updates import GROWTH_INTERVAL, MAX_SKIPPED_UPDATES, DivergenceError, Updater
 from training.networks import EDMPrecond
@@ -215,8 +215,10 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["host", "device"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_bad_update_changes_neither_weights_nor_moments(optimizer):
+def test_a_bad_update_changes_neither_weights_nor_moments(optimizer, at_once, monkeypatch):
+    monkeypatch.setattr(adam, "AT_ONCE", at_once)
     net, _ = scaled_updater()
     updater = Updater("network", net.parameters(), OPTIMIZERS[optimizer](net.parameters()))
     updater.backward(net(torch.ones(1, 3)).sum())
@@ -232,7 +234,9 @@ def test_a_bad_update_changes_neither_weights_nor_moments(optimizer):
         updater.check(0)
 
 
-def test_adam_without_a_first_moment_is_adam():
+@pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["host", "device"])
+def test_adam_without_a_first_moment_is_adam(at_once, monkeypatch):
+    monkeypatch.setattr(adam, "AT_ONCE", at_once)
     weights = {kind: [torch.randn(5, 3).double().requires_grad_(), torch.zeros(4).double().requires_grad_()]
                for kind in ("ours", "theirs")}  # fmt: skip
     for ours, theirs in zip(*weights.values()):

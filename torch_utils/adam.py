@@ -5,13 +5,15 @@ from collections.abc import Iterable
 
 import torch
 
+AT_ONCE = {"cpu"}  # devices whose results the host has without waiting
+
 
 class MomentumFreeAdam(torch.optim.Optimizer):
     """Adam (arXiv:1412.6980) with beta1 = 0, where the first moment is the gradient itself and need not be kept.
 
     Keeps one tensor per weight instead of two. `found_inf`, a scalar on the weights' device, may be set before `step`:
-    where it is 1 nothing changes, whatever the gradients are, and the host doesn't wait to know. `step` may overwrite the
-    gradients; those of a group must have been there at the same steps, so that one count serves the bias correction.
+    where it is 1 nothing changes, whatever the gradients are, and the host doesn't wait to know. `step` may overwrite
+    the gradients; those of a group must have been there at the same steps: one count serves the bias correction.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, beta2: float = 0.999, eps: float = 1e-8):
@@ -27,7 +29,7 @@ class MomentumFreeAdam(torch.optim.Optimizer):
 
     def _step(self, group: dict, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
         beta2, device, found_inf = group["beta2"], weights[0].device, self.found_inf
-        if found_inf is not None and device.type == "cpu":  # the host knows already
+        if found_inf is not None and device.type in AT_ONCE:
             if found_inf:
                 return
             found_inf = None
