@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from click.testing import CliRunner
 from PIL import Image
-from test_distillation import (
+from tiny import (
     BATCH,
     CPU,
     NoReport,
     Spy,
     assert_same_training,
     equal,
+    on_two_processes,
     tiny_config,
     tiny_teacher,
     weights,
@@ -321,16 +321,8 @@ def run_iterations(data):
     return states_of(distillation, 4)[-1], distillation.collector.collect()
 
 
-def _one_of_two(rank, folder, data):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(run_iterations(data), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_processes_train_as_one_does(tmp_path, data):
-    torch.multiprocessing.spawn(_one_of_two, args=[str(tmp_path), str(data)], nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = on_two_processes(run_iterations, tmp_path, str(data))
     alone, statistics = run_iterations(data)
     assert equal(first[0], second[0])
     assert_same_training(first[0], alone, weights(make(data)))

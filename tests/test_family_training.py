@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_bad_input import NETWORK
-from test_distillation import BATCH, BATCH_GPU, CPU, Spy, equal, tiny_config, tiny_distillation, weights
+from tiny import BATCH, BATCH_GPU, CPU, Spy, equal, tiny_config, tiny_distillation, weights
 
 from dnnlib import UserError
 from edm import train

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_distillation import (
+from tiny import (
     CPU,
     NoReport,
     Spy,

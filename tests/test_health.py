@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from click.testing import CliRunner
-from test_distillation import BATCH_GPU, CPU, NoReport, Spy, equal, tiny_config, tiny_distillation, weights
+from tiny import BATCH_GPU, CPU, NoReport, Spy, equal, on_two_processes, tiny_config, tiny_distillation, weights
 
 from sid import doctor
 from sid.config import DistillationConfig
@@ -105,17 +104,13 @@ def test_measuring_changes_nothing():
     assert equal(weights(measured), weights(plain))
 
 
-def _one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(Health(tiny_distillation()).measure(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def measured():
+    return Health(tiny_distillation()).measure()
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two, args=[str(tmp_path)], nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    alone = Health(tiny_distillation()).measure()
+    first, second = on_two_processes(measured, tmp_path)
+    alone = measured()
     assert first == second
     assert first.keys() == alone.keys()
     for name, record in alone.items():

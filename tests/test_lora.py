@@ -5,19 +5,19 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-from test_distillation import (
+from test_speed_modes import gradients
+from tiny import (
     CPU,
     NoReport,
     Spy,
     assert_same_training,
     equal,
+    on_two_processes,
     tiny_config,
     tiny_distillation,
     tiny_teacher,
     weights,
 )
-from test_speed_modes import gradients
 
 from dnnlib import UserError
 from edm import zoo
@@ -237,16 +237,8 @@ def run_iterations():
     return weights(distillation)
 
 
-def _one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(run_iterations(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_processes_train_as_one_does(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two, args=[str(tmp_path)], nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = on_two_processes(run_iterations, tmp_path)
     assert equal(first, second)
     assert_same_training(first, run_iterations(), weights(tiny_distillation(lora_rank=RANK)))
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_distillation import CPU, tiny_config, tiny_teacher
+from tiny import CPU, tiny_config, tiny_teacher
 
 from sid import memory
 from sid.distillation import Distillation

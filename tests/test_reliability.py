@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from crash import kill
-from test_distillation import NoReport, equal, tiny_distillation, weights
+from tiny import NoReport, equal, tiny_distillation, weights
 
 import sid_train
 from dnnlib import UserError

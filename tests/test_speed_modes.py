@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_distillation import NoReport, tiny_config, tiny_distillation, tiny_teacher
+from tiny import NoReport, tiny_config, tiny_distillation, tiny_teacher
 
 from edm import zoo
 from sid.bench.gradients import compare, load

@@ -34,7 +34,7 @@ class Memory:
 @click.option("--iterations", default=2000, show_default=True)
 def main(iterations: int) -> None:
     """Run and tell how much the process has grown."""
-    from test_distillation import tiny_distillation
+    from tiny import tiny_distillation
 
     from sid.training_loop import training_loop
 

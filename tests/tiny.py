@@ -1,0 +1,97 @@
+"""Tiny networks and distillations for tests, and what tests of training have in common."""
+
+import torch
+import torch.distributed as dist
+
+from sid.config import DistillationConfig
+from sid.distillation import Distillation
+from training.networks import EDMPrecond
+
+CPU = torch.device("cpu")
+BATCH, BATCH_GPU = 8, 2
+
+
+def tiny_teacher(label_dim=3, augment_dim=9):
+    """A denoiser with dropout, classes and augmentation labels whose weights are far from their initialisation."""
+    torch.manual_seed(0)
+    kwargs = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.2}
+    net = EDMPrecond(8, 1, label_dim, model_type="SongUNet", augment_dim=augment_dim, **kwargs)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+def tiny_config(**changes):
+    values = {"batch": BATCH, "batch_gpu": BATCH_GPU, "lr": 1e-3, "glr": 2e-3, "total_kimg": 0.04, "seed": 5}
+    return DistillationConfig(**{**values, "kimg_per_tick": 0.008, "snapshot_ticks": 10, "augment": 0.5, **changes})
+
+
+def tiny_distillation(teacher=None, resume=None, **changes):
+    return Distillation(teacher or tiny_teacher(), tiny_config(**changes), CPU, resume=resume)
+
+
+class NoReport:
+    def start(self, ema):
+        pass
+
+    def snapshot(self, ema, nimg):
+        pass
+
+
+class Spy(torch.nn.Module):
+    """A denoiser of a class from elsewhere, with what DESIGN asks for and nothing else; it records its calls."""
+
+    def __init__(self, label_dim=0):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = 8, 3, label_dim
+        self.sigma_min, self.sigma_max = 0.0, float("inf")
+        self.hidden = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.level = torch.nn.Linear(1 + label_dim, 8)
+        self.out = torch.nn.Sequential(torch.nn.BatchNorm2d(8), torch.nn.SiLU(), torch.nn.Conv2d(8, 3, 3, padding=1))
+
+    calls = []  # noqa: RUF012  of all copies: (network, in train mode, with gradients, to its parameters)
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        self.calls.append((self, self.training, torch.is_grad_enabled(), self.hidden.weight.requires_grad))
+        levels = sigma.log().reshape(-1, 1)
+        if self.label_dim:
+            assert class_labels.shape == (len(x), self.label_dim)
+            levels = torch.cat([levels, class_labels], dim=1)
+        features = self.hidden(x / (1 + sigma**2).sqrt()) + self.level(levels)[:, :, None, None]
+        return x / (1 + sigma**2) + sigma / (1 + sigma**2).sqrt() * self.out(features)
+
+
+def weights(distillation):
+    state = distillation.state
+    networks = {"generator": state.generator, "fake_score": state.fake_score, "ema": state.ema}
+    return {f"{name}.{key}": value.clone() for name, n in networks.items() for key, value in n.state_dict().items()}
+
+
+def assert_same_training(actual, expected, start):
+    """Equal but for rounding, measured by how far training moved the weights; all three are {name: tensor}."""
+    for name, value in expected.items():
+        difference, moved = (actual[name] - value).abs(), (value - start[name]).abs().max()
+        if name.endswith("qkv.bias"):  # keys' biases cancel in the softmax: Adam makes full steps of rounding errors
+            difference = difference.reshape(-1, 3)[:, [0, 2]]
+        assert difference.max() <= 2e-3 * moved + 1e-6, name
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def on_two_processes(function, folder, *args):
+    """What function(*args) returns on each of two gloo processes, in order of rank."""
+    torch.multiprocessing.spawn(_one_of_two, args=[function, str(folder), *args], nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _one_of_two(rank, function, folder, *args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(function(*args), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
