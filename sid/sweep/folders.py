@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,14 @@ def is_finished(folder: Path, options: dict[str, Any]) -> bool:
 
 def read_run_options(folder: Path) -> dict[str, Any] | None:
     """training_options.json; None if the run hasn't begun. Errors: UserError when it is damaged."""
-    path = folder / OPTIONS_FILE
-    if not path.exists():
-        return None
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+
+    def checked(options: Any) -> dict[str, Any]:
         if isinstance(options["metrics"], list) and options["total_kimg"] > 0 and options["processes"] > 0:
             return options
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{path}: not that of a distillation; remove the folder {folder} to have the run made anew")
+        raise ValueError
+
+    remedy = f"not that of a distillation; remove the folder {folder} to have the run made anew"
+    return _read_json(folder / OPTIONS_FILE, checked, remedy)
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
@@ -85,14 +84,21 @@ def read_metrics(folder: Path, names: list[str]) -> dict[str, dict[float, dict[s
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
     """exit_code and message of the last attempt, if it failed."""
-    path = folder / FAILURE_FILE
+
+    def checked(failure: Any) -> dict[str, Any]:
+        return {"exit_code": int(failure["exit_code"]), "message": str(failure["message"])}
+
+    return _read_json(folder / FAILURE_FILE, checked, "damaged; remove it to have the run tried again")
+
+
+def _read_json(path: Path, checked: Callable[[Any], dict[str, Any]], remedy: str) -> dict[str, Any] | None:
+    """What `checked` makes of a file; None without one. Errors: UserError with the remedy."""
     if not path.exists():
         return None
     try:
-        failure = json.loads(path.read_text(encoding="utf-8"))
-        return {"exit_code": int(failure["exit_code"]), "message": str(failure["message"])}
+        return checked(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"{path}: damaged; remove it to have the run tried again") from None
+        raise UserError(f"{path}: {remedy}") from None
 
 
 def write_failure(folder: Path, exit_code: int, message: str) -> None:
