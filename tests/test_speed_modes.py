@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import NoReport, tiny_config, tiny_distillation, tiny_teacher
+from torch.overrides import TorchFunctionMode
 
 from edm import zoo
 from sid.bench.gradients import compare, load
@@ -53,6 +54,46 @@ def test_the_gradients_are_those_of_the_plain_step(mode):
     found = gradients(tiny_distillation(dropout=dropout, **{**size, **mode}))
     for name, gradient in expected.items():
         assert torch.linalg.norm(found[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
+
+
+class FromHost(TorchFunctionMode):
+    """Fails where values of the host are copied to another device and the host waits for the copy."""
+
+    COPIES = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.to, torch.Tensor.type_as)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in self.COPIES and result.is_meta and not (kwargs or {}).get("non_blocking"):
+            source = args[1] if func is torch.Tensor.new_tensor else args[0]
+            assert getattr(source, "is_meta", False), f"{func.__name__}({source})"
+        return result
+
+
+UNET = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"precision": "fp16", "channels_last": True},
+        {"precision": "bf16", "chunk": 2, "checkpoint": True},
+        {"share_images": True, "huber": 0.1},
+        {"objective": "dmd", "sigma_schedule": "lognormal", "fake_sigma_schedule": "karras"},
+        {"guidance": "long-short=1.5", "score_gradient": "from=0.008"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["SongUNet", "DhariwalUNet"])
+def test_an_iteration_waits_for_no_device(mode, architecture, monkeypatch):
+    """Tensors on `meta` have no values: whatever the host would wait for, there it fails."""
+    monkeypatch.setattr(zoo, "network_hash", lambda net: "")  # once, at the start
+    teacher = EDMPrecond(8, 1, 3, model_type=architecture, **UNET).to("meta")
+    distillation = Distillation(teacher, tiny_config(batch_gpu=4, **mode), torch.device("meta"))
+    with FromHost():
+        for _ in range(2):
+            distillation.iteration()
+    assert distillation.state.nimg == 16
 
 
 def test_the_plain_step_is_one_backward_pass_through_all_three_networks():

@@ -47,7 +47,7 @@ class MomentumFreeAdam(torch.optim.Optimizer):
                 gradient.nan_to_num_(0, 0, 0)  # 0 times these wouldn't be 0
             torch._foreach_mul_(gradients, good)
             torch._foreach_mul_(squares, 1 - (1 - beta2) * good)
-            torch._foreach_add_(updates, good)
+            torch._foreach_add_(updates, [good] * len(updates))  # not one tensor: some devices would ask for its value
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
         correction = -torch.expm1(updates[0].clamp(min=1) * math.log(beta2))  # 1 - beta2^t, exact in float32 too
         denominators = torch._foreach_sqrt(squares)

@@ -123,14 +123,8 @@ def _warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     n, channels, height, width = images.shape
     one = images.new_ones(n)
 
-    # Continue the images as far as the farthest corner of any of them is taken from.
-    x, y = (width - 1) / 2, (height - 1) / 2
-    corners = inverse @ images.new_tensor([[-x, x, x, -x], [-y, -y, y, y], [1, 1, 1, 1]])  # [N, 3, 4]
-    reach = torch.cat([-corners[:, :2], corners[:, :2]], dim=1).amax(dim=(0, 2))  # left, top, right, bottom
-    margins = (reach + 2 * FILTER_MARGIN - images.new_tensor([x, y] * 2)).ceil().tolist()
-    left, top, right, bottom = (int(min(max(m, 0), s - 1)) for m, s in zip(margins, (width, height) * 2))
-    images = F.pad(images, (left, right, top, bottom), mode="reflect")
-    inverse = _translation((left - right) / 2 * one, (top - bottom) / 2 * one) @ inverse
+    # As far as mirroring goes, whatever is drawn: to ask for the farthest reach would make the host wait for a GPU.
+    images = F.pad(images, (width - 1, width - 1, height - 1, height - 1), mode="reflect")
 
     # Twice the resolution: a pixel's centre moves from x to 2x, and the whole by half a pixel of the new ones.
     images = _upsample(images)
@@ -162,7 +156,7 @@ def _downsample(images: torch.Tensor) -> torch.Tensor:
 def _filter(images: torch.Tensor, taps: list[float], padding: int, stride: int) -> torch.Tensor:
     """Correlates each channel with `taps` along x and then along y."""
     n, channels = images.shape[:2]
-    kernel = images.new_tensor(taps)
+    kernel = torch.tensor(taps, dtype=images.dtype).to(images.device, non_blocking=True)
     planes = images.flatten(0, 1).unsqueeze(1)  # [N·C, 1, H, W]
     planes = F.conv2d(planes, kernel.view(1, 1, 1, -1), padding=(0, padding), stride=(1, stride))
     planes = F.conv2d(planes, kernel.view(1, 1, -1, 1), padding=(padding, 0), stride=(stride, 1))
