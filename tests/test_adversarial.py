@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 from tiny import (
     BATCH,
+    BATCH_GPU,
     CPU,
     NoReport,
     Spy,
@@ -24,7 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 import sid_train
 from dnnlib import UserError
 from edm import run_folder, zoo
-from sid import adversarial, memory
+from sid import adversarial, lora, memory
 from sid.adversarial import RealImages, SiDALoss, logits_of
 from sid.config import FREE_ON_RESUME, ROUNDING, Guidance
 from sid.distillation import Distillation
@@ -332,15 +333,18 @@ def test_two_processes_train_as_one_does(tmp_path, data):
         assert first[1][name]["mean"] == pytest.approx(statistics[name]["mean"], rel=1e-3)
 
 
-@pytest.mark.parametrize("stop", [1, 3])  # while theta is frozen, and later
-def test_a_resumed_run_is_bit_equal(tmp_path, data, stop):
-    whole, stopped = make(data), make(data)
+RANK = 2  # of low-rank updates
+
+
+@pytest.mark.parametrize(("stop", "rank"), [(1, None), (3, None), (1, RANK), (3, RANK)])  # while theta is frozen, later
+def test_a_resumed_run_is_bit_equal(tmp_path, data, stop, rank):
+    whole, stopped = (make(data, lora_rank=rank) for _ in range(2))
     expected = states_of(whole, 4)[-1]
     states_of(stopped, stop)
     path = tmp_path / "training-state-000000.pt"
     checkpoint.save_state(path, stopped.state.contents(stopped.config, {}))
     torch.manual_seed(1234)
-    resumed = make(data, resume=path)
+    resumed = make(data, resume=path, lora_rank=rank)
     assert equal(states_of(resumed, 4 - stop)[-1], expected)
     was = resumed.state.setting
     for changes, said in (
@@ -387,6 +391,10 @@ def test_from_the_command_line(tmp_path, data):
     run(f"--outdir={tmp_path}/first")
     assert "Resumed" in (tmp_path / "first" / "log.txt").read_text()
     run(f"--outdir={tmp_path}/second", f"--transfer={generator}", "--share-images=1")
+    run(f"--outdir={tmp_path}/third", f"--transfer={generator}", f"--lora-rank={RANK}")
+    saved = zoo.load_network(tmp_path / "third" / "network-snapshot-000000.016.safetensors")
+    assert (saved.metadata["gan"], saved.metadata["lora_rank"]) == (True, RANK)
+    assert list(saved.state_dict()) == list(tiny_teacher().state_dict())
     for option, said in (("--xflip=1", "--data (images)=24"), ("--batch-gpu=4", "--batch-gpu=4")):
         refused = CliRunner().invoke(sid_train.main, [*common, f"--outdir={tmp_path}/first", option])
         assert refused.exit_code == 2
@@ -412,3 +420,60 @@ def test_a_guided_run_has_finite_statistics(tmp_path, data):
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     assert all(np.isfinite(value) for line in lines for value in line.values())
+
+
+# --- with low-rank updates
+
+ALL = 10**6  # a rank at which no matrix is worth factoring
+
+
+def test_a_large_enough_rank_is_ordinary_training(data):
+    full, low = (states_of(make(data, lora_rank=rank), 4) for rank in (None, ALL))
+    assert all(equal(a, b) for a, b in zip(full, low))  # theta frozen, without the adversarial part, with it
+
+
+def factored(net):
+    return {name: module for name, module in net.named_modules() if isinstance(module, lora.LowRank)}
+
+
+@pytest.mark.parametrize("trained", ["fake_score", "generator"])
+def test_gradients_are_those_of_all_weights_seen_through_the_factors(data, trained):
+    """dL/dB = s G A^T and dL/dA = s B^T G, G that of the merged networks, both losses of SiDA in full."""
+    options = {"lsd": 20.0, "lsg_gan": 5.0, "gan_freeze_kimg": 0, "gan_start_kimg": 0}
+    low, full = (make(data, lora_rank=rank, **options) for rank in (RANK, None))
+    torch.manual_seed(3)
+    for name in ("fake_score", "generator"):
+        net = getattr(low.state, name)
+        for update in factored(net).values():
+            update.b.data += 0.1 * torch.randn_like(update.b)
+        getattr(full.state, name).load_state_dict(lora.merge(net).state_dict())
+    for distillation in (low, full):
+        misc.seed_at(9)
+        labels = distillation.draw_labels(BATCH_GPU)
+        images = distillation.generate(labels)
+        getattr(distillation, f"_backward_{trained}")(images, labels)
+    net, whole = getattr(low.state, trained), dict(getattr(full.state, trained).named_parameters())
+    own, updates = dict(net.named_parameters()), factored(net)
+    assert len(updates) > 5
+    pairs = []
+    for name, update in updates.items():
+        g, a, b = whole.pop(name.removesuffix(lora.SUFFIX)).grad.flatten(1), update.a.detach(), update.b.detach()
+        pairs += [(update.b.grad, update.scale * g @ a.T), (update.a.grad, update.scale * b.T @ g)]
+    pairs += [(own[name].grad, p.grad) for name, p in whole.items() if p.requires_grad]
+    assert all(torch.linalg.norm(x - y) <= 1e-3 * torch.linalg.norm(y) + 1e-4 for x, y in pairs)
+    assert all(torch.linalg.norm(y) > 1e-2 for _, y in pairs)
+
+
+def test_training_moves_the_factors_only(data):
+    """Those of theta from the time on when it isn't frozen; the teacher's weights, which all share, stay."""
+    teacher = tiny_teacher()
+    before = zoo.network_hash(teacher)
+    low = Distillation(teacher, tiny_config(**GAN, lora_rank=RANK), CPU, reals=reals_of(data))
+    start, states = weights(low), states_of(low, 3)
+    assert zoo.network_hash(teacher) == before
+    addresses = {parameter.data_ptr() for parameter in teacher.parameters()}
+    for net in low.state.networks.values():
+        assert {update.base.data_ptr() for update in factored(net).values()} <= addresses
+    moved = [{name for name in start if not torch.equal(start[name], state[name])} for state in states]
+    assert {name.split(".")[0] for name in moved[0]} == {"fake_score"}
+    assert {name.split(".", 1)[1] for name in start.keys() - moved[2]} == {"model.map_augment.weight"}
