@@ -60,6 +60,8 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--ema", help="Half-life of the generator's average in Mimg", type=FiniteRange(0), default=0.5)
 @click.option("--ema-rampup", help="The half-life is at most this share of the images seen", type=FiniteRange(0),
               default=D.ema_rampup_ratio)  # fmt: skip
+@click.option("--spike-guard", help="Skip updates with a gradient norm so many times the usual, such as 10"
+              "  [default: off]", type=FiniteRange(1, min_open=True))  # fmt: skip
 @click.option("--augment", help="Augmentation probability, 0 = off  [default: 0.12, or 0 for a teacher without]",
               type=FiniteRange(0, 1))  # fmt: skip
 @click.option("--dropout", help="[default: the teacher's]", type=FiniteRange(0, 1, max_open=True))

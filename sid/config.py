@@ -65,6 +65,7 @@ class DistillationConfig:
     lsd: float = 1.0  # scales the discriminator's loss beside the fake score's
     lsg_gan: float = 0.01  # scales the adversarial loss beside the generator's
     real_images: int = 0  # how many `gan` draws from; a resumed run must have as many
+    spike_guard: float | None = None  # skip updates with a gradient norm so many times the usual; None: never
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
     state_ticks: int = 500

@@ -63,7 +63,7 @@ class DistillationState:
         self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma}
 
         fp16 = config.precision == "fp16"
-        adam = {"eps": EPSILON[fp16], "loss_scaling": fp16}
+        adam = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
         self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, **adam)
         adam["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
         self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, **adam)

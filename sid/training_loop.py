@@ -91,9 +91,11 @@ def publish(state: DistillationState, config: DistillationConfig, run_dir: Path,
 
 
 def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
-    """Counts of updates skipped for non-finite gradients, where there are any."""
+    """Counts of updates skipped for non-finite gradients and by the spike guard, where there are any."""
     updaters = {"generator": state.generator_updater, "fake_score": state.fake_score_updater}
-    return {f"Health/{name}_skipped": {"mean": u.skipped} for name, u in updaters.items() if u.skipped}
+    counts = {f"Health/{name}_skipped": updater.skipped for name, updater in updaters.items()}
+    counts |= {f"Health/{name}_spikes": updater.spikes for name, updater in updaters.items()}
+    return {name: {"mean": count} for name, count in counts.items() if count}
 
 
 def save_snapshot(net: torch.nn.Module, nimg: int, config: DistillationConfig, path: Path) -> None:

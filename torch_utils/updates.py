@@ -10,6 +10,7 @@ from dnnlib import UserError
 
 from . import distributed
 from .adam import MomentumFreeAdam
+from .spike_guard import SpikeGuard
 
 GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value unless told otherwise, SPEC §2
 MAX_SKIPPED_UPDATES = 10  # so many non-finite gradients in a row end the run
@@ -32,6 +33,8 @@ class Updater:
     loss_scaling: for half precision. `backward` multiplies the loss by `loss_scale`, which halves with every skipped
     update and doubles after GROWTH_INTERVAL good ones; `step` divides the gradients by it.
     limit: gradients are clipped to this by value.
+    spike_guard: an update is skipped, too, if the norm of its gradient is more than so many times the median of those
+    before (`SpikeGuard`).
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         loss_scaling: bool = False,
         limit: float = GRADIENT_LIMIT,
+        spike_guard: float | None = None,
     ):
         self.name = name
         self.optimizer = optimizer
@@ -50,6 +54,7 @@ class Updater:
         device = self._parameters[0].device
         self._counts = dict.fromkeys(COUNTS, torch.zeros([], device=device))
         self.loss_scale = torch.ones([], device=device) if loss_scaling else None
+        self._guard = SpikeGuard(spike_guard, device) if spike_guard else None
 
     @classmethod
     def adam(
@@ -62,14 +67,15 @@ class Updater:
         eps: float = 1e-8,
         loss_scaling: bool = False,
         limit: float = GRADIENT_LIMIT,
+        spike_guard: float | None = None,
     ) -> "Updater":
         """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0."""
         trainable = [p for p in net.parameters() if p.requires_grad]
         if beta1 == 0:
-            return cls(name, trainable, MomentumFreeAdam(trainable, lr, beta2, eps), loss_scaling, limit)
+            return cls(name, trainable, MomentumFreeAdam(trainable, lr, beta2, eps), loss_scaling, limit, spike_guard)
         fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
-        return cls(name, trainable, optimizer, loss_scaling, limit)
+        return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a scalar loss to what `step` applies."""
@@ -86,14 +92,15 @@ class Updater:
             torch._foreach_mul_(gradients, 1 / self.loss_scale)
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         bad = (~norm.isfinite()).float()
+        skip = bad if self._guard is None else bad + self._guard.check(norm)  # never both
         torch.nn.utils.clip_grad_value_(self._parameters, self.limit)
         for group, lr in zip(self.optimizer.param_groups, self._base_lrs):
             group["lr"] = lr * lr_factor
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         if fused or isinstance(self.optimizer, MomentumFreeAdam):
-            self.optimizer.found_inf = bad  # leaves everything as it is where this is 1
+            self.optimizer.found_inf = skip  # leaves everything as it is where this is 1
             self.optimizer.step()
-        elif not bad:
+        elif not skip:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(bad)
@@ -126,6 +133,11 @@ class Updater:
         """Updates skipped so far. Waits for the device."""
         return int(self._counts["skipped"])
 
+    @property
+    def spikes(self) -> int:
+        """Updates that the spike guard skipped so far. Waits for the device."""
+        return 0 if self._guard is None else self._guard.count
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """While open, no gradient is computed for the parameters; gradients still pass through the network."""
@@ -140,7 +152,8 @@ class Updater:
     def state_dict(self) -> dict:
         counts = {name: float(count) for name, count in self._counts.items()}
         scale = None if self.loss_scale is None else float(self.loss_scale)
-        return {"optimizer": self.optimizer.state_dict(), "counts": counts, "loss_scale": scale}
+        guard = {} if self._guard is None else {"spike_guard": self._guard.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "counts": counts, "loss_scale": scale, **guard}
 
     def load_state_dict(self, state: dict) -> None:
         """Errors: ValueError when it holds other moments of Adam; others when it isn't of this network."""
@@ -156,6 +169,8 @@ class Updater:
         self._counts = {name: torch.tensor(state["counts"][name], device=device) for name in COUNTS}
         if self.loss_scale is not None and state["loss_scale"] is not None:
             self.loss_scale = torch.tensor(state["loss_scale"], device=device)
+        if self._guard is not None and "spike_guard" in state:
+            self._guard.load_state_dict(state["spike_guard"])
 
 
 def ema_beta(batch: int, nimg: int, halflife_img: float, rampup_ratio: float | None) -> float:
