@@ -140,7 +140,10 @@ class SiDALoss(SiDLoss):
     ) -> torch.Tensor:
         """Half of SiD's loss plus, weighted likewise, half of lsg_gan times the adversarial loss at every pixel."""
         with logits_of(fake_score) as self._logits:
-            return super().generator_loss(teacher, fake_score, images, labels, noise, report)
+            loss = super().generator_loss(teacher, fake_score, images, labels, noise, report)
+        if report is not None and self.adversarial:
+            report("Loss/adversarial", adversarial_loss(self._logits[0]))
+        return loss
 
     def _terms(self, x_g, x_t, f_phi, f_psi) -> torch.Tensor:
         terms = SHARE * super()._terms(x_g, x_t, f_phi, f_psi)

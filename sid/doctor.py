@@ -14,10 +14,13 @@ import click
 
 from dnnlib import Command, UserError
 
+from .config import DistillationConfig
+
 OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
     "batch", "ema_halflife_kimg", "ema_rampup_ratio",
 )  # fmt: skip
+GAN_OPTIONS = ("gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan")  # an older run lacks them
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
 MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
 WATCHED_TICKS = 60  # the run's own warnings look back so far
@@ -30,6 +33,8 @@ NARROWED = 0.6  # diversity over that of the start
 WORSE = 1.5  # divergence over what it was before
 FLAT, FALLEN = 1.1, 0.5  # the same where little moves, and divergence over its highest
 FEW_UPDATES = 10  # half-life of the average
+SEES, WINS = 0.55, 0.9  # share of the positions where the discriminator is right; half is chance
+LIMITED = 5.0  # generator's adversarial loss: 10 where all logits are at their limit and give it no gradient
 CERTAIN = 1.5  # so many times beyond its threshold, a figure is no accident
 
 
@@ -80,15 +85,61 @@ def _median(records: list[dict[str, float]], name: str) -> float | None:
 def diagnose(records: list[dict[str, float]], options: dict[str, Any]) -> list[Finding]:
     """What ails the run, or how it goes if nothing does.
 
-    records: of stats.jsonl, oldest first. options: those of training_options.json in OPTIONS.
+    records: of stats.jsonl, oldest first. options: those of training_options.json in OPTIONS and GAN_OPTIONS.
     """
-    if len(records) < MIN_TICKS:
-        return [Finding("too-early", f"{len(records)} ticks say nothing yet; it takes {MIN_TICKS}", False)]
-    window = Window(records)
+    begin, since = _phase(records, options)
+    phase = [record for record in records if record["Progress/kimg"] > begin]
+    if len(phase) < MIN_TICKS:
+        return [Finding("too-early", f"{len(phase)} ticks{since} say nothing yet; it takes {MIN_TICKS}", False)]
+    window = Window(phase)
+    first = [_skipped(window), _discriminator(window, Window(records), options), _gan(window, records, options)]
     fake_score = _fake_score(window, options)
     rest = [_collapse(window, options), None if fake_score else _alpha(window, options), _average(window, options)]
-    findings = [finding for finding in (_skipped(window), fake_score, *rest) if finding]
+    findings = [finding for finding in (*first, fake_score, *rest) if finding]
     return findings or [_progress(window, options)]
+
+
+def _phase(records: list[dict[str, float]], options: dict[str, Any]) -> tuple[float, str]:
+    """(kimg, words) of when --gan last gave theta another loss: only figures since then are compared."""
+    kimg = records[-1]["Progress/kimg"] if records else 0.0
+    starts = [(options[f"gan_{name}_kimg"], f" since --gan-{name}") for name in ("freeze", "start") if options["gan"]]
+    return max((start for start in starts if start[0] < kimg), default=(0.0, ""))
+
+
+def _frozen(window: Window, options: dict[str, Any]) -> bool:
+    return options["gan"] and window.kimg[1] <= options["gan_freeze_kimg"]
+
+
+def _discriminator(window: Window, whole: Window, options: dict[str, Any]) -> Finding | None:
+    """Whether theta can learn from it: not where it is always right, nor where it guesses. whole: of the whole run."""
+    names = ("Health/discriminator_accuracy", "Loss/discriminator", "Loss/adversarial")
+    accuracy, loss, adversarial = (window.median(name) for name in names)
+    if adversarial is None or accuracy is None:
+        return None
+    seen = f"it is right at {accuracy:.0%} of the positions"
+    if accuracy > WINS or adversarial > LIMITED:
+        certain = accuracy > 1 - (1 - WINS) / CERTAIN or adversarial > CERTAIN * LIMITED
+        text = f"the discriminator wins: {seen}, and the generator's loss by it is {adversarial:.2g} (even: 0.69)"
+        remedy = f"raise --lsg_gan ({options['lsg_gan']:g}), or lower --lsd ({options['lsd']:g})"
+        return Finding("discriminator-wins", f"{text}; {remedy}", certain)
+    if accuracy < SEES:
+        never = whole.share(names[0], SEES) < OFTEN
+        text = f"the discriminator guesses: {seen}, its loss is {loss:.2f}, and guessing gives 50% and 0.69"
+        remedy = f"raise --lsd ({options['lsd']:g}) or --lr ({options['lr']:g}), or start later by --gan-start"
+        if not never:
+            remedy = f"the generator deceives it, or it lags: if the images don't improve, {remedy}"
+        return Finding("discriminator-blind", f"{text}; {remedy}", never)
+    return None
+
+
+def _gan(window: Window, records: list[dict[str, float]], options: dict[str, Any]) -> Finding | None:
+    """Whether the adversarial part draws theta away from the teacher."""
+    before = [record for record in records if record["Progress/kimg"] <= options["gan_start_kimg"]]
+    was, now = _median(before, "Health/divergence"), window.median("Health/divergence")
+    if not was or now is None or window.median("Loss/adversarial") is None or now / was < WORSE:
+        return None
+    text = f"the divergence from the teacher is {now / was:.2f} times what it was before --gan-start"
+    return Finding("gan-too-strong", f"{text}; lower --lsg_gan ({options['lsg_gan']:g})", now / was > CERTAIN * WORSE)
 
 
 def _skipped(window: Window) -> Finding | None:
@@ -112,13 +163,17 @@ def _fake_score(window: Window, options: dict[str, Any]) -> Finding | None:
         text = f"the fake score still is the teacher: their losses on generated images differ by {farthest:.0e}"
         return Finding("psi-lags", f"{text}; {quicker}")
     often = window.share("Health/fake_score_ratio", 1 + (OUTRUN - 1) / 2)
+    if (ratio > OUTRUN or often > OFTEN) and _frozen(window, options):
+        text = f"the fake score denoises {ratio:.2f} times as badly as the teacher though the generator stands still"
+        return Finding("psi-diverges", f"{text}; lower --lr ({options['lr']:g}) or --lsd ({options['lsd']:g})")
     if ratio > OUTRUN or often > OFTEN:
         text = (
             f"the generator outruns the fake score, which denoises its images {ratio:.2f} times as badly as the teacher"
         )
         certain = ratio > 1 + CERTAIN * (OUTRUN - 1) or often > CERTAIN * OFTEN
         return Finding("theta-too-fast", f"{text} (worse in {often:.0%} of the ticks); {slower} and --lr", certain)
-    settled = _halflife_kimg(window, options) < window.kimg[1] / 4
+    moving = window.kimg[1] - (options["gan_freeze_kimg"] if options["gan"] else 0)
+    settled = _halflife_kimg(window, options) < moving / 4
     if distance is not None and distance > WANDER and settled:
         text = f"the generator wanders: it is {distance:.2f} of its whole way from the start off its own average"
         return Finding("theta-too-fast", f"{text}; {slower}", distance > CERTAIN * WANDER)
@@ -150,7 +205,10 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     text = (
         f"the divergence from the teacher grows though the fake score keeps up ({growth:.2f} times what it was before)"
     )
-    return Finding("alpha-too-large", f"{text}; lower --alpha ({alpha:g}), 0.5 to 1 is safe", growth > CERTAIN * WORSE)
+    remedy = f"lower --alpha ({alpha:g}), 0.5 to 1 is safe"
+    if options["gan"]:
+        remedy += f", or --lsg_gan ({options['lsg_gan']:g})"
+    return Finding("alpha-too-large", f"{text}; {remedy}", growth > CERTAIN * WORSE)
 
 
 def _halflife_kimg(window: Window, options: dict[str, Any]) -> float:
@@ -168,6 +226,9 @@ def _average(window: Window, options: dict[str, Any]) -> Finding | None:
 
 def _progress(window: Window, options: dict[str, Any]) -> Finding:
     divergence, growth = window.median("Health/divergence"), window.growth("Health/divergence")
+    if _frozen(window, options):
+        text = f"nothing ails it; the generator stands still until {options['gan_freeze_kimg']:g} kimg (--gan-freeze)"
+        return Finding("frozen", text, False)
     if divergence is None or growth is None:
         return Finding("unknown", "no Health/divergence is recorded", False)
     figure = f"divergence {divergence:.3g} in the last third, {growth:.2f} times that of the third before"
@@ -217,7 +278,8 @@ def read_options(path: Path) -> dict[str, Any]:
     """The options of a distillation. Errors: UserError when there are none."""
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
-        return {name: options[name] for name in OPTIONS}
+        newer = {name: options.get(name, getattr(DistillationConfig, name)) for name in GAN_OPTIONS}
+        return {**{name: options[name] for name in OPTIONS}, **newer}
     except (ValueError, OSError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not there or not that of a distillation; name a run folder of sid_train.py") from None
 

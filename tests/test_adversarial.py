@@ -25,7 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 import sid_train
 from dnnlib import UserError
 from edm import run_folder, zoo
-from sid import adversarial, lora, memory
+from sid import adversarial, doctor, lora, memory
 from sid.adversarial import RealImages, SiDALoss, logits_of
 from sid.config import FREE_ON_RESUME, ROUNDING, Guidance
 from sid.distillation import Distillation
@@ -420,6 +420,51 @@ def test_a_guided_run_has_finite_statistics(tmp_path, data):
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     assert all(np.isfinite(value) for line in lines for value in line.values())
+
+
+# --- the doctor
+
+SHORT = {
+    "batch": 16, "batch_gpu": 16, "augment": 0, "lr": 1e-2, "glr": 1e-5, "alpha": 1.0, "gan_freeze_kimg": 0.256,
+    "gan_start_kimg": 0.512, "kimg_per_tick": 0.032, "total_kimg": 0.768, "ema_halflife_kimg": 0.5,
+}  # fmt: skip
+RUNS = {
+    "discriminator-wins": ({}, "--lsg_gan (0.01)"),
+    "discriminator-blind": ({"lsd": 1e-3, "glr": 1e-3}, "raise --lsd (0.001)"),
+    "gan-too-strong": ({"lsg_gan": 3.0, "lr": 3e-3, "glr": 1e-3}, "lower --lsg_gan (3)"),
+    "psi-diverges": ({"lr": 1.0, "total_kimg": 0.256}, "lower --lr (1)"),
+    "frozen": ({"total_kimg": 0.256}, "until 0.256 kimg"),
+    "too-early": ({"total_kimg": 0.32}, "2 ticks since --gan-freeze say nothing yet"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_the_doctor_says(tmp_path, data, capsys, name):
+    changes, said = RUNS[name]
+    distillation = make(data, **{**SHORT, **changes})
+    training_loop(distillation, tmp_path, NoReport())
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    (tmp_path / "training_options.json").write_text(json.dumps(vars(distillation.config)))
+    output = CliRunner().invoke(doctor.main, [str(tmp_path)], catch_exceptions=False).output
+    lines = dict(line.split(": ", 1) for line in output.splitlines())
+    assert said in lines[name]
+    assert not warnings or any(said in warning for warning in warnings)
+    assert bool(warnings) == (name not in ("frozen", "too-early"))
+
+
+def test_the_generators_adversarial_loss_is_recorded(data):
+    """Where theta has one: at chance ln 2, at the limit of its logits 10, whichever images those are."""
+    for logit, expected in ((0.0, np.log(2)), (-50.0, 10.0)):
+        distillation = make(data, gan_freeze_kimg=0)  # the adversarial part begins at the third iteration
+        distillation.state.fake_score_updater.step = lambda factor: torch.zeros([])
+        block = adversarial.last_encoder_block(distillation.state.fake_score)
+        block.register_forward_hook(lambda module, args, features, value=logit: torch.full_like(features, value))
+        found = []
+        for _ in range(3):
+            distillation.iteration()
+            found.append(distillation.collector.collect().get("Loss/adversarial"))
+        assert found[:2] == [None, None]
+        assert found[2]["mean"] == pytest.approx(expected, rel=1e-4)
 
 
 # --- with low-rank updates
