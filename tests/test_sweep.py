@@ -21,6 +21,7 @@ from sid.sweep import __main__ as sweep
 from sid.sweep import folders, results, runner, table
 from sid.sweep.folders import DIVERGED, REFUSED, STOPPED, status
 from sid.sweep.plan import load_plan
+from torch_utils.checkpoint import snapshot_path
 from torch_utils.interruption import EXIT_CODE
 from torch_utils.updates import DivergenceError
 
@@ -88,6 +89,9 @@ def test_a_file_expands_to_runs(tmp_path):
         ("[settings.a]\noutdir = 'x'", "outdir: the sweep gives it itself"),
         ("[settings.a]\nseed = 3", "seed: the sweep gives it itself"),
         ("[settings.a]\nmetrics = 'none'", "metrics = none"),
+        ("[settings.a]\n[settings.b]\ntransfer = '{c}'", "setting b: transfer = {c}: setting 'c' is none of this file"),
+        ("[settings.a]\ntransfer = '{b}'\n[settings.b]\ntransfer = '{a}'", "setting 'b' is not above it"),
+        ("[common]\ntransfer = '{a}'\n[settings.a]", "setting a: transfer = {a}: setting 'a' is not above it"),
         ("include = 'sweep.toml'\n[settings.a]", "an included file can't include another"),
         ("include = 'missing.toml'\n[settings.a]", "missing.toml: No such file"),
     ],
@@ -180,6 +184,37 @@ def test_a_run_from_before_an_option_came_is_known(tmp_path):
     assert status(one, tmp_path / one.name) == "finished"
     with pytest.raises(UserError, match=r"glr = 1e-05, setting two asks for 0\.001"):
         status(two, tmp_path / two.name)
+
+
+AFTER = f"{COMMON}[settings.one]\n[settings.two]\n[settings.after]\ntransfer = '{{two}}'\n"
+
+
+def test_a_run_that_starts_from_anothers_generator(tmp_path):
+    run = load_plan(write(tmp_path, AFTER)).runs[-1]
+    source, folder = tmp_path / "two-seed1", tmp_path / "after-seed1"
+    assert (run.name, run.source, run.recorded["transfer"]) == ("after-seed1", "two-seed1", "{two}")
+    assert "--transfer={two}" in runner.command(run, folder, 1)
+    two = load_plan(tmp_path / "sweep.toml").runs[-2]
+    for points in (
+        [(0, 300), (4, 90)],
+        [(0, 300), (4, 90), (8.0, 50)],
+        [(0, 300), (8.192, 50)],
+        [(0, 300), (8.999, 50)],
+    ):
+        pretend(two, source, points)
+        network = folders.last_snapshot(source)
+        assert network == (None if points[-1][0] < 8 else snapshot_path(source, round(1000 * points[-1][0]), 256))
+    assert [a for a in runner.command(run, folder, 1) if "transfer" in a] == [f"--transfer={network}"]
+
+    pretend(run, folder, [(0, 300), (8, 50)])
+    file = folder / "training_options.json"
+    for found, refused in ((f"moved/{source.name}/{network.name}", False), ("out/one-seed1/n.safetensors", True)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "transfer": found}))
+        if refused:
+            with pytest.raises(UserError, match=r'has transfer = "out/one-.*asks for "{two}"'):
+                status(run, folder)
+        else:
+            assert status(run, folder) == "finished"
 
 
 def test_codes_and_names_are_those_of_the_training():
@@ -321,6 +356,20 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, pr
     assert second["failure"]["exit_code"] == 1
 
 
+def test_a_run_whose_source_failed_is_not_started(tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nsys.exit(3 if 'two' in str(sys.argv) else 1)\n")
+    monkeypatch.setattr(runner, "PROGRAM", program)
+    path, out = write(tmp_path, AFTER), tmp_path / "out"
+    for options, place in (([], "[3/6] after-seed0"), (["--only=after"], "[1/2] after-seed0")):
+        result = CliRunner().invoke(sweep.main, [path, f"--outdir={out}", *options])
+        assert result.exit_code == 1
+        assert f"{place}: not started: two-seed0, which it starts from, isn't finished\n" in result.output
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [
+        f"{s}-seed{k}" for s in ("one", "two") for k in (0, 1)
+    ]
+
+
 @pytest.mark.parametrize(
     ("exit_code", "output", "expected"),
     [
@@ -351,11 +400,14 @@ def test_two_sweeps_never_share_a_folder_at_a_time(tmp_path):
 
 
 def test_a_sweep_that_is_stopped_goes_on(tmp_path):
-    """Two settings, two seeds; SIGTERM amid the second run; the same command ends it, finished runs stay untouched."""
+    """Two settings, two seeds; SIGTERM amid the second run; the same command ends it, finished runs stay untouched.
+
+    The second starts from the first one's generator.
+    """
     common = [option.removeprefix("--").split("=", 1) for option in kill.prepare(tmp_path)]
     text = "".join(f"{name} = '{value}'\n" for name, value in common)
     text += "batch = 4\nbatch-gpu = 2\ntick = 0.048\nsnap = 1\nlr = 1e-3\nduration = 0.000096\ndevice = 'cpu'\n"
-    text += "save-every = 0.0001\n[settings.one]\n[settings.two]\nglr = 1e-3\n"
+    text += "save-every = 0.0001\n[settings.one]\n[settings.two]\nglr = 1e-3\ntransfer = '{one}'\n"
     path, out = write(tmp_path, f"seeds = [0, 1]\n[common]\n{text}"), tmp_path / "out"
     command = [sys.executable, "-m", "sid.sweep", path, f"--outdir={out}"]
     one_thread = {"cwd": ROOT, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
@@ -383,7 +435,9 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path):
         (setting, seed, kimg) for seed in (0, 1) for setting in ("one", "two") for kimg in (0, 0.048, 0.096)
     ]
     assert all(record["seconds"] > 0 for record in records if record["kimg"])
-    assert len({record["network_sha256"] for record in records}) == 1 + 8  # the teacher's, and two of each run
+    hashes = [record["network_sha256"] for record in records]
+    assert len(set(hashes)) == 1 + 8  # the teacher's, and two of each run
+    assert [hashes[3], hashes[9]] == [hashes[2], hashes[8]]  # where a second run starts, the first of its seed ended
 
     everything = mtimes(out)
     for name in ("sweep.jsonl", "sweep.md"):

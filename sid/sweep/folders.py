@@ -43,6 +43,8 @@ def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
         if name == "metrics":  # recorded as a list, and resolved where not given, as is data_stat
             found = wanted if wanted is None else ",".join(found or [])
             wanted = wanted and ",".join(part.strip() for part in wanted.split(","))
+        if name == "transfer" and run.source and found:
+            found = wanted if Path(found).parent.name == run.source else found
         if name not in FREE and found != wanted and not (name == "data_stat" and wanted is None):
             raise UserError(
                 f"{folder} has {name} = {json.dumps(found)}, setting {run.setting} asks for {json.dumps(wanted)}:"
@@ -56,6 +58,19 @@ def is_finished(folder: Path, options: dict[str, Any]) -> bool:
     last = stats[-1]["Progress/kimg"] if stats else -1
     measured = read_metrics(folder, options["metrics"])
     return round(1000 * last) >= int(options["total_kimg"] * 1000) and all(last in of for of in measured.values())
+
+
+def last_snapshot(folder: Path) -> Path | None:
+    """Where the run in `folder` left its generator; None if it isn't finished.
+
+    As torch_utils.checkpoint.snapshot_path has it, which loads torch; a test compares.
+    """
+    options = read_run_options(folder)
+    if options is None or not is_finished(folder, options):
+        return None
+    kimg, beyond = divmod(round(1000 * read_stats(folder)[-1]["Progress/kimg"]), 1000)
+    name = f"{kimg:06d}" if beyond < options["batch"] else f"{kimg:06d}.{beyond:03d}"
+    return folder / f"network-snapshot-{name}.safetensors"
 
 
 def read_run_options(folder: Path) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "sid_train.py"  # what the runs 
 KEYS = {"title", "include", "seeds", "common", "settings"}  # of a sweep file
 OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  # options that the sweep gives itself
 NAME = re.compile(r"[A-Za-z0-9_][\w.=+-]{0,99}", re.ASCII)  # of a setting: becomes part of a folder's name
+SOURCE = re.compile(r"\{(.*)\}")  # transfer = "{NAME}": from the generator of setting NAME
 MAX_RUNS = 10_000
 
 
@@ -41,6 +42,12 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.setting}-seed{self.seed}"
+
+    @property
+    def source(self) -> str | None:
+        """Name of the run, of the same seed, whose last snapshot it starts from; None if it needs no other run."""
+        setting = source_setting(self.recorded["transfer"])
+        return None if setting is None else f"{setting}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,7 @@ def load_plan(path: str) -> Plan:
             settings[full_name] = options
             if len(settings) * len(seeds) > MAX_RUNS:
                 raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
+    _check_sources(path, {name: {**common, **own} for name, own in settings.items()})
     runs = [_make_run(path, name, seed, common, own) for seed in seeds for name, own in settings.items()]
     stem = Path(path).stem
     return Plan(str(content.get("title", stem)), stem, seeds, runs)
@@ -117,6 +125,23 @@ def _expand(path: str, name: str, table: Any) -> Iterator[tuple[str, dict[str, A
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values))
         yield "-".join([name, *(f"{option}={_text(value)}" for option, value in chosen.items())]), {**table, **chosen}
+
+
+def source_setting(transfer: Any) -> str | None:
+    """NAME of "{NAME}", which is what `transfer` may be in a sweep file; None for anything else."""
+    match = SOURCE.fullmatch(transfer) if isinstance(transfer, str) else None
+    return None if match is None else match[1]
+
+
+def _check_sources(path: str, settings: dict[str, dict[str, Any]]) -> None:
+    """A setting may start from one above it only, so that its source has run before, and none from itself."""
+    above: list[str] = []
+    for name, options in settings.items():
+        source = source_setting(options.get("transfer"))
+        if source is not None and source not in above:
+            why = "is not above it" if source in settings else "is none of this file"
+            raise UserError(f"{path}: setting {name}: transfer = {{{source}}}: setting {source!r} {why}")
+        above.append(name)
 
 
 def _text(value: Any) -> str:

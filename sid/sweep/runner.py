@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from .folders import DIVERGED, FAILURE_FILE, REFUSED, STOPPED, status, write_failure
+from .folders import DIVERGED, FAILURE_FILE, REFUSED, STOPPED, last_snapshot, status, write_failure
 from .plan import PROGRAM, Run
 
 CONSOLE_FILE = "console.txt"  # all that a run's processes print, in its folder
@@ -66,6 +66,10 @@ def run_all(runs: list[Run], outdir: Path, processes: int) -> int:
                 continue
             if signals.stopped:
                 return STOPPED
+            if run.source and not last_snapshot(outdir / run.source):
+                print(f"{place}: not started: {run.source}, which it starts from, isn't finished", flush=True)
+                failures += 1
+                continue
             print(f"{place}: {'starts' if state == 'new' else 'goes on'}, see {outdir / run.name}", flush=True)
             exit_code, message = run_one(run, outdir / run.name, processes, signals)
             after = status(run, outdir / run.name)
@@ -103,10 +107,16 @@ def run_one(run: Run, folder: Path, processes: int, signals: Signals) -> tuple[i
 
 
 def command(run: Run, folder: Path, processes: int) -> list[str]:
-    """The command line of a run. One process needs no torchrun, which would hide its exit code."""
+    """The command line of a run. One process needs no torchrun, which would hide its exit code.
+
+    The setting that it starts from, if any, is replaced by the network once that is there.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     start = [sys.executable, *(torchrun if processes > 1 else [])]
-    return [*start, str(PROGRAM), *run.arguments, f"--outdir={folder}", "--nosubdir"]
+    network = last_snapshot(folder.parent / run.source) if run.source else None
+    given = f"--transfer={run.recorded['transfer']}"
+    arguments = [f"--transfer={network}" if network and one == given else one for one in run.arguments]
+    return [*start, str(PROGRAM), *arguments, f"--outdir={folder}", "--nosubdir"]
 
 
 def outcome(exit_code: int, output: str) -> tuple[int, str]:
