@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from test_speed_modes import FromHost
 from tiny import (
     BATCH,
     BATCH_GPU,
@@ -450,6 +451,23 @@ def test_what_the_doctor_says(tmp_path, data, capsys, name):
     assert said in lines[name]
     assert not warnings or any(said in warning for warning in warnings)
     assert bool(warnings) == (name not in ("frozen", "too-early"))
+
+
+class RealsOnMeta:
+    def draw(self, n):
+        return torch.randn(n, 1, 8, 8, device="meta"), torch.zeros(n, 3, device="meta")
+
+
+@pytest.mark.parametrize("mode", [{}, {"share_images": True, "precision": "fp16"}], ids=str)
+def test_an_iteration_waits_for_no_device(mode, monkeypatch):
+    """As in tests/test_speed_modes.py, for both losses of SiDA and their statistics."""
+    monkeypatch.setattr(zoo, "network_hash", lambda net: "")
+    config, meta = tiny_config(gan=True, gan_freeze_kimg=0, gan_start_kimg=0, **mode), torch.device("meta")
+    distillation = Distillation(tiny_teacher().to(meta), config, meta, reals=RealsOnMeta())
+    with FromHost():
+        for _ in range(2):
+            distillation.iteration()
+    assert distillation.state.nimg == 2 * BATCH
 
 
 def test_the_generators_adversarial_loss_is_recorded(data):

@@ -76,7 +76,7 @@ UNET = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_reso
     "mode",
     [
         {},
-        {"precision": "fp16", "channels_last": True},
+        {"precision": "fp16", "channels_last": True, "spike_guard": 10.0},
         {"precision": "bf16", "chunk": 2, "checkpoint": True},
         {"share_images": True, "huber": 0.1},
         {"objective": "dmd", "sigma_schedule": "lognormal", "fake_sigma_schedule": "karras"},
