@@ -89,9 +89,15 @@ def test_a_file_expands_to_runs(tmp_path):
         ("[settings.a]\noutdir = 'x'", "outdir: the sweep gives it itself"),
         ("[settings.a]\nseed = 3", "seed: the sweep gives it itself"),
         ("[settings.a]\nmetrics = 'none'", "metrics = none"),
-        ("[settings.a]\n[settings.b]\ntransfer = '{c}'", "setting b: transfer = {c}: setting 'c' is none of this file"),
-        ("[settings.a]\ntransfer = '{b}'\n[settings.b]\ntransfer = '{a}'", "setting 'b' is not above it"),
-        ("[common]\ntransfer = '{a}'\n[settings.a]", "setting a: transfer = {a}: setting 'a' is not above it"),
+        (
+            "[settings.a]\n[settings.b]\ntransfer = '{c}'",
+            "setting b: transfer = {c}: setting 'c' isn't in this file; name one",
+        ),
+        (
+            "[settings.a]\ntransfer = '{b}'\n[settings.b]\ntransfer = '{a}'",
+            "setting 'b' isn't above it; name one that stands above",
+        ),
+        ("[common]\ntransfer = '{a}'\n[settings.a]", "setting a: transfer = {a}: setting 'a' isn't above it; name one"),
         ("include = 'sweep.toml'\n[settings.a]", "an included file can't include another"),
         ("include = 'missing.toml'\n[settings.a]", "missing.toml: No such file"),
     ],

@@ -139,8 +139,10 @@ def _check_sources(path: str, settings: dict[str, dict[str, Any]]) -> None:
     for name, options in settings.items():
         source = source_setting(options.get("transfer"))
         if source is not None and source not in above:
-            why = "is not above it" if source in settings else "is none of this file"
-            raise UserError(f"{path}: setting {name}: transfer = {{{source}}}: setting {source!r} {why}")
+            why = "isn't above it" if source in settings else "isn't in this file"
+            raise UserError(
+                f"{path}: setting {name}: transfer = {{{source}}}: setting {source!r} {why}; name one that stands above"
+            )
         above.append(name)
 
 
