@@ -35,7 +35,7 @@ OPTION_NAMES: dict[str, tuple[str, float]] = {
 }
 
 
-def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: bool) -> Path | None:
+def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
     """The training state that --resume names, the same on every process; None to start anew.
 
     resume: a state file; a run folder, of which the newest undamaged state is taken; 'auto', which is the run folder
@@ -43,10 +43,18 @@ def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: 
             with this description; None: 'auto' with `nosubdir` and when torchrun has restarted the processes.
     Errors: UserError naming --resume or --outdir.
     """
-    return _on_process_0(lambda: _find_state(resume, Path(outdir), description, nosubdir))
+    found = None
+
+    def find() -> Path | None:
+        nonlocal found
+        found = _find_state(resume, Path(outdir), description, nosubdir)
+        return found and found.path
+
+    path = _on_process_0(find)
+    return found or (path and checkpoint.StateFile(path))
 
 
-def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bool) -> Path | None:
+def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
     if resume is None and (nosubdir or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
         resume = "auto"
     if resume is None:
@@ -69,7 +77,7 @@ def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bo
         return newest
     if not path.is_file():
         raise UserError(f"--resume={resume}: no such file; name a training-state-*.pt or a run folder")
-    return path
+    return checkpoint.StateFile(path)
 
 
 def check_setting(

@@ -87,7 +87,7 @@ def main(**options):
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment, loss
     from training.dataset import ImageFolderDataset
-    from training.training_loop import FREE_ON_RESUME, ROUNDING, Training, load_state, training_loop
+    from training.training_loop import FREE_ON_RESUME, ROUNDING, Training, check_state, training_loop
 
     dataset = ImageFolderDataset(
         options["data"], use_labels=options["cond"], xflip=options["xflip"], cache=options["cache"]
@@ -112,15 +112,14 @@ def main(**options):
     description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
     place = (options["outdir"], description, options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
-    state = load_state(resume, net) if resume else None
     asked = {**network_kwargs, **vars(config), "images": len(dataset)}
     asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")}
-    if state is not None:
+    if resume is not None:
+        check_state(resume, net)
         now = checkpoint.setting(asked, device)
-        run_folder.check_setting(resume, state, now, FREE_ON_RESUME, ROUNDING, options["override"])
-    training = Training(config, net, loss_fn, pipe, device, asked, state)
-    del state
-    with run_folder.create(*place, summary, resume) as run_dir, watching(60 * options["timeout"]):
+        run_folder.check_setting(resume.path, resume.read(), now, FREE_ON_RESUME, ROUNDING, options["override"])
+    training = Training(config, net, loss_fn, pipe, device, asked, resume)
+    with run_folder.create(*place, summary, resume and resume.path) as run_dir, watching(60 * options["timeout"]):
 
         def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
             path = checkpoint.snapshot_path(run_dir, nimg, config.batch)

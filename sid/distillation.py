@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dnnlib import UserError
-from torch_utils import distributed, misc, precision
+from torch_utils import checkpoint, distributed, misc, precision
 from torch_utils.training_stats import Collector
 from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
@@ -36,7 +36,7 @@ class Distillation:
     teacher: phi, a denoiser (training/networks.py says what that is); any class will do. It is moved to `device`, set
              to eval mode and frozen.
     start:   another denoiser whose weights theta starts from.
-    resume:  a training state to go on from.
+    resume:  a training state to go on from, or its path.
     reals:   real images for the discriminator of `config.gan`.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
@@ -47,7 +47,7 @@ class Distillation:
         config: DistillationConfig,
         device: torch.device,
         start: torch.nn.Module | None = None,
-        resume: Path | None = None,
+        resume: checkpoint.StateFile | Path | None = None,
         reals: RealImages | None = None,
     ):
         self.config = config = resolve(config, teacher, device)

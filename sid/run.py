@@ -67,8 +67,8 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         now = checkpoint.setting(vars(distillation.config), device)
         override = options["override"]
         rounding = ROUNDING - {"batch_gpu"} if config.gan else ROUNDING  # whose loss is a mean over --batch-gpu
-        run_folder.check_setting(resume, distillation.state.setting, now, FREE_ON_RESUME, rounding, override)
-    with run_folder.create(*place, summary, resume) as run_dir, watching(60 * options["timeout"]):
+        run_folder.check_setting(resume.path, distillation.state.setting, now, FREE_ON_RESUME, rounding, override)
+    with run_folder.create(*place, summary, resume and resume.path) as run_dir, watching(60 * options["timeout"]):
         distributed.print0(f"Run folder: {run_dir}")
         training_loop(distillation, run_dir, Report(run_dir, evaluator, picture, config.batch))
     distributed.shutdown()

@@ -10,7 +10,7 @@ from dnnlib import UserError
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.updates import GRADIENT_LIMIT, Updater
-from training.training_loop import COUNTERS, freeze_augment_mapping
+from training.training_loop import freeze_augment_mapping
 
 from . import lora
 from .config import DistillationConfig
@@ -76,15 +76,15 @@ class DistillationState:
     def contents(self, config: DistillationConfig, statistics: dict[str, Any]) -> dict[str, Any]:
         """What a state's file holds. statistics: what was collected since the last tick (`Collector.state_dict`)."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        counters = {name: getattr(self, name) for name in checkpoint.PROGRESS}
         setting = checkpoint.setting(vars(config), next(self.generator.parameters()).device)
         hashes = {"teacher_hash": self._teacher_hash, **({"base_hash": self._base_hash} if self._rank else {})}
         return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 
-    def load(self, path: Path) -> None:
+    def load(self, resume: checkpoint.StateFile | Path) -> None:
         """Errors: UserError when the file is no state of a distillation of this teacher."""
-        state = checkpoint.load_state(path)
-        parts = self._parts()
+        file = resume if isinstance(resume, checkpoint.StateFile) else checkpoint.StateFile(resume)
+        path, state, parts = file.path, file.take(), self._parts()
         if not {*parts, "teacher_hash"} <= state.keys() or not checkpoint.is_complete(state):
             raise UserError(
                 f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train"
@@ -92,14 +92,7 @@ class DistillationState:
         if state["teacher_hash"] != self._teacher_hash:
             raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
         self._check_base(path, state)
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"--resume={path}: its {name} doesn't fit this run ({reason})") from None
-        for name in COUNTERS:
-            setattr(self, name, state[name])
+        checkpoint.restore(self, parts, state, path)
         self.statistics = state["statistics"]
         self.setting = {name: state[name] for name in ("options", "surroundings")}
 

@@ -176,8 +176,11 @@ def distil(options, *more):
 def test_the_same_command_continues(tmp_path, options, monkeypatch):
     run = [*options, "--metrics=none", f"--outdir={tmp_path}", "--desc=mine", "--resume=auto"]
     assert distil(run, "--duration=0.000008").exit_code == 0  # there was nothing to continue
+    reads, load = [], checkpoint.load_state
+    monkeypatch.setattr(checkpoint, "load_state", lambda path: reads.append(path) or load(path))
     longer = distil(run, "--duration=0.000016", "--batch-gpu=1", "--keep=5")
     assert longer.exit_code == 0, longer.output
+    assert len(reads) == 1  # states are large
     assert "--batch-gpu=1 instead of 2: as good, but no longer bit-equal" in longer.output
     folder = tmp_path / "00000-mine"
     assert [record["Progress/kimg"] for record in records(folder / "stats.jsonl")] == [0.008, 0.016]

@@ -135,8 +135,8 @@ def test_no_fault_of_the_disk_loses_a_state(tmp_path, capsys, fault, message):
         assert "saving training-state-000000.024.pt failed" in line
         assert line.count("\n") == 1
     found = checkpoint.newest_good_state(tmp_path)
-    assert found == good[1]
-    assert checkpoint.checksum(checkpoint.load_state(found)) == checkpoint.checksum(state(2, 16))
+    assert found.path == good[1]
+    assert checkpoint.checksum(found.take()) == checkpoint.checksum(state(2, 16))
     assert ("training-state-000000.024.pt" in capsys.readouterr().out) == (fault == "short")
     assert bool(list(tmp_path.glob(".*.part"))) == (fault == "power")
     remove_unfinished(tmp_path)

@@ -19,6 +19,7 @@ from dnnlib import UserError, write_atomically
 from . import distributed
 
 COUNTERS = {"nimg": (int,), "tick": (int,), "elapsed_sec": (int, float)}
+PROGRESS = (*COUNTERS, "at_snapshot")  # attributes of every training
 
 STATE_PATTERN = r"training-state-(\d+)(?:\.(\d{3}))?\.pt"
 SNAPSHOT_PATTERN = r"network-snapshot-(\d+)(?:\.(\d{3}))?\.safetensors"
@@ -103,6 +104,42 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
     if not sound:
         raise UserError(f"--resume={path}: damaged, its checksum is another; try an earlier one")
     return state
+
+
+class StateFile:
+    """A training state on the disk, read and verified (`load_state`, with its errors) when it is first asked for."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._contents: dict[str, Any] | None = None
+
+    def read(self) -> dict[str, Any]:
+        """What it holds."""
+        if self._contents is None:
+            self._contents = load_state(self.path)
+        return self._contents
+
+    def take(self) -> dict[str, Any]:
+        """What it holds, which is large, hence not kept here any longer."""
+        contents = self.read()
+        self._contents = None
+        return contents
+
+
+def restore(training: Any, parts: dict[str, Any], state: dict[str, Any], path: str | os.PathLike) -> None:
+    """Puts a loaded state into the `parts` of a training, by their names in it, and its progress into `training`.
+
+    parts: networks and optimisers, changed in place. path: where the state comes from.
+    Errors: UserError naming --resume and the part that doesn't fit.
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"--resume={path}: its {name} doesn't fit this run ({reason})") from None
+    for name in PROGRESS:
+        setattr(training, name, state[name])
 
 
 def _check_archive(path: str | os.PathLike) -> None:
@@ -241,19 +278,19 @@ def attempt(what: str, action: Callable[[], Any]) -> bool:
     return True
 
 
-def newest_good_state(run_dir: str | os.PathLike) -> Path | None:
-    """The newest state in a run folder that is whole; None if there is no state. Damaged ones are reported.
+def newest_good_state(run_dir: str | os.PathLike) -> StateFile | None:
+    """The newest state in a run folder that is whole, read; None if there is no state. Damaged ones are reported.
 
     Errors: UserError when there are states and all are damaged.
     """
-    found = states(run_dir)
-    for path in found:
+    found = [StateFile(path) for path in states(run_dir)]
+    for file in found:
         try:
-            load_state(path)
+            file.read()
         except UserError as error:
             print(f"Warning: {error.message.removeprefix('--resume=')}", flush=True)
         else:
-            return path
+            return file
     if found:
         raise UserError(f"--resume={run_dir}: all training states in it are damaged; start anew in another folder")
     return None

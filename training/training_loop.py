@@ -16,7 +16,6 @@ from torch_utils.training_stats import Collector, TickLog
 from torch_utils.updates import Updater, ema_beta, lr_factor, update_ema
 from torch_utils.watchdog import check_equal_weights
 
-COUNTERS = ("nimg", "tick", "elapsed_sec", "at_snapshot")
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
 ROUNDING = {"batch_gpu"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states", "workers"}
@@ -47,7 +46,7 @@ class TrainingConfig:
 class Training:
     """All that changes while a denoiser is trained: network, moving average, optimiser, counters; and one iteration.
 
-    resume: the training state to go on from, as `load_state` gives it. options: what the run was asked for, plain
+    resume: the training state to go on from, as `check_state` wants it. options: what the run was asked for, plain
     values that its states record.
     """
 
@@ -59,7 +58,7 @@ class Training:
         augment_pipe: Callable | None,
         device: torch.device,
         options: dict[str, Any],
-        resume: dict[str, Any] | None = None,
+        resume: checkpoint.StateFile | None = None,
     ):
         self.config, self.net, self.device = config, net, device
         self._loss, self._augment_pipe, self._options = loss, augment_pipe, options
@@ -73,11 +72,9 @@ class Training:
         self._parts = {"net": net, "ema": self.ema, "updater": Updater.adam("network", net, config.lr, beta1=0.9)}
         self.nimg, self.tick, self.elapsed_sec, self.at_snapshot = 0, 0, 0.0, False
         if resume is not None:
-            for name, part in self._parts.items():
-                _restore(name, part, resume[name])
-            for name in COUNTERS:
-                setattr(self, name, resume[name])
-            self.collector.load_state_dict(resume["statistics"], device)
+            state = resume.take()
+            checkpoint.restore(self, self._parts, state, resume.path)
+            self.collector.load_state_dict(state["statistics"], device)
 
     def iteration(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """One update on `batch` images, and its share in the moving average."""
@@ -104,7 +101,7 @@ class Training:
     def contents(self) -> dict[str, Any]:
         """What a state's file holds; every process must call it."""
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        counters = {name: getattr(self, name) for name in checkpoint.PROGRESS}
         return {
             **state,
             **counters,
@@ -176,26 +173,17 @@ def milestones(progress: Any, config: Any, interruption: Interruption) -> tuple[
     return tick, due or interruption.save or interruption.stop
 
 
-def load_state(path: Path, net: torch.nn.Module) -> dict[str, Any]:
-    """The training state at `path`. Errors: UserError when it is none, or that of another network than `net`."""
-    state = checkpoint.load_state(path)
+def check_state(file: checkpoint.StateFile, net: torch.nn.Module) -> None:
+    """Reads a training state. Errors: UserError when it is none, or that of another network than `net`."""
+    state = file.read()
     if not {"net", "ema", "updater"} <= state.keys() or not checkpoint.is_complete(state):
-        raise UserError(f"--resume={path}: not the state of a teacher; name a training-state-*.pt of edm.train")
+        raise UserError(f"--resume={file.path}: not the state of a teacher; name a training-state-*.pt of edm.train")
     expected = {k: v.shape for k, v in net.state_dict().items()}
     for name in ("net", "ema"):
         weights = state[name] if isinstance(state[name], dict) else {}
         if {k: getattr(v, "shape", None) for k, v in weights.items()} == expected:
             continue
-        raise UserError(f"--resume={path}: its network is another; give the --data, --arch, … it was started with")
-    return state
-
-
-def _restore(name: str, part: Any, state: Any) -> None:
-    try:
-        part.load_state_dict(state)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--resume: the {name} of that training state doesn't fit this run ({reason})") from None
+        raise UserError(f"--resume={file.path}: its network is another; give the --data, --arch, … it was started with")
 
 
 def freeze_augment_mapping(net: torch.nn.Module) -> None:
