@@ -50,9 +50,7 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
         "activations of the fake score's phase": fake_score + (train if config.share_images else 0),
         "activations of the generator's phase": train + through,
     }
-    *constant, fake_score, generator = sizes.values()
-    sizes["peak"] = sum(constant) + max(fake_score, generator, trained)  # Adam's step holds a copy for a moment
-    return {name: size / GB for name, size in sizes.items()}
+    return _with_peak({name: size / GB for name, size in sizes.items()})
 
 
 def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, images: int, device: torch.device) -> int:
@@ -63,7 +61,22 @@ def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, imag
         free = psutil.virtual_memory().available / GB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit = CPU_BATCH if device.type == "cpu" else images
     divisors = [n for n in range(min(images, limit), 1, -1) if images % n == 0 and n % (config.chunk or 1) == 0]
-    return next((n for n in divisors if estimate(teacher, config, n)["peak"] < USABLE * free), config.chunk or 1)
+    if not divisors:
+        return config.chunk or 1
+    most, least = divisors[0], divisors[-1]
+    ends = [estimate(teacher, config, n) for n in dict.fromkeys((least, most))]
+    small, large = ends[0], ends[-1]
+
+    def peak(n: int) -> float:
+        share = (n - least) / max(most - least, 1)  # activations are affine in the images
+        return _with_peak({k: small[k] + share * (large[k] - small[k]) for k in small if k != "peak"})["peak"]
+
+    return next((n for n in divisors if peak(n) < USABLE * free), config.chunk or 1)
+
+
+def _with_peak(sizes: dict[str, float]) -> dict[str, float]:
+    *constant, fake_score, generator = sizes.values()
+    return {**sizes, "peak": sum(constant) + max(fake_score, generator)}
 
 
 def _bytes(tensors) -> int:

@@ -65,6 +65,24 @@ def test_weights_gradients_and_moments():
     assert next(teacher.parameters()).device.type == "cpu"
 
 
+@pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"precision": "bf16", "lora_rank": 2}], ids=str)
+def test_two_estimates_tell_those_of_all_batches(mode, monkeypatch):
+    teacher, config = tiny_teacher(), tiny_config(**{**RESOLVED, **mode})
+    exact = {n: memory.estimate(teacher, config, n)["peak"] for n in (24, 12, 8, 6, 4)}
+    asked, found, original = [], [], memory.estimate
+    monkeypatch.setattr(memory, "estimate", lambda *args: asked.append(args[2]) or original(*args))
+    for n, peak in exact.items():
+        for free, fits in ((peak * 1.0001, True), (peak * 0.9999, False)):
+            available = free * memory.GB / memory.USABLE
+            monkeypatch.setattr(
+                memory.psutil, "virtual_memory", lambda a=available: type("Memory", (), {"available": a})
+            )
+            chosen = memory.fitting_batch_gpu(teacher, config, 24, CPU)
+            found.append((chosen == n) == fits)
+    assert all(found)
+    assert len(asked) == 2 * len(found)
+
+
 def test_the_largest_batch_that_fits(monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**RESOLVED)
     need = {n: memory.estimate(teacher, config, n)["peak"] * memory.GB / memory.USABLE for n in (1, 2, 3, 4, 6, 12)}

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
+from . import distributed
+
 AT_ONCE = {"cpu"}  # devices whose results the host has without waiting
 
 
@@ -24,8 +26,8 @@ class MomentumFreeAdam(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
-            if weights:
-                self._step(group, weights, [p.grad for p in weights])
+            for part in distributed.buckets(weights):  # all at once would take a copy of the weights for a moment
+                self._step(group, part, [p.grad for p in part])
 
     def _step(self, group: dict, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
         beta2, device, found_inf = group["beta2"], weights[0].device, self.found_inf

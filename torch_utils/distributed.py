@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dnnlib import UserError
 
 T = TypeVar("T")
-GRADIENT_BUCKET_BYTES = 64 << 20  # one all-reduce carries about this much
+BUCKET_BYTES = 64 << 20  # one message carries, or one kernel works on, about this much
 progress = {"messages": 0, "signs": 0}  # counted here for watchdog.py: messages entered, other signs of life
 
 
@@ -121,7 +121,7 @@ def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    for bucket in _buckets(gradients):
+    for bucket in buckets(gradients):
         flat = torch.cat([g.reshape(-1) for g in bucket])
         dist.all_reduce(flat)
         for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
@@ -135,10 +135,11 @@ def broadcast_module(module: torch.nn.Module) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def _buckets(tensors: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+def buckets(tensors: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+    """`tensors` in their order, in lists of one dtype that end when they reach BUCKET_BYTES."""
     bucket, size = [], 0
     for tensor in tensors:
-        if bucket and (size >= GRADIENT_BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+        if bucket and (size >= BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)
