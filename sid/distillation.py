@@ -34,7 +34,7 @@ class Distillation:
     """One iteration of SiD at a time (arXiv:2404.04057, Algorithm 1), on any number of processes.
 
     teacher: phi, a denoiser (training/networks.py says what that is); any class will do. It is moved to `device`, set
-             to eval mode and frozen.
+             to eval mode and frozen; in half precision, weights that it only casts are kept in it from then on.
     start:   another denoiser whose weights theta starts from.
     resume:  a training state to go on from, or its path.
     reals:   real images for the discriminator of `config.gan`.
@@ -73,8 +73,6 @@ class Distillation:
         dtype = precision.DTYPES[config.precision]
         native = [precision.set_compute_dtype(net, dtype) for net in networks.values()]
         self._autocast_dtype = torch.float32 if all(native) else dtype
-        if all(native) and not config.lora_rank:  # whose updates need the weights in full
-            precision.store_convolutions(self.teacher, dtype)
         for net in networks.values():
             if config.channels_last:  # of the weights: the activations follow
                 net.to(memory_format=torch.channels_last)
@@ -82,6 +80,8 @@ class Distillation:
                 precision.checkpoint_blocks(net)
         fixed = {"fake_score"} if config.gan else set()  # a compiled network can't be listened to
         compiled = networks.keys() - fixed if config.compile else set()
+        if dtype != torch.float32 and not config.lora_rank:  # whose updates need the weights in full
+            memory.store_teacher(self.teacher, dtype, self.autocast)
         self._calls = {name: precision.compiled(net) if name in compiled else net for name, net in networks.items()}
 
     def _split_batch(self) -> None:

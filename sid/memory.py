@@ -1,7 +1,9 @@
-"""How much memory a distillation takes, told before it starts: from shapes alone, nothing is allocated."""
+"""The memory of a distillation: told before it starts, from shapes alone; and the teacher's share made smaller."""
 
 import copy
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import psutil
 import torch
@@ -14,6 +16,7 @@ from .config import DistillationConfig, parse_guidance
 
 GB = 1 << 30
 USABLE = 0.8  # of the free memory; libraries and fragmentation take the rest
+EXAMPLE_SIGMAS = (0.1, 10.0)
 CPU_BATCH = 32  # more images at once gain no speed on a CPU
 
 
@@ -24,27 +27,34 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     (not None).
     """
     device = next(teacher.parameters()).device
-    shapes = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in teacher.parameters()}
+    shapes = {id(p): torch.nn.Parameter(_in_full(p), p.requires_grad) for p in teacher.parameters()}
     net = copy.deepcopy(teacher, shapes).to("meta")  # no weight is copied
-    if precision.set_compute_dtype(net, precision.DTYPES[config.precision]) and config.checkpoint:
+    dtype = precision.DTYPES[config.precision]
+    native = precision.set_compute_dtype(net, dtype)
+    if native and config.checkpoint:
         precision.checkpoint_blocks(net)
-    stored = copy.deepcopy(net).requires_grad_(False)
-    if not config.lora_rank:
-        precision.store_convolutions(stored, precision.DTYPES[config.precision])
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the device's own kernels, without memory or arithmetic
+    # The device's own kernels, without memory or arithmetic.
+    with FakeTensorMode(allow_non_fake_inputs=True), precision.autocast(device, torch.float32 if native else dtype):
         net.to_empty(device=device).requires_grad_(False)
         part = config.chunk or batch_gpu
         phi = psi = _kept_activations(net, part, device, input_gradient=True)
+        stored = _bytes(net.parameters())
         if config.lora_rank:  # psi keeps what it makes of phi's weights, too
             lora.adapt(net.requires_grad_(True), config.lora_rank)
             psi = _kept_activations(net.requires_grad_(False), part, device, input_gradient=True)
         train = _kept_activations(net.requires_grad_(True), batch_gpu, device)
         trained = _bytes(net.parameters())
+        if dtype != torch.float32 and not config.lora_rank:  # phi's matrices are stored in it
+            net.requires_grad_(False)
+            for parameter in precision.only_cast(net, dtype, lambda: _kept_activations(net, part, device)):
+                parameter.data = parameter.data.to(dtype)
+            phi = _kept_activations(net, part, device, input_gradient=True)
+            stored = _bytes(net.parameters())
     kappa = parse_guidance(config.guidance)  # a guided network is called twice
     fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
     through = phi * (1 + (kappa.teacher != 1)) + psi * (1 + (kappa.fake_score != 1))
     sizes = {
-        "weights": 3 * trained + _bytes(stored.parameters()),  # theta, its average and psi; phi
+        "weights": 3 * trained + stored,  # theta, its average and psi; phi
         "gradients": trained * (2 if config.share_images else 1),
         "Adam": trained * (3 if config.g_beta1 else 2),
         "activations of the fake score's phase": fake_score + (train if config.share_images else 0),
@@ -74,9 +84,32 @@ def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, imag
     return next((n for n in divisors if peak(n) < USABLE * free), config.chunk or 1)
 
 
+def store_teacher(teacher: torch.nn.Module, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager]) -> None:
+    """Keeps what it can of a frozen teacher's weights in `dtype`; its answers to two noisy images must stay equal.
+
+    autocast: opens the arithmetic in which training calls the networks.
+    """
+    device = next(teacher.parameters()).device
+    sigma = torch.tensor(EXAMPLE_SIGMAS).reshape(-1, 1, 1, 1)
+    shape = [len(sigma), teacher.img_channels, teacher.img_resolution, teacher.img_resolution]
+    x = sigma * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.eye(len(sigma), teacher.label_dim, device=device) if teacher.label_dim else None
+
+    def call() -> torch.Tensor:
+        with torch.no_grad(), autocast():
+            return teacher(x.to(device), sigma.to(device), labels)
+
+    precision.store_weights(teacher, dtype, call)
+
+
 def _with_peak(sizes: dict[str, float]) -> dict[str, float]:
     *constant, fake_score, generator = sizes.values()
     return {**sizes, "peak": sum(constant) + max(fake_score, generator)}
+
+
+def _in_full(parameter: torch.Tensor) -> torch.Tensor:
+    """Its shape in float32, on no device: a teacher in use may be stored in half precision."""
+    return torch.empty_like(parameter, dtype=torch.float32, device="meta")
 
 
 def _bytes(tensors) -> int:

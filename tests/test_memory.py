@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import CPU, tiny_config, tiny_teacher
+from tiny import CPU, Spy, tiny_config, tiny_teacher
 
 from sid import memory
 from sid.distillation import Distillation
@@ -38,15 +38,24 @@ def kept_bytes(step) -> int:
     return peak
 
 
+def wide_spy(width=64):
+    """So wide that the network keeps more than the loss around it."""
+    net = Spy(3)
+    net.hidden, net.level = torch.nn.Conv2d(3, width, 3, padding=1), torch.nn.Linear(4, width)
+    net.out = torch.nn.Sequential(torch.nn.BatchNorm2d(width), torch.nn.SiLU(), torch.nn.Conv2d(width, 3, 3, padding=1))
+    return net
+
+
 MODES = [{}, {"chunk": 2}, {"checkpoint": True}, {"precision": "bf16"}, GUIDED]
 MODES += [{"lora_rank": 2}, {"lora_rank": 2, "checkpoint": True}, {"lora_rank": 2, "precision": "bf16"}]
 MODES += [{"lora_rank": 2, **GUIDED}]
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_activations_are_those_that_a_step_keeps(mode):
+@pytest.mark.parametrize("make", [tiny_teacher, wide_spy], ids=["ours", "foreign"])
+def test_activations_are_those_that_a_step_keeps(make, mode):
     config = tiny_config(**{**RESOLVED, **mode}, batch_gpu=8)
-    teacher = tiny_teacher()
+    teacher = make()
     expected = memory.estimate(teacher, config, 8)
     distillation = Distillation(teacher, config, CPU)
     for phase, name in (("fake_score_phase", "fake score"), ("generator_phase", "generator")):

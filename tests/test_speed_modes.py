@@ -179,16 +179,6 @@ def test_gradients_of_a_run_under_way(tmp_path, capsys):
     assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def test_stored_half_precision_weights_change_nothing():
-    teacher = tiny_teacher(label_dim=0).eval().requires_grad_(False)
-    precision.set_compute_dtype(teacher, torch.bfloat16)
-    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 4.0])
-    before = teacher(x, sigma)
-    precision.store_convolutions(teacher, torch.bfloat16)
-    assert teacher.model.enc["8x8_conv"].weight.dtype == torch.bfloat16
-    assert torch.equal(teacher(x, sigma), before)
-
-
 def test_bf16_trains_and_leaves_master_weights_in_float32():
     distillation = tiny_distillation(precision="bf16")
     distillation.iteration()

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dnnlib import UserError
 
@@ -36,15 +38,51 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-def store_convolutions(net: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the convolutions' weights of a frozen denoiser in the dtype they work in: half the memory, same results.
+def store_weights(net: torch.nn.Module, dtype: torch.dtype, call: Callable[[], torch.Tensor]) -> None:
+    """Keeps those weights of a frozen network in `dtype` that it only ever casts to `dtype`: half the memory, and the
+    same results, bit by bit.
 
-    Only for networks whose convolutions cast their weights where they are used (training/networks.py).
+    call: calls `net` as it is going to be, and gives the same every time. Should it fail or give anything else
+          afterwards (a network may ask for the dtype of its weights), they are as before.
     """
-    for module in net.modules():
-        if module.__class__.__name__ == "Conv2d" and not any(p.requires_grad for p in module.parameters()):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype)
+    before = call()
+    wide = {parameter: parameter.data for parameter in only_cast(net, dtype, call)}
+    for parameter in wide:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        same = torch.equal(call(), before)
+    except Exception:  # the network's own, of any kind
+        same = False
+    if not same:
+        for parameter, values in wide.items():
+            parameter.data = values
+
+
+def only_cast(net: torch.nn.Module, dtype: torch.dtype, call: Callable[[], object]) -> list[torch.nn.Parameter]:
+    """The matrices among the frozen float32 parameters of `net` that `call`, which calls it, only casts to `dtype`.
+
+    Vectors (biases, norms) aren't worth it, and compiled code may never round theirs.
+    """
+    large = {id(p): p for p in net.parameters() if p.ndim > 1 and p.dtype == torch.float32 and not p.requires_grad}
+    with _Uses(dtype) as uses:
+        call()
+    return [p for key, p in large.items() if key in uses.casts and key not in uses.others]
+
+
+class _Uses(TorchDispatchMode):
+    """Collects the ids of the tensors that are cast to `dtype`, and of those that are used in any other way."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self._dtype, self.casts, self.others = dtype, set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == self._dtype
+        if func.namespace != "prim":  # those ask what a tensor is like, no more
+            used = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+            (self.casts if is_cast else self.others).update(used)
+        return func(*args, **kwargs)
 
 
 def checkpoint_blocks(net: torch.nn.Module) -> None:
