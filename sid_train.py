@@ -5,7 +5,7 @@ import dataclasses
 import click
 
 from dnnlib import Command, FiniteRange, IntList, WholeRange
-from sid.config import OBJECTIVES, WEIGHTINGS, DistillationConfig
+from sid.config import ADAM_STATES, OBJECTIVES, WEIGHTINGS, DistillationConfig
 
 D = DistillationConfig  # its class attributes are the defaults
 POSITIVE = FiniteRange(0, min_open=True)
@@ -76,6 +76,8 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--checkpoint", help="Recompute activations instead of keeping them", type=bool, default=D.checkpoint)
 @click.option("--share-images", help="One batch of generated images for both phases", type=bool,
               default=D.share_images)  # fmt: skip
+@click.option("--adam-state", help="Adam's second moments; bf16 is rounded at random", type=click.Choice(ADAM_STATES),
+              default=D.adam_state)  # fmt: skip
 @click.option("--lora-rank", help="Learn updates of this rank, with one copy of the weights in memory  [default: all]",
               type=WholeRange(1))  # fmt: skip
 # The teacher's architecture: checked against its own record.

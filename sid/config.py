@@ -19,6 +19,7 @@ OBJECTIVES = (
 )  # fmt: skip
 STOPPED = ("diff-instruct", "dmd")  # without gradient through the score networks
 PROJECTED = ("sid", "l2")  # u(x_t) times a projected factor: u may be another distance's, or have no gradient
+ADAM_STATES = ("fp32", "bf16")
 WEIGHTINGS = ("omega", "sigma", "none")
 
 
@@ -57,6 +58,7 @@ class DistillationConfig:
     chunk: int | None = None  # images per pass through teacher and fake score in the generator's phase; None: all
     checkpoint: bool = False  # recompute activations instead of keeping them
     share_images: bool = False  # one batch of generated images for both phases
+    adam_state: str = "fp32"  # Adam's second moments, one of ADAM_STATES
     lora_rank: int | None = None  # of the updates that generator and fake score learn; None: they learn all weights
     guidance: str | None = None  # long=K, short=K or long-short=K, as `parse_guidance` reads it
     gan: bool = False  # SiDA: an adversarial loss beside the generator's, from real images
@@ -80,6 +82,10 @@ class DistillationConfig:
         parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule")
         parse_guidance(self.guidance)
         self.has_score_gradient(0)
+        if self.adam_state not in ADAM_STATES:
+            raise UserError(f"--adam-state={self.adam_state}: not one of {', '.join(ADAM_STATES)}")
+        if self.adam_state == "bf16" and self.g_beta1:
+            raise UserError("--adam-state=bf16: only for Adam without a first moment; use --g_beta1=0")
         if self.gan:
             self._check_gan()
 

@@ -56,7 +56,7 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     sizes = {
         "weights": 3 * trained + stored,  # theta, its average and psi; phi
         "gradients": trained * (2 if config.share_images else 1),
-        "Adam": trained * (3 if config.g_beta1 else 2),
+        "Adam": trained * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2),
         "activations of the fake score's phase": fake_score + (train if config.share_images else 0),
         "activations of the generator's phase": train + through,
     }

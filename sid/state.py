@@ -18,6 +18,7 @@ from .config import DistillationConfig
 GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA)
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 FACTORS_PHASE = 4  # keeps the random factors of low-rank updates apart from the draws of the training
+ROUNDING_PHASE = 5  # likewise the rounding of Adam's second moments
 
 
 class DistillationState:
@@ -64,9 +65,14 @@ class DistillationState:
 
         fp16 = config.precision == "fp16"
         adam = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
-        self.generator_updater = Updater.adam("generator", self.generator, config.glr, config.g_beta1, **adam)
+        seeds = [(config.seed, ROUNDING_PHASE, i) if config.adam_state == "bf16" else None for i in range(2)]
+        self.generator_updater = Updater.adam(
+            "generator", self.generator, config.glr, config.g_beta1, rounding_seed=seeds[0], **adam
+        )
         adam["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
-        self.fake_score_updater = Updater.adam("fake score", self.fake_score, config.lr, beta1=0, **adam)
+        self.fake_score_updater = Updater.adam(
+            "fake score", self.fake_score, config.lr, beta1=0, rounding_seed=seeds[1], **adam
+        )
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:

@@ -200,6 +200,8 @@ DISTILLATION = [
     (["--fake-sigma-schedule=single=inf"], "--fake-sigma-schedule=single=inf"),
     (["--fake-score-updates=0"], "--fake-score-updates"),
     (["--lora-rank=0"], "--lora-rank"),
+    (["--adam-state=bf16", "--g_beta1=0.9"], "--g_beta1=0"),
+    (["--adam-state=bf16", "--resume=distilled"], "--adam-state=bf16: the run in distilled"),
     (["--resume=distilled", "--lora-rank=2", "--override"], "has no --lora-rank"),
     (["--gan"], "--data"),
     (["--gan", "--data=large"], "--data=large"),

@@ -71,6 +71,7 @@ def test_weights_gradients_and_moments():
     assert found["gradients"] == pytest.approx(size)
     assert found["Adam"] == pytest.approx(2 * size)
     assert memory.estimate(teacher, tiny_config(**RESOLVED, g_beta1=0.9), 2)["Adam"] == pytest.approx(3 * size)
+    assert memory.estimate(teacher, tiny_config(**RESOLVED, adam_state="bf16"), 2)["Adam"] == pytest.approx(size)
     assert next(teacher.parameters()).device.type == "cpu"
 
 

@@ -243,6 +243,7 @@ OPTIMIZERS = {
     "fused": lambda parameters: torch.optim.Adam(parameters, lr=0.1, fused=True),
     "plain": lambda parameters: torch.optim.Adam(parameters, lr=0.1, fused=False),
     "momentum-free": lambda parameters: MomentumFreeAdam(parameters, lr=0.1),
+    "bf16 state": lambda parameters: MomentumFreeAdam(parameters, lr=0.1, rounding_seed=[0]),
 }
 
 

@@ -12,8 +12,13 @@ def seed_at(*coordinates: int) -> None:
     Training seeds each micro-batch by its place in the global batch, so the draws depend neither on the number of
     processes nor on what ran before: a resumed run needs no generator state.
     """
+    torch.manual_seed(seed_from(*coordinates))
+
+
+def seed_from(*coordinates: int) -> int:
+    """One seed for one place: `coordinates` are integers from 0 up."""
     words = np.random.SeedSequence(coordinates).generate_state(2)
-    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    return int(words[0]) << 31 ^ int(words[1])
 
 
 def split_batch(batch: int, batch_gpu: int | None, processes: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -68,11 +68,16 @@ class Updater:
         loss_scaling: bool = False,
         limit: float = GRADIENT_LIMIT,
         spike_guard: float | None = None,
+        rounding_seed: Sequence[int] | None = None,
     ) -> "Updater":
-        """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0."""
+        """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0.
+
+        rounding_seed: as MomentumFreeAdam has it, for beta1 = 0 only.
+        """
         trainable = [p for p in net.parameters() if p.requires_grad]
         if beta1 == 0:
-            return cls(name, trainable, MomentumFreeAdam(trainable, lr, beta2, eps), loss_scaling, limit, spike_guard)
+            optimizer = MomentumFreeAdam(trainable, lr, beta2, eps, rounding_seed)
+            return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)
         fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
         return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)

@@ -65,7 +65,7 @@ def _scaled_gradients(distillation: "Distillation", t: float, batch: int, batche
 
     moments = distillation.state.generator_updater.optimizer.state
     weights = [p for p in distillation.state.generator.parameters() if p in moments]
-    scale = torch.cat([moments[p]["exp_avg_sq"].flatten().sqrt() for p in weights]).clamp(min=1e-8)
+    scale = torch.cat([moments[p]["exp_avg_sq"].flatten().float().sqrt() for p in weights]).clamp(min=1e-8)
     draws = [gradients(distillation, "fp32", t, batch, seed) for seed in range(batches)]
     return draws[0][0], torch.stack([(theta / scale).double().cpu() for _, (_, theta) in draws])
 
