@@ -51,7 +51,7 @@ def store_weights(net: torch.nn.Module, dtype: torch.dtype, call: Callable[[], t
         parameter.data = parameter.data.to(dtype)
     try:
         same = torch.equal(call(), before)
-    except Exception:  # the network's own, of any kind
+    except Exception:
         same = False
     if not same:
         for parameter, values in wide.items():
@@ -61,11 +61,15 @@ def store_weights(net: torch.nn.Module, dtype: torch.dtype, call: Callable[[], t
 def only_cast(net: torch.nn.Module, dtype: torch.dtype, call: Callable[[], object]) -> list[torch.nn.Parameter]:
     """The matrices among the frozen float32 parameters of `net` that `call`, which calls it, only casts to `dtype`.
 
-    Vectors (biases, norms) aren't worth it, and compiled code may never round theirs.
+    None of a network that can't be watched. Vectors (biases, norms) aren't worth it, and compiled code may never round
+    theirs.
     """
     large = {id(p): p for p in net.parameters() if p.ndim > 1 and p.dtype == torch.float32 and not p.requires_grad}
-    with _Uses(dtype) as uses:
-        call()
+    try:
+        with _Uses(dtype) as uses:
+            call()
+    except Exception:  # the network's own, of any kind
+        return []
     return [p for key, p in large.items() if key in uses.casts and key not in uses.others]
 
 
