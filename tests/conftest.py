@@ -1,7 +1,26 @@
+import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Twelve images with three classes: the class is the brightness of the upper half."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    labels = []
+    for i in range(12):
+        pixels = rng.integers(0, 40, [8, 8], dtype=np.uint8)
+        pixels[:4] += np.uint8(80 * (i % 3))
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        labels.append([f"{i:02d}.png", i % 3])
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
