@@ -12,7 +12,8 @@ from .plan import Plan
 from .table import Curve, curve, fid_metric, markdown, traces
 
 INCHES, DOTS_PER_INCH, COLOURS = (8, 4.5), 100, 128
-LABELLED = "2357"  # first digits of numbers between powers of ten that have room at the axis
+LABELLED = "2357"  # first digits of numbers between powers of ten that have room at a long axis
+LONG = 5  # its highest value over its lowest
 STYLES = ("-", "--", ":", "-.")  # beside ten colours
 
 
@@ -62,7 +63,7 @@ def plot(curves: dict[str, Curve], axis: str, metric: str, title: str, file: Bin
     axes.set_title(title, fontsize="medium")
     for ticks in (axes.xaxis, axes.yaxis):
         ticks.set_major_formatter("{x:g}")
-        ticks.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in LABELLED else "")
+        ticks.set_minor_formatter(lambda x, _, ticks=ticks: _label(x, *ticks.get_view_interval()))
     axes.tick_params(which="both", labelsize="small")
     axes.grid(which="both", alpha=0.2)
     figure.legend(loc="outside right upper", fontsize="small")
@@ -70,3 +71,7 @@ def plot(curves: dict[str, Curve], axis: str, metric: str, title: str, file: Bin
     figure.savefig(drawn, format="png")
     picture = PIL.Image.open(drawn).convert("RGB").quantize(COLOURS, dither=PIL.Image.Dither.NONE)
     picture.save(file, format="png", optimize=True)  # small, and the same bytes from the same records
+
+
+def _label(x: float, low: float, high: float) -> str:
+    return f"{x:g}" if high < LONG * low or f"{x:e}"[0] in LABELLED else ""
