@@ -124,8 +124,8 @@ def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     for bucket in buckets(gradients):
         flat = torch.cat([g.reshape(-1) for g in bucket])
         dist.all_reduce(flat)
-        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-            gradient.copy_(part.view_as(gradient))
+        parts = flat.split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts)])
 
 
 def broadcast_module(module: torch.nn.Module) -> None:
