@@ -145,6 +145,16 @@ def construct_class_by_name(*args: Any, class_name: str, **kwargs: Any) -> Any:
     return getattr(importlib.import_module(module_name), name)(*args, **kwargs)
 
 
+def kimg_name(nimg: int, batch: int = 1) -> str:
+    """Whole kimg in six digits, with the images beyond them unless this is the first iteration of that kimg.
+
+    So no two iterations of a run share a name, names sort by images, and ticks of whole kimg have EDM's names:
+    10 240 images in batches of 256 are '000010', the 10 496 after them '000010.496'.
+    """
+    kimg, beyond = divmod(nimg, 1000)
+    return f"{kimg:06d}" if beyond < batch else f"{kimg:06d}.{beyond:03d}"
+
+
 def format_time(seconds: float) -> str:
     """Seconds as the shortest of `45s`, `12m 03s`, `5h 09m 00s`, `2d 07h 15m`."""
     s = round(seconds)

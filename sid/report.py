@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib import Command, UserError, write_atomically
+from dnnlib import Command, UserError, kimg_name, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class Report:
     The best one's name and FID are in `best.json`; `best.safetensors` links to it.
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
-    batch: images per iteration, which file names depend on (`checkpoint.kimg_name`).
+    batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
     What can't be written to a full disk is reported and left out.
     """
 
@@ -56,8 +56,6 @@ class Report:
 
     def snapshot(self, ema: "torch.nn.Module", nimg: int) -> None:
         """Every process calls it with equal weights."""
-        from torch_utils.checkpoint import kimg_name
-
         self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
 
     def _show(self, ema: "torch.nn.Module", nimg: int, name: str) -> None:

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from dnnlib import UserError, remove_unfinished
+from dnnlib import UserError, kimg_name, remove_unfinished
 from torch_utils import checkpoint, training_stats
 
 # --- names
@@ -20,13 +20,13 @@ from torch_utils import checkpoint, training_stats
 def test_no_two_states_share_a_name():
     for batch in (1, 7, 8, 256, 999, 1000, 8192):
         images = range(0, 40 * max(batch, 300), batch)
-        names = [checkpoint.kimg_name(nimg, batch) for nimg in images]
+        names = [kimg_name(nimg, batch) for nimg in images]
         assert len(set(names)) == len(names)
         whole = [n for n in names if "." not in n]
         kimg = sorted({nimg // 1000 for nimg in images})
         assert whole == [f"{k:06d}" for k in kimg]  # EDM's names, each once
-    assert checkpoint.kimg_name(10_240, 256) == "000010"
-    assert checkpoint.kimg_name(10_496, 256) == "000010.496"
+    assert kimg_name(10_240, 256) == "000010"
+    assert kimg_name(10_496, 256) == "000010.496"
 
 
 def test_states_sort_by_images(tmp_path):

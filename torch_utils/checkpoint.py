@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dnnlib import UserError, write_atomically
+from dnnlib import UserError, kimg_name, write_atomically
 
 from . import distributed
 
@@ -26,16 +26,6 @@ SNAPSHOT_PATTERN = r"network-snapshot-(\d+)(?:\.(\d{3}))?\.safetensors"
 SPARE_BYTES = 1 << 20  # left free beside a state
 CHECKSUM = "sha256"
 PLAIN_TYPES = (type(None), bool, int, float, str)
-
-
-def kimg_name(nimg: int, batch: int = 1) -> str:
-    """Whole kimg in six digits, with the images beyond them unless this is the first iteration of that kimg.
-
-    So no two iterations of a run share a name, names sort by images, and ticks of whole kimg have EDM's names:
-    10 240 images in batches of 256 are '000010', the 10 496 after them '000010.496'.
-    """
-    kimg, beyond = divmod(nimg, 1000)
-    return f"{kimg:06d}" if beyond < batch else f"{kimg:06d}.{beyond:03d}"
 
 
 def state_path(run_dir: str | os.PathLike, nimg: int, batch: int = 1) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dnnlib import UserError, write_atomically
+from dnnlib import UserError, kimg_name, write_atomically
 from sid.doctor import read_records
 
 from .plan import Run, recorded_options
@@ -63,14 +63,13 @@ def is_finished(folder: Path, options: dict[str, Any]) -> bool:
 def last_snapshot(folder: Path) -> Path | None:
     """Where the run in `folder` left its generator; None if it isn't finished.
 
-    As torch_utils.checkpoint.snapshot_path has it, which loads torch; a test compares.
+    As torch_utils.checkpoint.snapshot_path, which loads torch, has it; a test compares.
     """
     options = read_run_options(folder)
     if options is None or not is_finished(folder, options):
         return None
-    kimg, beyond = divmod(round(1000 * read_stats(folder)[-1]["Progress/kimg"]), 1000)
-    name = f"{kimg:06d}" if beyond < options["batch"] else f"{kimg:06d}.{beyond:03d}"
-    return folder / f"network-snapshot-{name}.safetensors"
+    nimg = round(1000 * read_stats(folder)[-1]["Progress/kimg"])
+    return folder / f"network-snapshot-{kimg_name(nimg, options['batch'])}.safetensors"
 
 
 def read_run_options(folder: Path) -> dict[str, Any] | None:
