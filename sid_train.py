@@ -76,6 +76,8 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--checkpoint", help="Recompute activations instead of keeping them", type=bool, default=D.checkpoint)
 @click.option("--share-images", help="One batch of generated images for both phases", type=bool,
               default=D.share_images)  # fmt: skip
+@click.option("--share-noise", help="The same noisy images, too: the fake score is asked once", type=bool,
+              default=D.share_noise)  # fmt: skip
 @click.option("--adam-state", help="Adam's second moments; bf16 is rounded at random", type=click.Choice(ADAM_STATES),
               default=D.adam_state)  # fmt: skip
 @click.option("--lora-rank", help="Learn updates of this rank, with one copy of the weights in memory  [default: all]",

@@ -58,6 +58,7 @@ class DistillationConfig:
     chunk: int | None = None  # images per pass through teacher and fake score in the generator's phase; None: all
     checkpoint: bool = False  # recompute activations instead of keeping them
     share_images: bool = False  # one batch of generated images for both phases
+    share_noise: bool = False  # and of noise for them: the fake score is asked once
     adam_state: str = "fp32"  # Adam's second moments, one of ADAM_STATES
     lora_rank: int | None = None  # of the updates that generator and fake score learn; None: they learn all weights
     guidance: str | None = None  # long=K, short=K or long-short=K, as `parse_guidance` reads it
@@ -88,6 +89,8 @@ class DistillationConfig:
             raise UserError("--adam-state=bf16: only for Adam without a first moment; use --g_beta1=0")
         if self.gan:
             self._check_gan()
+        if self.share_noise:
+            self._check_share_noise()
 
     def _check_gan(self) -> None:
         if self.score_gradient != "on":
@@ -98,6 +101,19 @@ class DistillationConfig:
             )
         if self.chunk:
             raise UserError("--gan: its loss is a mean over --batch-gpu, which --chunk would split; use --checkpoint=1")
+
+    def _check_share_noise(self) -> None:
+        """The fake score's one answer must do for both losses."""
+        if self.gan:
+            raise UserError("--share-noise: --gan shows the fake score real images, too; use --share-images=1")
+        guidance = parse_guidance(self.guidance)
+        if guidance != Guidance(teacher=guidance.teacher):
+            raise UserError(f"--share-noise: --guidance={self.guidance} guides the fake score; only long=K fits")
+        if self.fake_sigma_schedule != self.sigma_schedule:
+            schedule = f"--fake-sigma-schedule={self.sigma_schedule}"
+            raise UserError(f"--share-noise: both losses see the same noise levels; add {schedule}")
+        if self.augment:
+            raise UserError("--share-noise: the generator's loss knows no augmentation; use --augment=0")
 
     def network_overrides(self, teacher: Any) -> dict[str, Any]:
         """Constructor arguments in which generator and fake score differ from the teacher.

@@ -1,5 +1,6 @@
 """One iteration of Score identity Distillation: psi learns to denoise what theta makes, theta follows L2 - alpha L1."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -23,7 +24,8 @@ FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two pha
 def resolve(config: DistillationConfig, teacher: torch.nn.Module, device: torch.device) -> DistillationConfig:
     """The config with augmentation and precision chosen, where it leaves them to the teacher and the device."""
     if config.augment is None:
-        config = dataclasses.replace(config, augment=AUGMENT if getattr(teacher, "augment_dim", 0) else 0.0)
+        can = getattr(teacher, "augment_dim", 0) and not config.share_noise
+        config = dataclasses.replace(config, augment=AUGMENT if can else 0.0)
     if config.precision is None:
         half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
         config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
@@ -112,9 +114,7 @@ class Distillation:
         fits = torch.ones([], device=self.device)
         try:
             labels = next(iter(self._rounds(FAKE_SCORE_PHASE)))
-            images = self.generate(labels)
-            self._backward_fake_score(images, labels)
-            self._backward_generator(images, labels)
+            self._backward_both(self.generate(labels), labels)
         except torch.cuda.OutOfMemoryError:
             fits.zero_()
         for updater in (self.state.fake_score_updater, self.state.generator_updater):
@@ -139,7 +139,7 @@ class Distillation:
             self.fake_score_phase(factor, repeat)
         if not config.trains_generator(state.nimg):
             self.fake_score_phase(factor)
-        elif config.share_images:
+        elif config.share_images or config.share_noise:
             self.shared_phase(factor)
         else:
             self.fake_score_phase(factor)
@@ -173,11 +173,14 @@ class Distillation:
         """Both phases on the same images, which saves generating them twice; theta follows psi before its update."""
         self.state.generator.train()
         for labels in self._rounds(FAKE_SCORE_PHASE):
-            images = self.generate(labels)
-            self._backward_fake_score(images, labels)
-            self._backward_generator(images, labels)
+            self._backward_both(self.generate(labels), labels)
         self._update("fake_score", factor)
         self._update("generator", factor)
+
+    def _backward_both(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        if not self.config.share_noise:
+            self._backward_fake_score(images, labels)
+        self._backward_generator(images, labels, with_fake_score=self.config.share_noise)
 
     def _backward_fake_score(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Adds the gradient of psi's loss on `images` to psi's."""
@@ -186,14 +189,15 @@ class Distillation:
             loss = self.loss.fake_score_loss(
                 self._calls["fake_score"], images, labels, self.augment_pipe, self.collector.report
             )
-        self.collector.report("Loss/fake_score", loss)
-        self.state.fake_score_updater.backward(loss.sum() * (self.config.ls / self.config.batch))
+        self._backward_denoising(loss)
 
-    def _backward_generator(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
-        """Adds the gradient of theta's loss on `images` to theta's.
+    def _backward_generator(
+        self, images: torch.Tensor, labels: torch.Tensor | None, with_fake_score: bool = False
+    ) -> None:
+        """Adds the gradient of theta's loss on `images` to theta's; if wanted, that of psi's loss on them to psi's.
 
-        The loss splits over images: its gradient by x_g comes from small chunks through phi and psi, whose activations
-        are gone before one backward pass through theta. Exact, in the memory of one chunk.
+        The losses split over images: theta's gradient by x_g comes from small chunks through phi and psi, whose
+        activations are gone before one backward pass through theta. Exact, in the memory of one chunk.
         """
         state, config = self.state, self.config
         state.fake_score.eval()
@@ -201,19 +205,28 @@ class Distillation:
         self.loss.adversarial = config.is_adversarial(state.nimg)
         x_g = images.detach().requires_grad_()
         noise = self.loss.draw_noise(x_g)
-        with state.fake_score_updater.frozen():
+        networks = self._calls["teacher"], self._calls["fake_score"]
+        with contextlib.nullcontext() if with_fake_score else state.fake_score_updater.frozen():
             size = config.chunk or len(x_g)
             for start in range(0, len(x_g), size):
                 part = slice(start, start + size)
                 some = labels[part] if labels is not None else None
-                drawn = tuple(draw[part] for draw in noise)
+                inputs = (*networks, x_g[part], some, tuple(draw[part] for draw in noise), self.collector.report)
                 with self.autocast():
-                    loss = self.loss.generator_loss(
-                        self._calls["teacher"], self._calls["fake_score"], x_g[part], some, drawn, self.collector.report
-                    )
+                    if with_fake_score:
+                        loss, denoising = self.loss.shared_losses(*inputs)
+                    else:
+                        loss, denoising = self.loss.generator_loss(*inputs), None
                 self.collector.report("Loss/generator", loss)
-                state.generator_updater.backward(loss.sum() * (config.lsg / config.batch))
+                loss = loss.sum() * (config.lsg / config.batch)
+                state.generator_updater.backward(loss, only=[x_g], keep=with_fake_score)
+                if with_fake_score:
+                    self._backward_denoising(denoising, only=state.fake_score_updater.parameters)
         images.backward(x_g.grad)
+
+    def _backward_denoising(self, loss: torch.Tensor, only: list[torch.Tensor] | None = None) -> None:
+        self.collector.report("Loss/fake_score", loss)
+        self.state.fake_score_updater.backward(loss.sum() * (self.config.ls / self.config.batch), only)
 
     def _update(self, name: str, factor: float) -> None:
         norm = getattr(self.state, f"{name}_updater").step(factor)

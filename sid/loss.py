@@ -151,12 +151,36 @@ class SiDLoss:
         """
         sigma, n = noise or self.draw_noise(images)
         x_t = images + sigma * n
-        through_scores = self.score_gradient and self.objective not in STOPPED
-        with torch.set_grad_enabled(torch.is_grad_enabled() and through_scores):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.through_scores):
             f_phi, f_psi = (net(x_t, sigma, labels) for net in self.score_networks(teacher, fake_score))
+        return self._generator_loss(images, x_t, sigma, f_phi, f_psi, report)
+
+    def shared_losses(
+        self, teacher, fake_score, images, labels=None, noise=None, report: Callable | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(theta's loss, psi's denoising loss), per pixel, from one answer of psi to the same noisy images.
+
+        They share a graph: the first reaches the images, the second psi's weights. Arguments as for `generator_loss`.
+        """
+        sigma, n = noise or self.draw_noise(images)
+        x_t = images + sigma * n
+        teacher, fake_score = self.score_networks(teacher, fake_score)
+        with torch.set_grad_enabled(self.through_scores):
+            f_phi = teacher(x_t, sigma, labels)
+        f_psi = fake_score(x_t if self.through_scores else x_t.detach(), sigma, labels)
+        denoising = self.denoising.weight(sigma) * (f_psi - images.detach()) ** 2
+        f_psi = f_psi if self.through_scores else f_psi.detach()
+        return self._generator_loss(images, x_t, sigma, f_phi, f_psi, report), denoising
+
+    @property
+    def through_scores(self) -> bool:
+        """Whether theta's gradient passes through phi and psi."""
+        return self.score_gradient and self.objective not in STOPPED
+
+    def _generator_loss(self, x_g, x_t, sigma, f_phi, f_psi, report: Callable | None) -> torch.Tensor:
         if report is not None:
-            report("Health/divergence", divergence(images, f_phi, f_psi))
-        return self._weighted(self._terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
+            report("Health/divergence", divergence(x_g, f_phi, f_psi))
+        return self._weighted(self._terms(x_g, x_t, f_phi, f_psi), sigma, x_g, f_phi)
 
     def score_networks(self, teacher, fake_score) -> tuple[Callable, Callable]:
         """(phi, psi) as theta's loss asks them: guided where there is guidance."""

@@ -109,7 +109,11 @@ class OneConvolution(torch.nn.Module):
         return self.conv(x)
 
 
-@pytest.mark.parametrize(("settings", "passes"), [({}, 9), ({"share_images": True}, 8)])
+SHARED = {"share_noise": True, "fake_sigma_schedule": "karras"}
+PASSES = [({}, 9), ({"share_images": True}, 8), (SHARED, 7), ({"score_gradient": "off", **SHARED}, 5)]
+
+
+@pytest.mark.parametrize(("settings", "passes"), PASSES)
 def test_operations_of_a_step_in_closed_form(settings, passes):
     """theta makes images (twice, or once when shared), phi, psi and psi see them: 5 or 4 passes forward; backward
     psi's and theta's weights and, for theta, the inputs of phi and psi: 4."""

@@ -25,7 +25,7 @@ def gradients(distillation: Distillation) -> dict[str, torch.Tensor]:
     for updater in (distillation.state.fake_score_updater, distillation.state.generator_updater):
 
         def step(factor, updater=updater, original=updater.step):
-            found[updater.name] = torch.cat([p.grad.flatten() for p in updater._parameters])
+            found[updater.name] = torch.cat([p.grad.flatten() for p in updater.parameters])
             return original(factor)
 
         updater.step = step
@@ -81,6 +81,7 @@ UNET = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_reso
         {"share_images": True, "huber": 0.1, "adam_state": "bf16"},
         {"objective": "dmd", "sigma_schedule": "lognormal", "fake_sigma_schedule": "karras"},
         {"guidance": "long-short=1.5", "score_gradient": "from=0.008"},
+        {"share_noise": True, "fake_sigma_schedule": "karras", "augment": 0},
     ],
     ids=str,
 )
@@ -140,6 +141,44 @@ def test_shared_images_reach_both_networks():
         made.append(shared.generate(labels).detach())
     assert torch.allclose(torch.cat(seen), torch.cat(made), atol=1e-6)
     assert cosine(a["generator"], b["generator"]) < 0.999  # other images than the plain step's
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"chunk": 1, "checkpoint": True, "sigma_schedule": "lognormal", "fake_sigma_schedule": "lognormal"},
+        {"score_gradient": "off"},
+        {"objective": "dmd", "chunk": 1},
+        {"lora_rank": 2},
+    ],
+    ids=str,
+)
+def test_shared_noise_gives_each_network_the_gradient_of_its_own_loss(mode):
+    """Against autograd through both losses one after the other, each with its own pass through psi."""
+    mode = {"share_noise": True, "augment": None, "fake_sigma_schedule": "karras", **mode}
+    distillation = tiny_distillation(**mode)
+    distillation.iteration()  # psi is no copy of phi from here on
+    found = gradients(distillation)
+    twin = tiny_distillation(**mode)
+    twin.iteration()
+    state, config, loss = twin.state, twin.config, twin.loss
+    state.generator.train()
+    state.fake_score.eval()
+    for labels in twin._rounds(1):
+        images = twin.generate(labels)
+        sigma, n = loss.draw_noise(images)
+        y = images.detach()
+        weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        denoising = weight * (state.fake_score(y + sigma * n, sigma, labels) - y) ** 2
+        (denoising.sum() * (config.ls / config.batch)).backward()
+        with state.fake_score_updater.frozen():
+            value = loss.generator_loss(twin.teacher, state.fake_score, images, labels, (sigma, n))
+            (value.sum() * (config.lsg / config.batch)).backward()
+    for updater in (state.fake_score_updater, state.generator_updater):
+        expected = torch.cat([p.grad.flatten() for p in updater.parameters if p.grad is not None])
+        assert torch.linalg.norm(found[updater.name] - expected) <= 1e-5 * torch.linalg.norm(expected)
+        assert expected.norm() > 0
 
 
 def test_half_precision_gradients_point_where_those_of_fp32_do_at_every_noise_level():

@@ -49,9 +49,9 @@ class Updater:
         self.name = name
         self.optimizer = optimizer
         self.limit = limit
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        device = self._parameters[0].device
+        device = self.parameters[0].device
         self._counts = dict.fromkeys(COUNTS, torch.zeros([], device=device))
         self.loss_scale = torch.ones([], device=device) if loss_scaling else None
         self._guard = SpikeGuard(spike_guard, device) if spike_guard else None
@@ -82,23 +82,27 @@ class Updater:
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
         return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a scalar loss to what `step` applies."""
-        (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+    def backward(self, loss: torch.Tensor, only: Iterable[torch.Tensor] | None = None, keep: bool = False) -> None:
+        """Adds the gradients of a scalar loss to what `step` applies.
+
+        only: the leaves that get them; None: all. keep: the graph, for another loss.
+        """
+        loss = loss if self.loss_scale is None else loss * self.loss_scale
+        loss.backward(inputs=None if only is None else list(only), retain_graph=keep)
 
     def step(self, lr_factor: float = 1.0) -> torch.Tensor:
         """Updates the weights and clears the gradients; returns the gradient's norm before clipping, a scalar.
 
         lr_factor: multiplies every learning rate.
         """
-        distributed.all_reduce_gradients(self._parameters)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        distributed.all_reduce_gradients(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale)
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         bad = (~norm.isfinite()).float()
         skip = bad if self._guard is None else bad + self._guard.check(norm)  # never both
-        torch.nn.utils.clip_grad_value_(self._parameters, self.limit)
+        torch.nn.utils.clip_grad_value_(self.parameters, self.limit)
         for group, lr in zip(self.optimizer.param_groups, self._base_lrs):
             group["lr"] = lr * lr_factor
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
@@ -146,12 +150,12 @@ class Updater:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """While open, no gradient is computed for the parameters; gradients still pass through the network."""
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in self._parameters:
+            for parameter in self.parameters:
                 parameter.requires_grad_(True)
 
     def state_dict(self) -> dict:
@@ -170,7 +174,7 @@ class Updater:
         for group, is_fused in zip(self.optimizer.param_groups, fused):
             if "fused" in group:
                 group["fused"] = is_fused  # this machine's, not that of the machine which saved the state
-        device = self._parameters[0].device
+        device = self.parameters[0].device
         self._counts = {name: torch.tensor(state["counts"][name], device=device) for name in COUNTS}
         if self.loss_scale is not None and state["loss_scale"] is not None:
             self.loss_scale = torch.tensor(state["loss_scale"], device=device)
