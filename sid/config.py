@@ -109,9 +109,11 @@ class DistillationConfig:
         guidance = parse_guidance(self.guidance)
         if guidance != Guidance(teacher=guidance.teacher):
             raise UserError(f"--share-noise: --guidance={self.guidance} guides the fake score; only long=K fits")
-        if self.fake_sigma_schedule != self.sigma_schedule:
-            schedule = f"--fake-sigma-schedule={self.sigma_schedule}"
-            raise UserError(f"--share-noise: both losses see the same noise levels; add {schedule}")
+        schedules = {self.sigma_schedule, self.fake_sigma_schedule}
+        if len(schedules) > 1 and any(parse_schedule(s, "")[1] for s in schedules):
+            raise UserError("--share-noise: a single noise level must be the same for --fake-sigma-schedule")
+        if not self.tmax:
+            raise UserError("--share-noise: --tmax=0 leaves no range of noise levels; use --tmax=800")
         if self.augment:
             raise UserError("--share-noise: the generator's loss knows no augmentation; use --augment=0")
 
@@ -132,6 +134,11 @@ class DistillationConfig:
     def is_adversarial(self, nimg: int) -> bool:
         """Whether the generator's loss has an adversarial part after `nimg` images."""
         return self.gan and nimg >= self.gan_start_kimg * 1000
+
+    @property
+    def passes_scores(self) -> bool:
+        """Whether the generator's gradient ever passes through both networks."""
+        return self.score_gradient != "off" and self.objective not in STOPPED
 
     def has_score_gradient(self, nimg: int) -> bool:
         """Whether the generator's gradient passes through both networks after `nimg` images."""

@@ -84,7 +84,10 @@ class Distillation:
         compiled = networks.keys() - fixed if config.compile else set()
         if dtype != torch.float32 and not config.lora_rank:  # whose updates need the weights in full
             memory.store_teacher(self.teacher, dtype, self.autocast)
-        self._calls = {name: precision.compiled(net) if name in compiled else net for name, net in networks.items()}
+        self._calls = {
+            name: precision.compiled(net, config.share_noise) if name in compiled else net
+            for name, net in networks.items()
+        }
 
     def _split_batch(self) -> None:
         """Images per process and round, and rounds: --batch-gpu, that of the resumed run, or the most that fits."""
@@ -204,7 +207,7 @@ class Distillation:
         self.loss.score_gradient = config.has_score_gradient(state.nimg)
         self.loss.adversarial = config.is_adversarial(state.nimg)
         x_g = images.detach().requires_grad_()
-        noise = self.loss.draw_noise(x_g)
+        noise = (self.loss.draw_shared_noise if with_fake_score else self.loss.draw_noise)(x_g)
         networks = self._calls["teacher"], self._calls["fake_score"]
         with contextlib.nullcontext() if with_fake_score else state.fake_score_updater.frozen():
             size = config.chunk or len(x_g)

@@ -4,6 +4,7 @@ Denoisers predict the clean image: f_phi (teacher), f_psi (fake score network); 
 x_t = x_g + sigma n. The functions on tensors come first; `SiDLoss` draws noise and calls the networks around them.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -141,6 +142,25 @@ class SiDLoss:
         sigma = self._draw_sigma(self.sigma_schedule, images)
         return sigma, torch.randn_like(images)
 
+    def draw_shared_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sigma, n) of both losses: the noise level of each image comes from either's schedule, at even odds."""
+        sigma = self._draw_sigma(self.sigma_schedule, images)
+        if self.fake_sigma_schedule != self.sigma_schedule:
+            other = self._draw_sigma(self.fake_sigma_schedule, images)
+            sigma = torch.where(torch.rand_like(sigma) < 0.5, sigma, other)
+        return sigma, torch.randn_like(images)
+
+    def shared_weights(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What (theta's, psi's) loss at shared noise levels is multiplied by: in the mean both are as ever.
+
+        The density of its own schedule over that of the two mixed (the balance heuristic of multiple importance
+        sampling, Veach and Guibas 1995), hence 2 at most, and together 2.
+        """
+        if self.fake_sigma_schedule == self.sigma_schedule:
+            return torch.ones_like(sigma), torch.ones_like(sigma)
+        own, other = (self._density(s, sigma) for s in (self.sigma_schedule, self.fake_sigma_schedule))
+        return 2 * own / (own + other), 2 * other / (own + other)
+
     def generator_loss(
         self, teacher, fake_score, images, labels=None, noise=None, report: Callable | None = None
     ) -> torch.Tensor:
@@ -160,9 +180,10 @@ class SiDLoss:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(theta's loss, psi's denoising loss), per pixel, from one answer of psi to the same noisy images.
 
-        They share a graph: the first reaches the images, the second psi's weights. Arguments as for `generator_loss`.
+        They share a graph: the first reaches the images, the second psi's weights. noise: as `draw_shared_noise` gives
+        it. The other arguments are those of `generator_loss`.
         """
-        sigma, n = noise or self.draw_noise(images)
+        sigma, n = noise or self.draw_shared_noise(images)
         x_t = images + sigma * n
         teacher, fake_score = self.score_networks(teacher, fake_score)
         with torch.set_grad_enabled(self.through_scores):
@@ -170,7 +191,9 @@ class SiDLoss:
         f_psi = fake_score(x_t if self.through_scores else x_t.detach(), sigma, labels)
         denoising = self.denoising.weight(sigma) * (f_psi - images.detach()) ** 2
         f_psi = f_psi if self.through_scores else f_psi.detach()
-        return self._generator_loss(images, x_t, sigma, f_phi, f_psi, report), denoising
+        of_generator, of_fake_score = self.shared_weights(sigma)
+        loss = self._generator_loss(images, x_t, sigma, f_phi, f_psi, report)
+        return of_generator * loss, of_fake_score * denoising
 
     @property
     def through_scores(self) -> bool:
@@ -217,6 +240,16 @@ class SiDLoss:
         if kind == "lognormal":
             return self.denoising.draw_sigma(images)
         return torch.full(size, value, device=device)
+
+    def _density(self, schedule: tuple[str, float | None], sigma: torch.Tensor) -> torch.Tensor:
+        """Probability density of log sigma, shaped as sigma."""
+        if schedule[0] == "lognormal":
+            z = (sigma.log() - self.denoising.P_mean) / self.denoising.P_std
+            return (-(z**2) / 2).exp() / (self.denoising.P_std * math.sqrt(2 * math.pi))
+        low, high = (level ** (1 / self.rho) for level in (self.sigma_min, self.sigma_max))
+        u = sigma ** (1 / self.rho)  # uniform from low to where tmax ends
+        width = (high - low) * self.tmax / 1000
+        return u / (self.rho * width) * ((u >= low) & (u <= low + width))
 
     def _terms(self, x_g, x_t, f_phi, f_psi) -> torch.Tensor:
         if self.objective == "sid":

@@ -43,6 +43,7 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
             lora.adapt(net.requires_grad_(True), config.lora_rank)
             psi = _kept_activations(net.requires_grad_(False), part, device, input_gradient=True)
         train = _kept_activations(net.requires_grad_(True), batch_gpu, device)
+        shared_psi = _kept_activations(net, part, device, input_gradient=config.passes_scores)
         trained = _bytes(net.parameters())
         if dtype != torch.float32 and not config.lora_rank:  # phi's matrices are stored in it
             net.requires_grad_(False)
@@ -52,12 +53,18 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
             stored = _bytes(net.parameters())
     kappa = parse_guidance(config.guidance)  # a guided network is called twice
     fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
-    through = phi * (1 + (kappa.teacher != 1)) + psi * (1 + (kappa.fake_score != 1))
+    through = config.passes_scores * phi * (1 + (kappa.teacher != 1))
+    through += shared_psi if config.share_noise else config.passes_scores * psi * (1 + (kappa.fake_score != 1))
+    shared = config.share_images or config.share_noise
+    if config.share_noise:
+        fake_score *= config.fake_score_updates > 1
+    elif shared:
+        fake_score += train
     sizes = {
         "weights": 3 * trained + stored,  # theta, its average and psi; phi
-        "gradients": trained * (2 if config.share_images else 1),
+        "gradients": trained * (2 if shared else 1),
         "Adam": trained * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2),
-        "activations of the fake score's phase": fake_score + (train if config.share_images else 0),
+        "activations of the fake score's phase": fake_score,
         "activations of the generator's phase": train + through,
     }
     return _with_peak({name: size / GB for name, size in sizes.items()})

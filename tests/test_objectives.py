@@ -273,6 +273,24 @@ def test_schedules_of_both_losses(schedule):
         assert heard[0].sigma.max() < 5.84  # sigma(.6)
 
 
+@pytest.mark.parametrize(("own", "other"), [("karras", "lognormal"), ("lognormal", "karras"), ("karras", "karras")])
+def test_shared_noise_levels_weigh_as_those_of_each_schedule(own, other):
+    """The share of the weight at or below a level is that of the schedule's draws: its cumulative distribution."""
+    torch.manual_seed(0)
+    options = {"tmax": 600, "sigma_schedule": own, "fake_sigma_schedule": other}
+    loss = SiDLoss(**options)
+    sigma, noise = loss.draw_shared_noise(torch.zeros(200_000, 1, 1, 1))
+    weights = loss.shared_weights(sigma)
+    q = torch.arange(1, 20) / 20
+    for weight, schedule in zip(weights, (own, other)):
+        levels = SiDLoss(tmax=600, sigma_schedule=schedule).quantile(q)
+        below = (weight * (sigma <= levels)).mean(dim=[0, 1, 2])
+        assert (below - q).abs().max() < 0.006  # five standard errors
+        assert weight.max() <= 2
+    torch.testing.assert_close(sum(weights), torch.full_like(sigma, 2))
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+
+
 def test_a_single_level_is_distilled_at_that_level():
     """The generator of a Gaussian learns its width from the denoiser of one noise level."""
     theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)

@@ -81,7 +81,7 @@ UNET = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_reso
         {"share_images": True, "huber": 0.1, "adam_state": "bf16"},
         {"objective": "dmd", "sigma_schedule": "lognormal", "fake_sigma_schedule": "karras"},
         {"guidance": "long-short=1.5", "score_gradient": "from=0.008"},
-        {"share_noise": True, "fake_sigma_schedule": "karras", "augment": 0},
+        {"share_noise": True, "augment": 0},
     ],
     ids=str,
 )
@@ -147,7 +147,7 @@ def test_shared_images_reach_both_networks():
     "mode",
     [
         {},
-        {"chunk": 1, "checkpoint": True, "sigma_schedule": "lognormal", "fake_sigma_schedule": "lognormal"},
+        {"chunk": 1, "checkpoint": True, "sigma_schedule": "lognormal"},  # that of the fake score, too
         {"score_gradient": "off"},
         {"objective": "dmd", "chunk": 1},
         {"lora_rank": 2},
@@ -156,7 +156,7 @@ def test_shared_images_reach_both_networks():
 )
 def test_shared_noise_gives_each_network_the_gradient_of_its_own_loss(mode):
     """Against autograd through both losses one after the other, each with its own pass through psi."""
-    mode = {"share_noise": True, "augment": None, "fake_sigma_schedule": "karras", **mode}
+    mode = {"share_noise": True, "augment": None, **mode}
     distillation = tiny_distillation(**mode)
     distillation.iteration()  # psi is no copy of phi from here on
     found = gradients(distillation)
@@ -167,14 +167,15 @@ def test_shared_noise_gives_each_network_the_gradient_of_its_own_loss(mode):
     state.fake_score.eval()
     for labels in twin._rounds(1):
         images = twin.generate(labels)
-        sigma, n = loss.draw_noise(images)
+        sigma, n = loss.draw_shared_noise(images)
+        of_generator, of_fake_score = loss.shared_weights(sigma)
         y = images.detach()
-        weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        weight = of_fake_score * (sigma**2 + 0.25) / (0.5 * sigma) ** 2
         denoising = weight * (state.fake_score(y + sigma * n, sigma, labels) - y) ** 2
         (denoising.sum() * (config.ls / config.batch)).backward()
         with state.fake_score_updater.frozen():
             value = loss.generator_loss(twin.teacher, state.fake_score, images, labels, (sigma, n))
-            (value.sum() * (config.lsg / config.batch)).backward()
+            ((of_generator * value).sum() * (config.lsg / config.batch)).backward()
     for updater in (state.fake_score_updater, state.generator_updater):
         expected = torch.cat([p.grad.flatten() for p in updater.parameters if p.grad is not None])
         assert torch.linalg.norm(found[updater.name] - expected) <= 1e-5 * torch.linalg.norm(expected)

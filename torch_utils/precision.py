@@ -96,8 +96,13 @@ def checkpoint_blocks(net: torch.nn.Module) -> None:
             module.checkpoint = True
 
 
-def compiled(net: torch.nn.Module) -> Callable:
-    """`net` as torch.compile makes it; where that fails, `net` itself and a word why."""
+def compiled(net: torch.nn.Module, two_losses: bool = False) -> Callable:
+    """`net` as torch.compile makes it; where that fails, `net` itself and a word why.
+
+    two_losses: its graph serves two backward passes, so the first mustn't overwrite what it keeps.
+    """
+    if two_losses:
+        torch._functorch.config.donated_buffer = False
     fast = torch.compile(net, dynamic=False)
     works = True
 
