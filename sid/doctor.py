@@ -20,7 +20,7 @@ OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
     "batch", "ema_halflife_kimg", "ema_rampup_ratio",
 )  # fmt: skip
-GAN_OPTIONS = ("gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan")  # an older run lacks them
+LATER_OPTIONS = ("gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "spike_guard")  # older runs lack them
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
 MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
 WATCHED_TICKS = 60  # the run's own warnings look back so far
@@ -35,6 +35,7 @@ FLAT, FALLEN = 1.1, 0.5  # the same where little moves, and divergence over its 
 FEW_UPDATES = 10  # half-life of the average
 SEES, WINS = 0.55, 0.9  # share of the positions where the discriminator is right; half is chance
 LIMITED = 5.0  # generator's adversarial loss: 10 where all logits are at their limit and give it no gradient
+SPIKES = 0.05  # share of the updates that the spike guard skipped
 CERTAIN = 1.5  # so many times beyond its threshold, a figure is no accident
 
 
@@ -85,14 +86,19 @@ def _median(records: list[dict[str, float]], name: str) -> float | None:
 def diagnose(records: list[dict[str, float]], options: dict[str, Any]) -> list[Finding]:
     """What ails the run, or how it goes if nothing does.
 
-    records: of stats.jsonl, oldest first. options: those of training_options.json in OPTIONS and GAN_OPTIONS.
+    records: of stats.jsonl, oldest first. options: those of training_options.json in OPTIONS and LATER_OPTIONS.
     """
     begin, since = _phase(records, options)
     phase = [record for record in records if record["Progress/kimg"] > begin]
     if len(phase) < MIN_TICKS:
         return [Finding("too-early", f"{len(phase)} ticks{since} say nothing yet; it takes {MIN_TICKS}", False)]
     window = Window(phase)
-    first = [_skipped(window), _discriminator(window, Window(records), options), _gan(window, records, options)]
+    first = [
+        _skipped(window),
+        _spikes(window, options),
+        _discriminator(window, Window(records), options),
+        _gan(window, records, options),
+    ]
     fake_score = _fake_score(window, options)
     rest = [_collapse(window, options), None if fake_score else _alpha(window, options), _average(window, options)]
     findings = [finding for finding in (*first, fake_score, *rest) if finding]
@@ -149,6 +155,17 @@ def _skipped(window: Window) -> Finding | None:
         return None
     text = f"{skipped} updates were skipped, their gradients not finite: lower --glr and --lr, or try --precision=fp32"
     return Finding("skipped", text)
+
+
+def _spikes(window: Window, options: dict[str, Any]) -> Finding | None:
+    """Whether the spike guard takes ordinary updates for spikes."""
+    last = window.all[-1]
+    spikes = max(last.get(f"Health/{name}_spikes", 0) for name in ("generator", "fake_score"))
+    often = spikes * options["batch"] / (1000 * last["Progress/kimg"])
+    if often < SPIKES:
+        return None
+    text = f"the spike guard skipped {often:.0%} of the updates; raise --spike-guard ({options['spike_guard']:g})"
+    return Finding("spikes", text, often > CERTAIN * SPIKES)
 
 
 def _fake_score(window: Window, options: dict[str, Any]) -> Finding | None:
@@ -278,7 +295,7 @@ def read_options(path: Path) -> dict[str, Any]:
     """The options of a distillation. Errors: UserError when there are none."""
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
-        newer = {name: options.get(name, getattr(DistillationConfig, name)) for name in GAN_OPTIONS}
+        newer = {name: options.get(name, getattr(DistillationConfig, name)) for name in LATER_OPTIONS}
         return {**{name: options[name] for name in OPTIONS}, **newer}
     except (ValueError, OSError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not there or not that of a distillation; name a run folder of sid_train.py") from None

@@ -13,6 +13,7 @@ from sid.config import DistillationConfig
 from sid.distillation import Distillation
 from sid.health import Health
 from sid.training_loop import training_loop
+from torch_utils import spike_guard
 
 
 class Gaussian(torch.nn.Module):
@@ -198,6 +199,16 @@ def test_convergence_and_metrics(tmp_path):
     lines[-1]["Health/generator_skipped"] = 4
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert said(tmp_path).startswith("skipped: 4 updates")
+
+
+def test_a_spike_guard_that_is_too_strict(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(spike_guard, "REMEMBERED", 3)
+    run_of(tmp_path, total_kimg=6, spike_guard=1.05)
+    assert "raise --spike-guard (1.05)" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    updates = 1000 * lines[-1]["Progress/kimg"] / json.loads((tmp_path / "training_options.json").read_text())["batch"]
+    counts = [lines[-1][f"Health/{name}_spikes"] for name in ("generator", "fake_score")]
+    assert f"spikes: the spike guard skipped {max(counts) / updates:.0%} of the updates" in said(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["no stats", "no options", "garbage", "options of another program", "a list"])
