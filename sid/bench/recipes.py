@@ -67,7 +67,7 @@ RECIPES = {
             "attn_resolutions": [8],
             "dropout": 0.0,
         },
-        {"batch": 32, "batch_gpu": 16, "lr": 1e-4, "glr": 1e-4, "ema_rampup_ratio": 0.5},
+        {"batch": 32, "batch_gpu": 16, "lr": 2e-4, "glr": 2e-4, "ema_rampup_ratio": 0.5},
         gpus=1,
         detector=DEMO / "detector.safetensors",
     ),
