@@ -107,6 +107,17 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, expected):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("choice", "said"), [("--only=one,three", "'three' in FILE; it has one, two"), ("--seeds=0,2", "no seed 2")]
+)
+def test_what_the_file_lacks_cannot_be_chosen(tmp_path, choice, said):
+    result = CliRunner().invoke(sweep.main, [write(tmp_path, TWO), f"--outdir={tmp_path / 'out'}", choice])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"Error: {choice.split('=')[0]}")
+    assert said in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_questions_are_sound():
     known = {}
     for path in QUESTIONS:

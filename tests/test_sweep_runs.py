@@ -149,6 +149,12 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path):
     assert {name for name in everything if new[name] != everything[name]} <= {"sweep.jsonl", "sweep.md", *PLOTS}
     dry = CliRunner().invoke(sweep.main, [path, f"--outdir={out}", "-n", "--only=two"])
     assert [line.split(":")[0] for line in dry.output.splitlines()] == ["finished"] * 2
+    for choice, named in (
+        ("--seeds=1", ["one-seed1", "two-seed1"]),
+        ("--seeds=1,0 --only=two", ["two-seed0", "two-seed1"]),
+    ):
+        dry = CliRunner().invoke(sweep.main, [path, f"--outdir={out}", "-n", *choice.split()])
+        assert [line.split(f"--outdir={out}/")[1].split()[0] for line in dry.output.splitlines()] == named
 
 
 PLOTS = {"sweep-kimg.png", "sweep-seconds.png"}  # if matplotlib is there

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib import Command, UserError, WholeRange, locked_folder
+from dnnlib import Command, IntList, UserError, WholeRange, locked_folder
 from sid.sweep.folders import STOPPED, status
 from sid.sweep.plan import Run, load_plan
 from sid.sweep.results import write_results
@@ -18,16 +18,19 @@ from sid.sweep.runner import describe, run_all
 @click.option("--outdir", help="Where run folders and results are; several sweeps may share it", default="sweeps")
 @click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)
 @click.option("--only", help="Settings to run, with commas between")
+@click.option("--seeds", help="Of those in FILE, the ones to run, with commas between", type=IntList())
 @click.option("--report", help="Run nothing: make records, table and plots from what is there", is_flag=True)
 @click.option("-n", "--dry-run", help="Print how far each run is, and its command; change nothing", is_flag=True)
-def main(file: str, outdir: str, nproc: int, only: str | None, report: bool, dry_run: bool) -> None:
+def main(
+    file: str, outdir: str, nproc: int, only: str | None, seeds: list[int] | None, report: bool, dry_run: bool
+) -> None:
     """Run the distillations that FILE describes, one after the other; make a table and plots of their FID.
 
     The same command goes on after a break and repeats no finished run. Exit code 0: all finished; 1: some failed;
     75: stopped by a signal, run it again. docs/ablations.md has the format of FILE.
     """
     plan, folder = load_plan(file), Path(outdir)
-    chosen = choose(plan.runs, only)
+    chosen = choose(plan.runs, only, seeds)
     if dry_run:
         print(describe(chosen, folder, nproc))
         return
@@ -46,15 +49,16 @@ def main(file: str, outdir: str, nproc: int, only: str | None, report: bool, dry
     raise SystemExit(exit_code)
 
 
-def choose(runs: list[Run], only: str | None) -> list[Run]:
-    """The runs of the settings that --only names; all without it."""
-    if only is None:
-        return runs
-    names, known = set(only.split(",")), {run.setting for run in runs}
-    unknown = sorted(names - known)
+def choose(runs: list[Run], only: str | None, seeds: list[int] | None) -> list[Run]:
+    """The runs of the settings that --only names and of the seeds that --seeds names; all without them."""
+    settings, known = set(only.split(",")) if only else None, {run.setting for run in runs}
+    unknown = sorted((settings or set()) - known)
     if unknown:
         raise UserError(f"--only={only}: no setting {unknown[0]!r} in FILE; it has {', '.join(sorted(known))}")
-    return [run for run in runs if run.setting in names]
+    missing = sorted(set(seeds or []) - {run.seed for run in runs})
+    if missing:
+        raise UserError(f"--seeds: no seed {missing[0]} in FILE; add it to its seeds")
+    return [r for r in runs if (settings is None or r.setting in settings) and (seeds is None or r.seed in seeds)]
 
 
 def continue_command() -> str:
