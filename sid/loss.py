@@ -173,7 +173,9 @@ class SiDLoss:
         x_t = images + sigma * n
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.through_scores):
             f_phi, f_psi = (net(x_t, sigma, labels) for net in self.score_networks(teacher, fake_score))
-        return self._generator_loss(images, x_t, sigma, f_phi, f_psi, report)
+        if report is not None:
+            report("Health/divergence", divergence(images, f_phi, f_psi))
+        return self._weighted(self._terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
 
     def shared_losses(
         self, teacher, fake_score, images, labels=None, noise=None, report: Callable | None = None
@@ -192,18 +194,15 @@ class SiDLoss:
         denoising = self.denoising.weight(sigma) * (f_psi - images.detach()) ** 2
         f_psi = f_psi if self.through_scores else f_psi.detach()
         of_generator, of_fake_score = self.shared_weights(sigma)
-        loss = self._generator_loss(images, x_t, sigma, f_phi, f_psi, report)
+        if report is not None:
+            report("Health/divergence", of_generator.flatten() * divergence(images, f_phi, f_psi))
+        loss = self._weighted(self._terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
         return of_generator * loss, of_fake_score * denoising
 
     @property
     def through_scores(self) -> bool:
         """Whether theta's gradient passes through phi and psi."""
         return self.score_gradient and self.objective not in STOPPED
-
-    def _generator_loss(self, x_g, x_t, sigma, f_phi, f_psi, report: Callable | None) -> torch.Tensor:
-        if report is not None:
-            report("Health/divergence", divergence(x_g, f_phi, f_psi))
-        return self._weighted(self._terms(x_g, x_t, f_phi, f_psi), sigma, x_g, f_phi)
 
     def score_networks(self, teacher, fake_score) -> tuple[Callable, Callable]:
         """(phi, psi) as theta's loss asks them: guided where there is guidance."""
