@@ -81,23 +81,24 @@ def test_the_discriminator_learns(data):
     assert after["Loss/discriminator"]["mean"] < before["Loss/discriminator"]["mean"]
 
 
-def run_iterations(data):
-    distillation = make(data)
+def run_iterations(data, rank):
+    distillation = make(data, lora_rank=rank)
     return states_of(distillation, 4)[-1], distillation.collector.collect()
 
 
-def test_two_processes_train_as_one_does(tmp_path, data):
-    first, second = on_two_processes(run_iterations, tmp_path, str(data))
-    alone, statistics = run_iterations(data)
+RANK = 2  # of low-rank updates
+
+
+@pytest.mark.parametrize("rank", [None, RANK])
+def test_two_processes_train_as_one_does(tmp_path, data, rank):
+    first, second = on_two_processes(run_iterations, tmp_path, str(data), rank)
+    alone, statistics = run_iterations(data, rank)
     assert equal(first[0], second[0])
-    assert_same_training(first[0], alone, weights(make(data)))
+    assert_same_training(first[0], alone, weights(make(data, lora_rank=rank)))
     assert {"Loss/discriminator", "Health/logit_real", "Health/logit_fake"} < first[1].keys() == statistics.keys()
     for name in ("Loss/discriminator", "Health/logit_real", "Health/discriminator_accuracy"):
         assert first[1][name]["num"] == statistics[name]["num"]
         assert first[1][name]["mean"] == pytest.approx(statistics[name]["mean"], rel=1e-3)
-
-
-RANK = 2  # of low-rank updates
 
 
 @pytest.mark.parametrize(("stop", "rank"), [(1, None), (3, None), (1, RANK), (3, RANK)])  # while theta is frozen, later

@@ -31,16 +31,20 @@ from torch_utils.updates import MAX_SKIPPED_UPDATES, DivergenceError, ema_beta, 
 # --- one process against two, a resumed run against an uninterrupted one
 
 
-def run_iterations(iterations=3):
-    distillation = tiny_distillation()
-    for _ in range(iterations):
+SHARED_NOISE = {"share_noise": True, "augment": None}
+
+
+def run_iterations(mode):
+    distillation = tiny_distillation(**mode)
+    for _ in range(3):
         distillation.iteration()
     return weights(distillation), distillation.collector.collect()
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    first, second = on_two_processes(run_iterations, tmp_path)
-    alone, statistics = run_iterations()
+@pytest.mark.parametrize("mode", [{}, SHARED_NOISE], ids=["plain", "shared noise"])
+def test_two_processes_train_as_one_does(tmp_path, mode):
+    first, second = on_two_processes(run_iterations, tmp_path, mode)
+    alone, statistics = run_iterations(mode)
     start = weights(tiny_distillation())
     assert equal(first[0], second[0])
     assert_same_training(first[0], alone, start)
@@ -50,7 +54,10 @@ def test_two_processes_train_as_one_does(tmp_path):
         assert first[1][name]["mean"] == pytest.approx(record["mean"], rel=1e-4)
 
 
-@pytest.mark.parametrize("schedule", [{}, {"lr_decay": "cosine", "lr_rampup_kimg": 0.02}], ids=["constant", "decayed"])
+DECAYED = {"lr_decay": "cosine", "lr_rampup_kimg": 0.02}
+
+
+@pytest.mark.parametrize("schedule", [{}, DECAYED, SHARED_NOISE], ids=["constant", "decayed", "shared noise"])
 def test_a_resumed_run_is_bit_equal(tmp_path, schedule):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
