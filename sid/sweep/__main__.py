@@ -18,7 +18,7 @@ from sid.sweep.runner import describe, run_all
 @click.option("--outdir", help="Where run folders and results are; several sweeps may share it", default="sweeps")
 @click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)
 @click.option("--only", help="Settings to run, with commas between")
-@click.option("--seeds", help="Of those in FILE, the ones to run, with commas between", type=IntList())
+@click.option("--seeds", help="Those of FILE to run, with commas between", type=IntList())
 @click.option("--report", help="Run nothing: make records, table and plots from what is there", is_flag=True)
 @click.option("-n", "--dry-run", help="Print how far each run is, and its command; change nothing", is_flag=True)
 def main(
