@@ -150,6 +150,17 @@ class DistillationConfig:
         return nimg >= start * 1000
 
 
+def resolve(config: DistillationConfig, teacher: Any, device: Any) -> DistillationConfig:
+    """The config with augmentation and precision chosen, where it leaves them to the teacher and the device."""
+    if config.augment is None:
+        can = getattr(teacher, "augment_dim", 0) and not config.share_noise
+        config = dataclasses.replace(config, augment=AUGMENT if can else 0.0)
+    if config.precision is None:
+        half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
+        config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
+    return config
+
+
 def check_objective(objective: str, weighting: str | None, huber: float | None, score_gradient: bool) -> str:
     """The weighting: the one given, or that which the objective was published with.
 

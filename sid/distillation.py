@@ -14,22 +14,11 @@ from training.augment import EDM_MULTIPLIERS, AugmentPipe
 
 from . import memory
 from .adversarial import RealImages, make_loss
-from .config import AUGMENT, DistillationConfig
+from .config import DistillationConfig, resolve
 from .guidance import check_guidance
 from .state import DistillationState
 
 FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two phases apart
-
-
-def resolve(config: DistillationConfig, teacher: torch.nn.Module, device: torch.device) -> DistillationConfig:
-    """The config with augmentation and precision chosen, where it leaves them to the teacher and the device."""
-    if config.augment is None:
-        can = getattr(teacher, "augment_dim", 0) and not config.share_noise
-        config = dataclasses.replace(config, augment=AUGMENT if can else 0.0)
-    if config.precision is None:
-        half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
-        config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
-    return config
 
 
 class Distillation:

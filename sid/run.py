@@ -17,8 +17,8 @@ from training.dataset import ImageFolderDataset
 
 from . import memory
 from .adversarial import RealImages
-from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, parse_schedule
-from .distillation import Distillation, resolve
+from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, parse_schedule, resolve
+from .distillation import Distillation
 from .report import GRID_COLUMNS, GRID_ROWS, Report
 from .training_loop import training_loop
 

@@ -75,7 +75,7 @@ UNET = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_reso
 @pytest.mark.parametrize(
     "mode",
     [
-        {},
+        {"batch_gpu": 4},
         {"precision": "fp16", "channels_last": True, "spike_guard": 10.0},
         {"precision": "bf16", "chunk": 2, "checkpoint": True},
         {"share_images": True, "huber": 0.1, "adam_state": "bf16"},
@@ -92,7 +92,7 @@ def test_an_iteration_waits_for_no_device(mode, architecture, monkeypatch):
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # there is none for this device
     teacher = EDMPrecond(8, 1, 3, model_type=architecture, **UNET).to("meta")
-    distillation = Distillation(teacher, tiny_config(batch_gpu=4, **mode), torch.device("meta"))
+    distillation = Distillation(teacher, tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
     with FromHost():
         for _ in range(2):
             distillation.iteration()

@@ -11,8 +11,8 @@ import types
 import torch
 
 from edm import zoo
-from sid.config import DistillationConfig
-from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE, resolve
+from sid.config import DistillationConfig, resolve
+from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
 from sid.loss import OMEGA_MIN
 from sid.state import EPSILON
 from torch_utils import misc
