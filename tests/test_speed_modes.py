@@ -90,7 +90,8 @@ def test_an_iteration_waits_for_no_device(mode, architecture, monkeypatch):
     """Tensors on `meta` have no values: whatever the host would wait for, there it fails."""
     monkeypatch.setattr(zoo, "network_hash", lambda net: "")  # once, at the start
     generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # there is none for this device
+    on_host = {"__new__": lambda cls, device="cpu": generator()}  # there is none for this device
+    monkeypatch.setattr(torch, "Generator", type("Generator", (), on_host))
     teacher = EDMPrecond(8, 1, 3, model_type=architecture, **UNET).to("meta")
     distillation = Distillation(teacher, tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
     with FromHost():
