@@ -43,7 +43,8 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
             lora.adapt(net.requires_grad_(True), config.lora_rank)
             psi = _kept_activations(net.requires_grad_(False), part, device, input_gradient=True)
         train = _kept_activations(net.requires_grad_(True), batch_gpu, device)
-        shared_psi = _kept_activations(net, part, device, input_gradient=config.passes_scores)
+        if config.share_noise:
+            psi = _kept_activations(net, part, device, input_gradient=config.passes_scores)
         trained = _bytes(net.parameters())
         if dtype != torch.float32 and not config.lora_rank:  # phi's matrices are stored in it
             net.requires_grad_(False)
@@ -53,8 +54,8 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
             stored = _bytes(net.parameters())
     kappa = parse_guidance(config.guidance)  # a guided network is called twice
     fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
-    through = config.passes_scores * phi * (1 + (kappa.teacher != 1))
-    through += shared_psi if config.share_noise else config.passes_scores * psi * (1 + (kappa.fake_score != 1))
+    through = psi * (1 + (kappa.fake_score != 1)) * (config.passes_scores or config.share_noise)
+    through += phi * (1 + (kappa.teacher != 1)) * config.passes_scores
     shared = config.share_images or config.share_noise
     if config.share_noise:
         fake_score *= config.fake_score_updates > 1
