@@ -51,14 +51,15 @@ def main(
 
 def choose(runs: list[Run], only: str | None, seeds: list[int] | None) -> list[Run]:
     """The runs of the settings that --only names and of the seeds that --seeds names; all without them."""
-    settings, known = set(only.split(",")) if only else None, {run.setting for run in runs}
-    unknown = sorted((settings or set()) - known)
+    known = {run.setting for run in runs}
+    settings = known if only is None else set(only.split(","))
+    unknown = sorted(settings - known)
     if unknown:
         raise UserError(f"--only={only}: no setting {unknown[0]!r} in FILE; it has {', '.join(sorted(known))}")
     missing = sorted(set(seeds or []) - {run.seed for run in runs})
     if missing:
         raise UserError(f"--seeds: no seed {missing[0]} in FILE; add it to its seeds")
-    return [r for r in runs if (settings is None or r.setting in settings) and (seeds is None or r.seed in seeds)]
+    return [run for run in runs if run.setting in settings and (seeds is None or run.seed in seeds)]
 
 
 def continue_command() -> str:
