@@ -3,8 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_env.sh test \
-    "import torch, numpy, scipy, PIL, click, requests, psutil, tqdm, safetensors, pytest, ruff, sklearn"
+    "import torch, numpy, scipy, PIL, click, requests, psutil, tqdm, safetensors, pytest, xdist, ruff, sklearn"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest --numprocesses=2 --dist=worksteal "$@"

@@ -168,6 +168,7 @@ def test_status(tmp_path):
         ("seed", 3, True),
         ("keep_states", 9, False),
         ("outdir", "moved", False),
+        ("real_images", 12, False),  # which a run with --gan counts itself
     ],
 )
 def test_a_folder_with_other_options_is_refused(tmp_path, option, value, refused):

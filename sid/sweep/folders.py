@@ -16,7 +16,7 @@ FAILURE_FILE = "failure.json"
 REFUSED, DIVERGED, STOPPED = 2, 3, 75  # exit codes of sid_train.py: docs/reliability.md
 # What doesn't change a result, and what only the run itself finds out.
 FREE = {"outdir", "nosubdir", "desc", "resume", "override", "dry_run", "state_ticks", "save_minutes", "keep_states"}
-FREE |= {"timeout", "cache", "workers"}
+FREE |= {"timeout", "cache", "workers", "real_images"}
 
 
 def status(run: Run, folder: Path) -> str:
