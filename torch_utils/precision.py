@@ -102,7 +102,9 @@ def compiled(net: torch.nn.Module, two_losses: bool = False) -> Callable:
     two_losses: its graph serves two backward passes, so the first mustn't overwrite what it keeps.
     """
     if two_losses:
-        torch._functorch.config.donated_buffer = False
+        from torch._functorch import config  # not loaded before something is compiled
+
+        config.donated_buffer = False
     fast = torch.compile(net, dynamic=False)
     works = True
 
