@@ -93,13 +93,13 @@ class SiDALoss(SiDLoss):
     """Both losses of SiDA. The networks must be the modules themselves, not compiled: their encoders are listened to.
 
     reals        real images, `draw` as RealImages has it
-    lsd          weight of the discriminator's loss beside psi's
-    lsg_gan      weight of the adversarial loss in theta's
+    lsd          weight of the discriminator's loss relative to psi's
+    lsg_gan      weight of the adversarial loss relative to theta's
     adversarial  whether theta's loss has that part; may be changed at any time
     options      those of SiDLoss
     """
 
-    def __init__(self, reals: RealImages, lsd: float = 1.0, lsg_gan: float = 0.01, **options):
+    def __init__(self, reals: RealImages, lsd: float = 1.0, lsg_gan: float = 1e-4, **options):
         super().__init__(**options)
         self.reals, self.lsd, self.lsg_gan = reals, lsd, lsg_gan
         self.adversarial = True
@@ -162,4 +162,4 @@ def make_loss(config: DistillationConfig, teacher: torch.nn.Module, reals: RealI
     if reals is None:
         raise UserError("--gan learns from real images; name them with --data")
     last_encoder_block(teacher)
-    return SiDALoss(reals, config.lsd, config.lsg_gan, **options)
+    return SiDALoss(reals, config.lsd / config.ls, config.lsg_gan / config.lsg, **options)

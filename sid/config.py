@@ -65,8 +65,8 @@ class DistillationConfig:
     gan: bool = False  # SiDA: an adversarial loss beside the generator's, from real images
     gan_freeze_kimg: float = 100  # with gan, the generator stays as it starts for so long
     gan_start_kimg: float = 200  # with gan, the generator's loss gets its adversarial part then
-    lsd: float = 1.0  # scales the discriminator's loss beside the fake score's
-    lsg_gan: float = 0.01  # scales the adversarial loss beside the generator's
+    lsd: float = 1.0  # scales the discriminator's loss, as ls does the fake score's
+    lsg_gan: float = 0.01  # scales the adversarial loss, as lsg does the generator's
     real_images: int = 0  # how many `gan` draws from; a resumed run must have as many
     spike_guard: float | None = None  # skip updates with a gradient norm so many times the usual; None: never
     kimg_per_tick: float = 10

@@ -159,6 +159,13 @@ def test_the_generators_loss_and_gradient_in_float64(is_adversarial):
     torch.testing.assert_close(a, b)
 
 
+def test_each_loss_has_a_scale_of_its_own(data):
+    """ls and lsg multiply everything; lsd and lsg_gan are to scale their own parts alone."""
+    config = tiny_config(gan=True, ls=2.0, lsd=3.0, lsg=50.0, lsg_gan=0.1)
+    loss = adversarial.make_loss(config, tiny_teacher(), reals_of(data))
+    assert (config.ls * loss.lsd, config.lsg * loss.lsg_gan) == (3.0, pytest.approx(0.1))
+
+
 def test_without_their_new_parts_the_losses_are_sids(data):
     plain, sida = SiDLoss(), SiDALoss(reals_of(data), lsd=0)
     sida.adversarial = False
