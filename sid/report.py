@@ -176,8 +176,11 @@ def compare(teacher: "torch.nn.Module", generator: "torch.nn.Module", path: Path
     _save_grid(torch.cat([bands[0], gap, bands[1], gap, bands[2]]), path, COMPARISON_COLUMNS)
 
 
-def summarise(run_dir: Path, teacher: "torch.nn.Module") -> list[tuple[str, int, float]]:
-    """Rows (network, evaluations per image, FID) of a run: what it measured, what the teacher's file records."""
+def summarise(run_dir: Path, teacher: "torch.nn.Module", transfer: str | None = None) -> list[tuple[str, int, float]]:
+    """Rows (network, evaluations per image, FID) of a run: what it measured, what the teacher's file records.
+
+    transfer: the network that it started from, if that isn't the teacher.
+    """
     files = sorted(run_dir.glob("metric-fid*.jsonl"))
     if not files:
         raise UserError(f"{run_dir}: no metric-fid*.jsonl; distil with --metrics=fid50k to have FID in the summary")
@@ -189,7 +192,8 @@ def summarise(run_dir: Path, teacher: "torch.nn.Module") -> list[tuple[str, int,
         if isinstance(value, int | float):
             rows.append(("teacher", evaluations, float(value)))
     if records[0]["kimg"] == 0:
-        rows.append(("teacher = generator before", 1, records[0]["value"]))
+        before = "generator before (--transfer)" if transfer else "teacher = generator before"
+        rows.append((before, 1, records[0]["value"]))
     rows.append(("generator after", 1, records[-1]["value"]))
     return rows
 
@@ -210,7 +214,7 @@ def main(run: str) -> None:
         options = json.loads((run_dir / OPTIONS_FILE).read_text(encoding="utf-8"))
         teacher = zoo.load_network(str(options["edm_model"]))
         generator = zoo.load_network(snapshots[0])
-        rows = summarise(run_dir, teacher)
+        rows = summarise(run_dir, teacher, options.get("transfer"))
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{run}: its records are damaged ({error}); restore its *.json and *.jsonl files") from None
     if "init_sigma" not in generator.metadata:
@@ -220,7 +224,7 @@ def main(run: str) -> None:
 
     print(f"\n{'':30s} {'evaluations':>11s} {'FID':>8s}")
     for name, evaluations, fid in rows:
-        print(f"{name:30s} {evaluations:11d} {fid:8.2f}")
+        print(f"{name:30s} {evaluations:11d} {fid:8.4g}")
     if len(rows) > 1 and rows[-1][2] > 0:
         print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
     print(f"Generator: {snapshots[0]}")

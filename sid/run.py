@@ -36,15 +36,16 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
     if options["dry_run"] and zoo.is_here(options["edm_model"]):
-        summary["memory_GB"] = memory_estimate(zoo.load_network(options["edm_model"]), config, device)
+        teacher = checked_teacher(config, options)
+        if options["transfer"] and zoo.is_here(options["transfer"]):
+            load_start(options["transfer"], teacher)
+        summary["memory_GB"] = memory_estimate(teacher, config, device)
     summary = json.loads(without_password(json.dumps(summary)))
     distributed.print0(json.dumps(summary, indent=2))
     if options["dry_run"]:
         return
 
-    teacher = zoo.load_network(options["edm_model"])
-    check_architecture(teacher, options)
-    check_noise_levels(teacher, config)
+    teacher = checked_teacher(config, options)
     start = load_start(options["transfer"], teacher) if options["transfer"] else None
     dataset = load_dataset(options["data"], teacher, config, options) if options["data"] else None
     picture = first_images(dataset) if dataset is not None else None
@@ -55,8 +56,9 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         reals = RealImages(dataset, teacher.label_dim, device)
     evaluator = None
     if metrics:
-        needed = reference and any(m.startswith("fid") for m in metrics)
-        reference = load_reference(reference) if needed else None  # else the evaluator makes that of --data
+        needed = options["data_stat"] or any(m.startswith("fid") for m in metrics)
+        # One that is given names its detector. Where there is none, the evaluator makes it of --data.
+        reference = load_reference(reference) if reference and needed else None
         detector, data = options["detector"], options["data"]
         evaluator = Evaluator(metrics, reference, detector, data, batch=options["metrics_batch"], device=device)
     torch.backends.cudnn.benchmark = options["bench"]
@@ -72,6 +74,14 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         distributed.print0(f"Run folder: {run_dir}")
         training_loop(distillation, run_dir, Report(run_dir, evaluator, picture, config.batch))
     distributed.shutdown()
+
+
+def checked_teacher(config: DistillationConfig, options: dict[str, Any]) -> torch.nn.Module:
+    """The network of --edm_model. Errors: UserError when other options don't fit it."""
+    teacher = zoo.load_network(options["edm_model"])
+    check_architecture(teacher, options)
+    check_noise_levels(teacher, config)
+    return teacher
 
 
 def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> dict[str, float]:

@@ -360,7 +360,8 @@ EVERYTHING = """
     --outdir=runs --data=images --data_stat=ref.npz --cond=1 --arch=ncsnpp --precond=ve --duration=10 --batch=512
     --batch-gpu=32 --cbase=64 --cres=1,2,2 --ema=1 --dropout=0.1 --augment=0.15 --xflip=1 --bench=0 --cache=0
     --workers=4 --desc=mine --nosubdir --tick=5 --snap=7 --dump=9 --seed=3 --transfer=other.safetensors
-    --resume=distilled --dry-run --metrics=fid50k_full,is50k,kid50k_full,pr50k3_full --edm_model=teacher.safetensors
+    --resume=distilled --dry-run --metrics=fid50k_full,is50k,kid50k_full,pr50k3_full
+    --edm_model=edm-ffhq-64x64-uncond-vp
     --init_sigma=2 --fp16=1 --ls=2 --lsg=50 --alpha=1 --tmax=700 --lr=2e-5 --glr=3e-5 --g_beta1=0.9
 """
 
@@ -378,6 +379,22 @@ def test_a_dry_run_tells_the_memory_where_the_teacher_is_here(work):
     assert sizes["batch_gpu"] == 4
     assert sizes["peak"] >= sizes["weights"] > 0
     assert "memory_GB" not in dry_run(work, "--edm_model=edm-ffhq-64x64-uncond-vp", "-n")
+
+
+@pytest.mark.parametrize("option", ["--transfer=wide.safetensors", "--cond=1", "--cbase=16"])
+def test_a_dry_run_refuses_what_the_run_would(work, option):
+    for dry in (["-n"], []):
+        result = run(sid_train.main, *TINY_RUN, "--edm_model=teacher.safetensors", option, "--outdir=runs", *dry)
+        assert result.exit_code == 2, result.output
+        assert option.split("=")[0] in result.output
+
+
+def test_the_references_detector_serves_metrics_without_fid(work):
+    options = [*TINY_RUN, "--edm_model=teacher.safetensors", "--outdir=runs", "--nosubdir", "--duration=0.000008"]
+    done = run(sid_train.main, *options, "--data_stat=good.npz", "--metrics=is10")
+    assert done.exit_code == 0, done.output
+    record = json.loads((work / "runs" / "metric-is10.jsonl").read_text().splitlines()[-1])
+    assert record["detector"] == "detector"
 
 
 @pytest.mark.parametrize(("teacher", "reference"), list(zip(RECIPES, REFERENCES)), ids=RECIPES)

@@ -93,3 +93,4 @@ def test_the_summary_takes_the_teachers_fid_from_its_file(tmp_path, recorded, ro
     teacher.metadata = {"fid": recorded}
     rows = summarise(tmp_path, teacher)
     assert rows == [*row, ("teacher = generator before", 1, 300.0), ("generator after", 1, 30.0)]
+    assert summarise(tmp_path, teacher, "other.safetensors")[-2] == ("generator before (--transfer)", 1, 300.0)

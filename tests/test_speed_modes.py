@@ -224,6 +224,22 @@ def test_gradients_of_a_run_under_way(tmp_path, capsys):
     assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+def test_a_run_under_way_that_started_from_another_network(tmp_path):
+    teacher, start = tiny_teacher(), tiny_teacher()
+    for parameter in start.parameters():
+        parameter.data += 0.1
+    files = {"edm_model": str(tmp_path / "teacher.safetensors"), "transfer": str(tmp_path / "start.safetensors")}
+    for net, path in zip((teacher, start), files.values()):
+        zoo.save_network(net, path)
+    config = tiny_config(lora_rank=2)  # whose states leave the frozen weights out
+    (tmp_path / "training_options.json").write_text(json.dumps({**vars(config), **files}))
+    trained = Distillation(teacher, config, torch.device("cpu"), start)
+    training_loop(trained, tmp_path, NoReport())
+    found = load(tmp_path, 4, torch.device("cpu"))
+    pairs = zip(found.state.generator.state_dict().values(), trained.state.generator.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_bf16_trains_and_leaves_master_weights_in_float32():
     distillation = tiny_distillation(precision="bf16")
     distillation.iteration()

@@ -85,6 +85,7 @@ def test_a_file_expands_to_runs(tmp_path):
         ("[settings.a]\noutdir = 'x'", "outdir: the sweep gives it itself"),
         ("[settings.a]\nseed = 3", "seed: the sweep gives it itself"),
         ("[settings.a]\nmetrics = 'none'", "metrics = none"),
+        ("[settings.a]\nmetrics = 'kid8,is8'", "metrics = kid8,is8: a sweep compares FID"),
         (
             "[settings.a]\n[settings.b]\ntransfer = '{c}'",
             "setting b: transfer = {c}: setting 'c' isn't in this file; name one",
@@ -125,12 +126,12 @@ def test_the_questions_are_sound():
         assert len(plan.runs) == 3 * len(plan.settings)
         baseline = plan.runs[0]
         assert baseline.options == {}
-        assert baseline.setting == ("uncond" if path.stem == "second-teacher" else "sid")
+        assert baseline.setting == {"second-teacher": "uncond", "other-images": "digits"}.get(path.stem, "sid")
         assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", 1.2, 20]
         for run in plan.runs:
             assert known.setdefault(run.name, run.recorded) == run.recorded  # one name, one run, whichever file asks
     assert len(QUESTIONS) >= 10
-    objectives = {run.recorded["objective"] for run in load_plan(str(QUESTIONS[0])).runs}
+    objectives = {run.recorded["objective"] for run in load_plan(str(ROOT / "docs/ablations/q1-objectives.toml")).runs}
     assert objectives == {"sid", "l1", "l2", "cross", "full"}
 
 

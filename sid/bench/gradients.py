@@ -54,6 +54,7 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     from edm import run_folder, zoo
     from sid.config import DistillationConfig
     from sid.distillation import Distillation
+    from sid.run import load_start
     from torch_utils import checkpoint
 
     state = checkpoint.newest_good_state(run_dir)
@@ -63,7 +64,9 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     names = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
     changes = {"batch": batch, "batch_gpu": batch, "precision": "fp32", "dropout": 0.0, "gan": False}
     config = DistillationConfig(**{**{name: options[name] for name in names}, **changes})
-    return Distillation(zoo.load_network(options["edm_model"]), config, device, resume=state)
+    teacher = zoo.load_network(options["edm_model"])
+    start = load_start(options["transfer"], teacher) if options.get("transfer") else None
+    return Distillation(teacher, config, device, start, state)
 
 
 def gradients(

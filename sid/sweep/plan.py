@@ -156,8 +156,9 @@ def _make_run(path: str, name: str, seed: int, common: dict[str, Any], own: dict
         recorded = recorded_options(arguments)
     except click.ClickException as error:
         raise UserError(f"{path}: setting {name}: {error.format_message()}") from None
-    if recorded["metrics"] == "none":
-        raise UserError(f"{path}: setting {name}: metrics = none: a sweep compares FID; name one, such as fid5k")
+    metrics = recorded["metrics"]
+    if metrics is not None and not any(metric.strip().startswith("fid") for metric in metrics.split(",")):
+        raise UserError(f"{path}: setting {name}: metrics = {metrics}: a sweep compares FID; name one, such as fid5k")
     return Run(name, seed, own, arguments, recorded)
 
 
