@@ -129,7 +129,11 @@ class DistillationConfig:
 
     def trains_generator(self, nimg: int) -> bool:
         """Whether the generator is updated after `nimg` images."""
-        return not self.gan or nimg >= self.gan_freeze_kimg * 1000
+        return self.generator_images(nimg) >= 0
+
+    def generator_images(self, nimg: int) -> float:
+        """How many of `nimg` images came since the generator began to learn; below 0 before."""
+        return nimg - (self.gan_freeze_kimg * 1000 if self.gan else 0)
 
     def is_adversarial(self, nimg: int) -> bool:
         """Whether the generator's loss has an adversarial part after `nimg` images."""

@@ -136,7 +136,9 @@ class Distillation:
         else:
             self.fake_score_phase(factor)
             self.generator_phase(factor)
-        beta = ema_beta(config.batch, state.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
+        # Counted from the start of the run, a rampup would hold the average at the frozen generator long after it moves.
+        seen = max(config.generator_images(state.nimg), 0)
+        beta = ema_beta(config.batch, seen, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
         update_ema(state.ema, state.generator, beta)
         if self.device.type == "cpu":
             self.check()

@@ -189,8 +189,7 @@ def _fake_score(window: Window, options: dict[str, Any]) -> Finding | None:
         )
         certain = ratio > 1 + CERTAIN * (OUTRUN - 1) or often > CERTAIN * OFTEN
         return Finding("theta-too-fast", f"{text} (worse in {often:.0%} of the ticks); {slower} and --lr", certain)
-    moving = window.kimg[1] - (options["gan_freeze_kimg"] if options["gan"] else 0)
-    settled = _halflife_kimg(window, options) < moving / 4
+    settled = _halflife_kimg(window, options) < _generator_kimg(window, options) / 4
     if distance is not None and distance > WANDER and settled:
         text = f"the generator wanders: it is {distance:.2f} of its whole way from the start off its own average"
         return Finding("theta-too-fast", f"{text}; {slower}", distance > CERTAIN * WANDER)
@@ -228,9 +227,13 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     return Finding("alpha-too-large", f"{text}; {remedy}", growth > CERTAIN * WORSE)
 
 
+def _generator_kimg(window: Window, options: dict[str, Any]) -> float:
+    return max(window.kimg[1] - (options["gan_freeze_kimg"] if options["gan"] else 0), 0)
+
+
 def _halflife_kimg(window: Window, options: dict[str, Any]) -> float:
     longest, ratio = options["ema_halflife_kimg"], options["ema_rampup_ratio"]
-    return longest if ratio is None else min(longest, ratio * window.kimg[1])
+    return longest if ratio is None else min(longest, ratio * _generator_kimg(window, options))
 
 
 def _average(window: Window, options: dict[str, Any]) -> Finding | None:

@@ -59,6 +59,13 @@ def test_schedule(data, share_images):
     assert [changed(a, b, "generator") for a, b in zip(ours, others)] == [False, False, False, False, True]
 
 
+def test_the_average_forgets_the_frozen_generator(data):
+    """Its half-life grows with the images since theta moves, so it starts at theta's first step, not at the teacher."""
+    states = states_of(make(data, gan_freeze_kimg=3 * BATCH / 1e3, ema_rampup_ratio=1.0), 5)
+    apart = [any(not torch.equal(s[f"ema.{n[10:]}"], s[n]) for n in s if n.startswith("generator.")) for s in states]
+    assert apart == [False, False, False, False, True]
+
+
 def test_recomputed_activations_change_nothing(data):
     a, b = (states_of(make(data, checkpoint=flag), 3)[-1] for flag in (False, True))
     assert_same_training(a, b, weights(make(data)))
