@@ -58,8 +58,8 @@ POSITIVE = FiniteRange(0, min_open=True)
 @click.option("--ls", help="Scale of the fake score's loss", type=POSITIVE, default=D.ls)
 @click.option("--lsg", help="Scale of the generator's loss", type=POSITIVE, default=D.lsg)
 @click.option("--ema", help="Half-life of the generator's average in Mimg", type=FiniteRange(0), default=0.5)
-@click.option("--ema-rampup", help="The half-life is at most this share of the images theta has seen", type=FiniteRange(0),
-              default=D.ema_rampup_ratio)  # fmt: skip
+@click.option("--ema-rampup", help="The half-life is at most this share of the images since the generator learns",
+              type=FiniteRange(0), default=D.ema_rampup_ratio)  # fmt: skip
 @click.option("--spike-guard", help="Skip updates with a gradient norm so many times the usual, such as 10"
               "  [default: off]", type=FiniteRange(1, min_open=True))  # fmt: skip
 @click.option("--augment", help="Augmentation probability, 0 = off  [default: 0.12, or 0 for a teacher without]",

@@ -136,7 +136,7 @@ class Distillation:
         else:
             self.fake_score_phase(factor)
             self.generator_phase(factor)
-        # Counted from the start of the run, a rampup would hold the average at the frozen generator long after it moves.
+        # Counted from the run's start, the ramp-up would keep much of the frozen generator long after it moves.
         seen = max(config.generator_images(state.nimg), 0)
         beta = ema_beta(config.batch, seen, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
         update_ema(state.ema, state.generator, beta)
