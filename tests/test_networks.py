@@ -79,3 +79,38 @@ def test_label_dropout_only_in_training():
     torch.testing.assert_close(net(x, sigma, labels), net(x, sigma))
     net.eval()
     assert (net(x, sigma, labels) - net(x, sigma)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
+def test_blocks_keep_the_memory_layout(model_type, layout):
+    """Attention with one head gives a transposed view: unchecked, all that follows would be in the other layout."""
+    kwargs = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8, 4]}
+    net = networks.EDMPrecond(8, 3, 0, model_type=model_type, **kwargs).to(memory_format=layout)
+    found = []
+    for module in net.modules():
+        if isinstance(module, networks.UNetBlock):
+            assert module.num_heads in (0, 1)
+            module.register_forward_hook(lambda block, _, out: found.append(out.is_contiguous(memory_format=layout)))
+    images = torch.randn(2, 3, 8, 8).to(memory_format=layout)
+    net(images, torch.ones(2, 1, 1, 1))
+    assert len(found) > 4
+    assert all(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_attention_in_every_precision(dtype):
+    """Values and gradients against float64 written out, for logits beyond what float16 could sum exponentials of."""
+    torch.manual_seed(0)
+    scales = (4.0, 4.0, 1.0)
+    exact = [(s * torch.randn(2, 3, 16, 8, dtype=torch.float64)).to(dtype).double().requires_grad_() for s in scales]
+    q, k, v = exact
+    expected = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1) @ v
+    weight = torch.randn_like(expected)
+    rounded = [t.detach().to(dtype).requires_grad_() for t in exact]
+    found = networks.attention(*rounded)
+    assert found.dtype == dtype
+    tolerance = max(8 * torch.finfo(dtype).eps, 1e-5)  # fused kernels approximate the exponential
+    pairs = zip(torch.autograd.grad(found, rounded, weight.to(dtype)), torch.autograd.grad(expected, exact, weight))
+    for a, b in [(found, expected), *pairs]:
+        assert (a.double() - b).norm() < tolerance * b.norm()

@@ -141,6 +141,14 @@ class GroupNorm(torch.nn.Module):
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(C)) v for q, k, v of shape [..., positions, C], the softmax in float32."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):  # where the fused one is slow
+        weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1, dtype=torch.float32)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 @persistence.persistent_class
 class UNetBlock(torch.nn.Module):
     """Residual block of both U-Nets: two convolutions modulated by the embedding, then optional self-attention."""
@@ -216,7 +224,10 @@ class UNetBlock(torch.nn.Module):
         n, c, height, width = x.shape
         qkv = self.qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
         q, k, v = (t.transpose(-1, -2).contiguous() for t in qkv.unbind(3))  # [N, heads, H*W, C/heads]
-        return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
+        attended = attention(q, k, v).transpose(-1, -2)
+        if x.is_contiguous():  # with one head it would else be a view that turns all that follows to channels last
+            attended = attended.contiguous()
+        return attended.reshape(n, c, height, width)
 
 
 @persistence.persistent_class
