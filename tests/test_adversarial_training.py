@@ -17,6 +17,7 @@ from tiny import (
     assert_same_training,
     equal,
     on_two_processes,
+    smoothed,
     tiny_config,
     tiny_teacher,
     weights,
@@ -67,7 +68,7 @@ def test_the_average_forgets_the_frozen_generator(data):
 
 
 def test_recomputed_activations_change_nothing(data):
-    a, b = (states_of(make(data, checkpoint=flag), 3)[-1] for flag in (False, True))
+    a, b = (states_of(smoothed(make(data, checkpoint=flag)), 3)[-1] for flag in (False, True))
     assert_same_training(a, b, weights(make(data)))
 
 
@@ -89,7 +90,7 @@ def test_the_discriminator_learns(data):
 
 
 def run_iterations(data, rank):
-    distillation = make(data, lora_rank=rank, lsg_gan=1.0)
+    distillation = smoothed(make(data, lora_rank=rank, lsg_gan=1.0))
     return states_of(distillation, 4)[-1], distillation.collector.collect()
 
 

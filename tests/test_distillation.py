@@ -10,11 +10,13 @@ from tiny import (
     BATCH,
     BATCH_GPU,
     CPU,
+    SMOOTH_EPS,
     NoReport,
     Spy,
     assert_same_training,
     equal,
     on_two_processes,
+    smoothed,
     tiny_config,
     tiny_distillation,
     tiny_teacher,
@@ -35,7 +37,7 @@ SHARED_NOISE = {"share_noise": True, "augment": None}
 
 
 def run_iterations(mode):
-    distillation = tiny_distillation(**mode)
+    distillation = smoothed(tiny_distillation(**mode))
     for _ in range(3):
         distillation.iteration()
     return weights(distillation), distillation.collector.collect()
@@ -135,13 +137,16 @@ def test_an_iteration_is_the_algorithm():
     """Against the formulas written out, with dropout, augmentation, classes, accumulation and the moving average."""
     changes = {"g_beta1": 0.5, "ls": 2.0, "lsg": 50.0, "tmax": 700, "alpha": 1.1}
     distillation = tiny_distillation(**changes, ema_halflife_kimg=1, ema_rampup_ratio=2.0)
+    for updater in (distillation.state.generator_updater, distillation.state.fake_score_updater):
+        assert updater.optimizer.defaults["eps"] == 1e-8  # as published
+    smoothed(distillation)
     phi = tiny_teacher().eval().requires_grad_(False)
     theta, psi = (copy.deepcopy(phi).requires_grad_(True) for _ in range(2))
     theta.model.map_augment.weight.requires_grad_(False)
     trained = [[p for p in net.parameters() if p.requires_grad] for net in (psi, theta)]
     optimizers = [
-        torch.optim.Adam(trained[0], lr=1e-3, betas=(0.0, 0.999), eps=1e-8),
-        torch.optim.Adam(trained[1], lr=2e-3, betas=(0.5, 0.999), eps=1e-8),
+        torch.optim.Adam(trained[0], lr=1e-3, betas=(0.0, 0.999), eps=SMOOTH_EPS),
+        torch.optim.Adam(trained[1], lr=2e-3, betas=(0.5, 0.999), eps=SMOOTH_EPS),
     ]
     averages = [p.detach().clone() for p in theta.parameters()]
     for iteration in range(3):

@@ -13,6 +13,7 @@ from tiny import (
     assert_same_training,
     equal,
     on_two_processes,
+    smoothed,
     tiny_config,
     tiny_distillation,
     tiny_teacher,
@@ -231,7 +232,7 @@ def test_half_precision_leaves_the_shared_weights_as_they_are():
 
 
 def run_iterations():
-    distillation = tiny_distillation(lora_rank=RANK)
+    distillation = smoothed(tiny_distillation(lora_rank=RANK))
     for _ in range(3):
         distillation.iteration()
     return weights(distillation)
