@@ -2,11 +2,13 @@
 
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import click
 
 from dnnlib import Command, IntList, UserError, WholeRange, locked_folder
+from sid.sweep.elsewhere import finished_runs
 from sid.sweep.folders import STOPPED, status
 from sid.sweep.plan import Run, load_plan
 from sid.sweep.results import write_results
@@ -19,31 +21,41 @@ from sid.sweep.runner import describe, run_all
 @click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)
 @click.option("--only", help="Settings to run, with commas between")
 @click.option("--seeds", help="Those of FILE to run, with commas between", type=IntList())
+@click.option("--records", help="Folder with results of sweeps elsewhere, whose finished runs count", metavar="DIR")
 @click.option("--report", help="Run nothing: make records, table and plots from what is there", is_flag=True)
 @click.option("-n", "--dry-run", help="Print how far each run is, and its command; change nothing", is_flag=True)
 def main(
-    file: str, outdir: str, nproc: int, only: str | None, seeds: list[int] | None, report: bool, dry_run: bool
+    file: str,
+    outdir: str,
+    nproc: int,
+    only: str | None,
+    seeds: list[int] | None,
+    records: str | None,
+    report: bool,
+    dry_run: bool,
 ) -> None:
     """Run the distillations that FILE describes, one after the other; make a table and plots of their FID.
 
     The same command goes on after a break and repeats no finished run. Exit code 0: all finished; 1: some failed;
-    75: stopped by a signal, run it again. docs/ablations.md has the format of FILE.
+    75: stopped by a signal, run it again. docs/sweeps.md has the format of FILE.
     """
     plan, folder = load_plan(file), Path(outdir)
     chosen = choose(plan.runs, only, seeds)
+    elsewhere = {} if records is None else finished_runs(plan, Path(records))
+    chosen = without(chosen, elsewhere, folder)
     if dry_run:
         print(describe(chosen, folder, nproc))
         return
-    if report and not folder.is_dir():
+    if report and not records and not folder.is_dir():
         raise UserError(f"--outdir={outdir}: no such folder; name that of a sweep")
     exit_code = 0
+    folder.mkdir(parents=True, exist_ok=True)
     if not report:
-        folder.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder):
             for run in plan.runs:
                 status(run, folder / run.name)  # refuses what has changed now, not after hours of running
             exit_code = run_all(chosen, folder, nproc)
-    print(f"\n{write_results(plan, folder)}\n{folder / plan.stem}.md", flush=True)
+    print(f"\n{write_results(plan, folder, elsewhere)}\n{folder / plan.stem}.md", flush=True)
     if exit_code == STOPPED:
         print(f"Stopped. To continue:\n{continue_command()}", flush=True)
     raise SystemExit(exit_code)
@@ -60,6 +72,16 @@ def choose(runs: list[Run], only: str | None, seeds: list[int] | None) -> list[R
     if missing:
         raise UserError(f"--seeds: no seed {missing[0]} in FILE; add it to its seeds")
     return [run for run in runs if run.setting in settings and (seeds is None or run.seed in seeds)]
+
+
+def without(runs: list[Run], elsewhere: Collection[str], folder: Path) -> list[Run]:
+    """`runs` less those that are finished elsewhere; one that is begun here or that another here starts from stays."""
+    kept: list[Run] = []
+    for run in reversed(runs):  # a run stands after that which it starts from
+        needed = run.name in {other.source for other in kept}
+        if run.name not in elsewhere or needed or (folder / run.name).exists():
+            kept.insert(0, run)
+    return kept
 
 
 def continue_command() -> str:

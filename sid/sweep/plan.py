@@ -1,4 +1,4 @@
-"""What a sweep file asks for: settings, seeds, and the options of each run. docs/ablations.md has the format."""
+"""What a sweep file asks for: settings, seeds, and the options of each run. docs/sweeps.md has the format."""
 
 import dataclasses
 import functools
@@ -97,7 +97,7 @@ def _read(path: Path, may_include: bool = True) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a sweep file") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a sweep file in TOML ({error}); docs/ablations.md has the format") from None
+        raise UserError(f"{path}: not a sweep file in TOML ({error}); docs/sweeps.md has the format") from None
     unknown = sorted(content.keys() - KEYS)
     if unknown:
         raise UserError(f"{path}: {unknown[0]}: not one of {', '.join(sorted(KEYS))}")

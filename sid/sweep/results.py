@@ -17,12 +17,14 @@ LONG = 5  # its highest value over its lowest
 STYLES = ("-", "--", ":", "-.")  # beside ten colours
 
 
-def write_results(plan: Plan, outdir: Path) -> str:
-    """Makes all files anew from the run folders of `plan`, whatever is there; returns the table.
+def write_results(plan: Plan, outdir: Path, elsewhere: dict[str, list[dict[str, Any]]] | None = None) -> str:
+    """Makes all files anew from the run folders of `plan`, whatever is there; returns the tables.
 
+    elsewhere: as `elsewhere.finished_runs` gives it, for runs without a folder.
     Errors: UserError when a folder holds another run, or damaged records.
     """
-    records = [record for run in plan.runs for record in run_records(run, outdir / run.name)]
+    found = {run.name: run_records(run, outdir / run.name) for run in plan.runs}
+    records = [record for name, own in found.items() for record in own or (elsewhere or {}).get(name, [])]
     table = markdown(records, plan.settings, plan.seeds)
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     for name, text in ((f"{plan.stem}.jsonl", lines), (f"{plan.stem}.md", f"# {plan.title}\n\n{table}")):

@@ -126,12 +126,12 @@ def _mean_sd(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def markdown(records: list[dict[str, Any]], settings: list[str], seeds: list[int]) -> str:
-    """The table, and under it a line for each run that failed."""
+    """Both tables, and under them a line for each run that failed."""
     rows, metric = summarise(records, settings), fid_metric(records)
     level = rows[0]["level"]
     reached = f"kimg to {level:.2f}" if level is not None else "kimg to the baseline's"
     head = ["setting", "runs", f"{metric or 'FID'} at the end", "of the best snapshot", reached, "images, relative"]
-    lines = [[*head, "sec/kimg, relative"], ["---"] * (len(head) + 1)]
+    lines = [[*head, "sec/kimg, relative"]]
     for row in rows:
         runs = f"{row['finished']}" if row["finished"] == len(seeds) else f"{row['finished']} of {len(seeds)}"
         reached, relative = _number(row["kimg_to_level"]), _number(row["kimg_to_level_ratio"], 2)
@@ -139,14 +139,37 @@ def markdown(records: list[dict[str, Any]], settings: list[str], seeds: list[int
             reached = relative = "never"
         cells = [row["setting"], runs, _text(row["last"]), _text(row["best"]), reached, relative]
         lines.append([*cells, _number(row["sec_per_kimg_ratio"], 2)])
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    text = f"{_table(lines)}\n{_table(fid_by_kimg(records, settings))}"
     failed = [f"- {row['setting']}: exit code {f['exit_code']}: {f['message']}" for row in rows for f in row["failed"]]
     return text + ("\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else "")
 
 
-def _text(mean_sd: tuple[float | None, float | None]) -> str:
+def fid_by_kimg(records: list[dict[str, Any]], settings: list[str]) -> list[list[str]]:
+    """Cells: FID wherever a run of the first setting was measured, and where each seed ended; the head comes first.
+
+    Settings without any FID have no row. Runs that broke off count where they came to, but have no end.
+    """
+    metric = fid_metric(records)
+    of = {setting: [run for run in traces(records, setting, metric) if run.points] for setting in settings}
+    of = {setting: runs for setting, runs in of.items() if runs}
+    shown = sorted({kimg for run in next(iter(of.values()), []) for kimg, _ in run.points})
+    rows = [["setting", *(f"{kimg:.3g} kimg" for kimg in shown), "ends, by seed"]]
+    for setting, runs in of.items():
+        values = [[fid for run in runs for at, fid in run.points if at == kimg] for kimg in shown]
+        ends = ", ".join(_number(run.points[-1][1]) for run in runs if run.is_finished)
+        rows.append([setting, *(_text(_mean_sd(v), 1) for v in values), ends])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> str:
+    """In Markdown; the first row is the head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _text(mean_sd: tuple[float | None, float | None], digits: int = 2) -> str:
     mean, sd = mean_sd
-    return _number(mean, 2) + (f" ± {sd:.2f}" if sd is not None else "")
+    return _number(mean, digits) + (f" ± {sd:.{digits}f}" if sd is not None else "")
 
 
 def _number(value: float | None, digits: int = 1) -> str:

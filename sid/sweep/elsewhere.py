@@ -1,0 +1,57 @@
+"""Runs that other sweeps finished, on other machines or before: what their results (NAME.jsonl) say of them."""
+
+from pathlib import Path
+from typing import Any
+
+from dnnlib import UserError
+from sid.doctor import read_records
+
+from .plan import Plan, Run
+from .table import fid_metric, traces
+
+RUN = {"setting": str, "options": dict, "seed": int}
+NUMBER = int | float
+MEASURED = {"kimg": NUMBER, "total_kimg": NUMBER, "seconds": NUMBER | None, "metrics": dict}
+
+
+def finished_runs(plan: Plan, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """{name: records} of the runs of `plan` that came to their end in the results in `folder`.
+
+    Errors: UserError when there are none, they are damaged, or a setting has other options there.
+    """
+    files = sorted(folder.glob("*.jsonl"), key=lambda path: path.stem != plan.stem)  # its own first
+    if not files:
+        raise UserError(f"--records={folder}: no results (*.jsonl) of a sweep; name the --outdir of one")
+    results = [record for file in files for record in _measurements(file)]
+    found = {run.name: _of(run, results, folder) for run in plan.runs}
+    return {name: records for name, records in found.items() if records}
+
+
+def _measurements(file: Path) -> list[dict[str, Any]]:
+    records = read_records(file)
+    if not all(map(_is_sound, records)):
+        raise UserError(f"{file}: not the results of a sweep; leave it out of --records={file.parent}")
+    return [record for record in records if "failure" not in record]
+
+
+def _is_sound(record: Any) -> bool:
+    if not isinstance(record, dict):
+        return False
+    kinds = RUN if "failure" in record else {**RUN, **MEASURED}
+    if not all(name in record and isinstance(record[name], kind) for name, kind in kinds.items()):
+        return False
+    metrics = record.get("metrics", {}).values()
+    return all(isinstance(of, dict) and all(isinstance(v, NUMBER | None) for v in of.values()) for of in metrics)
+
+
+def _of(run: Run, results: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The records of one run, by kimg; none if it didn't come to its end."""
+    by_kimg: dict[float, dict[str, Any]] = {}
+    for record in results:
+        if (record["setting"], record["seed"]) != (run.setting, run.seed):
+            continue
+        if record["options"] != run.options or record["total_kimg"] != run.recorded["total_kimg"]:
+            raise UserError(f"--records={folder}: setting {run.setting} had other options there: rename the setting")
+        by_kimg.setdefault(record["kimg"], record)  # the results of several files repeat a run that they share
+    own = [by_kimg[kimg] for kimg in sorted(by_kimg)]
+    return own if any(trace.is_finished for trace in traces(own, run.setting, fid_metric(own))) else []
