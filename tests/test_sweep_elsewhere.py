@@ -29,7 +29,8 @@ def test_what_finished_elsewhere_is_not_run_again(tmp_path, results_elsewhere):
     path, folder = results_elsewhere
     out = tmp_path / "out"
     arguments = [path, f"--outdir={out}", f"--records={folder}"]
-    told = CliRunner().invoke(sweep.main, [*arguments, "-n"]).output.splitlines()
+    first, *told = CliRunner().invoke(sweep.main, [*arguments, "-n"]).output.splitlines()
+    assert first == f"finished, by {folder}: 4 of 6 runs"
     assert [line.split("--outdir=")[1].split()[0] for line in told] == [
         str(out / n) for n in ("two-seed1", "after-seed1")
     ]

@@ -42,7 +42,9 @@ def main(
     plan, folder = load_plan(file), Path(outdir)
     chosen = choose(plan.runs, only, seeds)
     elsewhere = {} if records is None else finished_runs(plan, Path(records))
-    chosen = without(chosen, elsewhere, folder)
+    if records is not None:
+        asked, chosen = chosen, without(chosen, elsewhere, folder)
+        print(f"finished, by {records}: {len(asked) - len(chosen)} of {len(asked)} runs", flush=True)
     if dry_run:
         print(describe(chosen, folder, nproc))
         return
