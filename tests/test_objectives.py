@@ -112,8 +112,25 @@ def test_table_of_gradients(theta, mu, alpha):
         "full": (2 * theta * p**2, 2 * p**2 * delta),
         "diff-instruct": (-theta * gap, p * delta),
     }
+    width, mean = table["l1"]
+    table |= {
+        f"{name}-l1": (table[name][0] - alpha * width, table[name][1] - alpha * mean) for name in ("cross", "full")
+    }
     for name, gradients in table.items():
         assert exact(name, (b, mu), theta, mu, alpha)[1:] == pytest.approx(gradients), name
+
+
+@pytest.mark.parametrize("alpha", [4.0, 100.0])
+def test_where_full_l1_stands_still(alpha):
+    """Where the gap is (1-a)/sqrt(alpha): narrower than the data, and all widths lead there."""
+    b = A - (1 - A) / math.sqrt(alpha)
+    theta = SIGMA * math.sqrt(b / (1 - b))
+    assert theta < S
+    for factor, sign in ((0.99, -1), (1.0, 0), (1.01, 1)):
+        narrower = (factor * theta) ** 2
+        by_theta, by_mu = exact("full-l1", (narrower / (narrower + SIGMA**2), 0.9), factor * theta, 0.9, alpha)[1:]
+        assert by_theta == pytest.approx(0, abs=1e-12) if sign == 0 else by_theta * sign > 0
+        assert by_mu * (0.9 - M) > 0
 
 
 @pytest.mark.parametrize(("theta", "mu"), [(0.8, -0.2), (2.5, 0.9)])
