@@ -11,15 +11,18 @@ import torch.distributed as dist
 
 from dnnlib import UserError
 
+from . import misc
+
 T = TypeVar("T")
 BUCKET_BYTES = 64 << 20  # one message carries, or one kernel works on, about this much
 progress = {"messages": 0, "signs": 0}  # counted here for watchdog.py: messages entered, other signs of life
 
 
-def init(device: str | None = None, timeout_sec: float = 1800) -> torch.device:
+def init(device: str | None = None, timeout_sec: float = 1800, keep_memory: bool = True) -> torch.device:
     """Joins torchrun's process group (nccl on CUDA, else gloo) and returns this process's device.
 
     device: 'cuda', 'mps' or 'cpu'; None takes the first of cuda, mps, cpu that is there.
+    keep_memory: whether a CPU's freed memory is kept (`misc.keep_freed_memory`); all else does so by itself.
     Errors: UserError when the device isn't there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -33,6 +36,8 @@ def init(device: str | None = None, timeout_sec: float = 1800) -> torch.device:
     resolved = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(resolved)
+    if kind == "cpu" and keep_memory:
+        misc.keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         _join("nccl" if kind == "cuda" else "gloo", datetime.timedelta(seconds=timeout_sec))
     return resolved

@@ -1,4 +1,8 @@
-"""Seeds and batch arithmetic shared by the training loops."""
+"""Seeds, batch arithmetic and the allocator's settings, shared by all that computes."""
+
+import ctypes
+import os
+import re
 
 import numpy as np
 import torch
@@ -37,6 +41,28 @@ def split_batch(batch: int, batch_gpu: int | None, processes: int) -> tuple[int,
             f" (--batch={batch} over {processes} processes)"
         )
     return batch_gpu, per_process // batch_gpu
+
+
+# Parameters of glibc's mallopt (malloc.h) and their values here: nothing is given back, no allocation is a mapping of
+# its own, and the heap grows by 64 MiB.
+MALLOC_OPTIONS = {-1: -1, -4: 0, -2: 64 << 20}  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_TOP_PAD
+MALLOC_VARIABLES = re.compile("MALLOC_(TRIM_THRESHOLD|MMAP_MAX|MMAP_THRESHOLD|TOP_PAD)_|GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what a step frees for the next one, which asks for as much again.
+
+    By default glibc gives large blocks back to the system, which clears each page anew: a tenth of a step's time on a
+    CPU. The highest memory stays as it is. Nothing happens with other libraries, or where the environment has settings.
+    """
+    if any(map(MALLOC_VARIABLES.fullmatch, os.environ)):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, value in MALLOC_OPTIONS.items():
+        mallopt(parameter, value)
 
 
 class InfiniteSampler(torch.utils.data.Sampler):

@@ -91,7 +91,8 @@ def _work(connection: Any, job: dict[str, Any]) -> None:
     from torch_utils import distributed
 
     os.environ.pop("WORLD_SIZE", None)  # a benchmark is one process, whoever started it
-    device = distributed.init(job["device"])
+    mode = job.get("mode")  # of the machine's own speed there is none
+    device = distributed.init(job["device"], keep_memory=mode is None or not mode.published)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if job["what"] == "machine":

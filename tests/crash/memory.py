@@ -37,7 +37,9 @@ def main(iterations: int) -> None:
     from tiny import tiny_distillation
 
     from sid.training_loop import training_loop
+    from torch_utils.misc import keep_freed_memory
 
+    keep_freed_memory()
     memory, tick = Memory(), TICK_ITERATIONS * BATCH / 1000
     changes = {"kimg_per_tick": tick, "snapshot_ticks": 1, "save_minutes": 0.1, "lr": 1e-4, "glr": 1e-4}
     distillation = tiny_distillation(batch=BATCH, batch_gpu=1, total_kimg=iterations * BATCH / 1000, **changes)
