@@ -37,10 +37,17 @@ def test_what_finished_elsewhere_is_not_run_again(tmp_path, results_elsewhere):
     assert not out.exists()
     report = CliRunner().invoke(sweep.main, [*arguments, "--report"])
     assert report.exit_code == 0
-    whole = (folder / "sweep.jsonl").read_text().splitlines()
-    begun = [line for line in whole if '"two"' in line and '"seed": 1' in line]
-    assert len(begun) == 3
-    assert (out / "sweep.jsonl").read_text().splitlines() == [line for line in whole if line not in begun]
+    assert (out / "sweep.jsonl").read_text() == (folder / "sweep.jsonl").read_text()  # what was broken off, too
+    two = load_plan(path).runs[4]
+    pretend(two, out / two.name, [(0, 300), (8, 7)])
+    assert CliRunner().invoke(sweep.main, [*arguments, "--report"]).exit_code == 0
+    lines = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
+    assert [r["kimg"] for r in lines if (r["setting"], r["seed"]) == ("two", 1)] == [0, 8]  # made here since
+
+
+def finished_in(path, folder):
+    found = elsewhere.runs_elsewhere(load_plan(path), folder)
+    return {name for name, run in found.items() if elsewhere.is_finished(run)}
 
 
 def test_a_run_that_another_starts_from_is_made_here(tmp_path, results_elsewhere):
@@ -49,10 +56,10 @@ def test_a_run_that_another_starts_from_is_made_here(tmp_path, results_elsewhere
     lines = (folder / "sweep.jsonl").read_text().splitlines()
     (folder / "sweep.jsonl").write_text("".join(f"{line}\n" for line in lines if '"after"' not in line))
     runs = load_plan(path).runs
-    kept = sweep.without(runs, elsewhere.finished_runs(load_plan(path), folder), tmp_path / "out")
+    kept = sweep.without(runs, finished_in(path, folder), tmp_path / "out")
     assert [run.name for run in kept] == ["two-seed0", "after-seed0", "two-seed1", "after-seed1"]
     (tmp_path / "out" / "one-seed0").mkdir(parents=True)  # begun here
-    kept = sweep.without(runs, elsewhere.finished_runs(load_plan(path), folder), tmp_path / "out")
+    kept = sweep.without(runs, finished_in(path, folder), tmp_path / "out")
     assert kept[0].name == "one-seed0"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dnnlib import Command, IntList, UserError, WholeRange, locked_folder
-from sid.sweep.elsewhere import finished_runs
+from sid.sweep.elsewhere import is_finished, runs_elsewhere
 from sid.sweep.folders import STOPPED, status
 from sid.sweep.plan import Run, load_plan
 from sid.sweep.results import write_results
@@ -41,9 +41,10 @@ def main(
     """
     plan, folder = load_plan(file), Path(outdir)
     chosen = choose(plan.runs, only, seeds)
-    elsewhere = {} if records is None else finished_runs(plan, Path(records))
+    elsewhere = {} if records is None else runs_elsewhere(plan, Path(records))
     if records is not None:
-        asked, chosen = chosen, without(chosen, elsewhere, folder)
+        finished = {name for name, run in elsewhere.items() if is_finished(run)}
+        asked, chosen = chosen, without(chosen, finished, folder)
         print(f"finished, by {records}: {len(asked) - len(chosen)} of {len(asked)} runs", flush=True)
     if dry_run:
         print(describe(chosen, folder, nproc))
@@ -76,12 +77,12 @@ def choose(runs: list[Run], only: str | None, seeds: list[int] | None) -> list[R
     return [run for run in runs if run.setting in settings and (seeds is None or run.seed in seeds)]
 
 
-def without(runs: list[Run], elsewhere: Collection[str], folder: Path) -> list[Run]:
-    """`runs` less those that are finished elsewhere; one that is begun here or that another here starts from stays."""
+def without(runs: list[Run], finished: Collection[str], folder: Path) -> list[Run]:
+    """`runs` less those `finished` elsewhere; one that is begun here or that another here starts from stays."""
     kept: list[Run] = []
     for run in reversed(runs):  # a run stands after that which it starts from
         needed = run.name in {other.source for other in kept}
-        if run.name not in elsewhere or needed or (folder / run.name).exists():
+        if run.name not in finished or needed or (folder / run.name).exists():
             kept.insert(0, run)
     return kept
 

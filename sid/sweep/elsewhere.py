@@ -1,4 +1,4 @@
-"""Runs that other sweeps finished, on other machines or before: what their results (NAME.jsonl) say of them."""
+"""Runs that other sweeps made, on other machines or before: what their results (NAME.jsonl) say of them."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ NUMBER = int | float
 MEASURED = {"kimg": NUMBER, "total_kimg": NUMBER, "seconds": NUMBER | None, "metrics": dict}
 
 
-def finished_runs(plan: Plan, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """{name: records} of the runs of `plan` that came to their end in the results in `folder`.
+def runs_elsewhere(plan: Plan, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """{name: records} of the runs of `plan` that the results in `folder` have, broken off or not.
 
     Errors: UserError when there are none, they are damaged, or a setting has other options there.
     """
@@ -45,7 +45,7 @@ def _is_sound(record: Any) -> bool:
 
 
 def _of(run: Run, results: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The records of one run, by kimg; none if it didn't come to its end."""
+    """The records of one run, by kimg."""
     by_kimg: dict[float, dict[str, Any]] = {}
     for record in results:
         if (record["setting"], record["seed"]) != (run.setting, run.seed):
@@ -53,5 +53,9 @@ def _of(run: Run, results: list[dict[str, Any]], folder: Path) -> list[dict[str,
         if record["options"] != run.options or record["total_kimg"] != run.recorded["total_kimg"]:
             raise UserError(f"--records={folder}: setting {run.setting} had other options there: rename the setting")
         by_kimg.setdefault(record["kimg"], record)  # the results of several files repeat a run that they share
-    own = [by_kimg[kimg] for kimg in sorted(by_kimg)]
-    return own if any(trace.is_finished for trace in traces(own, run.setting, fid_metric(own))) else []
+    return [by_kimg[kimg] for kimg in sorted(by_kimg)]
+
+
+def is_finished(run: list[dict[str, Any]]) -> bool:
+    """Whether the records of one run reach its end."""
+    return any(trace.is_finished for trace in traces(run, run[0]["setting"], fid_metric(run)))

@@ -20,7 +20,7 @@ STYLES = ("-", "--", ":", "-.")  # beside ten colours
 def write_results(plan: Plan, outdir: Path, elsewhere: dict[str, list[dict[str, Any]]] | None = None) -> str:
     """Makes all files anew from the run folders of `plan`, whatever is there; returns the tables.
 
-    elsewhere: as `elsewhere.finished_runs` gives it, for runs without a folder.
+    elsewhere: as `runs_elsewhere` gives it, for runs without a folder.
     Errors: UserError when a folder holds another run, or damaged records.
     """
     found = {run.name: run_records(run, outdir / run.name) for run in plan.runs}
