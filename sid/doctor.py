@@ -20,7 +20,8 @@ OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
     "batch", "ema_halflife_kimg", "ema_rampup_ratio",
 )  # fmt: skip
-LATER_OPTIONS = ("gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "spike_guard")  # older runs lack them
+LATER_OPTIONS = ("gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "spike_guard", "weighting")  # newer
+DESTRUCTIVE = ("l1", "cross", "full", "cross-l1", "full-l1")  # objectives: docs/method.md, table of gradients
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
 MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
 WATCHED_TICKS = 60  # the run's own warnings look back so far
@@ -30,6 +31,8 @@ LAG = 3.0  # |L2/L1|
 OUTRUN, OFTEN = 1.1, 0.25  # the fake score's loss over the teacher's, and the share of ticks at half that excess
 WANDER = 0.5  # distance of average and generator, over that of generator and start
 NARROWED = 0.6  # diversity over that of the start
+ASTRAY = 0.7  # the fake score's loss over the teacher's, where it knows the images far better
+BETTER = 1.05  # the same over what it was before, where the generator approaches the teacher
 WORSE = 1.5  # divergence over what it was before
 FLAT, FALLEN = 1.1, 0.5  # the same where little moves, and divergence over its highest
 FEW_UPDATES = 10  # half-life of the average
@@ -102,7 +105,7 @@ def diagnose(records: list[dict[str, float]], options: dict[str, Any]) -> list[F
     fake_score = _fake_score(window, options)
     rest = [_collapse(window, options), None if fake_score else _alpha(window, options), _average(window, options)]
     findings = [finding for finding in (*first, fake_score, *rest) if finding]
-    return findings or [_progress(window, options)]
+    return findings or [_astray(window, options) or _progress(window, options)]
 
 
 def _phase(records: list[dict[str, float]], options: dict[str, Any]) -> tuple[float, str]:
@@ -204,7 +207,7 @@ def _collapse(window: Window, options: dict[str, Any]) -> Finding | None:
     if diversity is None or diversity > NARROWED:
         return None
     remedy = f"lower --glr ({options['glr']:g}) and --lr ({options['lr']:g}), or resume from an earlier state"
-    if options["objective"] in ("l1", "cross", "full", "cross-l1", "full-l1"):
+    if options["objective"] in DESTRUCTIVE:
         remedy = f"--objective={options['objective']} does that; use sid"
     text = f"the generator collapses: its images are {diversity:.2f} times as far apart as they were at the start"
     return Finding("collapse", f"{text}; {remedy}", diversity < NARROWED / CERTAIN)
@@ -225,6 +228,24 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     if options["gan"]:
         remedy += f", or --lsg_gan ({options['lsg_gan']:g})"
     return Finding("alpha-too-large", f"{text}; {remedy}", growth > CERTAIN * WORSE)
+
+
+def _astray(window: Window, options: dict[str, Any]) -> Finding | None:
+    """Whether the generator stays away from what the teacher knows, though the fake score follows it there."""
+    ratio, growth = window.median("Health/fake_score_ratio"), window.growth("Health/fake_score_ratio")
+    early = len(window.all) < MIN_TICKS_OF_TREND or _frozen(window, options)
+    if early or ratio is None or growth is None or ratio > ASTRAY or growth > BETTER:
+        return None
+    remedy = f"lower --glr ({options['glr']:g}), or resume from an earlier state"
+    if options["objective"] in DESTRUCTIVE:
+        remedy = f"--objective={options['objective']} does that; use sid"
+    elif options["weighting"] not in (None, "omega"):
+        remedy = f"use --weighting=omega instead of {options['weighting']}, or {remedy}"
+    text = (
+        f"the generator goes astray: the teacher denoises its images {1 / ratio:.2f} times as badly as the fake score,"
+        f" and that doesn't get better; {remedy}"
+    )
+    return Finding("astray", text, ratio < ASTRAY / CERTAIN)
 
 
 def _generator_kimg(window: Window, options: dict[str, Any]) -> float:
@@ -312,8 +333,9 @@ def best_metric(run_dir: Path) -> str | None:
             continue
         best, last = min(records, key=lambda r: r["value"]), records[-1]
         name = path.stem.removeprefix("metric-")
+        never = ", never better than at the start" if best is records[0] and len(records) > 1 else ""
         best, last = (f"{record['value']:.4g} at {record['kimg']:g} kimg" for record in (best, last))
-        return f"{name}: best {best}, last {last}"
+        return f"{name}: best {best}, last {last}{never}"
     return None
 
 

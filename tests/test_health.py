@@ -193,12 +193,42 @@ def test_convergence_and_metrics(tmp_path):
     (tmp_path / "metric-fid5k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     output = said(tmp_path)
     assert output.startswith("converged: ")
-    assert "fid5k: best 11 at 2 kimg, last 12.5 at 4 kimg" in output
+    assert "fid5k: best 11 at 2 kimg, last 12.5 at 4 kimg\n" in output
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
     assert said(tmp_path).startswith("too-early: ")
     lines[-1]["Health/generator_skipped"] = 4
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert said(tmp_path).startswith("skipped: 4 updates")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "options", "said", "certain"),
+    [
+        # The demo with --objective=full and with --weighting=sigma --alpha=1, at every third kimg.
+        ([0.74, 0.57, 0.48, 0.46, 0.44, 0.43, 0.43], {"objective": "full"}, "--objective=full does that", True),
+        ([0.78, 0.54, 0.60, 0.59, 0.61, 0.61, 0.61], {"weighting": "sigma"}, "use --weighting=omega", False),
+        ([0.78, 0.54, 0.60, 0.59, 0.61, 0.61, 0.61], {}, "lower --glr (1e-05)", False),
+        ([0.78, 0.54, 0.56, 0.60, 0.62, 0.66, 0.69], {}, None, False),  # it comes back
+        ([0.82, 0.80, 0.79, 0.82, 0.84, 0.82, 0.81], {}, None, False),  # the demo with --guidance=long-short=2
+    ],
+)
+def test_a_generator_that_goes_astray(ratios, options, said, certain):
+    """Neither collapsed nor ahead of the fake score, and yet without a way back to the teacher."""
+    records = [
+        {
+            "Progress/kimg": float(i),
+            "Health/fake_score_ratio": ratio,
+            "Health/divergence": 0.1,
+            "Health/diversity": 0.95,
+        }
+        for i, ratio in enumerate((ratio for ratio in ratios for _ in range(3)), start=1)
+    ]
+    finding = doctor.diagnose(records, {**vars(DistillationConfig()), **options})[0]
+    assert (finding.name == "astray") == (said is not None)
+    assert finding.certain == certain
+    assert said is None or said in finding.text
+    early = doctor.diagnose(records[:11], {**vars(DistillationConfig()), **options})[0]
+    assert early.name != "astray"
 
 
 def test_a_spike_guard_that_is_too_strict(tmp_path, monkeypatch, capsys):
