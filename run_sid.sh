@@ -39,8 +39,8 @@ afhq64-v2)
 demo)
     demo=assets/fashion-mnist-16
     options="--edm_model=$demo/teacher.safetensors --data_stat=$demo/reference.npz --metrics=fid5k --metrics-batch=250
-        --score-gradient=off --batch=32 --batch-gpu=16 --lr=4e-4 --glr=4e-4 --lr-decay=cosine --ema-rampup=0.5 --duration=0.02
-        --tick=1 --snap=5 --dump=10 --desc=demo" ;;
+        --score-gradient=off --sigma-schedule=lognormal --share-noise=1 --batch=32 --batch-gpu=16 --lr=4e-4 --glr=4e-4
+        --lr-decay=cosine --ema-rampup=0.5 --duration=0.02 --tick=1 --snap=5 --dump=10 --desc=demo" ;;
 *) usage ;;
 esac
 

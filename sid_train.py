@@ -32,8 +32,8 @@ POSITIVE = FiniteRange(0, min_open=True)
               type=click.Choice(WEIGHTINGS))  # fmt: skip
 @click.option("--huber", help="c of the pseudo-Huber distance, in pixels of [-1, 1]  [default: squared]", type=POSITIVE)
 @click.option("--score-gradient", help="Through both score networks: on, off or from=KIMG", default=D.score_gradient)
-@click.option("--sigma-schedule", help="Noise levels of the generator's loss: karras, lognormal or single=SIGMA",
-              default=D.sigma_schedule)  # fmt: skip
+@click.option("--sigma-schedule", default=D.sigma_schedule,
+              help="Noise levels of the generator's loss: karras, lognormal[=MEAN,STD] or single=SIGMA")  # fmt: skip
 @click.option("--fake-sigma-schedule", help="Those of the fake score's loss", default=D.fake_sigma_schedule)
 @click.option("--tmax", help="Highest time of the noise levels by karras, of 1000", default=D.tmax,
               type=FiniteRange(0, 1000))  # fmt: skip

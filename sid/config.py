@@ -7,6 +7,7 @@ from typing import Any
 from dnnlib import UserError
 
 AUGMENT = 0.12  # EDM's probability for CIFAR-10
+P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in EDM's training
 LABEL_DROPOUT = 0.1  # SiD-LSG's, with long-short guidance
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
 ROUNDING = {"batch_gpu", "compile", "channels_last", "chunk", "checkpoint"}
@@ -35,7 +36,7 @@ class DistillationConfig:
     weighting: str | None = None  # one of WEIGHTINGS; None: what the objective was published with
     huber: float | None = None  # c of the pseudo-Huber distance, in pixels; None: the squared distance
     score_gradient: str = "on"  # through both networks to the generator: on, off or from=KIMG
-    sigma_schedule: str = "karras"  # noise levels of the generator's loss: karras, lognormal or single=SIGMA
+    sigma_schedule: str = "karras"  # noise levels of the generator's loss, see parse_schedule
     fake_sigma_schedule: str = "lognormal"  # those of the fake score's loss
     tmax: float = 800  # karras reaches up to t = tmax / 1000
     fake_score_updates: int = 1  # of the fake score for every one of the generator
@@ -110,7 +111,7 @@ class DistillationConfig:
         if guidance != Guidance(teacher=guidance.teacher):
             raise UserError(f"--share-noise: --guidance={self.guidance} guides the fake score; only long=K fits")
         schedules = {self.sigma_schedule, self.fake_sigma_schedule}
-        if len(schedules) > 1 and any(parse_schedule(s, "")[1] for s in schedules):
+        if len(schedules) > 1 and any(parse_schedule(s, "").kind == "single" for s in schedules):
             raise UserError("--share-noise: a single noise level must be the same for --fake-sigma-schedule")
         if not self.tmax:
             raise UserError("--share-noise: --tmax=0 leaves no range of noise levels; use --tmax=800")
@@ -182,14 +183,35 @@ def check_objective(objective: str, weighting: str | None, huber: float | None, 
     return weighting or ("none" if objective == "diff-instruct" else "omega")
 
 
-def parse_schedule(text: str, option: str) -> tuple[str, float | None]:
-    """'karras', 'lognormal' or 'single=SIGMA' as (kind, the single noise level). Errors: UserError naming `option`."""
-    if text in ("karras", "lognormal"):
-        return text, None
-    sigma = _number_after("single=", text)
-    if not sigma:
-        raise UserError(f"{option}={text}: give karras, lognormal or single=SIGMA, such as single=0.5")
-    return "single", sigma
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a loss. kind: 'karras', 'lognormal' (mean and std of log sigma) or 'single' (level)."""
+
+    kind: str
+    mean: float = 0.0
+    std: float = 0.0
+    level: float | None = None
+
+
+def parse_schedule(text: str, option: str, mean: float = P_MEAN, std: float = P_STD) -> Schedule:
+    """'karras', 'lognormal', 'lognormal=MEAN,STD' or 'single=SIGMA'. Errors: UserError naming `option`.
+
+    mean, std: what 'lognormal' alone means.
+    """
+    if text == "karras":
+        return Schedule(text)
+    if text == "lognormal":
+        return Schedule(text, mean, std)
+    own_mean, comma, own_std = text.removeprefix("lognormal=").partition(",")
+    mean, std = _number(own_mean), _number(own_std)
+    if text.startswith("lognormal=") and comma and mean is not None and std is not None and std > 0:
+        return Schedule("lognormal", mean, std)
+    level = _number_after("single=", text)
+    if not level:
+        raise UserError(
+            f"{option}={text}: give karras, lognormal[=MEAN,STD] of ln sigma, or single=SIGMA, as single=0.5"
+        )
+    return Schedule("single", level=level)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +244,14 @@ def parse_guidance(text: str | None) -> Guidance:
 
 def _number_after(prefix: str, text: str) -> float | None:
     """The number, finite and not negative, that follows `prefix`; None if there is none."""
+    number = _number(text.removeprefix(prefix))
+    return number if text.startswith(prefix) and number is not None and number >= 0 else None
+
+
+def _number(text: str) -> float | None:
+    """A finite number; None if it is none."""
     try:
-        number = float(text.removeprefix(prefix))
+        number = float(text)
     except ValueError:
         return None
-    return number if text.startswith(prefix) and math.isfinite(number) and number >= 0 else None
+    return number if math.isfinite(number) else None

@@ -29,7 +29,7 @@ class Health:
         self._start: list[torch.Tensor] = []  # the teacher's one-step images, one batch a round
         edges = distillation.loss.quantile(torch.linspace(0, 1, BANDS + 1).clamp(EDGE, 1 - EDGE)).tolist()
         bands = [f"{low:.2g}-{high:.2g}" for low, high in itertools.pairwise(edges)]
-        if distillation.loss.sigma_schedule[0] == "single":
+        if distillation.loss.sigma_schedule.kind == "single":
             bands = [f"{edges[0]:.2g}"]
         self._bands = [f"Health/divergence_sigma{band}" for band in bands]
 

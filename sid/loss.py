@@ -11,7 +11,7 @@ import torch
 
 from training.loss import EDMLoss
 
-from .config import STOPPED, Guidance, check_objective, parse_schedule
+from .config import P_MEAN, P_STD, STOPPED, Guidance, Schedule, check_objective, parse_schedule
 from .guidance import drop_labels, guided
 
 OMEGA_MIN = 1e-5  # clips the per-image weight, published value
@@ -93,13 +93,13 @@ class SiDLoss:
     alpha        weight of L1 in L2 - alpha L1: 1.2 for most data sets, 1.0 for AFHQ
     tmax         noise levels reach karras_sigma(tmax / 1000)
     sigma_min, sigma_max, rho    the noise schedule 'karras'
-    P_mean, P_std                the noise schedule 'lognormal', EDM's
+    P_mean, P_std                the noise schedule 'lognormal' where it is given no numbers: EDM's
     sigma_data                   weight of the fake score's loss, EDM's
     objective    of the generator, one of `sid.config.OBJECTIVES`; those that end in -l1 take alpha L1 away, as sid does
     weighting    'omega', 'sigma' (1/sigma^2) or 'none'; None: what the objective was published with
     huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2
     score_gradient    whether gradients pass through f_phi and f_psi; may be changed at any time. For sid and l2
-    sigma_schedule, fake_sigma_schedule    'karras', 'lognormal' or 'single=SIGMA': noise levels of the two losses
+    sigma_schedule, fake_sigma_schedule    noise levels of the two losses, as `sid.config.parse_schedule` reads them
     guidance     of the networks by their labels; None: none
 
     Errors: UserError when these don't fit together.
@@ -112,8 +112,8 @@ class SiDLoss:
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         rho: float = 7.0,
-        P_mean: float = -1.2,
-        P_std: float = 1.2,
+        P_mean: float = P_MEAN,
+        P_std: float = P_STD,
         sigma_data: float = 0.5,
         *,
         objective: str = "sid",
@@ -133,9 +133,9 @@ class SiDLoss:
         self.score_gradient = score_gradient
         self.guidance = guidance or Guidance()
         self.adversarial = False  # of a subclass that can be
-        self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule")
-        self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule")
-        self.denoising = EDMLoss(P_mean=P_mean, P_std=P_std, sigma_data=sigma_data)
+        self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule", P_mean, P_std)
+        self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule", P_mean, P_std)
+        self.denoising = EDMLoss(sigma_data=sigma_data)  # which is given its noise levels
 
     def draw_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sigma [N, 1, 1, 1], n [N, C, H, W]) of theta's loss on `images` [N, C, H, W]."""
@@ -222,29 +222,28 @@ class SiDLoss:
 
     def quantile(self, q: torch.Tensor) -> torch.Tensor:
         """The noise level that a share q, in (0, 1), of those in the generator's loss stay below; shaped as q."""
-        kind, value = self.sigma_schedule
-        if kind == "karras":
+        schedule = self.sigma_schedule
+        if schedule.kind == "karras":
             return karras_sigma(q * self.tmax / 1000, self.sigma_min, self.sigma_max, self.rho)
-        if kind == "lognormal":
-            return (torch.special.ndtri(q) * self.denoising.P_std + self.denoising.P_mean).exp()
-        return torch.full_like(q, value)
+        if schedule.kind == "lognormal":
+            return (torch.special.ndtri(q) * schedule.std + schedule.mean).exp()
+        return torch.full_like(q, schedule.level)
 
-    def _draw_sigma(self, schedule: tuple[str, float | None], images: torch.Tensor) -> torch.Tensor:
+    def _draw_sigma(self, schedule: Schedule, images: torch.Tensor) -> torch.Tensor:
         """[N, 1, 1, 1], on the images' device."""
-        kind, value = schedule
         size, device = [images.shape[0], 1, 1, 1], images.device
-        if kind == "karras":
+        if schedule.kind == "karras":
             t = torch.rand(size, device=device) * self.tmax / 1000
             return karras_sigma(t, self.sigma_min, self.sigma_max, self.rho)
-        if kind == "lognormal":
-            return self.denoising.draw_sigma(images)
-        return torch.full(size, value, device=device)
+        if schedule.kind == "lognormal":
+            return (torch.randn(size, device=device) * schedule.std + schedule.mean).exp()
+        return torch.full(size, schedule.level, device=device)
 
-    def _density(self, schedule: tuple[str, float | None], sigma: torch.Tensor) -> torch.Tensor:
+    def _density(self, schedule: Schedule, sigma: torch.Tensor) -> torch.Tensor:
         """Probability density of log sigma, shaped as sigma."""
-        if schedule[0] == "lognormal":
-            z = (sigma.log() - self.denoising.P_mean) / self.denoising.P_std
-            return (-(z**2) / 2).exp() / (self.denoising.P_std * math.sqrt(2 * math.pi))
+        if schedule.kind == "lognormal":
+            z = (sigma.log() - schedule.mean) / schedule.std
+            return (-(z**2) / 2).exp() / (schedule.std * math.sqrt(2 * math.pi))
         low, high = (level ** (1 / self.rho) for level in (self.sigma_min, self.sigma_max))
         u = sigma ** (1 / self.rho)  # uniform from low to where tmax ends
         width = (high - low) * self.tmax / 1000

@@ -132,7 +132,7 @@ def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> 
     if level is None:
         return
     schedules = {"--sigma-schedule": config.sigma_schedule, "--fake-sigma-schedule": config.fake_sigma_schedule}
-    wrong = [f"{option}=single={level}" for option, s in schedules.items() if parse_schedule(s, option)[1] != level]
+    wrong = [f"{option}=single={level}" for option, s in schedules.items() if parse_schedule(s, option).level != level]
     if config.init_sigma != level:
         wrong.append(f"--init_sigma={level}")
     if wrong:

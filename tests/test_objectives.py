@@ -269,7 +269,7 @@ class Listener:
         return x
 
 
-@pytest.mark.parametrize("schedule", ["karras", "lognormal", "single=0.37"])
+@pytest.mark.parametrize("schedule", ["karras", "lognormal", "lognormal=-0.4,1", "single=0.37"])
 def test_schedules_of_both_losses(schedule):
     """Both networks see the schedule's levels, and `quantile` says which; Kolmogorov-Smirnov, p = 1e-4."""
     torch.manual_seed(0)
@@ -288,9 +288,17 @@ def test_schedules_of_both_losses(schedule):
             assert (torch.searchsorted(levels, ours) / 4000 - torch.arange(4000) / 4000).abs().max() < 2.23 / 4000**0.5
     if schedule == "karras":
         assert heard[0].sigma.max() < 5.84  # sigma(.6)
+    elif schedule.startswith("lognormal"):
+        mean, std = (-0.4, 1.0) if "=" in schedule else (-1.2, 1.2)
+        for listener in heard:
+            assert listener.sigma.log().mean().item() == pytest.approx(mean, abs=5 * std / 4000**0.5)
+            assert listener.sigma.log().std().item() == pytest.approx(std, rel=0.06)
 
 
-@pytest.mark.parametrize(("own", "other"), [("karras", "lognormal"), ("lognormal", "karras"), ("karras", "karras")])
+SCHEDULES = [("karras", "lognormal"), ("lognormal", "karras"), ("karras", "karras"), ("lognormal=-0.4,1", "lognormal")]
+
+
+@pytest.mark.parametrize(("own", "other"), SCHEDULES)
 def test_shared_noise_levels_weigh_as_those_of_each_schedule(own, other):
     """The share of the weight at or below a level is that of the schedule's draws: its cumulative distribution."""
     torch.manual_seed(0)
