@@ -20,7 +20,9 @@ OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
     "batch", "ema_halflife_kimg", "ema_rampup_ratio",
 )  # fmt: skip
-LATER_OPTIONS = ("gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "spike_guard", "weighting")  # newer
+LATER_OPTIONS = (  # older runs lack them
+    "gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "spike_guard", "weighting",
+)  # fmt: skip
 DESTRUCTIVE = ("l1", "cross", "full", "cross-l1", "full-l1")  # objectives: docs/method.md, table of gradients
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
 MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
