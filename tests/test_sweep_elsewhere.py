@@ -45,6 +45,14 @@ def test_what_finished_elsewhere_is_not_run_again(tmp_path, results_elsewhere):
     assert [r["kimg"] for r in lines if (r["setting"], r["seed"]) == ("two", 1)] == [0, 8]  # made here since
 
 
+def test_a_report_on_some_settings(tmp_path, results_elsewhere):
+    path, folder = results_elsewhere
+    arguments = [path, f"--outdir={tmp_path / 'out'}", f"--records={folder}", "--report", "--only=one,after"]
+    report = CliRunner().invoke(sweep.main, [*arguments, "--seeds=1"])
+    rows = [line.split(" | ")[0] for line in report.output.splitlines() if line.startswith("| ")]
+    assert rows == ["| setting", "| ---", "| one", "| after", "| setting", "| ---", "| one"]  # after has no FID yet
+
+
 def finished_in(path, folder):
     found = elsewhere.runs_elsewhere(load_plan(path), folder)
     return {name for name, run in found.items() if elsewhere.is_finished(run)}

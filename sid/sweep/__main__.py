@@ -1,5 +1,6 @@
 """Queues distillations, resumes after a break, reports: python -m sid.sweep docs/ablations/q1-objectives.toml"""
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Collection
@@ -53,7 +54,9 @@ def main(
         raise UserError(f"--outdir={outdir}: no such folder; name that of a sweep")
     exit_code = 0
     folder.mkdir(parents=True, exist_ok=True)
-    if not report:
+    if report:
+        plan = dataclasses.replace(plan, runs=choose(plan.runs, only, seeds))
+    else:
         with locked_folder(folder):
             for run in plan.runs:
                 status(run, folder / run.name)  # refuses what has changed now, not after hours of running
