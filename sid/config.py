@@ -209,7 +209,7 @@ def parse_schedule(text: str, option: str, mean: float = P_MEAN, std: float = P_
     level = _number_after("single=", text)
     if not level:
         raise UserError(
-            f"{option}={text}: give karras, lognormal[=MEAN,STD] of ln sigma, or single=SIGMA, as single=0.5"
+            f"{option}={text}: give karras, lognormal[=MEAN,STD] of ln sigma, or single=SIGMA, such as single=0.5"
         )
     return Schedule("single", level=level)
 
