@@ -41,11 +41,10 @@ def main(
     75: stopped by a signal, run it again. docs/sweeps.md has the format of FILE.
     """
     plan, folder = load_plan(file), Path(outdir)
-    chosen = choose(plan.runs, only, seeds)
+    asked = choose(plan.runs, only, seeds)
     elsewhere = {} if records is None else runs_elsewhere(plan, Path(records))
+    chosen = without(asked, {name for name, run in elsewhere.items() if is_finished(run)}, folder)
     if records is not None:
-        finished = {name for name, run in elsewhere.items() if is_finished(run)}
-        asked, chosen = chosen, without(chosen, finished, folder)
         print(f"finished, by {records}: {len(asked) - len(chosen)} of {len(asked)} runs", flush=True)
     if dry_run:
         print(describe(chosen, folder, nproc))
@@ -55,7 +54,7 @@ def main(
     exit_code = 0
     folder.mkdir(parents=True, exist_ok=True)
     if report:
-        plan = dataclasses.replace(plan, runs=choose(plan.runs, only, seeds))
+        plan = dataclasses.replace(plan, runs=asked)
     else:
         with locked_folder(folder):
             for run in plan.runs:
