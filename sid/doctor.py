@@ -208,9 +208,8 @@ def _collapse(window: Window, options: dict[str, Any]) -> Finding | None:
     diversity = window.median("Health/diversity")
     if diversity is None or diversity > NARROWED:
         return None
-    remedy = f"lower --glr ({options['glr']:g}) and --lr ({options['lr']:g}), or resume from an earlier state"
-    if options["objective"] in DESTRUCTIVE:
-        remedy = f"--objective={options['objective']} does that; use sid"
+    slower = f"lower --glr ({options['glr']:g}) and --lr ({options['lr']:g}), or resume from an earlier state"
+    remedy = _less_destructive(options, slower)
     text = f"the generator collapses: its images are {diversity:.2f} times as far apart as they were at the start"
     return Finding("collapse", f"{text}; {remedy}", diversity < NARROWED / CERTAIN)
 
@@ -238,16 +237,21 @@ def _astray(window: Window, options: dict[str, Any]) -> Finding | None:
     early = len(window.all) < MIN_TICKS_OF_TREND or _frozen(window, options)
     if early or ratio is None or growth is None or ratio > ASTRAY or growth > BETTER:
         return None
-    remedy = f"lower --glr ({options['glr']:g}), or resume from an earlier state"
-    if options["objective"] in DESTRUCTIVE:
-        remedy = f"--objective={options['objective']} does that; use sid"
-    elif options["weighting"] not in (None, "omega"):
-        remedy = f"use --weighting=omega instead of {options['weighting']}, or {remedy}"
+    remedy = _less_destructive(options, f"lower --glr ({options['glr']:g}), or resume from an earlier state")
     text = (
         f"the generator goes astray: the teacher denoises its images {1 / ratio:.2f} times as badly as the fake score,"
         f" and that doesn't get better; {remedy}"
     )
     return Finding("astray", text, ratio < ASTRAY / CERTAIN)
+
+
+def _less_destructive(options: dict[str, Any], otherwise: str) -> str:
+    """What to change where the generator is destroyed; `otherwise` where its loss isn't known to do that."""
+    if options["objective"] in DESTRUCTIVE:
+        return f"--objective={options['objective']} does that; use sid"
+    if options["weighting"] == "sigma":
+        return f"use --weighting=omega instead of sigma, or {otherwise}"
+    return otherwise
 
 
 def _generator_kimg(window: Window, options: dict[str, Any]) -> float:
