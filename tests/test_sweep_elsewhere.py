@@ -1,6 +1,7 @@
 """Sweeps that count what other sweeps finished (--records)."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -74,8 +75,10 @@ def test_a_run_that_another_starts_from_is_made_here(tmp_path, results_elsewhere
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"options": {"glr": 1.0}}, "setting one had other options there: rename the setting"),
-        ({"total_kimg": 16.0}, "setting one had other options there"),
+        ({"options": {"glr": 1.0}}, "setting one has glr = 1.0 there, here 1e-05: give the setting another name"),
+        ({"options": {"batch": 128}}, "setting one has batch = 128 there, here 256: give the setting another name"),
+        ({"options": {"no-such": 1}}, "options that sid_train.py doesn't take now: no-such: not an option"),
+        ({"common": None}, "sweep.jsonl: not the results of a sweep"),
         ({"seed": "0"}, "sweep.jsonl: not the results of a sweep; leave it out"),
         ({"metrics": [50]}, "sweep.jsonl: not the results of a sweep"),
         ({"metrics": {"fid8": {"fid": "50"}}}, "sweep.jsonl: not the results of a sweep"),
@@ -96,3 +99,13 @@ def test_results_that_do_not_fit_are_refused(tmp_path, results_elsewhere, change
     assert (result.exit_code, result.output.count("\n")) == (2, 1)
     assert said in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_results_by_another_file_with_other_common_options_are_refused(tmp_path, results_elsewhere):
+    """Though the setting says the same."""
+    path, folder = results_elsewhere
+    text = Path(path).read_text().replace('"t.pkl"', '"other.pkl"')
+    other = write(tmp_path, text, "other.toml")
+    result = CliRunner().invoke(sweep.main, [other, f"--outdir={tmp_path / 'out'}", f"--records={folder}", "-n"])
+    assert result.exit_code == 2
+    assert 'setting one has edm_model = "t.pkl" there, here "other.pkl"' in result.output

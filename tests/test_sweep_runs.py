@@ -52,7 +52,8 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, pr
     assert "working 1" in (out / "one-seed0" / "console.txt").read_text()
     first, second = (json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines())
     failure = {"exit_code": 3, "message": "theta diverged"}
-    assert first == {"setting": "one", "options": {}, "seed": 0, "failure": failure}
+    common = load_plan(path).runs[0].common
+    assert first == {"setting": "one", "options": {}, "common": common, "seed": 0, "failure": failure}
     assert second["failure"]["exit_code"] == 1
 
 

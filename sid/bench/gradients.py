@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sid.distillation import Distillation
 
-TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the schedule karras, between the lowest and the highest noise level
+TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the schedule karras, whatever the run's own: tables have one set of levels
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
@@ -75,6 +75,7 @@ def gradients(
     """(sigma, gradients of the loss by the images and by theta, one vector each), all images at one noise level."""
     import torch
 
+    from sid.loss import karras_sigma
     from torch_utils import misc
     from torch_utils.precision import DTYPES, set_compute_dtype
 
@@ -87,8 +88,8 @@ def gradients(
     labels = distillation.draw_labels(batch)
     images = distillation.generate(labels)
     x_g = images.detach().requires_grad_()
-    q = torch.full([batch, 1, 1, 1], t / (loss.tmax / 1000), device=x_g.device).clamp(max=1)
-    sigma = loss.quantile(q)
+    time = torch.full([batch, 1, 1, 1], t, device=x_g.device)
+    sigma = karras_sigma(time, loss.sigma_min, loss.sigma_max, loss.rho)
     noise = (sigma, torch.randn(x_g.shape, device=x_g.device))
     loss.generator_loss(distillation.teacher, state.fake_score, x_g, labels, noise).sum().backward()
     images.backward(x_g.grad)

@@ -1,15 +1,20 @@
 """Runs that other sweeps made, on other machines or before: what their results (NAME.jsonl) say of them."""
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
+
+import click
 
 from dnnlib import UserError
 from sid.doctor import read_records
 
-from .plan import Plan, Run
+from .folders import FREE
+from .plan import Plan, Run, command_line, recorded_options
 from .table import fid_metric, traces
 
-RUN = {"setting": str, "options": dict, "seed": int}
+RUN = {"setting": str, "options": dict, "common": dict, "seed": int}
 NUMBER = int | float
 MEASURED = {"kimg": NUMBER, "total_kimg": NUMBER, "seconds": NUMBER | None, "metrics": dict}
 
@@ -17,7 +22,7 @@ MEASURED = {"kimg": NUMBER, "total_kimg": NUMBER, "seconds": NUMBER | None, "met
 def runs_elsewhere(plan: Plan, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """{name: records} of the runs of `plan` that the results in `folder` have, broken off or not.
 
-    Errors: UserError when there are none, they are damaged, or a setting has other options there.
+    Errors: UserError when there are none, they are damaged, or a run has other options there.
     """
     files = sorted(folder.glob("*.jsonl"), key=lambda path: path.stem != plan.stem)  # its own first
     if not files:
@@ -50,10 +55,24 @@ def _of(run: Run, results: list[dict[str, Any]], folder: Path) -> list[dict[str,
     for record in results:
         if (record["setting"], record["seed"]) != (run.setting, run.seed):
             continue
-        if record["options"] != run.options or record["total_kimg"] != run.recorded["total_kimg"]:
-            raise UserError(f"--records={folder}: setting {run.setting} had other options there: rename the setting")
+        there = _recorded(json.dumps([record["common"], record["options"], run.seed]))
+        for name, wanted in run.recorded.items():
+            if name not in FREE and there[name] != wanted:
+                raise UserError(
+                    f"--records={folder}: setting {run.setting} has {name} = {json.dumps(there[name])} there, here"
+                    f" {json.dumps(wanted)}: give the setting another name"
+                )
         by_kimg.setdefault(record["kimg"], record)  # the results of several files repeat a run that they share
     return [by_kimg[kimg] for kimg in sorted(by_kimg)]
+
+
+@functools.cache
+def _recorded(command: str) -> dict[str, Any]:
+    """`recorded_options` of [common options, a setting's own, seed] in JSON. Errors: UserError if not any more."""
+    try:
+        return recorded_options(command_line(*json.loads(command)))
+    except click.ClickException as error:
+        raise UserError(f"--records: options that sid_train.py doesn't take now: {error.format_message()}") from None
 
 
 def is_finished(run: list[dict[str, Any]]) -> bool:

@@ -123,7 +123,7 @@ def write_failure(folder: Path, exit_code: int, message: str) -> None:
 def run_records(run: Run, folder: Path) -> list[dict[str, Any]]:
     """One record per snapshot that was measured, by kimg; one more with the failure if the run failed."""
     options, state = read_run_options(folder), status(run, folder)
-    what = {"setting": run.setting, "options": run.options, "seed": run.seed}
+    what = {"setting": run.setting, "options": run.options, "common": run.common, "seed": run.seed}
     records = []
     if options is not None:
         measured = read_metrics(folder, options["metrics"])

@@ -30,12 +30,13 @@ MAX_RUNS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One distillation. options: those of its setting, as in the file; arguments: all of sid_train.py but the place;
-    recorded: what its run folder's training_options.json will say of them."""
+    """One distillation. options, common: those of its setting and those of all, as in the file; arguments: all of
+    sid_train.py but the place; recorded: what its run folder's training_options.json will say of them."""
 
     setting: str
     seed: int
     options: dict[str, Any]
+    common: dict[str, Any]
     arguments: tuple[str, ...]
     recorded: dict[str, Any]
 
@@ -152,14 +153,19 @@ def _text(value: Any) -> str:
 
 def _make_run(path: str, name: str, seed: int, common: dict[str, Any], own: dict[str, Any]) -> Run:
     try:
-        arguments = (*_arguments({**common, **own}), f"--seed={seed}")
+        arguments = command_line(common, own, seed)
         recorded = recorded_options(arguments)
     except click.ClickException as error:
         raise UserError(f"{path}: setting {name}: {error.format_message()}") from None
     metrics = recorded["metrics"]
     if metrics is not None and not any(metric.strip().startswith("fid") for metric in metrics.split(",")):
         raise UserError(f"{path}: setting {name}: metrics = {metrics}: a sweep compares FID; name one, such as fid5k")
-    return Run(name, seed, own, arguments, recorded)
+    return Run(name, seed, own, common, arguments, recorded)
+
+
+def command_line(common: dict[str, Any], own: dict[str, Any], seed: int) -> tuple[str, ...]:
+    """A run's arguments of sid_train.py. Errors: UserError naming an option that isn't one."""
+    return (*_arguments({**common, **own}), f"--seed={seed}")
 
 
 def _arguments(options: dict[str, Any]) -> Iterator[str]:
