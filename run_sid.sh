@@ -3,7 +3,7 @@
 #
 #   bash run_sid.sh cifar10-uncond | cifar10-cond | imagenet64-cond | ffhq64 | afhq64-v2 | demo  [sid_train.py options]
 #
-# NPROC=8 bash run_sid.sh ...   sets the number of processes (default: the GPUs; for the demo on a CPU: two).
+# NPROC=8 bash run_sid.sh ...   sets the number of processes (default: the GPUs; on a CPU: two).
 set -euo pipefail
 cd "$(dirname "$0")"
 
