@@ -18,7 +18,7 @@ class OneStepGenerator:
 
     def __init__(self, net: torch.nn.Module):
         if "init_sigma" not in getattr(net, "metadata", {}):
-            what = "is a diffusion model (use python -m edm.generate) or a generator's renamed file (give init_sigma=2.5)"
+            what = "is a diffusion model (use python -m edm.generate) or a renamed generator (give init_sigma=2.5)"
             raise UserError(f"this network records no init_sigma: it {what}")
         self.net = net
 
