@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch_utils import checkpoint, distributed
 
 MAX_NAME_BYTES = 255  # on all usual disks
 OPTIONS_FILE = "training_options.json"
+LAUNCH = "launch"  # there: what `_launch` says
 # How the command lines name an option that has another name here, and in which unit they take it.
 OPTION_NAMES: dict[str, tuple[str, float]] = {
     "total_kimg": ("duration", 1000),
@@ -40,7 +42,8 @@ def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: 
 
     resume: a state file; a run folder, of which the newest undamaged state is taken; 'auto', which is the run folder
             that this command line makes, if it is there already: `outdir` itself with `nosubdir`, else the last one
-            with this description; None: 'auto' with `nosubdir` and when torchrun has restarted the processes.
+            with this description; None: 'auto' with `nosubdir`. When torchrun has restarted the processes, the folder
+            that they made before, if they came so far.
     Errors: UserError naming --resume or --outdir.
     """
     found = None
@@ -55,12 +58,18 @@ def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: 
 
 
 def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
-    if resume is None and (nosubdir or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not nosubdir:
+        given = resume and resume != "auto" and Path(resume)
+        folders = [given if given.is_dir() else given.parent] if given else _folders(outdir, description)
+        own = next((folder for folder in folders if _is_own(folder)), None)
+        if own is not None:
+            return checkpoint.newest_good_state(own)
+    if resume is None and nosubdir:
         resume = "auto"
     if resume is None:
         return None
     if resume == "auto":
-        folder = outdir if nosubdir else _last_folder(outdir, description)
+        folder = outdir if nosubdir else next(iter(_folders(outdir, description)), None)
         if folder is None or not folder.is_dir():
             return None
         found = checkpoint.newest_good_state(folder)
@@ -80,6 +89,31 @@ def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bo
     return checkpoint.StateFile(path)
 
 
+def refuse_changes(
+    path: Path,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    free: Collection[str],
+    rounding: Collection[str],
+    override: bool = False,
+) -> list[str]:
+    """The names of what differs between the options `old`, of the state at `path`, and `new`, of this run.
+
+    free, rounding: names of options that may change; the latter change how sums are rounded, or how draws are split.
+    override: other options may change too.
+    Errors: UserError naming the first option that differs, both values, and the way out.
+    """
+    changed = [name for name in old if name in new and new[name] != old[name] and name not in free]
+    if "total_kimg" in changed and new["lr_decay"] == "none":
+        changed.remove("total_kimg")  # without a decay the end changes nothing before it
+    refused = [] if override else [name for name in changed if name not in rounding]
+    for name in refused:
+        here, there = (_option(name, options[name]) for options in (new, old))
+        remedy = "leave it out" if old[name] is None or old[name] is False else "give that"
+        raise UserError(f"{here}: the run in {path} has {there}; {remedy}, or --override to change it")
+    return changed
+
+
 def check_setting(
     path: Path,
     was: dict[str, dict[str, Any]],
@@ -90,21 +124,14 @@ def check_setting(
 ) -> None:
     """Holds the options of a resumed run against those in its state; tells when it can't be bit-equal any more.
 
-    was, now: 'options' and 'surroundings' (`checkpoint.setting`) of the state at `path` and of this run.
-    free, rounding: names of options that may change; the latter change how sums are rounded.
-    override: other options may change too; what changes is printed.
-    Errors: UserError naming the first option that differs, both values, and the way out.
+    was, now: 'options' and 'surroundings' (`checkpoint.setting`) of the state at `path` and of this run. The other
+    arguments, and errors, are those of `refuse_changes`.
     """
     old, new = was["options"], now["options"]
-    changed = [name for name in old if name in new and new[name] != old[name] and name not in free]
-    if "total_kimg" in changed and new["lr_decay"] == "none":
-        changed.remove("total_kimg")  # without a decay the end changes nothing before it
-    texts = [(_option(name, new[name]), _option(name, old[name])) for name in changed if name not in rounding]
-    if texts and not override:
-        here, there = texts[0]
-        raise UserError(f"{here}: the run in {path} has {there}; give that, or --override to change it")
-    for here, there in texts:
-        distributed.print0(f"{here} from here on, instead of {there}")
+    changed = refuse_changes(path, old, new, free, rounding, override)
+    for name in changed:
+        if name not in rounding:
+            distributed.print0(f"{_option(name, new[name])} from here on, instead of {_option(name, old[name])}")
     differing = [f"{_option(name, new[name])} instead of {old[name]}" for name in changed if name in rounding]
     differing += [
         f"{name} {now['surroundings'].get(name)} instead of {value}"
@@ -117,6 +144,8 @@ def check_setting(
 
 def _option(name: str, value: Any) -> str:
     option, unit = OPTION_NAMES.get(name, (name.replace("_", "-"), 1))
+    if value is None or value is False:
+        return f"no --{option}"
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     elif isinstance(value, float):
@@ -144,7 +173,7 @@ def create(outdir: str, description: str, nosubdir: bool, options: dict, resume:
             checkpoint.set_aside_later(resume)
         try:
             with write_atomically(path / OPTIONS_FILE) as file:
-                file.write((json.dumps(options, indent=2) + "\n").encode())
+                file.write((json.dumps({**options, LAUNCH: _launch()}, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(
                 f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder"
@@ -173,9 +202,24 @@ def _new_folder(outdir: Path, description: str, nosubdir: bool) -> Path:
     return outdir / f"{max(taken, default=-1) + 1:05d}-{description}"
 
 
-def _last_folder(outdir: Path, description: str) -> Path | None:
+def _folders(outdir: Path, description: str) -> list[Path]:
+    """The run folders with this description, newest first."""
     folders = [p for p in outdir.glob("*") if re.fullmatch(rf"\d{{5}}-{re.escape(description)}", p.name)]
-    return max(folders, default=None)
+    return sorted(folders, reverse=True)
+
+
+def _launch() -> str | None:
+    """What the processes have in common that one torchrun starts, again after a fault; None without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether this very torchrun has worked in the run folder."""
+    try:
+        return json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))[LAUNCH] == _launch()
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _on_process_0(action: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ class Distillation:
     teacher: phi, a denoiser (training/networks.py says what that is); any class will do. It is moved to `device`, set
              to eval mode and frozen; in half precision, weights that it only casts are kept in it from then on.
     start:   another denoiser whose weights theta starts from.
-    resume:  a training state to go on from, or its path.
+    resume:  a training state to go on from, or its path. check: as `DistillationState.load` has it.
     reals:   real images for the discriminator of `config.gan`.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
@@ -40,6 +41,7 @@ class Distillation:
         start: torch.nn.Module | None = None,
         resume: checkpoint.StateFile | Path | None = None,
         reals: RealImages | None = None,
+        check: Callable | None = None,
     ):
         self.config = config = resolve(config, teacher, device)
         self.device = device
@@ -50,10 +52,10 @@ class Distillation:
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
             raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
         self.state = DistillationState(teacher, config, device, start)
-        if resume is not None:
-            self.state.load(resume)
         self.collector = Collector()
         self._set_up_arithmetic()
+        if resume is not None:
+            self.state.load(resume, check)
         self._split_batch()
 
     def _set_up_arithmetic(self) -> None:
@@ -89,8 +91,10 @@ class Distillation:
         if config.chunk and self.batch_gpu % config.chunk:
             raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
         while given is None and self.batch_gpu > 1 and not self._fits():
-            smaller = next(n for n in range(self.batch_gpu // 2, 0, -1) if self.batch_gpu % n == 0)
-            self.batch_gpu, self.rounds = misc.split_batch(config.batch, smaller, processes)
+            smaller = [n for n in range(1, self.batch_gpu) if self.batch_gpu % n == n % (config.chunk or 1) == 0]
+            if not smaller:
+                break
+            self.batch_gpu, self.rounds = misc.split_batch(config.batch, smaller[-1], processes)
         self.config = dataclasses.replace(config, batch_gpu=self.batch_gpu)
 
     def _former_batch_gpu(self) -> int | None:
@@ -100,15 +104,17 @@ class Distillation:
         return former if sound and self.config.batch % (former * distributed.world_size()) == 0 else None
 
     def _fits(self) -> bool:
-        """Whether both phases have memory enough for one round on every process, tried on a GPU."""
+        """Whether both phases have memory enough for one round on every process, tried on a GPU as at the run's end."""
         if self.device.type != "cuda":
             return True
-        fits = torch.ones([], device=self.device)
+        fits, now = torch.ones([], device=self.device), self.state.nimg
+        self.state.nimg = int(self.config.total_kimg * 1000)  # when every part of the losses is there
         try:
             labels = next(iter(self._rounds(FAKE_SCORE_PHASE)))
             self._backward_both(self.generate(labels), labels)
         except torch.cuda.OutOfMemoryError:
             fits.zero_()
+        self.state.nimg = now
         for updater in (self.state.fake_score_updater, self.state.generator_updater):
             updater.optimizer.zero_grad(set_to_none=True)
         self.collector = Collector()
@@ -179,10 +185,9 @@ class Distillation:
     def _backward_fake_score(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Adds the gradient of psi's loss on `images` to psi's."""
         self.state.fake_score.train()
+        inputs = (self._calls["fake_score"], images, labels, self.augment_pipe, self.collector.report)
         with self.autocast():
-            loss = self.loss.fake_score_loss(
-                self._calls["fake_score"], images, labels, self.augment_pipe, self.collector.report
-            )
+            loss = self.loss.fake_score_loss(*inputs)
         self._backward_denoising(loss)
 
     def _backward_generator(
@@ -207,10 +212,8 @@ class Distillation:
                 some = labels[part] if labels is not None else None
                 inputs = (*networks, x_g[part], some, tuple(draw[part] for draw in noise), self.collector.report)
                 with self.autocast():
-                    if with_fake_score:
-                        loss, denoising = self.loss.shared_losses(*inputs)
-                    else:
-                        loss, denoising = self.loss.generator_loss(*inputs), None
+                    losses = (self.loss.shared_losses if with_fake_score else self.loss.generator_loss)(*inputs)
+                loss, denoising = losses if with_fake_score else (losses, None)
                 self.collector.report("Loss/generator", loss)
                 loss = loss.sum() * (config.lsg / config.batch)
                 state.generator_updater.backward(loss, only=[x_g], keep=with_fake_score)
@@ -223,8 +226,7 @@ class Distillation:
         self.state.fake_score_updater.backward(loss.sum() * (self.config.ls / self.config.batch), only)
 
     def _update(self, name: str, factor: float) -> None:
-        norm = getattr(self.state, f"{name}_updater").step(factor)
-        self.collector.report(f"Gradient/{name}_norm", norm)
+        self.collector.report(f"Gradient/{name}_norm", getattr(self.state, f"{name}_updater").step(factor))
 
     def autocast(self):
         """The arithmetic in which the networks are called."""
@@ -245,5 +247,4 @@ class Distillation:
         label_dim = self.state.generator.label_dim
         if not label_dim:
             return None
-        classes = torch.randint(label_dim, [n], device=self.device)
-        return torch.nn.functional.one_hot(classes, label_dim).to(torch.float32)
+        return torch.nn.functional.one_hot(torch.randint(label_dim, [n], device=self.device), label_dim).float()

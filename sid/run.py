@@ -64,12 +64,18 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     torch.backends.cudnn.benchmark = options["bench"]
     place = (options["outdir"], options["desc"] or describe(teacher, config), options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
-    distillation = Distillation(teacher, config, device, start, resume, reals)  # may refuse options: before the folder
+    config = resolve(config, teacher, device)
+    rounding = ROUNDING - {"batch_gpu"} if config.gan else ROUNDING  # whose loss is a mean over --batch-gpu
+    rules = {"free": FREE_ON_RESUME, "rounding": rounding, "override": options["override"]}
+
+    def check(was: dict[str, Any]) -> None:
+        now = {name: value for name, value in vars(config).items() if name != "batch_gpu"}  # which may come from `was`
+        run_folder.refuse_changes(resume.path, was, now, **rules)
+
+    distillation = Distillation(teacher, config, device, start, resume, reals, check)  # may refuse: before the folder
     if resume is not None:
         now = checkpoint.setting(vars(distillation.config), device)
-        override = options["override"]
-        rounding = ROUNDING - {"batch_gpu"} if config.gan else ROUNDING  # whose loss is a mean over --batch-gpu
-        run_folder.check_setting(resume.path, distillation.state.setting, now, FREE_ON_RESUME, rounding, override)
+        run_folder.check_setting(resume.path, distillation.state.setting, now, **rules)
     with run_folder.create(*place, summary, resume and resume.path) as run_dir, watching(60 * options["timeout"]):
         distributed.print0(f"Run folder: {run_dir}")
         training_loop(distillation, run_dir, Report(run_dir, evaluator, picture, config.batch))

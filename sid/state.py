@@ -1,6 +1,7 @@
 """All that changes during a distillation: three networks, two optimisers, the counters."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,11 @@ class DistillationState:
         hashes = {"teacher_hash": self._teacher_hash, **({"base_hash": self._base_hash} if self._rank else {})}
         return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 
-    def load(self, resume: checkpoint.StateFile | Path) -> None:
-        """Errors: UserError when the file is no state of a distillation of this teacher."""
+    def load(self, resume: checkpoint.StateFile | Path, check: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """check: is called with the options of the run that saved it, before anything is taken from it.
+
+        Errors: UserError when the file is no state of a distillation of this teacher.
+        """
         file = resume if isinstance(resume, checkpoint.StateFile) else checkpoint.StateFile(resume)
         path, state, parts = file.path, file.take(), self._parts()
         if not {*parts, "teacher_hash"} <= state.keys() or not checkpoint.is_complete(state):
@@ -98,6 +102,8 @@ class DistillationState:
         if state["teacher_hash"] != self._teacher_hash:
             raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
         self._check_base(path, state)
+        if check is not None:
+            check(state["options"])
         checkpoint.restore(self, parts, state, path)
         self.statistics = state["statistics"]
         self.setting = {name: state[name] for name in ("options", "surroundings")}

@@ -121,7 +121,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, data, stop, rank):
     assert equal(states_of(resumed, 4 - stop)[-1], expected)
     was = resumed.state.setting
     for changes, said in (
-        ({"gan": False}, "--gan=False"),
+        ({"gan": False}, "no --gan"),
         ({"gan_start_kimg": 5.0}, "--gan-start=5"),
         ({"gan_freeze_kimg": 5.0}, "--gan-freeze=5"),
         ({"lsd": 2.0}, "--lsd=2"),

@@ -206,6 +206,8 @@ DISTILLATION = [
     (["--adam-state=bf16", "--g_beta1=0.9"], "--g_beta1=0"),
     (["--adam-state=bf16", "--resume=distilled"], "--adam-state=bf16: the run in distilled"),
     (["--resume=distilled", "--lora-rank=2", "--override"], "has no --lora-rank"),
+    (["--resume=distilled", "--g_beta1=0.9"], "--g_beta1=0.9: the run in distilled"),
+    (["--resume=distilled", "--spike-guard=10"], "has no --spike-guard; leave it out"),
     (["--gan"], "--data"),
     (["--gan", "--data=large"], "--data=large"),
     (["--gan", "--data=damaged"], "--data=damaged"),

@@ -9,7 +9,7 @@ import torch
 from dnnlib import UserError
 
 from . import distributed
-from .adam import MomentumFreeAdam
+from .adam import CALLS, MomentumFreeAdam
 from .spike_guard import SpikeGuard
 
 GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value unless told otherwise, SPEC §2
@@ -134,7 +134,8 @@ class Updater:
         if self._counts["longest_row"] >= MAX_SKIPPED_UPDATES:
             raise DivergenceError(
                 f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients"
-                f" at {nimg / 1e3:.1f} kimg; the last saved state is good: resume from it with a lower --lr and --glr"
+                f" at {nimg / 1e3:.1f} kimg; the last saved state is good: resume from it with lower learning rates"
+                " and --override"
             )
 
     @property
@@ -165,15 +166,21 @@ class Updater:
         return {"optimizer": self.optimizer.state_dict(), "counts": counts, "loss_scale": scale, **guard}
 
     def load_state_dict(self, state: dict) -> None:
-        """Errors: ValueError when it holds other moments of Adam; others when it isn't of this network."""
-        fused = [group.get("fused") for group in self.optimizer.param_groups]
+        """Takes moments and counts; rates, betas and the kernel stay those of this run.
+
+        Errors: ValueError when it holds other moments of Adam; others when it isn't of this network.
+        """
+        own = [{k: v for k, v in g.items() if k not in ("params", CALLS)} for g in self.optimizer.param_groups]
         momentum_free = isinstance(self.optimizer, MomentumFreeAdam)
         if any(("exp_avg" in moments) == momentum_free for moments in state["optimizer"]["state"].values()):
             raise ValueError("Adam's beta1 was 0 before or is now, not both")
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, is_fused in zip(self.optimizer.param_groups, fused):
-            if "fused" in group:
-                group["fused"] = is_fused  # this machine's, not that of the machine which saved the state
+        for group, settings in zip(self.optimizer.param_groups, own):
+            group.update(settings)
+        for weight, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == weight.shape and moment.stride() != weight.stride():  # a fused kernel sees memory
+                    moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
         device = self.parameters[0].device
         self._counts = {name: torch.tensor(state["counts"][name], device=device) for name in COUNTS}
         if self.loss_scale is not None and state["loss_scale"] is not None:
