@@ -21,8 +21,9 @@ OPTIONS = (
     "batch", "ema_halflife_kimg", "ema_rampup_ratio",
 )  # fmt: skip
 LATER_OPTIONS = (  # older runs lack them
-    "gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "spike_guard", "weighting",
+    "gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "score_gradient", "spike_guard", "weighting",
 )  # fmt: skip
+MAY_BE_NONE = ("ema_rampup_ratio", "spike_guard", "weighting")
 DESTRUCTIVE = ("l1", "cross", "full", "cross-l1", "full-l1")  # objectives: docs/method.md, table of gradients
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
 MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
@@ -125,7 +126,7 @@ def _discriminator(window: Window, whole: Window, options: dict[str, Any]) -> Fi
     """Whether theta can learn from it: not where it is always right, nor where it guesses. whole: of the whole run."""
     names = ("Health/discriminator_accuracy", "Loss/discriminator", "Loss/adversarial")
     accuracy, loss, adversarial = (window.median(name) for name in names)
-    if adversarial is None or accuracy is None:
+    if adversarial is None or accuracy is None or loss is None:
         return None
     seen = f"it is right at {accuracy:.0%} of the positions"
     if accuracy > WINS or adversarial > LIMITED:
@@ -164,10 +165,11 @@ def _skipped(window: Window) -> Finding | None:
 
 def _spikes(window: Window, options: dict[str, Any]) -> Finding | None:
     """Whether the spike guard takes ordinary updates for spikes."""
-    last = window.all[-1]
-    spikes = max(last.get(f"Health/{name}_spikes", 0) for name in ("generator", "fake_score"))
-    often = spikes * options["batch"] / (1000 * last["Progress/kimg"])
-    if often < SPIKES:
+    last, batch = window.all[-1], options["batch"] / 1000
+    kimg = {"generator": _generator_kimg(window, options), "fake_score": window.kimg[1] * options["fake_score_updates"]}
+    updates = {name: max(seen / batch, 1) for name, seen in kimg.items()}
+    often = max(last.get(f"Health/{name}_spikes", 0) / updates[name] for name in updates)
+    if options["spike_guard"] is None or often < SPIKES:
         return None
     text = f"the spike guard skipped {often:.0%} of the updates; raise --spike-guard ({options['spike_guard']:g})"
     return Finding("spikes", text, often > CERTAIN * SPIKES)
@@ -220,7 +222,10 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     follows = (window.median("Health/fake_score_ratio") or 1) < 1 and (
         window.median("Health/diversity") or 1
     ) > NARROWED
-    if not (grows and follows and options["objective"] == "sid" and alpha > 1):
+    acts = options["objective"] == "sid" and DistillationConfig(
+        score_gradient=options["score_gradient"]
+    ).has_score_gradient(int(window.kimg[1] * 1000))  # without it every alpha has the same gradient
+    if not (grows and follows and acts and alpha > 1):
         return None
     text = (
         f"the divergence from the teacher grows though the fake score keeps up ({growth:.2f} times what it was before)"
@@ -326,9 +331,17 @@ def read_options(path: Path) -> dict[str, Any]:
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
         newer = {name: options.get(name, getattr(DistillationConfig, name)) for name in LATER_OPTIONS}
-        return {**{name: options[name] for name in OPTIONS}, **newer}
+        found = {**{name: options[name] for name in OPTIONS}, **newer}
+        if not all(_is_sound(name, value) for name, value in found.items()) or found["batch"] < 1:
+            raise ValueError("not the options of a distillation")
+        return found
     except (ValueError, OSError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not there or not that of a distillation; name a run folder of sid_train.py") from None
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    texts = ("objective", "weighting", "score_gradient", "lr_decay")
+    return isinstance(value, str if name in texts else int | float) or (value is None and name in MAY_BE_NONE)
 
 
 def best_metric(run_dir: Path) -> str | None:
@@ -350,10 +363,10 @@ def best_metric(run_dir: Path) -> str | None:
 def main(run: str) -> None:
     """Say what the distillation in the folder RUN suffers from, and which option would help."""
     run_dir = Path(run)
-    options, records = (
-        read_options(run_dir / "training_options.json"),
-        read_records(run_dir / "stats.jsonl", "Progress/kimg"),
-    )
+    options, stats = read_options(run_dir / "training_options.json"), run_dir / "stats.jsonl"
+    records = read_records(stats, "Progress/kimg")
+    if not all(isinstance(value, int | float) for record in records for value in record.values()):
+        raise UserError(f"{stats}: not the statistics of a distillation; name a run folder of sid_train.py")
     for finding in diagnose(records, options):
         print(f"{finding.name}: {finding.text}")
     metric = best_metric(run_dir)

@@ -6,6 +6,7 @@ import math
 import torch
 
 from torch_utils import distributed, misc
+from torch_utils.precision import same_dtype
 
 from .distillation import Distillation
 from .loss import divergence
@@ -44,9 +45,11 @@ class Health:
                                      one-step images, where theta starts
         Health/ema_distance          of the average's images from theta's, over that of theta's from the teacher's
         """
-        for net in (self._distillation.state.generator, self._distillation.state.fake_score):
+        state = self._distillation.state
+        for net in (state.generator, state.fake_score):
             net.eval()
-        rounds = [self._measure_round(r) for r in range(self._rounds)]
+        with same_dtype(state.ema, state.generator):  # else rounding would count as their distance
+            rounds = [self._measure_round(r) for r in range(self._rounds)]
         per_band, images, squares = (distributed.all_reduce_sum(sum(parts)) for parts in zip(*rounds))
         count = per_band[:, 0].sum()
         statistics = {name: row[1] / row[0] for name, row in zip(self._bands, per_band)}

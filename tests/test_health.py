@@ -109,6 +109,14 @@ def measured():
     return Health(tiny_distillation()).measure()
 
 
+def test_half_precision_is_no_distance():
+    """Of the average from the generator, where both are equal."""
+    distillation = tiny_distillation(precision="bf16", ema_rampup_ratio=0.0)  # an average of nothing but the last
+    distillation.iteration()
+    assert Health(distillation).measure()["Health/ema_distance"]["mean"] == 0
+    assert distillation.state.ema.compute_dtype is None  # pictures and metrics stay in full precision
+
+
 def test_two_processes_measure_what_one_does(tmp_path):
     first, second = on_two_processes(measured, tmp_path)
     alone = measured()
@@ -241,7 +249,45 @@ def test_a_spike_guard_that_is_too_strict(tmp_path, monkeypatch, capsys):
     assert f"spikes: the spike guard skipped {max(counts) / updates:.0%} of the updates" in said(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["no stats", "no options", "garbage", "options of another program", "a list"])
+def ticks(count, **figures):
+    """Records of ticks of 1 kimg; figures: by name, of each tick's number."""
+    names = {"divergence": lambda i: 0.01, "fake_score_ratio": lambda i: 0.9, "diversity": lambda i: 1.5, **figures}
+    return [
+        {"Progress/kimg": i, **{f"Health/{name}": of(i) for name, of in names.items()}} for i in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize(("gradient", "seen"), [("on", True), ("off", False), ("from=9", True), ("from=99", False)])
+def test_alpha_matters_while_gradients_pass_through_the_scores(gradient, seen):
+    options = vars(DistillationConfig(score_gradient=gradient))
+    grows = ticks(24, divergence=lambda i: 0.001 * 1.3**i)
+    assert (doctor.diagnose(grows, options)[0].name == "alpha-too-large") == seen
+
+
+def test_the_share_of_spikes_is_that_of_each_network_own_updates():
+    """500 updates of the fake score in 10 kimg, and with --gan-freeze 50 of the generator in the last 5."""
+    options = {"batch": 100, "fake_score_updates": 5, "spike_guard": 10.0}
+    few = ticks(10, fake_score_spikes=lambda i: 2 * i)  # 4 %
+    assert doctor.diagnose(few, vars(DistillationConfig(**options)))[0].name == "healthy"
+    frozen = vars(DistillationConfig(**options, gan=True, gan_freeze_kimg=2, gan_start_kimg=2))
+    late = doctor.diagnose(ticks(10, generator_spikes=lambda i: max(i - 2, 0)), frozen)[0]
+    assert "the spike guard skipped 10% of the updates" in late.text
+    off = vars(DistillationConfig(batch=100))  # as a resumed run may be
+    assert doctor.diagnose(ticks(10, generator_spikes=lambda i: i), off)[0].name == "healthy"
+
+
+def test_a_discriminator_whose_loss_was_never_finite():
+    records = ticks(10)
+    for record in records:
+        record |= {"Health/discriminator_accuracy": 0.5, "Loss/adversarial": 0.7}
+    options = vars(DistillationConfig(gan=True, gan_freeze_kimg=0, gan_start_kimg=0))
+    assert [finding.name for finding in doctor.diagnose(records, options)] == ["healthy"]
+
+
+DAMAGES = ["no stats", "no options", "garbage", "options of another program", "a list", "a text", "a text for --glr"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_that_is_no_run(tmp_path, damage):
     (tmp_path / "training_options.json").write_text(json.dumps(vars(DistillationConfig())))
     (tmp_path / "stats.jsonl").write_text('{"Progress/kimg": 1}\n' * 7)
@@ -253,6 +299,10 @@ def test_a_folder_that_is_no_run(tmp_path, damage):
         (tmp_path / "stats.jsonl").write_bytes(b"\xff\xfe{")
     elif damage == "options of another program":
         (tmp_path / "training_options.json").write_text("{}")
+    elif damage == "a text for --glr":
+        (tmp_path / "training_options.json").write_text(json.dumps({**vars(DistillationConfig()), "glr": "x"}))
+    elif damage == "a text":
+        (tmp_path / "stats.jsonl").write_text('{"Progress/kimg": 1, "Health/divergence": "x"}\n' * 7)
     else:
         (tmp_path / "stats.jsonl").write_text("[1, 2]\n" * 7)
     result = CliRunner().invoke(doctor.main, [str(tmp_path)])

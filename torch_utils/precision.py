@@ -1,7 +1,7 @@
 """How a network is computed: the dtype of its layers (weights and losses stay float32), recomputation, compilation."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,12 +25,23 @@ def set_up(precision: str, device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def set_compute_dtype(net: torch.nn.Module, dtype: torch.dtype) -> bool:
+def set_compute_dtype(net: torch.nn.Module, dtype: torch.dtype | None) -> bool:
     """Makes a denoiser of training/networks.py work in `dtype`; False for any other class, which `autocast` serves."""
     if not hasattr(type(net), "compute_dtype"):
         return False
     net.compute_dtype = dtype
     return True
+
+
+@contextlib.contextmanager
+def same_dtype(net: torch.nn.Module, other: torch.nn.Module) -> Iterator[None]:
+    """While open, `net` works in the dtype of `other`, a network of the same class."""
+    own = getattr(net, "compute_dtype", None)
+    set_compute_dtype(net, getattr(other, "compute_dtype", None))
+    try:
+        yield
+    finally:
+        set_compute_dtype(net, own)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
