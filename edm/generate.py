@@ -31,7 +31,7 @@ class SeedRanges(click.ParamType):
             if first > last or len(seeds) + last - first >= MAX_SEEDS:
                 self.fail(f"{value!r} is no list of seeds; write for instance 0-63,100", param, ctx)
             seeds += range(first, last + 1)
-        return seeds
+        return list(dict.fromkeys(seeds))  # each once
 
 
 @click.command(cls=Command, context_settings={"show_default": True})

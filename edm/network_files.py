@@ -148,7 +148,7 @@ def checked(net: torch.nn.Module, path: Path) -> torch.nn.Module:
 
 
 def _checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
-    if type(metadata) is not dict or not edm_pickle.is_plain(metadata):
+    if type(metadata) is not dict or not edm_pickle.is_plain(metadata) or not all(type(k) is str for k in metadata):
         raise UserError(f"{path}: its metadata are not a dict of plain values")
     init_sigma = metadata.get("init_sigma", 1.0)
     if type(init_sigma) not in (int, float) or not 0 < init_sigma < MAX_SIGMA:

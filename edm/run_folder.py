@@ -29,6 +29,7 @@ OPTION_NAMES: dict[str, tuple[str, float]] = {
     "gan_freeze_kimg": ("gan-freeze", 1),
     "gan_start_kimg": ("gan-start", 1),
     "real_images": ("data (images)", 1),
+    "images": ("data (images)", 1),
     "img_resolution": ("data", 1),
     "model_channels": ("cbase", 1),
     "channel_mult": ("cres", 1),

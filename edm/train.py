@@ -95,6 +95,7 @@ def main(**options):
     pipe = augment.AugmentPipe(p=options["augment"], **augment.EDM_MULTIPLIERS) if options["augment"] else None
     network_kwargs, config = build_config(options, dataset, pipe.augment_dim if pipe else 0)
     precond, loss_name = PRECONDITIONINGS[options["precond"]]
+    check_sizes(precond, network_kwargs)
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary["sigma"] = options["sigma"]
     loss_fn = getattr(loss, loss_name)() if options["sigma"] is None else single_level_loss(options["sigma"])
@@ -112,8 +113,8 @@ def main(**options):
     description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
     place = (options["outdir"], description, options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
-    asked = {**network_kwargs, **vars(config), "images": len(dataset)}
-    asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")}
+    asked = {**network_kwargs, **vars(config)}
+    asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")} | {"images": len(dataset)}
     if resume is not None:
         check_state(resume, net)
         now = checkpoint.setting(asked, device)
@@ -128,6 +129,28 @@ def main(**options):
 
         training_loop(training, dataset, run_dir, save_snapshot)
     distributed.shutdown()
+
+
+def check_sizes(precond, network_kwargs):
+    """Errors: UserError when a network of these sizes can't be called, found out on a device without values."""
+    import torch
+
+    from training import networks
+
+    size, labels = network_kwargs["img_resolution"], network_kwargs["label_dim"]
+    with torch.device("meta"):
+        try:
+            net = getattr(networks, precond)(**network_kwargs)
+        except (MemoryError, RuntimeError, OverflowError):
+            return  # `build_network` says so
+        x, sigma = torch.zeros([2, network_kwargs["img_channels"], size, size]), torch.ones([2, 1, 1, 1])
+        try:
+            net(x, sigma, torch.zeros([2, labels]) if labels else None)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise UserError(
+                f"--cbase, --cres, --attn: no network of these for {size}x{size} images ({reason})"
+            ) from None
 
 
 def build_network(precond, network_kwargs):

@@ -92,7 +92,7 @@ def load_item(source: str | os.PathLike, name: str, classes: Mapping[str, type] 
     return edm_pickle.build(item, classes or {}, path) if type(item) is edm_pickle.Record else item
 
 
-def save_network(net: torch.nn.Module, path: str | os.PathLike, **metadata: Any) -> None:
+def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: Any) -> None:
     """Saves a network, float32 and in eval mode; the file appears whole or not at all.
 
     path:      by suffix, .safetensors (weights; class, constructor arguments and metadata in the header) or .pkl
@@ -146,8 +146,8 @@ def network_hash(net: torch.nn.Module) -> str:
 # --- published files
 
 
-def _published(source: str) -> Published | None:
-    """The entry of a short name, of its URL, or of a file that has its name in the cache or elsewhere."""
+def published(source: str) -> Published | None:
+    """The entry of a short name, of its URL, or of a file that has its name in the cache or elsewhere; else None."""
     if source in FILES:
         return FILES[source]
     file_name = Path(source).name
@@ -155,7 +155,7 @@ def _published(source: str) -> Published | None:
 
 
 def _published_metadata(source: str) -> dict[str, Any]:
-    entry = _published(source)
+    entry = published(source)
     if entry is None or entry.kind not in NETWORK_KINDS:
         return {}
     values = {"name": entry.name, "kind": entry.kind, "licence": entry.licence, "init_sigma": entry.init_sigma}

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dnnlib import UserError
 from torch_utils import precision
 
 from . import lora
@@ -72,13 +73,18 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
 
 
 def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, images: int, device: torch.device) -> int:
-    """The largest divisor of `images` (per process and update) whose estimate fits into the free memory, or 1."""
+    """The largest divisor of `images` (per process and update) whose estimate fits into the free memory, or 1.
+
+    Errors: UserError when none is a multiple of --chunk.
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] / GB
     else:
         free = psutil.virtual_memory().available / GB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit = CPU_BATCH if device.type == "cpu" else images
     divisors = [n for n in range(min(images, limit), 1, -1) if images % n == 0 and n % (config.chunk or 1) == 0]
+    if config.chunk and images % config.chunk:
+        raise UserError(f"--chunk={config.chunk} must divide the {images} images per process")
     if not divisors:
         return config.chunk or 1
     most, least = divisors[0], divisors[-1]

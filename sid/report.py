@@ -98,7 +98,9 @@ class Report:
         trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
         if trained:
             best = min(trained, key=lambda record: record["value"])
-            snapshot = checkpoint.snapshot_path(self._run_dir, round(best["kimg"] * 1000), self._batch).name
+            nimg = round(best["kimg"] * 1000)  # another --batch before, another name
+            paths = [checkpoint.snapshot_path(self._run_dir, nimg, batch) for batch in (self._batch, 1, 1000)]
+            snapshot = next((path for path in paths if path.exists()), paths[0]).name
             content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
             with write_atomically(self._run_dir / "best.json") as file:
                 file.write(json.dumps(content, indent=2).encode())
@@ -225,7 +227,7 @@ def main(run: str) -> None:
     print(f"\n{'':30s} {'evaluations':>11s} {'FID':>8s}")
     for name, evaluations, fid in rows:
         print(f"{name:30s} {evaluations:11d} {fid:8.4g}")
-    if len(rows) > 1 and rows[-1][2] > 0:
+    if len(rows) > 1 and rows[-2][1] == 1 and rows[-1][2] > 0:
         print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
     print(f"Generator: {snapshots[0]}")
     print(f"Pictures:  {picture}  (teacher at {2 * TEACHER_STEPS - 1} evaluations, at one, generator at one)")

@@ -101,7 +101,10 @@ def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device
 
 def published_reference(teacher: str) -> str | None:
     """The reference statistics published for a published teacher, by name; None for other teachers."""
-    return next((name for name, file in FILES.items() if file.kind == "reference" and name in teacher), None)
+    entry = zoo.published(teacher)
+    if entry is None:
+        return None
+    return next((name for name, file in FILES.items() if file.kind == "reference" and name in entry.name), None)
 
 
 def choose_metrics(names: str | None, reference: str | None, data: str | None = None) -> list[str]:

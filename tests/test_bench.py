@@ -276,6 +276,11 @@ def test_what_a_mode_cannot_do_here_is_told():
         Worker(job("step", mode=modes.parse_mode("fp16")))
     with pytest.raises(WorkerFailed, match="nothing"):
         Worker(job("step", recipe="nothing"))
+    worker = Worker(job("step"))
+    worker._process.kill()
+    worker._process.join()
+    with pytest.raises(WorkerFailed, match="ended with code -9"):  # between its turns
+        worker.turn(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +292,7 @@ def test_what_a_mode_cannot_do_here_is_told():
         (["--modes=fp32+chunk"], "chunk=4"),
         (["--modes=fp32+chunk=2.5"], "chunk=2.5"),
         (["--modes=fp32+compile=2"], "compile=2"),
+        (["--modes=fp32+gan"], "real images"),
         (["--what=steps"], "--what=steps"),
         (["--json=nowhere/bench.json"], "--json"),
         (["--recipe=mnist"], "--recipe"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import CPU, Spy, tiny_config, tiny_teacher
 
+from dnnlib import UserError
 from sid import memory
 from sid.distillation import Distillation
 
@@ -116,3 +117,5 @@ def test_the_largest_batch_that_fits(monkeypatch):
     assert chosen(0) == 1
     assert chosen(need[12] * 2, chunk=4) == 12
     assert chosen(0, chunk=4) == 4
+    with pytest.raises(UserError, match="--chunk=5 must divide the 12 images"):
+        chosen(0, chunk=5)

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from edm.published import FILES
 from sid.report import Report, read_metrics, summarise
+from sid.run import published_reference
 
 
 class Evaluator:
@@ -65,6 +67,18 @@ def test_the_best_snapshot_is_linked(tmp_path, monkeypatch, links):
     assert [record["kimg"] for record in read_metrics(tmp_path, "is10")] == [0, 1, 2, 3]
 
 
+def test_the_best_snapshot_has_the_name_that_it_was_saved_by(tmp_path):
+    """Which depends on the batch, and a resumed run may have another."""
+    record = {"kimg": 1.024, "value": 5.0, "network_sha256": "x"}
+    for batch, name in ((1, "000001"), (256, "000001.024")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metric-fid2.jsonl").write_text(json.dumps(record) + "\n")
+        (folder / f"network-snapshot-{name}.safetensors").write_text("weights 1")
+        Report(folder, Evaluator(9.0), batch=batch).snapshot(Net(0.1), 2048)
+        assert best(folder)[0]["snapshot"] == f"network-snapshot-{name}.safetensors"
+
+
 def test_equal_weights_are_not_measured_again(tmp_path):
     snapshots(tmp_path, Evaluator(4.0, 2.0), [(1, 1), (2, 2)])
     resumed = Evaluator(1.0, 3.0)
@@ -94,3 +108,11 @@ def test_the_summary_takes_the_teachers_fid_from_its_file(tmp_path, recorded, ro
     rows = summarise(tmp_path, teacher)
     assert rows == [*row, ("teacher = generator before", 1, 300.0), ("generator after", 1, 30.0)]
     assert summarise(tmp_path, teacher, "other.safetensors")[-2] == ("generator before (--transfer)", 1, 300.0)
+
+
+def test_the_reference_of_a_published_teacher(tmp_path):
+    name = "edm-cifar10-32x32-uncond-vp"
+    for teacher in (name, FILES[name].url, f"{tmp_path}/{name}.pkl"):
+        assert published_reference(teacher) == "cifar10-32x32"
+    for own in ("runs/00000-cifar10-32x32-ddpmpp/network-snapshot-000100.safetensors", "my-ffhq-64x64-gray.pkl"):
+        assert published_reference(own) is None

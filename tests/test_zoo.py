@@ -305,6 +305,13 @@ def test_command_line(tmp_path, monkeypatch):
     invoke("fetch", "unknown", code=2)
 
 
+def test_metadata_of_any_name_are_converted(tmp_path):
+    network = EDMPrecond(8, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    zoo.save_network(network, tmp_path / "net.safetensors", path="x", net="y")
+    invoke("convert", str(tmp_path / "net.safetensors"), str(tmp_path / "again.safetensors"))
+    assert zoo.load_network(tmp_path / "again.safetensors").metadata == {"path": "x", "net": "y"}
+
+
 def test_mirror_and_verify(tmp_path, monkeypatch):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("DNNLIB_MIRROR", "")  # --mirror changes it: put back afterwards

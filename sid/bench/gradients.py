@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the schedule karras, whatever the run's own: tables have one set of levels
 
+HALF = {"bf16", "fp16"}
+
 
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
@@ -27,11 +29,9 @@ TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the schedule karras, whatever the 
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 def main(run: str, precisions: str, batch: int, device: str | None) -> None:
     """Cosine between the generator's gradient in half precision and in fp32, for the state in the folder RUN."""
-    from torch_utils.precision import DTYPES
-
     names = precisions.split(",")
-    if not set(names) <= DTYPES.keys() - {"fp32"}:
-        raise UserError(f"--precisions={precisions}: give some of {', '.join(DTYPES)} but fp32, such as bf16,fp16")
+    if not set(names) <= HALF:
+        raise UserError(f"--precisions={precisions}: give bf16, fp16 or both")
     compare(Path(run), names, batch, device)
 
 
@@ -58,9 +58,10 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     from torch_utils import checkpoint
 
     state = checkpoint.newest_good_state(run_dir)
-    if state is None or not (run_dir / run_folder.OPTIONS_FILE).exists():
+    file = run_dir / run_folder.OPTIONS_FILE
+    options = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if state is None or "edm_model" not in options:
         raise UserError(f"{run_dir}: no training state of a distillation here; name a run folder of sid_train.py")
-    options = json.loads((run_dir / run_folder.OPTIONS_FILE).read_text(encoding="utf-8"))
     names = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
     changes = {"batch": batch, "batch_gpu": batch, "precision": "fp32", "dropout": 0.0, "gan": False}
     config = DistillationConfig(**{**{name: options[name] for name in names}, **changes})

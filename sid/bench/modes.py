@@ -57,6 +57,8 @@ def _setting(mode: str, part: str) -> dict[str, Any]:
     """{field: value} of `field=value`; a switch is on without a value."""
     field, _, text = part.partition("=")
     field = field.replace("-", "_")
+    if field == "gan":
+        raise UserError(f"--modes: {mode!r}: real images, which gan needs, aren't part of the benchmark; leave it out")
     if field not in FIELDS:
         known = ", ".join([PUBLISHED, *MODES])
         raise UserError(

@@ -4,6 +4,7 @@ The parent's side loads no torch. Each process builds its work once, does a firs
 there), then serves turns.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -41,7 +42,8 @@ class Worker:
 
     def turn(self, seconds: float, steps: int | None) -> dict[str, Any]:
         """Lets it work for about `seconds`, or exactly `steps` pieces, and returns what it measured."""
-        self._connection.send({"seconds": seconds, "steps": steps})
+        with contextlib.suppress(BrokenPipeError):  # it has died: receiving says so
+            self._connection.send({"seconds": seconds, "steps": steps})
         return self._receive()
 
     def close(self) -> None:
@@ -55,7 +57,7 @@ class Worker:
     def _receive(self) -> dict[str, Any]:
         try:
             kind, content = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.close()
             raise WorkerFailed(
                 f"its process ended with code {self._process.exitcode} (-9 is mostly a lack of memory)"
