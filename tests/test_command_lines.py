@@ -24,6 +24,7 @@ from edm.metrics.small_classifier import SmallClassifier
 from sid import doctor, report
 from sid.bench import __main__ as bench
 from sid.bench import gradients, noise
+from sid.config import DistillationConfig
 from sid.sweep import __main__ as sweep
 from training.networks import EDMPrecond
 
@@ -113,7 +114,7 @@ def made(tmp_path_factory):
     record = {"detector_file": "detector.safetensors", "detector": "detector"}
     np.savez(folder / "ref.npz", mu=np.zeros(128), sigma=np.eye(128), record=json.dumps(record))
     zoo.save_network(net, folder / "run" / "network-snapshot-000001.safetensors", init_sigma=2.5)
-    options = {**dict.fromkeys(doctor.OPTIONS, 1.0), "edm_model": f"{folder}/net.safetensors"}
+    options = {**vars(DistillationConfig()), "edm_model": f"{folder}/net.safetensors"}
     (folder / "run" / "training_options.json").write_text(json.dumps(options))
     (folder / "run" / "stats.jsonl").touch()
     record = {"kimg": 1, "value": 2.0, "detector_sha256": ""}
