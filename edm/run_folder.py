@@ -59,9 +59,10 @@ def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: 
 
 
 def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not nosubdir:
-        given = resume and resume != "auto" and Path(resume)
-        folders = [given if given.is_dir() else given.parent] if given else _folders(outdir, description)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        folders = [outdir] if nosubdir else _folders(outdir, description)
+        if resume not in (None, "auto"):
+            folders = [Path(resume) if Path(resume).is_dir() else Path(resume).parent]
         own = next((folder for folder in folders if _is_own(folder)), None)
         if own is not None:
             return checkpoint.newest_good_state(own)
