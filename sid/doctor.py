@@ -37,6 +37,7 @@ NARROWED = 0.6  # diversity over that of the start
 ASTRAY = 0.7  # the fake score's loss over the teacher's, where it knows the images far better
 BETTER = 1.05  # the same over what it was before, where the generator approaches the teacher
 WORSE = 1.5  # divergence over what it was before
+LOST, KNOWN = 1.4, 1.2  # divergence over its lowest, among ticks with L2/L1 below the second: psi kept up there
 FLAT, FALLEN = 1.1, 0.5  # the same where little moves, and divergence over its highest
 FEW_UPDATES = 10  # half-life of the average
 SEES, WINS = 0.55, 0.9  # share of the positions where the discriminator is right; half is chance
@@ -108,7 +109,7 @@ def diagnose(records: list[dict[str, float]], options: dict[str, Any]) -> list[F
     fake_score = _fake_score(window, options)
     rest = [_collapse(window, options), None if fake_score else _alpha(window, options), _average(window, options)]
     findings = [finding for finding in (*first, fake_score, *rest) if finding]
-    return findings or [_astray(window, options) or _progress(window, options)]
+    return findings or [_astray(window, options) or _lost(window, options) or _progress(window, options)]
 
 
 def _phase(records: list[dict[str, float]], options: dict[str, Any]) -> tuple[float, str]:
@@ -248,6 +249,22 @@ def _astray(window: Window, options: dict[str, Any]) -> Finding | None:
         f" and that doesn't get better; {remedy}"
     )
     return Finding("astray", text, ratio < ASTRAY / CERTAIN)
+
+
+def _lost(window: Window, options: dict[str, Any]) -> Finding | None:
+    """Whether the generator was closer to the teacher before, when the fake score knew it as well as now."""
+    ticks, now = window.all, window.median("Health/divergence")
+    if len(ticks) < MIN_TICKS_OF_TREND or now is None or _frozen(window, options):
+        return None
+    size = max(len(ticks) // 10, 3)
+    parts = [ticks[start : start + size] for start in range(0, len(ticks) - size + 1, size // 3)]
+    known = [part for part in parts if all(record.get("Health/l2_per_l1", KNOWN) < KNOWN for record in part)]
+    lowest = min(filter(None, (_median(part, "Health/divergence") for part in known)), default=now)
+    if now < LOST * lowest:
+        return None
+    before = f"go on from a state or snapshot before that, with a lower --glr ({options['glr']:g}) and --lr"
+    text = f"the generator lost ground: its divergence from the teacher is {now / lowest:.2f} times its lowest"
+    return Finding("lost-ground", f"{text}; {_less_destructive(options, before)}", now > CERTAIN * LOST * lowest)
 
 
 def _less_destructive(options: dict[str, Any], otherwise: str) -> str:
