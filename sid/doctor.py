@@ -223,10 +223,7 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     follows = (window.median("Health/fake_score_ratio") or 1) < 1 and (
         window.median("Health/diversity") or 1
     ) > NARROWED
-    acts = options["objective"] == "sid" and DistillationConfig(
-        score_gradient=options["score_gradient"]
-    ).has_score_gradient(int(window.kimg[1] * 1000))  # without it every alpha has the same gradient
-    if not (grows and follows and acts and alpha > 1):
+    if not (grows and follows and _may_run_away(window, options)):
         return None
     text = (
         f"the divergence from the teacher grows though the fake score keeps up ({growth:.2f} times what it was before)"
@@ -235,6 +232,13 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     if options["gan"]:
         remedy += f", or --lsg_gan ({options['lsg_gan']:g})"
     return Finding("alpha-too-large", f"{text}; {remedy}", growth > CERTAIN * WORSE)
+
+
+def _may_run_away(window: Window, options: dict[str, Any]) -> bool:
+    """Whether alpha is above 1, and acts: without gradients through the scores all have the same direction."""
+    config = DistillationConfig(score_gradient=options["score_gradient"])
+    passes = config.has_score_gradient(int(window.kimg[1] * 1000))
+    return passes and options["objective"] == "sid" and options["alpha"] > 1
 
 
 def _astray(window: Window, options: dict[str, Any]) -> Finding | None:
@@ -263,6 +267,8 @@ def _lost(window: Window, options: dict[str, Any]) -> Finding | None:
     if now < LOST * lowest:
         return None
     before = f"go on from a state or snapshot before that, with a lower --glr ({options['glr']:g}) and --lr"
+    if _may_run_away(window, options):
+        before = f"go on from a state before that with a lower --alpha ({options['alpha']:g}), 0.5 to 1 is safe"
     text = f"the generator lost ground: its divergence from the teacher is {now / lowest:.2f} times its lowest"
     return Finding("lost-ground", f"{text}; {_less_destructive(options, before)}", now > CERTAIN * LOST * lowest)
 

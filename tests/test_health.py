@@ -284,6 +284,9 @@ def test_a_generator_that_was_better_before(divergences, lag, name):
     finding = doctor.diagnose(records, vars(DistillationConfig()))[0]
     assert finding.name == name
     assert finding.certain == (divergences[-1] > 40)
+    for alpha, remedy in ((1.2, "a lower --alpha (1.2)"), (1.0, "a lower --glr")):
+        text = doctor.diagnose(records, vars(DistillationConfig(alpha=alpha)))[0].text
+        assert (remedy in text) == (name == "lost-ground")
 
 
 def test_the_share_of_spikes_is_that_of_each_network_own_updates():
