@@ -236,9 +236,8 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
 
 def _may_run_away(window: Window, options: dict[str, Any]) -> bool:
     """Whether alpha is above 1, and acts: without gradients through the scores all have the same direction."""
-    config = DistillationConfig(score_gradient=options["score_gradient"])
-    passes = config.has_score_gradient(int(window.kimg[1] * 1000))
-    return passes and options["objective"] == "sid" and options["alpha"] > 1
+    config, nimg = DistillationConfig(score_gradient=options["score_gradient"]), int(window.kimg[1] * 1000)
+    return config.has_score_gradient(nimg) and options["objective"] == "sid" and options["alpha"] > 1
 
 
 def _astray(window: Window, options: dict[str, Any]) -> Finding | None:
