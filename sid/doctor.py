@@ -265,9 +265,8 @@ def _lost(window: Window, options: dict[str, Any]) -> Finding | None:
     lowest = min(filter(None, (_median(part, "Health/divergence") for part in known)), default=now)
     if now < LOST * lowest:
         return None
-    before = f"go on from a state or snapshot before that, with a lower --glr ({options['glr']:g}) and --lr"
-    if _may_run_away(window, options):
-        before = f"go on from a state before that with a lower --alpha ({options['alpha']:g}), 0.5 to 1 is safe"
+    before = f"go on from a state before that, with a lower --glr ({options['glr']:g}) and --lr"
+    before += f", or a lower --alpha ({options['alpha']:g})" if _may_run_away(window, options) else ""
     text = f"the generator lost ground: its divergence from the teacher is {now / lowest:.2f} times its lowest"
     return Finding("lost-ground", f"{text}; {_less_destructive(options, before)}", now > CERTAIN * LOST * lowest)
 

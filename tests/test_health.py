@@ -284,9 +284,10 @@ def test_a_generator_that_was_better_before(divergences, lag, name):
     finding = doctor.diagnose(records, vars(DistillationConfig()))[0]
     assert finding.name == name
     assert finding.certain == (divergences[-1] > 40)
-    for alpha, remedy in ((1.2, "a lower --alpha (1.2)"), (1.0, "a lower --glr")):
+    for alpha in (1.2, 1.0):
         text = doctor.diagnose(records, vars(DistillationConfig(alpha=alpha)))[0].text
-        assert (remedy in text) == (name == "lost-ground")
+        assert ("with a lower --glr" in text) == (name == "lost-ground")
+        assert ("or a lower --alpha (1.2)" in text) == (name == "lost-ground" and alpha > 1)
 
 
 def test_the_share_of_spikes_is_that_of_each_network_own_updates():
