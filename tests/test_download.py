@@ -259,7 +259,7 @@ def test_whole_files_also_where_locks_differ(server, tmp_path, monkeypatch, lock
     for thread in threads:
         thread.join()
     assert [path.read_bytes() for path in leftovers(tmp_path)] == [CONTENT]
-    assert len(calls) == (4 if locks == "windows" else 0)
+    assert len(calls) >= 2 if locks == "windows" else not calls  # asked again; who comes late finds the file there
 
 
 def test_mirrors(server, tmp_path, monkeypatch):

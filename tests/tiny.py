@@ -1,5 +1,8 @@
 """Tiny networks and distillations for tests, and what tests of training have in common."""
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 
@@ -108,4 +111,7 @@ def _one_of_two(rank, function, folder, *args):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(function(*args), f"{folder}/{rank}.pt")
+    dist.barrier()  # neither leaves while the other needs it
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads, torn down with the interpreter, abort it now and then
