@@ -109,7 +109,8 @@ def refuse_changes(
     if "total_kimg" in changed and new["lr_decay"] == "none":
         changed.remove("total_kimg")  # without a decay the end changes nothing before it
     refused = [] if override else [name for name in changed if name not in rounding]
-    for name in refused:
+    if refused:
+        name = refused[0]
         here, there = (_option(name, options[name]) for options in (new, old))
         remedy = "leave it out" if old[name] is None or old[name] is False else "give that"
         raise UserError(f"{here}: the run in {path} has {there}; {remedy}, or --override to change it")

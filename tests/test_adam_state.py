@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from tiny import assert_same_training, equal, on_two_processes, smoothed, tiny_distillation, weights
+from tiny import assert_same_training, equal, on_two_processes, save, smoothed, tiny_distillation, weights
 
-from torch_utils import checkpoint
 from torch_utils.adam import MomentumFreeAdam, round_to_bfloat16
 
 BETA2 = 0.999
@@ -135,8 +134,7 @@ def test_training_stays_close_to_that_in_full():
 def test_a_resumed_run_is_bit_equal(tmp_path):
     changes = {"fake_score_updates": 2}
     unbroken, part = run(5, **changes), run(2, **changes)
-    path = checkpoint.state_path(tmp_path, part.state.nimg)
-    checkpoint.save_state(path, part.state.contents(part.config, part.collector.state_dict()))
+    path = save(part, tmp_path)
     resumed = run(3, resume=path, **changes)
     assert equal(weights(resumed), weights(unbroken))
     assert equal(moments(resumed), moments(unbroken))

@@ -291,7 +291,7 @@ def test_a_generator_that_was_better_before(divergences, lag, name):
 
 
 def test_the_share_of_spikes_is_that_of_each_network_own_updates():
-    """500 updates of the fake score in 10 kimg, and with --gan-freeze 50 of the generator in the last 5."""
+    """500 updates of the fake score in 10 kimg, and with --gan-freeze 80 of the generator in the last 8."""
     options = {"batch": 100, "fake_score_updates": 5, "spike_guard": 10.0}
     few = ticks(10, fake_score_spikes=lambda i: 2 * i)  # 4 %
     assert doctor.diagnose(few, vars(DistillationConfig(**options)))[0].name == "healthy"

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from tiny import CPU, equal, smoothed, tiny_config, tiny_distillation, tiny_teacher, weights
+from tiny import CPU, equal, save, smoothed, tiny_config, tiny_distillation, tiny_teacher, weights
 
 from dnnlib import UserError
 from edm import run_folder
 from sid.distillation import Distillation
 from torch_utils import checkpoint
-
-
-def save(distillation, folder):
-    path = checkpoint.state_path(folder, distillation.state.nimg, distillation.config.batch)
-    checkpoint.save_state(path, distillation.state.contents(distillation.config, distillation.collector.state_dict()))
-    return path
 
 
 def after_one_more(path, **changes):

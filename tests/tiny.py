@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from sid.config import DistillationConfig
 from sid.distillation import Distillation
+from torch_utils import checkpoint
 from training.networks import EDMPrecond
 
 CPU = torch.device("cpu")
@@ -44,6 +45,13 @@ def smoothed(distillation):
         for group in updater.optimizer.param_groups:
             group["eps"] = SMOOTH_EPS
     return distillation
+
+
+def save(distillation, folder):
+    """Writes its state into the folder; the file's path."""
+    path = checkpoint.state_path(folder, distillation.state.nimg, distillation.config.batch)
+    checkpoint.save_state(path, distillation.state.contents(distillation.config, distillation.collector.state_dict()))
+    return path
 
 
 class NoReport:
