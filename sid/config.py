@@ -156,7 +156,11 @@ class DistillationConfig:
 
 
 def resolve(config: DistillationConfig, teacher: Any, device: Any) -> DistillationConfig:
-    """The config with augmentation and precision chosen, where it leaves them to the teacher and the device."""
+    """The config with weighting, augmentation and precision chosen, where it leaves them to the objective, the teacher
+    and the device.
+    """
+    if config.weighting is None:
+        config = dataclasses.replace(config, weighting=published_weighting(config.objective))
     if config.augment is None:
         can = getattr(teacher, "augment_dim", 0) and not config.share_noise
         config = dataclasses.replace(config, augment=AUGMENT if can else 0.0)
@@ -164,6 +168,17 @@ def resolve(config: DistillationConfig, teacher: Any, device: Any) -> Distillati
         half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
         config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
     return config
+
+
+def saved_options(options: dict[str, Any], teacher: Any, device: Any) -> dict[str, Any]:
+    """Those of a saved run as a `resolve`d config has them: at their defaults where its version lacked them."""
+    weighting = options.get("weighting") or published_weighting(options.get("objective"))
+    return {**vars(resolve(DistillationConfig(), teacher, device)), **options, "weighting": weighting}
+
+
+def published_weighting(objective: Any) -> str:
+    """That which an objective was published with, one of WEIGHTINGS."""
+    return "none" if objective == "diff-instruct" else "omega"
 
 
 def check_objective(objective: str, weighting: str | None, huber: float | None, score_gradient: bool) -> str:
@@ -180,7 +195,7 @@ def check_objective(objective: str, weighting: str | None, huber: float | None, 
         raise UserError(f"--huber={huber:g}: {objective} has no such form; use --objective={' or '.join(PROJECTED)}")
     if objective not in PROJECTED and not score_gradient:
         raise UserError(f"--score-gradient: {objective} needs on; --objective={' or '.join(PROJECTED)} can do without")
-    return weighting or ("none" if objective == "diff-instruct" else "omega")
+    return weighting or published_weighting(objective)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from training.dataset import ImageFolderDataset
 
 from . import memory
 from .adversarial import RealImages
-from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, parse_schedule, resolve
+from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, parse_schedule, resolve, saved_options
 from .distillation import Distillation
 from .report import GRID_COLUMNS, GRID_ROWS, Report
 from .training_loop import training_loop
@@ -70,12 +70,13 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
 
     def check(was: dict[str, Any]) -> None:
         now = {name: value for name, value in vars(config).items() if name != "batch_gpu"}  # which may come from `was`
-        run_folder.refuse_changes(resume.path, was, now, **rules)
+        run_folder.refuse_changes(resume.path, saved_options(was, teacher, device), now, **rules)
 
     distillation = Distillation(teacher, config, device, start, resume, reals, check)  # may refuse: before the folder
     if resume is not None:
-        now = checkpoint.setting(vars(distillation.config), device)
-        run_folder.check_setting(resume.path, distillation.state.setting, now, **rules)
+        was, now = distillation.state.setting, checkpoint.setting(vars(distillation.config), device)
+        was = {**was, "options": saved_options(was["options"], teacher, device)}
+        run_folder.check_setting(resume.path, was, now, **rules)
     with run_folder.create(*place, summary, resume and resume.path) as run_dir, watching(60 * options["timeout"]):
         distributed.print0(f"Run folder: {run_dir}")
         training_loop(distillation, run_dir, Report(run_dir, evaluator, picture, config.batch))

@@ -28,6 +28,7 @@ class DistillationState:
     teacher: the denoiser to distil, on `device` already. start: another denoiser whose weights theta starts from, if
     given. With config.lora_rank the networks share the teacher's weights (theta, given a start, has those), and states
     hold what is trained.
+    Errors: UserError when the teacher's weights are in half precision.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class DistillationState:
         device: torch.device,
         start: torch.nn.Module | None = None,
     ):
+        if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in teacher.parameters()):
+            raise UserError("the teacher's weights are in half precision, maybe from another run; load it in float32")
         self.nimg = 0
         self.tick = 0
         self.elapsed_sec = 0.0

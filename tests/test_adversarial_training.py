@@ -17,6 +17,7 @@ from tiny import (
     assert_same_training,
     equal,
     on_two_processes,
+    save,
     smoothed,
     tiny_config,
     tiny_teacher,
@@ -114,8 +115,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, data, stop, rank):
     whole, stopped = (make(data, lora_rank=rank) for _ in range(2))
     expected = states_of(whole, 4)[-1]
     states_of(stopped, stop)
-    path = tmp_path / "training-state-000000.pt"
-    checkpoint.save_state(path, stopped.state.contents(stopped.config, {}))
+    path = save(stopped, tmp_path)
     torch.manual_seed(1234)
     resumed = make(data, resume=path, lora_rank=rank)
     assert equal(states_of(resumed, 4 - stop)[-1], expected)

@@ -9,6 +9,7 @@ from tiny import (
     NoReport,
     Spy,
     equal,
+    save,
     tiny_config,
     tiny_distillation,
     tiny_teacher,
@@ -191,8 +192,7 @@ def test_a_resumed_run_is_bit_equal_and_keeps_its_guidance(tmp_path):
         whole.iteration()
     for _ in range(2):
         stopped.iteration()
-    path = tmp_path / "training-state-000000.pt"
-    checkpoint.save_state(path, stopped.state.contents(stopped.config, {}))
+    path = save(stopped, tmp_path)
     resumed = tiny_distillation(guidance="long-short=2", resume=path)
     for _ in range(2):
         resumed.iteration()

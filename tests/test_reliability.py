@@ -203,6 +203,27 @@ def test_the_same_command_continues(tmp_path, options, monkeypatch):
     assert not (tmp_path / "00002-mine").exists()
 
 
+def test_a_state_lacks_an_option_that_came_later(tmp_path, options):
+    """Its run had that at its default, told or not."""
+    run = [*options, "--metrics=none", f"--outdir={tmp_path}", "--nosubdir"]
+    assert distil(run, "--duration=0.000008").exit_code == 0
+    state = checkpoint.load_state(checkpoint.states(tmp_path)[0])
+    del state["options"]["huber"]
+    state["options"]["weighting"] = None  # as versions had it that didn't say which one was chosen
+    checkpoint.save_state(checkpoint.states(tmp_path)[0], state)
+    refused = distil(run, "--duration=0.000016", "--huber=0.1")
+    assert refused.exit_code == 2
+    assert "--huber=0.1: the run in" in refused.output
+    assert "has no --huber" in refused.output
+    refused = distil(run, "--duration=0.000016", "--weighting=none")
+    assert refused.exit_code == 2
+    assert "has --weighting=omega" in refused.output
+    resumed = distil(run, "--duration=0.000016", "--weighting=omega")
+    assert resumed.exit_code == 0, resumed.output
+    assert "no longer bit-equal" not in resumed.output
+    assert "from here on" not in resumed.output
+
+
 def test_a_damaged_state_is_told_and_the_one_before_taken(tmp_path, options):
     run = [*options, "--metrics=none", f"--outdir={tmp_path}", "--nosubdir", "--dump=1"]
     assert distil(run, "--duration=0.000016").exit_code == 0

@@ -7,10 +7,10 @@ import statistics
 
 import pytest
 import torch
-from tiny import BATCH, CPU, NoReport, equal, on_two_processes, tiny_distillation, weights
+from tiny import BATCH, CPU, NoReport, equal, on_two_processes, save, tiny_distillation, weights
 
 from sid.training_loop import training_loop
-from torch_utils import checkpoint, spike_guard
+from torch_utils import spike_guard
 from torch_utils.adam import MomentumFreeAdam
 from torch_utils.spike_guard import REMEMBERED, SpikeGuard
 from torch_utils.updates import MAX_SKIPPED_UPDATES, Updater
@@ -84,8 +84,7 @@ def test_a_resumed_run_is_bit_equal_and_tells_its_spikes(tmp_path, monkeypatch):
     monkeypatch.setattr(spike_guard, "REMEMBERED", 3)
     whole = iterations(8, spike_guard=1.05)
     part = iterations(4, spike_guard=1.05)
-    path = tmp_path / "training-state-000000.pt"
-    checkpoint.save_state(path, part.state.contents(part.config, {}))
+    path = save(part, tmp_path)
     resumed = iterations(4, resume=path, spike_guard=1.05)
     assert equal(weights(resumed), weights(whole))
     assert spikes(resumed) == spikes(whole)
@@ -113,8 +112,7 @@ def test_two_processes_decide_alike(tmp_path, monkeypatch):
 
 def test_a_state_with_other_norms_is_refused(tmp_path, monkeypatch):
     part = iterations(1, spike_guard=2.0)
-    path = tmp_path / "training-state-000000.pt"
-    checkpoint.save_state(path, part.state.contents(part.config, {}))
+    path = save(part, tmp_path)
     monkeypatch.setattr(spike_guard, "REMEMBERED", 5)
     with pytest.raises(Exception, match="the spike guard remembers 5 norms"):
         tiny_distillation(resume=path, spike_guard=2.0)

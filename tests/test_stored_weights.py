@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import CPU, Spy, equal, tiny_config, tiny_teacher, weights
 
+from dnnlib import UserError
 from sid import memory
 from sid.distillation import Distillation
 from torch_utils import precision
@@ -126,3 +127,11 @@ def test_the_estimate_knows_what_is_stored(make):
     assert size / 2 <= after < 0.75 * size
     assert expected["weights"] * memory.GB == pytest.approx(3 * size + after)
     assert memory.estimate(teacher, config, 2) == expected  # of a teacher in use, too
+
+
+def test_a_teacher_is_not_used_again_in_half_precision():
+    """Its trained copies would have the rounded weights, and move in steps of their last bits."""
+    teacher = tiny_teacher()
+    Distillation(teacher, tiny_config(precision="bf16"), CPU)
+    with pytest.raises(UserError, match="weights are in half precision"):
+        Distillation(teacher, tiny_config(precision="bf16"), CPU)
