@@ -1,7 +1,7 @@
 """The formats of a network's file: EDM pickle, safetensors, and a folder as the diffusers library lays it out.
 
 Each holds the weights, the class by name, its constructor arguments, and metadata: plain values. Nothing that a file
-contains is executed.
+contains is executed. ONNX is written only.
 """
 
 import json
@@ -17,6 +17,8 @@ import torch
 from dnnlib import UserError, write_atomically
 from torch_utils import edm_pickle, persistence
 
+from . import onnx_file
+
 MAX_HEADER_BYTES = 16 << 20
 MAX_SIGMA = 1e6
 LIMITS = {  # of what networks tell about themselves; the weights don't depend on the resolution, so they don't limit it
@@ -28,6 +30,7 @@ LIMITS = {  # of what networks tell about themselves; the weights don't depend o
     "sigma_data": (0.0, MAX_SIGMA),
 }
 SUFFIXES = (".pkl", ".safetensors")
+WRITTEN = (*SUFFIXES, ".onnx")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
 OWN_KEYS = {"class_name": "_class_name", "init_args": "_init_args", "metadata": "_metadata"}  # in CONFIG_FILE
 
@@ -54,17 +57,20 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
 
     The file or folder appears whole or not at all. Errors: OSError; UserError as `edm.zoo.save_network`.
     """
-    if path.suffix not in ("", *SUFFIXES):
-        raise UserError(f"{path}: a network is saved as {' or '.join(SUFFIXES)}, or without a suffix as a folder")
+    if path.suffix not in ("", *WRITTEN):
+        raise UserError(f"{path}: a network is saved as {' or '.join(WRITTEN)}, or without a suffix as a folder")
     if path.suffix == ".pkl" and not persistence.is_persistent(net):
         name = type(net).__name__
         raise UserError(f"{path}: {name} isn't a persistent_class, which EDM pickles ask for: save as .safetensors")
     if path.suffix == "":
         _write_folder(net, path, metadata)
         return
+    model = onnx_file.model_bytes(net, _header(net, metadata)) if path.suffix == ".onnx" else None
     with write_atomically(path) as file:
         if path.suffix == ".pkl":
             edm_pickle.write(file, ema=net, **({"metadata": metadata} if metadata else {}))
+        elif model is not None:
+            file.write(model)
         else:  # the header is one entry: the order of several would be random
             file.write(_tensors_bytes(net, {"network": json.dumps(_header(net, metadata))}))
 

@@ -97,8 +97,9 @@ def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: A
 
     path:      by suffix, .safetensors (weights; class, constructor arguments and metadata in the header) or .pkl
                (opens in EDM's and SiD's own tools; persistent classes only); without a suffix, a new folder as the
-               diffusers library lays it out. Of a class that isn't persistent the constructor arguments aren't
-               known: `load_network` then needs a `classes` entry that takes none.
+               diffusers library lays it out; .onnx for other programs (`edm.onnx_file`), which `load_network` doesn't
+               read. Of a class that isn't persistent the constructor arguments aren't known: `load_network` then
+               needs a `classes` entry that takes none.
     metadata:  plain values that travel with the weights, for instance kind='sid-generator', init_sigma=2.5.
     Errors:    UserError when the suffix is another, the format can't hold the class or the path can't be written.
     """
@@ -258,7 +259,8 @@ def verify_command(names: tuple[str, ...]) -> None:
 def convert(source: str, destination: str) -> None:
     """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
 
-    DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), or without a suffix a folder with config.json and
+    DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), .onnx (to run elsewhere: a generator from noise to
+    8-bit images; can't be loaded again), or without a suffix a folder with config.json and
     diffusion_pytorch_model.safetensors.
     """
     net = load_network(source)

@@ -1,0 +1,80 @@
+"""Networks as ONNX files, which run without PyTorch and without this code: in onnxruntime, on phones, in browsers."""
+
+import json
+import logging
+import warnings
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from torch_utils.persistence import one_line
+
+from .sampler import one_step_sampler, to_uint8
+
+EXAMPLES = 2  # images in the traced call; any number goes afterwards
+
+
+class _Generator(torch.nn.Module):
+    """All that a one-step generator does, from standard normal noise to 8-bit images."""
+
+    inputs, output = ("z",), "images"
+
+    def __init__(self, net: torch.nn.Module, init_sigma: float):
+        super().__init__()
+        self.net, self.init_sigma = net, init_sigma
+
+    def forward(self, z: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        return to_uint8(one_step_sampler(self.net, z, class_labels, init_sigma=self.init_sigma))
+
+
+class _Denoiser(torch.nn.Module):
+    inputs, output = ("x", "sigma"), "denoised"
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.net(x, sigma, class_labels)
+
+
+def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
+    """The file of a network in eval mode on the CPU, for any number N of images.
+
+    A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
+    [N, C, H, W]; any other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
+    take class_labels [N, label_dim], one-hot. The inputs are float32. header: plain values that go with the model.
+    Errors: UserError when packages are missing or the network can't be traced.
+    """
+    try:
+        import onnxscript  # noqa: F401  which torch.onnx needs, as it needs onnx
+    except ImportError:
+        raise UserError(".onnx needs packages that are missing: pip install onnx onnxscript") from None
+    init_sigma = header["metadata"].get("init_sigma")
+    function = _Denoiser(net) if init_sigma is None else _Generator(net, init_sigma)
+    arguments = [torch.zeros([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution])]
+    arguments += [torch.ones([EXAMPLES])] * (len(function.inputs) - 1)
+    names = list(function.inputs)
+    if net.label_dim:
+        arguments.append(torch.eye(net.label_dim)[[0] * EXAMPLES])
+        names.append("class_labels")
+    images = {0: torch.export.Dim("N")}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that these networks don't use
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                function.eval(),
+                tuple(arguments),
+                dynamo=True,
+                verbose=False,
+                input_names=names,
+                output_names=[function.output],
+                dynamic_shapes=dict.fromkeys(names, images),
+            )
+    except Exception as error:  # of the tracer, on what a network of any class does
+        raise UserError(f"{type(net).__name__} can't be made an ONNX model: {one_line(error)}") from None
+    model = program.model_proto
+    model.metadata_props.add(key="network", value=json.dumps(header))
+    return model.SerializeToString(deterministic=True)
