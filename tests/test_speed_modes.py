@@ -94,6 +94,7 @@ def test_an_iteration_waits_for_no_device(mode, architecture, monkeypatch):
     generator = torch.Generator
     on_host = {"__new__": lambda cls, device="cpu": generator()}  # there is none for this device
     monkeypatch.setattr(torch, "Generator", type("Generator", (), on_host))
+    monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)  # PyTorch 2.4 asks every device for its module
     teacher = EDMPrecond(8, 1, 3, model_type=architecture, **UNET).to("meta")
     distillation = Distillation(teacher, tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
     with FromHost():
@@ -254,7 +255,7 @@ def test_bf16_trains_and_leaves_master_weights_in_float32():
 def test_a_compiler_that_fails_is_done_without(capsys, monkeypatch):
     def broken(net, **options):
         def call(*args, **kwargs):
-            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler here"), None)
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
 
         return call
 
@@ -263,14 +264,16 @@ def test_a_compiler_that_fails_is_done_without(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     fallen_back = tiny_distillation(compile=True)
     fallen_back.iteration()
-    assert "--compile: goes on without" in capsys.readouterr().out
+    assert "--compile: goes on without (no compiler here)" in capsys.readouterr().out
     for a, b in zip(plain.state.generator.parameters(), fallen_back.state.generator.parameters()):
         assert torch.equal(a, b)
 
 
 def test_shared_noise_passes_back_twice_through_compiled_networks(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(functorch_config, "donated_buffer", True)
+    frees_early = hasattr(functorch_config, "donated_buffer")
+    if frees_early:
+        monkeypatch.setattr(functorch_config, "donated_buffer", True)
 
     def found(**mode):
         distillation = tiny_distillation(share_noise=True, augment=0, **mode)
@@ -280,7 +283,8 @@ def test_shared_noise_passes_back_twice_through_compiled_networks(monkeypatch):
         return gradients(distillation)
 
     compiled = found(compile=True)
-    assert not functorch_config.donated_buffer  # inductor refuses the second pass otherwise
+    if frees_early:
+        assert not functorch_config.donated_buffer  # inductor refuses the second pass otherwise
     for name, gradient in found().items():
         assert torch.linalg.norm(compiled[name] - gradient) <= 1e-4 * torch.linalg.norm(gradient)
 

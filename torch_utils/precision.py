@@ -115,7 +115,8 @@ def compiled(net: torch.nn.Module, two_losses: bool = False) -> Callable:
     if two_losses:
         from torch._functorch import config  # not loaded before something is compiled
 
-        config.donated_buffer = False
+        if hasattr(config, "donated_buffer"):  # PyTorch 2.4 frees nothing early
+            config.donated_buffer = False
     fast = torch.compile(net, dynamic=False)
     works = True
 
