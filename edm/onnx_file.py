@@ -1,5 +1,6 @@
 """Networks as ONNX files, which run without PyTorch and without this code: in onnxruntime, on phones, in browsers."""
 
+import inspect
 import json
 import logging
 import warnings
@@ -39,14 +40,21 @@ class _Denoiser(torch.nn.Module):
         return self.net(x, sigma, class_labels)
 
 
+def can_trace() -> bool:
+    """Whether this PyTorch is new enough."""
+    return "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters
+
+
 def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
     """The file of a network in eval mode on the CPU, for any number N of images.
 
     A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
     [N, C, H, W]; any other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
     take class_labels [N, label_dim], one-hot. The inputs are float32. header: plain values that go with the model.
-    Errors: UserError when packages are missing or the network can't be traced.
+    Errors: UserError when packages are missing or too old, or the network can't be traced.
     """
+    if not can_trace():
+        raise UserError(f".onnx needs PyTorch 2.6 or newer, and this is {torch.__version__}")
     try:
         import onnxscript  # noqa: F401  which torch.onnx needs, as it needs onnx
     except ImportError:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tiny import Spy, tiny_teacher
 
 from dnnlib import UserError
-from edm import zoo
+from edm import onnx_file, zoo
 from sid import OneStepGenerator
 from training import networks
 
@@ -20,6 +20,8 @@ ADM = {"model_type": "DhariwalUNet", "model_channels": 8, "channel_mult": [1, 2]
 ADM |= {"attn_resolutions": [4], "channel_mult_emb": 2}
 NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
 NCSNPP |= {"resample_filter": [1, 3, 3, 1]}
+
+pytestmark = pytest.mark.skipif(not onnx_file.can_trace(), reason="a PyTorch that can't write ONNX")
 
 
 def session(path):
