@@ -166,15 +166,15 @@ class SiDLoss:
     ) -> torch.Tensor:
         """theta's loss on generated images x_g [N, C, H, W], per pixel; gradients reach x_g through both networks.
 
-        noise: as `draw_noise` gives it; None draws it. report: called as report(name, values [N]) with what shows
-        convergence, if given.
+        noise: as `draw_noise` gives it; None draws it. report: called as report(name, values [N], groups=labels) with
+        what shows convergence, if given.
         """
         sigma, n = noise or self.draw_noise(images)
         x_t = images + sigma * n
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.through_scores):
             f_phi, f_psi = (net(x_t, sigma, labels) for net in self.score_networks(teacher, fake_score))
         if report is not None:
-            report("Health/divergence", divergence(images, f_phi, f_psi))
+            report("Health/divergence", divergence(images, f_phi, f_psi), groups=labels)
         return self._weighted(self._terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
 
     def shared_losses(
@@ -195,7 +195,7 @@ class SiDLoss:
         f_psi = f_psi if self.through_scores else f_psi.detach()
         of_generator, of_fake_score = self.shared_weights(sigma)
         if report is not None:
-            report("Health/divergence", of_generator.flatten() * divergence(images, f_phi, f_psi))
+            report("Health/divergence", of_generator.flatten() * divergence(images, f_phi, f_psi), groups=labels)
         loss = self._weighted(self._terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
         return of_generator * loss, of_fake_score * denoising
 

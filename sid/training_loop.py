@@ -19,7 +19,7 @@ from . import lora
 from .config import DistillationConfig
 from .distillation import Distillation
 from .doctor import Watch
-from .health import EDGE, Health
+from .health import EDGE, Health, worst_class
 from .loss import SiDLoss
 from .report import Report
 from .state import DistillationState
@@ -52,7 +52,9 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
                 distillation.check()
                 check_equal_weights(state.networks, state.nimg)
             if tick:
-                statistics = {**distillation.collector.collect(), **health.measure(), **skipped_updates(state)}
+                collector = distillation.collector
+                statistics = {**collector.collect(), **worst_class(collector.collect_groups())}
+                statistics |= {**health.measure(), **skipped_updates(state)}
                 log.tick(state.tick, state.nimg, statistics)
                 for warning in watch.tick(state.nimg, statistics):
                     distributed.print0(warning)

@@ -175,6 +175,9 @@ def is_complete(state: dict[str, Any]) -> bool:
         and moments.ndim == 3
         and tuple(moments.shape[1:]) == (len(names), 3)
     )
+    groups = state["statistics"].get("groups", {})  # which older ones lack
+    sound = sound and isinstance(groups, dict)
+    sound = sound and all(isinstance(m, torch.Tensor) and m.ndim == 3 and m.shape[2] == 3 for m in groups.values())
     return sound and type(state.get("at_snapshot")) is bool
 
 

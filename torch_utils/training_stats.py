@@ -25,14 +25,26 @@ class Collector:
 
     def __init__(self):
         self._moments: dict[str, torch.Tensor] = {}  # name -> [count, sum, sum of squares], float64 (float32 on mps)
+        self._groups: dict[str, torch.Tensor] = {}  # the same by group, [groups, 3]
 
     @torch.no_grad()
-    def report(self, name: str, values: torch.Tensor | float, device: torch.device | None = None) -> None:
+    def report(
+        self,
+        name: str,
+        values: torch.Tensor | float,
+        device: torch.device | None = None,
+        groups: torch.Tensor | None = None,
+    ) -> None:
+        """groups: which group each of the values [N] belongs to, one-hot [N, groups], to collect them by group, too."""
         values = torch.as_tensor(values, device=device).detach()
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         values = values.reshape(-1).to(wide)
         moments = torch.stack([torch.full_like(values[0], values.numel()), values.sum(), values.square().sum()])
         self._moments[name] = self._moments[name] + moments if name in self._moments else moments
+        if groups is not None:
+            powers = torch.stack([torch.ones_like(values), values, values.square()], dim=1)
+            moments = groups.detach().to(wide).T @ powers
+            self._groups[name] = self._groups[name] + moments if name in self._groups else moments
 
     def collect(self) -> dict[str, dict[str, float]]:
         """{name: {'num', 'mean', 'std'}} with finite means only; every process must have reported the same names."""
@@ -48,22 +60,31 @@ class Collector:
                 result[name] = {"num": int(count), "mean": mean, "std": math.sqrt(max(squares / count - mean**2, 0.0))}
         return result
 
+    def collect_groups(self) -> dict[str, torch.Tensor]:
+        """{name: [groups, 3], count, sum and sum of squares on the CPU} since the last call, of what has groups."""
+        groups = {name: distributed.all_reduce_sum(self._groups[name]).cpu() for name in sorted(self._groups)}
+        self._groups.clear()
+        return groups
+
     def state_dict(self) -> dict[str, Any]:
         """What was collected since the last tick, of every process; every process must call it."""
         names = sorted(self._moments)
         if not names:
-            return {"names": [], "moments": torch.zeros(distributed.world_size(), 0, 3)}
+            return {"names": [], "moments": torch.zeros(distributed.world_size(), 0, 3), "groups": {}}
         own = torch.stack([self._moments[name] for name in names])  # [names, 3]
-        return {"names": names, "moments": distributed.gather(own).cpu()}  # [processes, names, 3]
+        groups = {name: distributed.gather(self._groups[name]).cpu() for name in sorted(self._groups)}
+        return {"names": names, "moments": distributed.gather(own).cpu(), "groups": groups}  # [processes, names, 3]
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Each process takes what was its own; when their number has changed, process 0 takes the sum."""
-        moments = state["moments"].to(device)
-        if len(moments) == distributed.world_size():
-            own = moments[distributed.rank()]
-        else:
-            own = moments.sum(0) * (distributed.rank() == 0)
-        self._moments = dict(zip(state["names"], own))
+
+        def own(moments: torch.Tensor) -> torch.Tensor:
+            if len(moments) == distributed.world_size():
+                return moments[distributed.rank()].to(device)
+            return moments.sum(0).to(device) * (distributed.rank() == 0)
+
+        self._moments = dict(zip(state["names"], own(state["moments"])))
+        self._groups = {name: own(moments) for name, moments in state.get("groups", {}).items()}
 
 
 def drop_later_records(run_dir: Path, nimg: int) -> None:
