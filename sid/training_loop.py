@@ -17,8 +17,8 @@ from training.training_loop import milestones
 
 from . import lora
 from .config import DistillationConfig
+from .diagnosis import Watch
 from .distillation import Distillation
-from .doctor import Watch
 from .health import EDGE, Health, worst_class
 from .loss import SiDLoss
 from .report import Report

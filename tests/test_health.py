@@ -10,6 +10,7 @@ from tiny import BATCH_GPU, CPU, NoReport, Spy, equal, on_two_processes, tiny_co
 
 from sid import doctor
 from sid.config import DistillationConfig
+from sid.diagnosis import diagnose
 from sid.distillation import Distillation
 from sid.health import Health
 from sid.training_loop import training_loop
@@ -231,11 +232,11 @@ def test_a_generator_that_goes_astray(ratios, options, said, certain):
         }
         for i, ratio in enumerate((ratio for ratio in ratios for _ in range(3)), start=1)
     ]
-    finding = doctor.diagnose(records, {**vars(DistillationConfig()), **options})[0]
+    finding = diagnose(records, {**vars(DistillationConfig()), **options})[0]
     assert (finding.name == "astray") == (said is not None)
     assert finding.certain == certain
     assert said is None or said in finding.text
-    early = doctor.diagnose(records[:11], {**vars(DistillationConfig()), **options})[0]
+    early = diagnose(records[:11], {**vars(DistillationConfig()), **options})[0]
     assert early.name != "astray"
 
 
@@ -261,7 +262,7 @@ def ticks(count, **figures):
 def test_alpha_matters_while_gradients_pass_through_the_scores(gradient, seen):
     options = vars(DistillationConfig(score_gradient=gradient))
     grows = ticks(24, divergence=lambda i: 0.001 * 1.3**i)
-    assert (doctor.diagnose(grows, options)[0].name == "alpha-too-large") == seen
+    assert (diagnose(grows, options)[0].name == "alpha-too-large") == seen
 
 
 # The demo with gradients, --sigma-schedule=lognormal and rates of 2e-4: seed 0, whose FID rose from 20 to 43, and
@@ -281,11 +282,11 @@ HELD = [18, 16, 14, 13, 13, 15, 11, 11, 11, 12, 9, 8, 9, 8, 8, 7, 7, 7, 7, 7]
 )
 def test_a_generator_that_was_better_before(divergences, lag, name):
     records = ticks(20, divergence=lambda i: divergences[i - 1] / 1000, l2_per_l1=lambda i: lag)
-    finding = doctor.diagnose(records, vars(DistillationConfig()))[0]
+    finding = diagnose(records, vars(DistillationConfig()))[0]
     assert finding.name == name
     assert finding.certain == (divergences[-1] > 40)
     for alpha in (1.2, 1.0):
-        text = doctor.diagnose(records, vars(DistillationConfig(alpha=alpha)))[0].text
+        text = diagnose(records, vars(DistillationConfig(alpha=alpha)))[0].text
         assert ("with a lower --glr" in text) == (name == "lost-ground")
         assert ("or a lower --alpha (1.2)" in text) == (name == "lost-ground" and alpha > 1)
 
@@ -294,12 +295,12 @@ def test_the_share_of_spikes_is_that_of_each_network_own_updates():
     """500 updates of the fake score in 10 kimg, and with --gan-freeze 80 of the generator in the last 8."""
     options = {"batch": 100, "fake_score_updates": 5, "spike_guard": 10.0}
     few = ticks(10, fake_score_spikes=lambda i: 2 * i)  # 4 %
-    assert doctor.diagnose(few, vars(DistillationConfig(**options)))[0].name == "healthy"
+    assert diagnose(few, vars(DistillationConfig(**options)))[0].name == "healthy"
     frozen = vars(DistillationConfig(**options, gan=True, gan_freeze_kimg=2, gan_start_kimg=2))
-    late = doctor.diagnose(ticks(10, generator_spikes=lambda i: max(i - 2, 0)), frozen)[0]
+    late = diagnose(ticks(10, generator_spikes=lambda i: max(i - 2, 0)), frozen)[0]
     assert "the spike guard skipped 10% of the updates" in late.text
     off = vars(DistillationConfig(batch=100))  # as a resumed run may be
-    assert doctor.diagnose(ticks(10, generator_spikes=lambda i: i), off)[0].name == "healthy"
+    assert diagnose(ticks(10, generator_spikes=lambda i: i), off)[0].name == "healthy"
 
 
 def test_a_discriminator_whose_loss_was_never_finite():
@@ -307,7 +308,7 @@ def test_a_discriminator_whose_loss_was_never_finite():
     for record in records:
         record |= {"Health/discriminator_accuracy": 0.5, "Loss/adversarial": 0.7}
     options = vars(DistillationConfig(gan=True, gan_freeze_kimg=0, gan_start_kimg=0))
-    assert [finding.name for finding in doctor.diagnose(records, options)] == ["healthy"]
+    assert [finding.name for finding in diagnose(records, options)] == ["healthy"]
 
 
 DAMAGES = ["no stats", "no options", "garbage", "options of another program", "a list", "a text", "a text for --glr"]
