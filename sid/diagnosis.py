@@ -8,7 +8,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from .config import DistillationConfig
+from .config import PROJECTED, DistillationConfig
 
 OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
@@ -32,6 +32,7 @@ ASTRAY = 0.7  # the fake score's loss over the teacher's, where it knows the ima
 BETTER = 1.05  # the same over what it was before, where the generator approaches the teacher
 WORSE = 1.5  # divergence over what it was before
 LOST, KNOWN = 1.4, 1.2  # divergence over its lowest, among ticks with L2/L1 below the second: psi kept up there
+LOST_CLASS = 2.5  # divergence of the worst class over the median class'
 FLAT, FALLEN = 1.1, 0.5  # the same where little moves, and divergence over its highest
 FEW_UPDATES = 10  # half-life of the average
 SEES, WINS = 0.55, 0.9  # share of the positions where the discriminator is right; half is chance
@@ -60,6 +61,10 @@ class Window:
 
     def median(self, name: str) -> float | None:
         return _median(self._now, name)
+
+    def most(self, name: str) -> float:
+        """The most frequent value."""
+        return statistics.mode(record[name] for record in self._now if name in record)
 
     def growth(self, name: str) -> float | None:
         """The median over the one before."""
@@ -101,8 +106,8 @@ def diagnose(records: list[dict[str, float]], options: dict[str, Any]) -> list[F
         _gan(window, records, options),
     ]
     fake_score = _fake_score(window, options)
-    rest = [_collapse(window, options), None if fake_score else _alpha(window, options), _average(window, options)]
-    findings = [finding for finding in (*first, fake_score, *rest) if finding]
+    away = _lost_class(window, options) or (None if fake_score else _alpha(window, options))
+    findings = [f for f in (*first, fake_score, _collapse(window, options), away, _average(window, options)) if f]
     return findings or [_astray(window, options) or _lost(window, options) or _progress(window, options)]
 
 
@@ -228,10 +233,29 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     return Finding("alpha-too-large", f"{text}; {remedy}", growth > CERTAIN * WORSE)
 
 
+def _lost_class(window: Window, options: dict[str, Any]) -> Finding | None:
+    """Whether the images of a class are much farther from the teacher than those of the others."""
+    ratio = window.median("Health/worst_class_divergence")
+    if ratio is None or ratio < LOST_CLASS or _frozen(window, options):
+        return None
+    number = window.most("Health/worst_class")
+    remedy = f"a lower --glr ({options['glr']:g}) and --lr"
+    if options["objective"] in PROJECTED and not options["gan"] and _passes_scores(window, options):
+        remedy = "--score-gradient=off until it is back"
+    remedy = _less_destructive(options, f"go on with --override and {remedy}")
+    text = f"class {number:g} is lost: the divergence of its images is {ratio:.1f} times the median class'; {remedy}"
+    return Finding("lost-class", text, ratio > CERTAIN * LOST_CLASS)
+
+
+def _passes_scores(window: Window, options: dict[str, Any]) -> bool:
+    """Whether theta's gradient passes through the scores now."""
+    config, nimg = DistillationConfig(score_gradient=options["score_gradient"]), int(window.kimg[1] * 1000)
+    return config.has_score_gradient(nimg)
+
+
 def _may_run_away(window: Window, options: dict[str, Any]) -> bool:
     """Whether alpha is above 1, and acts: without gradients through the scores all have the same direction."""
-    config, nimg = DistillationConfig(score_gradient=options["score_gradient"]), int(window.kimg[1] * 1000)
-    return config.has_score_gradient(nimg) and options["objective"] == "sid" and options["alpha"] > 1
+    return _passes_scores(window, options) and options["objective"] == "sid" and options["alpha"] > 1
 
 
 def _astray(window: Window, options: dict[str, Any]) -> Finding | None:

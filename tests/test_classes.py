@@ -5,6 +5,7 @@ import torch
 from tiny import BATCH, CPU, equal, on_two_processes, save, tiny_distillation
 
 from sid.config import DistillationConfig
+from sid.diagnosis import diagnose
 from sid.distillation import Distillation
 from sid.health import DIVERGENCE, MIN_PER_CLASS, worst_class
 from torch_utils.training_stats import Collector
@@ -99,3 +100,46 @@ def test_two_processes_count_what_one_does(tmp_path):
     alone = groups_of_three()[DIVERGENCE]
     assert torch.equal(first[DIVERGENCE][:, 0], alone[:, 0])
     assert torch.allclose(first[DIVERGENCE], alone, rtol=1e-2)
+
+
+# The demo with gradients and --sigma-schedule=lognormal. LOST: rates of 2e-4, alpha = 1.2, seed 0, whose FID rose to
+# 43 as sandals (5) and sneakers (7) broke; BACK: rates of 4e-4, alpha = 1, seed 0. (Class, ratio) of each kimg.
+LOST = [
+    (5, 1.2), (4, 1.2), (0, 1.3), (0, 1.3), (1, 1.3), (5, 3.7), (5, 3.6), (5, 4.7), (7, 9.4), (7, 9.7),
+    (5, 7.3), (7, 10.1), (7, 8.7), (5, 11.8), (5, 10.2), (5, 9.3), (7, 10.1), (7, 12.2), (7, 9.1), (7, 9.7),
+]  # fmt: skip
+BACK = [
+    (6, 1.1), (4, 1.3), (5, 1.2), (9, 1.6), (5, 2.9), (5, 3.0), (5, 3.1), (5, 2.0), (5, 1.3), (9, 1.1),
+    (5, 1.3), (5, 1.1), (5, 1.4), (5, 1.4), (5, 1.5), (5, 1.3), (5, 1.2), (6, 1.3), (6, 1.2), (5, 1.3),
+]  # fmt: skip
+
+
+def told(pairs, **options):
+    names = ("worst_class", "worst_class_divergence")
+    records = [
+        {"Progress/kimg": i, "Health/divergence": 0.01, "Health/fake_score_ratio": 0.9}
+        | {f"Health/{name}": value for name, value in zip(names, pair)}
+        for i, pair in enumerate(pairs, start=1)
+    ]
+    return diagnose(records, vars(DistillationConfig(**options)))[0]
+
+
+def test_the_doctor_names_the_class_and_what_brings_it_back():
+    finding = told(LOST)
+    assert (finding.name, finding.certain) == ("lost-class", True)
+    assert finding.text.startswith("class 7 is lost: the divergence of its images is 9.9 times the median class'")
+    assert "--score-gradient=off until it is back" in finding.text
+    for options in ({"score_gradient": "off"}, {"objective": "dmd"}, {"gan": True, "gan_freeze_kimg": 0}):
+        text = told(LOST, **options).text
+        assert "a lower --glr (1e-05)" in text
+        assert "--score-gradient=off" not in text
+    assert "--objective=full does that" in told(LOST, objective="full").text
+
+
+def test_the_doctor_waits_while_a_class_may_come_back():
+    first = next(n for n in range(len(LOST) + 1) if told(LOST[:n]).name == "lost-class")
+    sure = next(n for n in range(len(LOST) + 1) if told(LOST[:n]).certain)
+    assert 6 <= first <= sure <= 10  # of 20, at 10 its FID was 37
+    assert not any(told(BACK[:n]).certain for n in range(len(BACK) + 1))
+    assert told(BACK).name == "healthy"
+    assert told(LOST, gan=True).name == "frozen"
