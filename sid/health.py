@@ -17,7 +17,7 @@ EDGE = 1e-4  # quantiles keep off 0 and 1 so much: a lognormal's are infinite th
 # Images per measurement: a small share of the tick's, so that its four forward passes cost little beside the training.
 IMAGES_SHARE, MIN_IMAGES, MAX_IMAGES = 1 / 32, 16, 256
 DIVERGENCE = "Health/divergence"  # as the loss reports it
-MIN_PER_CLASS = 8  # images in a tick; fewer say nothing of their class
+PER_CLASS = 64  # images at least, which take several ticks where classes are many; fewer may be off by chance
 
 
 def worst_class(moments: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
@@ -25,17 +25,14 @@ def worst_class(moments: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]
 
     Health/worst_class              its number: the divergence of its images is highest
     Health/worst_class_divergence   that divergence over the median class'
-    None where there are no classes, or most had too few images.
     """
     if DIVERGENCE not in moments:
         return {}
     count, total, _ = moments[DIVERGENCE].unbind(dim=1)
-    known = (count >= MIN_PER_CLASS).nonzero().flatten()
-    means = total[known] / count[known]
-    if len(known) < max(len(count) / 2, 2) or not means.isfinite().all() or not means.median() > 0:
+    means = total / count
+    if not means.isfinite().all() or not means.median() > 0:
         return {}
-    worst = means.argmax()
-    figures = {"": known[worst], "_divergence": means[worst] / means.median()}
+    figures = {"": means.argmax(), "_divergence": means.max() / means.median()}
     return {f"Health/worst_class{name}": {"mean": value.item()} for name, value in figures.items()}
 
 

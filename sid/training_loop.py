@@ -19,7 +19,7 @@ from . import lora
 from .config import DistillationConfig
 from .diagnosis import Watch
 from .distillation import Distillation
-from .health import EDGE, Health, worst_class
+from .health import EDGE, PER_CLASS, Health, worst_class
 from .loss import SiDLoss
 from .report import Report
 from .state import DistillationState
@@ -53,7 +53,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
                 check_equal_weights(state.networks, state.nimg)
             if tick:
                 collector = distillation.collector
-                statistics = {**collector.collect(), **worst_class(collector.collect_groups())}
+                statistics = {**collector.collect(), **worst_class(collector.collect_groups(PER_CLASS))}
                 statistics |= {**health.measure(), **skipped_updates(state)}
                 log.tick(state.tick, state.nimg, statistics)
                 for warning in watch.tick(state.nimg, statistics):

@@ -7,7 +7,7 @@ from tiny import BATCH, CPU, equal, on_two_processes, save, tiny_distillation
 from sid.config import DistillationConfig
 from sid.diagnosis import diagnose
 from sid.distillation import Distillation
-from sid.health import DIVERGENCE, MIN_PER_CLASS, worst_class
+from sid.health import DIVERGENCE, worst_class
 from torch_utils.training_stats import Collector
 
 CLASSES = 4
@@ -20,14 +20,14 @@ def test_moments_by_group_are_those_of_its_values():
     for some, group in zip(values, groups):
         collector.report("x", some, groups=torch.nn.functional.one_hot(group, 5).float())
         collector.report("y", some)
-    moments = collector.collect_groups()
+    moments = collector.collect_groups(0)
     assert moments.keys() == {"x"}
     assert moments["x"].shape == (5, 3)
     for i in range(5):
         own = values[groups == i].double()
         expected = torch.tensor([len(own), own.sum(), own.square().sum()], dtype=torch.float64)
         assert torch.allclose(moments["x"][i], expected)
-    assert not collector.collect_groups()
+    assert not collector.collect_groups(0)
     assert collector.collect()["x"]["mean"] == pytest.approx(float(values.mean()))
 
 
@@ -57,20 +57,27 @@ def test_the_class_that_is_off_is_named(mode):
     for net in (distillation.state.generator, distillation.state.fake_score):  # psi has followed theta
         net.means.data += off
     distillation.iteration()
-    found = worst_class(distillation.collector.collect_groups())
+    found = worst_class(distillation.collector.collect_groups(0))
     assert found["Health/worst_class"]["mean"] == 2
     assert 3 < found["Health/worst_class_divergence"]["mean"] < 30  # (0.5 / 0.1)^2 but for the weights
 
 
-def test_too_few_images_say_nothing():
+def test_groups_collect_until_there_are_enough_in_each():
+    collector, groups = Collector(), torch.eye(2)
+    collector.report("x", torch.tensor([1.0, 2.0, 3.0]), groups=groups[[0, 1, 0]])
+    assert not collector.collect_groups(2)
+    collector.report("x", torch.tensor([5.0]), groups=groups[[1]])
+    assert collector.collect_groups(2)["x"].tolist() == [[2, 4, 10], [2, 7, 29]]
+    assert not collector.collect_groups(0)
+
+
+def test_what_cannot_be_compared_is_left_out():
     moments = torch.ones(CLASSES, 3)
-    moments[:, 0] = torch.tensor([MIN_PER_CLASS, MIN_PER_CLASS - 1, MIN_PER_CLASS - 1, 0])
-    assert not worst_class({DIVERGENCE: moments})
-    moments[1, 0] = MIN_PER_CLASS
-    moments[0, 1] = 2.0
+    moments[3, 1] = 2.0
     assert worst_class({DIVERGENCE: moments})["Health/worst_class_divergence"]["mean"] == 2.0
     moments[1, 1] = torch.nan
     assert not worst_class({DIVERGENCE: moments})
+    assert not worst_class({DIVERGENCE: torch.zeros(CLASSES, 3)})
     assert not worst_class({})  # a teacher without classes
 
 
@@ -84,14 +91,14 @@ def collected(iterations, resume=None):
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path):
-    whole = collected(4).collector.collect_groups()
+    whole = collected(4).collector.collect_groups(0)
     assert float(whole[DIVERGENCE][:, 0].sum()) == 4 * BATCH
     resumed = collected(2, resume=save(collected(2), tmp_path))
-    assert equal(resumed.collector.collect_groups(), whole)
+    assert equal(resumed.collector.collect_groups(0), whole)
 
 
 def groups_of_three():
-    return collected(3).collector.collect_groups()
+    return collected(3).collector.collect_groups(0)
 
 
 def test_two_processes_count_what_one_does(tmp_path):

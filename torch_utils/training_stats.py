@@ -60,11 +60,16 @@ class Collector:
                 result[name] = {"num": int(count), "mean": mean, "std": math.sqrt(max(squares / count - mean**2, 0.0))}
         return result
 
-    def collect_groups(self) -> dict[str, torch.Tensor]:
-        """{name: [groups, 3], count, sum and sum of squares on the CPU} since the last call, of what has groups."""
+    def collect_groups(self, least: int) -> dict[str, torch.Tensor]:
+        """{name: [groups, 3], count, sum and sum of squares on the CPU} of what has `least` values in every group.
+
+        What has fewer goes on collecting, the rest begins anew.
+        """
         groups = {name: distributed.all_reduce_sum(self._groups[name]).cpu() for name in sorted(self._groups)}
-        self._groups.clear()
-        return groups
+        complete = {name: moments for name, moments in groups.items() if moments[:, 0].min() >= least}
+        for name in complete:
+            del self._groups[name]
+        return complete
 
     def state_dict(self) -> dict[str, Any]:
         """What was collected since the last tick, of every process; every process must call it."""
