@@ -1,9 +1,14 @@
 """A class that the generator loses: seen in the divergence by class, which needs no data, and told."""
 
+import json
+
 import pytest
 import torch
-from tiny import BATCH, CPU, equal, on_two_processes, save, tiny_distillation
+from tiny import BATCH, CPU, equal, on_two_processes, save, tiny_distillation, tiny_teacher
 
+from dnnlib import UserError
+from edm import zoo
+from sid.bench.pull import ALPHAS, LEVELS, pull, report
 from sid.config import DistillationConfig
 from sid.diagnosis import diagnose
 from sid.distillation import Distillation
@@ -32,20 +37,21 @@ def test_moments_by_group_are_those_of_its_values():
 
 
 class Blobs(torch.nn.Module):
-    """The optimal denoiser of pixels N(mean of the class, 1/4)."""
+    """The optimal denoiser of pixels N(mean of the class, variance)."""
 
     def __init__(self):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = 4, 1, CLASSES
         self.sigma_min, self.sigma_max = 0.0, float("inf")
+        self.variance = 0.25
         self.means = torch.nn.Parameter(torch.arange(CLASSES) / CLASSES)
 
     def round_sigma(self, sigma):
         return torch.as_tensor(sigma)
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
-        mean, variance = (class_labels @ self.means).reshape(-1, 1, 1, 1), 0.25
-        return mean + variance / (variance + sigma.reshape(-1, 1, 1, 1) ** 2) * (x - mean)
+        mean = (class_labels @ self.means).reshape(-1, 1, 1, 1)
+        return mean + self.variance / (self.variance + sigma.reshape(-1, 1, 1, 1) ** 2) * (x - mean)
 
 
 @pytest.mark.parametrize("mode", [{}, {"chunk": 64}, {"share_noise": True}], ids=str)
@@ -150,3 +156,35 @@ def test_the_doctor_waits_while_a_class_may_come_back():
     assert not any(told(BACK[:n]).certain for n in range(len(BACK) + 1))
     assert told(BACK).name == "healthy"
     assert told(LOST, gan=True).name == "frozen"
+
+
+# --- how far the loss pulls a class back
+
+
+@pytest.mark.parametrize("width", [0.7, 2.0])
+def test_the_pull_has_its_closed_form(width):
+    """(1-a) + (2 alpha - 1)(a-b), in docs/method.md: below 0 where theta is wide, sigma small and alpha large."""
+    config = DistillationConfig(batch=4096, batch_gpu=4096, augment=0, weighting="none", init_sigma=2.5)
+    distillation = Distillation(Blobs(), config, CPU)
+    teacher, state = distillation.teacher, distillation.state
+    for net in (teacher, state.fake_score, state.generator):
+        net.means.data.zero_()
+    state.generator.forward = lambda z, sigma, labels: width / 2.5 * z
+    state.fake_score.variance = width**2
+    for sigma in LEVELS[:5]:
+        a, b = (variance / (variance + sigma**2) for variance in (teacher.variance, width**2))
+        divergence, pulls = pull(distillation, sigma, 1)
+        assert divergence > 0
+        assert pulls == pytest.approx([(1 - a) + (2 * alpha - 1) * (a - b) for alpha in ALPHAS], abs=0.02)
+
+
+def test_pull_of_a_class_that_is_not_there(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    zoo.save_network(tiny_teacher(), path)
+    distillation = tiny_distillation()
+    distillation.iteration()
+    save(distillation, tmp_path)
+    options = {**vars(distillation.config), "edm_model": str(path)}
+    (tmp_path / "training_options.json").write_text(json.dumps(options))
+    with pytest.raises(UserError, match="--class=3: the teacher has 3 classes"):
+        report(tmp_path, 3, 4, "cpu")

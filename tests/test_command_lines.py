@@ -23,7 +23,7 @@ from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
 from sid import doctor, report
 from sid.bench import __main__ as bench
-from sid.bench import gradients, noise
+from sid.bench import gradients, noise, pull
 from sid.config import DistillationConfig
 from sid.sweep import __main__ as sweep
 from training.networks import EDMPrecond
@@ -48,6 +48,7 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "sid.doctor": (doctor.main, ["{made}/run"]),
     "sid.bench.gradients": (gradients.main, ["{made}/run"]),
     "sid.bench.noise": (noise.main, ["{made}/run"]),
+    "sid.bench.pull": (pull.main, ["{made}/run"]),
     "sid.bench": (bench.main, ["--recipe=micro", "--steps=1", "--rounds=1", "--device=cpu"]),
     "sid.sweep": (sweep.main, ["--outdir=new", "{made}/sweep.toml"]),
     "edm.metrics.train_detector": (
@@ -138,6 +139,7 @@ def invoke(made, tmp_path, monkeypatch):
         (bench, "run"),
         (gradients, "compare"),
         (noise, "report"),
+        (pull, "report"),
         (sweep, "run_all"),
     ):
         monkeypatch.setattr(module, work, stop)

@@ -92,6 +92,7 @@ COMMANDS = [
             "sid.doctor",
             "sid.bench",
             "sid.bench.gradients",
+            "sid.bench.pull",
             "sid.sweep",
         )
     ),
