@@ -62,9 +62,10 @@ class Window:
     def median(self, name: str) -> float | None:
         return _median(self._now, name)
 
-    def most(self, name: str) -> float:
+    def most(self, name: str) -> float | None:
         """The most frequent value."""
-        return statistics.mode(record[name] for record in self._now if name in record)
+        values = [record[name] for record in self._now if name in record]
+        return statistics.mode(values) if values else None
 
     def growth(self, name: str) -> float | None:
         """The median over the one before."""
@@ -235,10 +236,9 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
 
 def _lost_class(window: Window, options: dict[str, Any]) -> Finding | None:
     """Whether the images of a class are much farther from the teacher than those of the others."""
-    ratio = window.median("Health/worst_class_divergence")
-    if ratio is None or ratio < LOST_CLASS or _frozen(window, options):
+    number, ratio = window.most("Health/worst_class"), window.median("Health/worst_class_divergence")
+    if number is None or ratio is None or ratio < LOST_CLASS or _frozen(window, options):
         return None
-    number = window.most("Health/worst_class")
     remedy = f"a lower --glr ({options['glr']:g}) and --lr"
     if options["objective"] in PROJECTED and not options["gan"] and _passes_scores(window, options):
         remedy = "--score-gradient=off until it is back"

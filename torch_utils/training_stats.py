@@ -43,7 +43,7 @@ class Collector:
         self._moments[name] = self._moments[name] + moments if name in self._moments else moments
         if groups is not None:
             powers = torch.stack([torch.ones_like(values), values, values.square()], dim=1)
-            moments = groups.detach().to(wide).T @ powers
+            moments = (groups.detach().to(wide).unsqueeze(2) * powers.unsqueeze(1)).sum(dim=0)
             self._groups[name] = self._groups[name] + moments if name in self._groups else moments
 
     def collect(self) -> dict[str, dict[str, float]]:
