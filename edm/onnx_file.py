@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch_utils.persistence import one_line
 
 from .sampler import one_step_sampler, to_uint8
 
-EXAMPLES = 2  # images in the traced call; any number goes afterwards
+EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
 
 
 class _Generator(torch.nn.Module):
@@ -67,7 +68,7 @@ def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
     if net.label_dim:
         arguments.append(torch.eye(net.label_dim)[[0] * EXAMPLES])
         names.append("class_labels")
-    images = {0: torch.export.Dim("N")}
+    images = {0: torch.export.Dim("N", max=MOST)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that these networks don't use
     try:
         with warnings.catch_warnings():
@@ -81,8 +82,11 @@ def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
                 output_names=[function.output],
                 dynamic_shapes=dict.fromkeys(names, images),
             )
+            model = program.model_proto
     except Exception as error:  # of the tracer, on what a network of any class does
-        raise UserError(f"{type(net).__name__} can't be made an ONNX model: {one_line(error)}") from None
-    model = program.model_proto
+        reason = re.sub(r"\x1b\[\d+m", "", one_line(error))  # it is coloured
+        raise UserError(
+            f"{type(net).__name__} can't be made an ONNX model by PyTorch {torch.__version__}: {reason}"
+        ) from None
     model.metadata_props.add(key="network", value=json.dumps(header))
     return model.SerializeToString(deterministic=True)
