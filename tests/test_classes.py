@@ -73,7 +73,11 @@ def test_groups_collect_until_there_are_enough_in_each():
     collector.report("x", torch.tensor([1.0, 2.0, 3.0]), groups=groups[[0, 1, 0]])
     assert not collector.collect_groups(2)
     collector.report("x", torch.tensor([5.0]), groups=groups[[1]])
-    assert collector.collect_groups(2)["x"].tolist() == [[2, 4, 10], [2, 7, 29]]
+    collector.collect()  # a tick, and a state saved right after it
+    again = Collector()
+    again.load_state_dict(collector.state_dict(), CPU)
+    for one in (collector, again):
+        assert one.collect_groups(2)["x"].tolist() == [[2, 4, 10], [2, 7, 29]]
     assert not collector.collect_groups(0)
 
 
@@ -104,7 +108,9 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
 
 
 def groups_of_three():
-    return collected(3).collector.collect_groups(0)
+    collector = collected(3).collector
+    assert not collector.collect_groups(1000)
+    return collector.collect_groups(0)
 
 
 def test_two_processes_count_what_one_does(tmp_path):

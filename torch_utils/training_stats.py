@@ -65,7 +65,7 @@ class Collector:
 
         What has fewer goes on collecting, the rest begins anew.
         """
-        groups = {name: distributed.all_reduce_sum(self._groups[name]).cpu() for name in sorted(self._groups)}
+        groups = {name: distributed.all_reduce_sum(self._groups[name].clone()).cpu() for name in sorted(self._groups)}
         complete = {name: moments for name, moments in groups.items() if moments[:, 0].min() >= least}
         for name in complete:
             del self._groups[name]
@@ -74,10 +74,10 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """What was collected since the last tick, of every process; every process must call it."""
         names = sorted(self._moments)
-        if not names:
-            return {"names": [], "moments": torch.zeros(distributed.world_size(), 0, 3), "groups": {}}
-        own = torch.stack([self._moments[name] for name in names])  # [names, 3]
         groups = {name: distributed.gather(self._groups[name]).cpu() for name in sorted(self._groups)}
+        if not names:
+            return {"names": [], "moments": torch.zeros(distributed.world_size(), 0, 3), "groups": groups}
+        own = torch.stack([self._moments[name] for name in names])  # [names, 3]
         return {"names": names, "moments": distributed.gather(own).cpu(), "groups": groups}  # [processes, names, 3]
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
