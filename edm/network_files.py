@@ -68,13 +68,13 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     if path.suffix == ".onnx":
         path.parent.stat()  # tracing takes a minute: sooner told if that isn't there
         contents = onnx_file.model_bytes(net, _header(net, metadata))
+    elif path.suffix == ".safetensors":  # the header is one entry: the order of several would be random
+        contents = _tensors_bytes(net, {"network": json.dumps(_header(net, metadata))})
     with write_atomically(path) as file:
         if path.suffix == ".pkl":
             edm_pickle.write(file, ema=net, **({"metadata": metadata} if metadata else {}))
-        elif path.suffix == ".onnx":
+        else:
             file.write(contents)
-        else:  # the header is one entry: the order of several would be random
-            file.write(_tensors_bytes(net, {"network": json.dumps(_header(net, metadata))}))
 
 
 # --- EDM's pickle
