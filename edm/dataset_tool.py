@@ -126,7 +126,7 @@ class _Limited:
 
 
 def _open_cifar10(path: Path) -> Source:
-    from torch_utils.inert_pickle import read_cifar10  # takes torch with it
+    from torch_utils.untrusted.inert_pickle import read_cifar10  # takes torch with it
 
     batches = {}
     with _open_maybe_gzip(path) as file, tarfile.open(fileobj=_Limited(file, MAX_TAR_BYTES), mode="r|") as tar:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from dnnlib import UserError, write_atomically
-from torch_utils import edm_pickle, persistence
+from torch_utils import persistence
+from torch_utils.untrusted import edm_pickle
 
 from . import onnx_file
 

@@ -23,7 +23,8 @@ from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from edm import network_files
 from edm.published import FILES, NETWORK_KINDS, Published
-from torch_utils import edm_pickle, persistence
+from torch_utils import persistence
+from torch_utils.untrusted import edm_pickle
 from training import networks
 
 NETWORK_CLASSES: dict[str, type] = {

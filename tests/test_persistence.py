@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dnnlib import EasyDict, UserError
-from torch_utils import edm_pickle, inert_pickle, persistence
+from torch_utils import persistence
+from torch_utils.untrusted import edm_pickle, inert_pickle
 from training import networks
 
 DATA = Path(__file__).parent / "data"

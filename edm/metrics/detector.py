@@ -16,7 +16,8 @@ import torch
 
 import dnnlib
 from dnnlib.download import hash_file
-from torch_utils import edm_pickle, persistence
+from torch_utils import persistence
+from torch_utils.untrusted import edm_pickle
 
 from .small_classifier import SmallClassifier
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from torch_utils import persistence
 
-from . import persistence
 from .inert_pickle import GLOBALS, Record, read_file
 
 MAX_PARTS = 50_000  # modules, parameters and buffers; the largest published network has below a tenth of it
