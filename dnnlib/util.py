@@ -1,10 +1,12 @@
 """Small helpers without torch."""
 
 import contextlib
+import errno
 import importlib
 import math
 import os
 import re
+import stat
 import sys
 import tempfile
 import unicodedata
@@ -200,6 +202,26 @@ class _Tee:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def open_plain(path: str | os.PathLike, max_bytes: int | None = None) -> BinaryIO:
+    """Opens a plain file for reading, at most `max_bytes` of them; links to plain files are followed.
+
+    A pipe would be waited for, and a device such as /dev/zero has no end.
+    Errors: OSError (its strerror says what is wrong) when the file isn't there, isn't plain, or is larger.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(status.st_mode) else "not a plain file"
+            raise OSError(errno.EINVAL, reason, os.fspath(path))
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"larger than {max_bytes / 2**20:.4g} MiB", os.fspath(path))
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 @contextlib.contextmanager

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from dnnlib import UserError, write_atomically
+from dnnlib import UserError, open_plain, write_atomically
 from torch_utils import persistence
 from torch_utils.untrusted import edm_pickle
+from torch_utils.untrusted.bounds import parse_json, read_json
 
 from . import onnx_file
 
 MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_VALUES = 100_000
 MAX_SIGMA = 1e6
 LIMITS = {  # of what networks tell about themselves; the weights don't depend on the resolution, so they don't limit it
     "img_resolution": (1, 8192),
@@ -110,12 +112,16 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             length = int.from_bytes(file.read(8), "little")
+            tensors = file.read(min(length, MAX_HEADER_BYTES)).count(b'"data_offsets"')
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: check the file name") from None
-    if length > MAX_HEADER_BYTES:
-        raise UserError(f"{path}: its header claims more than {MAX_HEADER_BYTES >> 20} MB: damaged, or not a network")
+    if length > MAX_HEADER_BYTES or tensors > edm_pickle.MAX_PARTS:
+        raise UserError(
+            f"{path}: its header claims more than {MAX_HEADER_BYTES >> 20} MB or {edm_pickle.MAX_PARTS} tensors:"
+            " damaged, or not a network"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -125,7 +131,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = parse_json(text, MAX_HEADER_VALUES)
         return {**header, "class_name": str(header["class_name"])}
     except (LookupError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: its header doesn't say how to build the network: save it by save_network") from None
@@ -185,9 +191,7 @@ def _write_folder(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) ->
 def _read_folder(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
     config = path / CONFIG_FILE
     try:
-        if config.stat().st_size > MAX_HEADER_BYTES:
-            raise ValueError
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = read_json(config, MAX_HEADER_BYTES, MAX_HEADER_VALUES)
         header = {"metadata": {}} | {name: values.pop(key) for name, key in OWN_KEYS.items() if key in values}
         header["class_name"] = str(header["class_name"])
     except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):

@@ -303,7 +303,7 @@ def test_a_reference_starts_no_program(tmp_path):
 
 READERS_THAT_RUN_CODE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "torch.jit.load", "np.load"}
 READERS_THAT_RUN_CODE |= {"eval", "exec", "compile", "marshal.loads", "shelve.open", "yaml.load", "joblib.load"}
-ALLOWED = {("torch_utils/checkpoint.py", "torch.load"), ("edm/metrics/detector.py", "torch.jit.load")}
+ALLOWED = {("edm/metrics/detector.py", "torch.jit.load")}
 
 
 def test_no_other_reader_that_runs_code_is_called():
@@ -313,5 +313,4 @@ def test_no_other_reader_that_runs_code_is_called():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS_THAT_RUN_CODE:
                 called.add((path.relative_to(ROOT).as_posix(), ast.unparse(node.func)))
-                assert ast.unparse(node.func) != "torch.load" or "weights_only=True" in ast.unparse(node)
     assert called == ALLOWED

@@ -6,8 +6,6 @@ import math
 import os
 import re
 import shutil
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +15,7 @@ import torch
 from dnnlib import UserError, kimg_name, write_atomically
 
 from . import distributed
+from .untrusted.state_file import read_state
 
 COUNTERS = {"nimg": (int,), "tick": (int,), "elapsed_sec": (int, float)}
 PROGRESS = (*COUNTERS, "at_snapshot")  # attributes of every training
@@ -76,10 +75,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
     Errors: UserError naming --resume when the file is missing, damaged or no training state.
     """
     try:
-        _check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickles: they are read, or refused in one line
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_state(path)
     except FileNotFoundError:
         raise UserError(f"--resume={path}: no such file; name a training-state-*.pt or a run folder") from None
     except Exception as error:
@@ -89,7 +85,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"--resume={path}: not a training state; name a training-state-*.pt or a run folder")
     try:
         sound = state.pop(CHECKSUM, None) == checksum(state)
-    except (TypeError, RecursionError, RuntimeError):  # of what no state holds
+    except (TypeError, ValueError, RecursionError, RuntimeError):  # of what no state holds
         sound = False
     if not sound:
         raise UserError(f"--resume={path}: damaged, its checksum is another; try an earlier one")
@@ -130,25 +126,6 @@ def restore(training: Any, parts: dict[str, Any], state: dict[str, Any], path: s
             raise UserError(f"--resume={path}: its {name} doesn't fit this run ({reason})") from None
     for name in PROGRESS:
         setattr(training, name, state[name])
-
-
-def _check_archive(path: str | os.PathLike) -> None:
-    """Raises ValueError unless the file is laid out as `save_state` does it: a zip of plain files, not compressed.
-
-    torch.load also takes older layouts, which before torch 2.6 could run code even with weights_only (CVE-2025-32434),
-    and TorchScript, which is code; and it would unpack what is compressed, however much that is.
-    """
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise ValueError("it doesn't begin as one")
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("it is compressed")
-    if any(entry.filename.endswith("constants.pkl") for entry in entries):
-        raise ValueError("it is a program")
-    if sum(entry.file_size for entry in entries) > os.path.getsize(path):
-        raise ValueError("its parts overlap")
 
 
 def _is_count(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -60,9 +60,11 @@ def construct(cls: type, args: tuple, kwargs: dict, state: dict[str, torch.Tenso
     Errors: UserError when the arguments or the weights don't fit the class.
     """
     elements = _stored_elements(state) if state is not None else 0
+    args, kwargs = _unrepeatable(args), {name: _unrepeatable(value) for name, value in kwargs.items()}
     try:
         with torch.random.fork_rng(devices=[]), _AllocationLimit(2 * elements + SPARE_ELEMENTS):
             obj = cls(*args, **kwargs)
+        _make_ordinary(obj)
     except UserError:
         raise
     except Exception as error:  # whatever a constructor raises on arguments that it wasn't made for
@@ -75,6 +77,51 @@ def construct(cls: type, args: tuple, kwargs: dict, state: dict[str, torch.Tenso
         except RuntimeError as error:
             raise UserError(f"{source}: the weights don't fit {cls.__name__}: {one_line(error)}") from None
     return obj
+
+
+def _refuse_to_repeat(sequence: Any, _: Any) -> Any:
+    raise TypeError(f"a {type(sequence).__bases__[0].__name__} stands where a number is needed")
+
+
+class _List(list):
+    """A list that can't be repeated: a file could make a number of it that is multiplied by another."""
+
+    __mul__ = __rmul__ = __imul__ = _refuse_to_repeat
+
+    def __reduce_ex__(self, _: Any) -> Any:  # copies and pickles are ordinary
+        return list, (list(self),)
+
+
+class _Tuple(tuple):
+    __slots__ = ()
+    __mul__ = __rmul__ = _refuse_to_repeat
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return tuple, (list(self),)
+
+
+class _Text(str):
+    __slots__ = ()
+    __mul__ = __rmul__ = _refuse_to_repeat
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return str, (self[:],)
+
+
+def _unrepeatable(value: Any) -> Any:
+    """`value` with its lists, tuples and texts as such that `n * value` is refused."""
+    if type(value) is dict:
+        return {key: _unrepeatable(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return (_List if type(value) is list else _Tuple)(map(_unrepeatable, value))
+    return _Text(value) if type(value) is str else value
+
+
+def _make_ordinary(obj: Any) -> None:
+    """Makes the attributes of an object, and of a module's parts, that are unrepeatable ordinary again."""
+    for part in obj.modules() if isinstance(obj, torch.nn.Module) else [obj]:
+        attributes = getattr(part, "__dict__", {})
+        attributes.update({k: copy.deepcopy(v) for k, v in attributes.items() if isinstance(v, _List | _Tuple | _Text)})
 
 
 def one_line(error: Exception, length: int = 300) -> str:

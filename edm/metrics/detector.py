@@ -7,6 +7,7 @@ is a program in itself, so only the published one and what the user names is run
 
 import json
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -16,8 +17,10 @@ import torch
 
 import dnnlib
 from dnnlib.download import hash_file
-from torch_utils import persistence
+from dnnlib.util import printable
+from torch_utils import distributed, persistence
 from torch_utils.untrusted import edm_pickle
+from torch_utils.untrusted.bounds import parse_json
 
 from .small_classifier import SmallClassifier
 
@@ -141,8 +144,12 @@ def load_detector(
     if path.suffix == ".safetensors":
         return ModuleDetector(path, torch.device(device))
     known = {file.sha256 for file in zoo.FILES.values() if file.kind == "detector"}
-    if not chosen_by_user and hash_file(path) not in known:
-        raise dnnlib.UserError(f"{path} is a program (TorchScript): if you trust it, give it by --detector")
+    if hash_file(path) not in known:
+        if not chosen_by_user:
+            raise dnnlib.UserError(f"{path} is a program (TorchScript): if you trust it, give it by --detector")
+        warning = f"Warning: --detector={path} is a program (TorchScript); it can do whatever you can: run only what you trust"
+        if distributed.rank() == 0:
+            print(printable(warning), file=sys.stderr, flush=True)
     return TorchScriptDetector(path, torch.device(device))
 
 
@@ -166,14 +173,16 @@ def save_detector(
 
 
 def _load_module(path: Path) -> tuple[torch.nn.Module, dict]:
-    from edm.network_files import checked, read_tensors
+    from edm.network_files import MAX_HEADER_VALUES, checked, read_tensors
 
     try:
         header, weights = read_tensors(path)
         class_name = header.get("class_name")
         if class_name not in DETECTOR_CLASSES:
             raise ValueError(f"its header names the class {class_name}; known: {', '.join(DETECTOR_CLASSES)}")
-        kwargs, metadata = (json.loads(header.get(name, "{}")) for name in ("init_kwargs", "metadata"))
+        kwargs, metadata = (
+            parse_json(header.get(name, "{}"), MAX_HEADER_VALUES) for name in ("init_kwargs", "metadata")
+        )
         if type(kwargs) is not dict or type(metadata) is not dict or not edm_pickle.is_plain([kwargs, metadata]):
             raise ValueError("its constructor arguments and metadata are not plain values")
         module = checked(persistence.construct(DETECTOR_CLASSES[class_name], (), kwargs, weights, path), path)

@@ -14,12 +14,14 @@ import torch
 from dnnlib import UserError
 from torch_utils import persistence
 
+from .bounds import Budget, Refused, weigh
 from .inert_pickle import GLOBALS, Record, read_file
 
 MAX_PARTS = 50_000  # modules, parameters and buffers; the largest published network has below a tenth of it
 MAX_DEPTH = 32
 MAX_NAME = 100  # characters; the names of nested modules are joined
-MAX_PLAIN_DEPTH, MAX_PLAIN_VALUES = 4, 10_000
+MAX_PLAIN_DEPTH, MAX_PLAIN_VALUES, MAX_PLAIN_TEXT = 4, 10_000, 1 << 20
+MAX_PLAIN_NUMBER = 1 << 63
 VERSION = 6  # of the format
 
 
@@ -83,15 +85,17 @@ def state_dict(record: Record, source: Any) -> dict[str, torch.Tensor]:
 
 def is_plain(value: Any) -> bool:
     """Whether `value` consists of numbers, text and short nested containers of them."""
-    pending, count = [(value, 0)], 0
+    try:
+        weigh(value, Budget(MAX_PLAIN_VALUES), MAX_PLAIN_TEXT, MAX_PLAIN_DEPTH)
+    except Refused:
+        return False
+    pending = [value]
     while pending:
-        value, depth = pending.pop()
+        value = pending.pop()
         if type(value) in (list, tuple, dict):
-            count += len(value)  # also of what is there several times: a few nested lists make billions of values
-            if depth >= MAX_PLAIN_DEPTH or count > MAX_PLAIN_VALUES:
-                return False
-            inner = value.values() if type(value) is dict else value
-            pending += [(v, depth + 1) for v in inner]
+            pending += value.values() if type(value) is dict else value
+        elif type(value) is int and abs(value) > MAX_PLAIN_NUMBER:
+            return False
         elif value is not None and type(value) not in (bool, int, float, str):
             return False
     return True

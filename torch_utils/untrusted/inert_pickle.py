@@ -10,16 +10,20 @@ import math
 import mmap
 import os
 import pickletools
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, open_plain
 
-MAX_OPERATIONS = 2_000_000  # a snapshot of the largest published network takes below a tenth of it
+from .bounds import Budget, Refused
+
+MAX_OPERATIONS = 1_000_000  # a snapshot of the largest published network takes below a fifth of it
+MAX_KEY = 1 << 32  # of whole numbers as keys: with larger ones a file can make them all collide in Python's dicts
 MAX_DIMENSIONS = 8
 STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # torch's legacy format, which storages inside a pickle have
 STORAGE_PROTOCOL = 1001
@@ -38,10 +42,6 @@ STORAGE_DTYPES = {
 NUMBER_CODES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 
 
-class Refused(Exception):
-    """A name or operation that no snapshot needs; its text completes the sentence 'the file ...'."""
-
-
 @dataclass(slots=True, eq=False)
 class Record:
     """What a pickled object says about itself: the name of its class and its `__dict__`. It has no behaviour."""
@@ -56,8 +56,8 @@ def read_file(path: str | os.PathLike) -> Any:
     Errors: UserError, one line that names the file, when it isn't such a pickle, is damaged or names anything else.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return _Machine(GLOBALS).run(view)  # mapped: a claimed length cannot allocate more than the file has
+        with open_plain(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return Machine(GLOBALS).run(view)  # mapped: a claimed length cannot allocate more than the file has
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: check the file name") from None
     except Refused as refusal:
@@ -69,9 +69,9 @@ def read_file(path: str | os.PathLike) -> Any:
 def read_cifar10(data: bytes) -> tuple[bytes, list[Any]]:
     """(pixels, labels) of a batch of CIFAR-10 in its Python version. Errors: ValueError when it is none."""
     try:
-        batch = _Machine(CIFAR10_GLOBALS).run(io.BytesIO(data))
-        values = {key.decode() if type(key) is bytes else key: value for key, value in _typed(batch, dict).items()}
-        return _bytes(_typed(values["data"], _Array).state[-1]), _typed(values["labels"], list)
+        batch = Machine(CIFAR10_GLOBALS).run(io.BytesIO(data))
+        values = {key.decode() if type(key) is bytes else key: value for key, value in typed(batch, dict).items()}
+        return _bytes(typed(values["data"], _Array).state[-1]), typed(values["labels"], list)
     except Refused as refusal:
         raise ValueError(f"a batch {refusal}, which CIFAR-10 has no use for") from None
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
@@ -82,11 +82,11 @@ def read_cifar10(data: bytes) -> tuple[bytes, list[Any]]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Global:
+class Global:
     """An admitted name; `build(machine, args)` is what a call of it means."""
 
     name: str
-    build: Callable[["_Machine", tuple], Any]
+    build: Callable[["Machine", tuple], Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +96,7 @@ class _Dtype:
 
 
 @dataclass(slots=True, eq=False)
-class _Storage:
+class Storage:
     """One flat tensor, `[elements]`."""
 
     values: torch.Tensor
@@ -111,92 +111,92 @@ class _Array:
 
 def _bytes(text: Any) -> bytes:
     """The bytes of Python 2's strings, which are read as Latin-1."""
-    return text.encode("latin1") if type(text) is str else _typed(text, bytes)
+    return text.encode("latin1") if type(text) is str else typed(text, bytes)
 
 
-def _persistent_object(_: "_Machine", args: tuple) -> Record:
+def _persistent_object(_: "Machine", args: tuple) -> Record:
     (meta,) = args
     if meta["type"] != "class" or meta["version"] != 6:
         raise Refused("holds a persistent object of another version")
-    return Record(_typed(meta["class_name"], str), _typed(meta["state"], dict))
+    return Record(typed(meta["class_name"], str), typed(meta["state"], dict))
 
 
-def _dtype(_: "_Machine", args: tuple) -> _Dtype:
-    code = _typed(args[0], str)
+def _dtype(_: "Machine", args: tuple) -> _Dtype:
+    code = typed(args[0], str)
     if code not in NUMBER_CODES:
         raise Refused("holds a numpy type that is not a plain number")
     return _Dtype(code)
 
 
-def _scalar(_: "_Machine", args: tuple) -> int | float | bool:
-    dtype, data = _typed(args[0], _Dtype), _typed(args[1], bytes)
+def _scalar(_: "Machine", args: tuple) -> int | float | bool:
+    dtype, data = typed(args[0], _Dtype), typed(args[1], bytes)
     (value,) = np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order))
     return value.item()
 
 
-def _tensor(_: "_Machine", args: tuple) -> torch.Tensor:
-    flat = _typed(args[0], _Storage).values
-    offset = _typed(args[1], int)
-    size, stride = (tuple(_typed(n, int) for n in _typed(ns, tuple)[:MAX_DIMENSIONS]) for ns in args[2:4])
+def _tensor(_: "Machine", args: tuple) -> torch.Tensor:
+    flat = typed(args[0], Storage).values
+    offset = typed(args[1], int)
+    size, stride = (tuple(typed(n, int) for n in typed(ns, tuple)[:MAX_DIMENSIONS]) for ns in args[2:4])
     if min(offset, *size, *stride, 0) < 0 or len(size) != len(stride) or math.prod(size) > flat.numel():
         raise ValueError("a tensor is larger than its storage")  # stride 0 would make few bytes look like many
     return flat.as_strided(size, stride, offset)  # checks that the last element lies inside
 
 
-def _plain_dict(_: "_Machine", args: tuple) -> dict:
+def _plain_dict(_: "Machine", args: tuple) -> dict:
     if args:
         raise Refused("builds a dict in a way that snapshots do not")
     return {}
 
 
-def _typed(value: Any, kind: type) -> Any:
+def typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}")
     return value
 
 
-def _storage(machine: "_Machine", args: tuple) -> _Storage:
+def _storage(machine: "Machine", args: tuple) -> Storage:
     """A storage in torch's legacy format: five small pickles, then the element count and the elements.
 
     Read here rather than by torch.load, whose weights_only mode could be made to run code before torch 2.6.
     """
-    data = _typed(args[0], bytes)
+    data = typed(args[0], bytes)
     if id(data) not in machine.storages:  # once for each, so that repeats take no memory
         file = io.BytesIO(data)
-        read = _Machine({f"torch {name}": _Global(name, _no_call) for name in STORAGE_DTYPES}, machine.budget).run
+        read = Machine({f"torch {name}": Global(name, _no_call) for name in STORAGE_DTYPES}, machine.budget).run
         if read(file) != STORAGE_MAGIC or read(file) != STORAGE_PROTOCOL:
             raise ValueError("not a storage")
         read(file)  # facts about the machine that wrote it; the elements are little-endian on all
         # The device that wrote it doesn't matter: what was on a GPU is read onto the CPU.
-        kind, storage_type, key, _device, count, view = _typed(read(file), _PersistentId).value
-        if kind != "storage" or view is not None or read(file) != [_typed(key, str)]:
+        kind, storage_type, key, _device, count, view = typed(read(file), _PersistentId).value
+        if kind != "storage" or view is not None or read(file) != [typed(key, str)]:
             raise ValueError("not a plain storage")
-        dtype = STORAGE_DTYPES[_typed(storage_type, _Global).name]
+        dtype = STORAGE_DTYPES[typed(storage_type, Global).name]
         elements = file.read()
         claimed = int.from_bytes(elements[:8], "little", signed=True)
-        if claimed != _typed(count, int) or len(elements) - 8 != count * dtype.itemsize:
+        if claimed != typed(count, int) or len(elements) - 8 != count * dtype.itemsize:
             raise ValueError("a storage has another size than it claims")
         flat = torch.frombuffer(bytearray(elements[8:]), dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        machine.storages[id(data)] = (data, _Storage(flat))  # `data` stays, so that its id does
+        machine.storages[id(data)] = (data, Storage(flat))  # `data` stays, so that its id does
     return machine.storages[id(data)][1]
 
 
-def _no_call(_: "_Machine", __: tuple) -> Any:
+def _no_call(_: "Machine", __: tuple) -> Any:
     raise Refused("calls a type")
 
 
-def _module_dict(_: "_Machine", args: tuple) -> Record:
+def _module_dict(_: "Machine", args: tuple) -> Record:
     if args:
         raise Refused("builds a ModuleDict in a way that snapshots do not")
     return Record("ModuleDict")
 
 
 GLOBALS = {
-    key: _Global(key, build)
+    key: Global(key, build)
     for key, build in {
         "torch_utils.persistence _reconstruct_persistent_obj": _persistent_object,
         "torch.nn.modules.container ModuleDict": _module_dict,
-        "torch._utils _rebuild_parameter": lambda _, args: _typed(args[0], torch.Tensor),
+        "torch._utils _rebuild_parameter": lambda _, args: typed(args[0], torch.Tensor),
         "torch._utils _rebuild_tensor_v2": _tensor,
         "torch.storage _load_from_bytes": _storage,
         "collections OrderedDict": _plain_dict,
@@ -207,7 +207,7 @@ GLOBALS = {
     }.items()
 }
 CIFAR10_GLOBALS = {
-    key: _Global(key, build)
+    key: Global(key, build)
     for key, build in {
         "numpy ndarray": _no_call,
         "numpy dtype": _dtype,
@@ -244,13 +244,21 @@ EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE"
 IGNORED = {"PROTO", "FRAME", "STOP"}
 
 
-class _Machine:
-    """One stack, one memo; `budget` is a shared count of the operations left."""
+class Machine:
+    """One stack, one memo; the `budget` of operations is shared by the pickles within a pickle.
 
-    def __init__(self, admitted: dict[str, _Global], budget: list[int] | None = None):
-        self._admitted = admitted
-        self.budget = budget if budget is not None else [MAX_OPERATIONS]
-        self.storages: dict[int, tuple[bytes, _Storage]] = {}
+    storage_of: gives the storage that a persistent id stands for; without it, ids stay what they are.
+    """
+
+    def __init__(
+        self,
+        admitted: Mapping[str, Global],
+        budget: Budget | None = None,
+        storage_of: Callable[[tuple], "Storage"] | None = None,
+    ):
+        self._admitted, self._storage_of = admitted, storage_of
+        self.budget = budget or Budget(MAX_OPERATIONS, math.inf)  # of time: storages may be large
+        self.storages: dict[int, tuple[bytes, Storage]] = {}
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -259,9 +267,7 @@ class _Machine:
         """The value of the pickle at the file's position, which moves behind it."""
         self._stack, self._marks, self._memo = [], [], {}
         for opcode, argument, _ in pickletools.genops(file):
-            self.budget[0] -= 1
-            if self.budget[0] < 0:
-                raise Refused("has more parts than any snapshot")
+            self.budget.spend()
             self._step(opcode.name, argument)
         (value,) = self._stack
         return value
@@ -303,7 +309,8 @@ class _Machine:
         return values
 
     def _top(self, kind: type) -> Any:
-        return _typed(self._stack[-1], kind)
+        top = self._stack[-1]
+        return top if kind is dict and type(top) is OrderedDict else typed(top, kind)
 
     def _op_pop(self, _: None) -> None:
         self._pop(1)
@@ -349,11 +356,11 @@ class _Machine:
 
     def _op_stack_global(self, _: None) -> None:
         module, name = self._pop(2)
-        self._op_global(f"{_typed(module, str)} {_typed(name, str)}")
+        self._op_global(f"{typed(module, str)} {typed(name, str)}")
 
     def _op_reduce(self, _: None) -> None:
         function, args = self._pop(2)
-        self._stack.append(_typed(function, _Global).build(self, _typed(args, tuple)))
+        self._stack.append(typed(function, Global).build(self, typed(args, tuple)))
 
     _op_newobj = _op_reduce
 
@@ -361,19 +368,24 @@ class _Machine:
         (state,) = self._pop(1)
         target = self._stack[-1]
         if type(target) is Record:
-            target.state = _typed(state, dict)
+            target.state = typed(state, dict)
         elif type(target) is _Dtype:
-            target.order = _typed(_typed(state, tuple)[1], str)
+            target.order = typed(typed(state, tuple)[1], str)
         elif type(target) is _Array:
-            target.state = _typed(state, tuple)
+            target.state = typed(state, tuple)
+        elif type(target) is OrderedDict:  # a module's state, which notes the versions of its parts
+            target._metadata = typed(typed(state, dict).get("_metadata"), OrderedDict)
         elif type(target) is not dict:  # a dict's own attributes mean nothing here
             raise Refused("sets the state of something other than a module")
 
     def _op_binpersid(self, _: None) -> None:
-        self._stack.append(_PersistentId(_typed(*self._pop(1), tuple)))
+        identity = typed(*self._pop(1), tuple)
+        self._stack.append(self._storage_of(identity) if self._storage_of else _PersistentId(identity))
 
 
 def _key(value: Any) -> str | bytes | int:
     if type(value) not in (str, bytes, int):  # nested tuples, for one, can exhaust the interpreter's stack when hashed
         raise TypeError("a key is neither text nor a number")
+    if type(value) is int and abs(value) > MAX_KEY:
+        raise ValueError("a key is too large a number")
     return value
