@@ -147,7 +147,7 @@ def load_detector(
     if hash_file(path) not in known:
         if not chosen_by_user:
             raise dnnlib.UserError(f"{path} is a program (TorchScript): if you trust it, give it by --detector")
-        warning = f"Warning: --detector={path} is a program (TorchScript); it can do whatever you can: run only what you trust"
+        warning = f"Warning: --detector={path} is a program (TorchScript) and runs as you: use only what you trust"
         if distributed.rank() == 0:
             print(printable(warning), file=sys.stderr, flush=True)
     return TorchScriptDetector(path, torch.device(device))

@@ -94,11 +94,13 @@ def is_plain(value: Any) -> bool:
         value = pending.pop()
         if type(value) in (list, tuple, dict):
             pending += value.values() if type(value) is dict else value
-        elif type(value) is int and abs(value) > MAX_PLAIN_NUMBER:
-            return False
-        elif value is not None and type(value) not in (bool, int, float, str):
+        elif not (value is None or type(value) in (bool, float, str) or _is_short_int(value)):
             return False
     return True
+
+
+def _is_short_int(value: Any) -> bool:
+    return type(value) is int and abs(value) <= MAX_PLAIN_NUMBER
 
 
 def write(file: BinaryIO, **contents: Any) -> None:
