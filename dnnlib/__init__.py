@@ -18,6 +18,7 @@ from .util import (
     remove_unfinished,
     user_path,
     without_password,
+    without_passwords,
     write_atomically,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "remove_unfinished",
     "user_path",
     "without_password",
+    "without_passwords",
     "write_atomically",
 ]

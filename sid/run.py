@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dnnlib import UserError, without_password
+from dnnlib import UserError, without_passwords
 from edm import run_folder, zoo
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
@@ -40,7 +40,7 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         if options["transfer"] and zoo.is_here(options["transfer"]):
             load_start(options["transfer"], teacher)
         summary["memory_GB"] = memory_estimate(teacher, config, device)
-    summary = json.loads(without_password(json.dumps(summary)))
+    summary = without_passwords(json.loads(json.dumps(summary)))
     distributed.print0(json.dumps(summary, indent=2))
     if options["dry_run"]:
         return

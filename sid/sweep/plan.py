@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from dnnlib import UserError, user_path, without_password
+from dnnlib import UserError, user_path, without_passwords
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -192,7 +192,7 @@ def recorded_options(arguments: tuple[str, ...]) -> dict[str, Any]:
     program = _program()
     options = program["main"].make_context(PROGRAM.name, list(arguments)).params
     config = program["build_config"](options)
-    return json.loads(without_password(json.dumps({**vars(config), **options})))
+    return without_passwords(json.loads(json.dumps({**vars(config), **options})))
 
 
 @functools.cache
