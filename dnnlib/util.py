@@ -72,7 +72,8 @@ _QUERY = re.compile(rf"({_SCHEME}[^\s?#]{{0,1000}}[?#])(\S+)", re.IGNORECASE)
 def without_password(text: str) -> str:
     """`text` with the user, password and query of every address in it replaced by asterisks.
 
-    A query may hold a token under any name, so all its values but true and false are; so is what only looks like `user:password@host`.
+    A query may hold a token under any name, so all its values but true and false are replaced. So is what only looks
+    like `user:password@host`.
     """
     for pattern in _USERS if re.search(_AT, text) else []:
         text = pattern.sub(r"\1***@", text)
