@@ -1,174 +1,27 @@
 """Turns images from many sources into the data sets that training reads: `python -m edm.dataset_tool --help`."""
 
 import contextlib
-import gzip
 import io
 import json
-import math
 import os
 import re
 import shutil
-import struct
-import tarfile
 import tempfile
-import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from dnnlib import Command, UserError, WholeRange
+from dnnlib.util import printable
 
-MAX_ARRAY_BYTES = 1 << 28  # of an idx file or a CIFAR-10 batch; the real ones have 47 and 31 MB
-MAX_TAR_BYTES = 1 << 29  # unpacked; CIFAR-10 takes some 190 MB
+from .dataset_sources import open_source
+
 MAX_RESOLUTION = 8192
-IDX_UINT8 = b"\x00\x00\x08"  # an idx file starts with this and its number of dimensions
-GZIP_MAGIC = b"\x1f\x8b"
-
-
-@dataclass
-class Source:
-    """Images by index, as PIL images of mode 'L' or 'RGB', and their classes if they have any."""
-
-    image: Callable[[int], Image.Image]
-    count: int
-    labels: list[int] | None = None
-
-
-def open_source(path: str | os.PathLike, labels_from_folders: bool = False) -> Source:
-    """Opens a folder or zip of images, a CIFAR-10 tar, an MNIST idx file or an LMDB, told apart by their contents.
-
-    labels_from_folders: the class of an image is the place of its folder's name among the sorted names.
-    Errors: UserError naming --source; nothing in a source is trusted or executed.
-    """
-    path = Path(path)
-    is_tree = not (path / "data.mdb").is_file() and (not path.is_file() or zipfile.is_zipfile(path))
-    if labels_from_folders and not is_tree:
-        raise UserError(f"--labels-from-folders works on folders and zips of images only, not on --source={path}")
-    if is_tree:
-        return _open_tree(path, labels_from_folders)
-    if path.is_dir():
-        return _open_lmdb(path)
-    try:
-        with _open_maybe_gzip(path) as file:
-            is_idx = file.read(3) == IDX_UINT8
-        return _open_mnist(path) if is_idx else _open_cifar10(path)
-    except UserError:
-        raise
-    except Exception as error:  # broken archives raise whatever gzip, tarfile and pickle run into
-        raise UserError(
-            f"--source={path} is neither a folder, zip, CIFAR-10 tar.gz, MNIST idx.gz nor LMDB, or it is broken:"
-            f" {' '.join(str(error).split())}"
-        ) from None
-
-
-def _open_tree(path: Path, labels_from_folders: bool) -> Source:
-    from training.dataset import FileTree, image_names, read_labels  # takes torch with it, which --help can do without
-
-    tree = FileTree(path, "--source")
-    names = image_names(tree)
-    if labels_from_folders:
-        folders = [str(PurePosixPath(name).parent) for name in names]
-        classes = {folder: i for i, folder in enumerate(sorted(set(folders)))}
-        labels = [classes[folder] for folder in folders]
-    else:
-        labels = read_labels(tree, names)
-    return Source(lambda i: tree.read_image(names[i]), len(names), labels)
-
-
-def _open_mnist(path: Path) -> Source:
-    images = _read_idx(path, dimensions=3)
-    labels_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    labels = None
-    if labels_path != path and labels_path.exists():
-        labels = _read_idx(labels_path, dimensions=1).tolist()
-        if len(labels) != len(images):
-            raise UserError(f"--source={path} has {len(images)} images, but {labels_path.name} {len(labels)} labels")
-    return Source(lambda i: Image.fromarray(images[i]), len(images), labels)
-
-
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    with _open_maybe_gzip(path) as file:
-        if file.read(4) != IDX_UINT8 + bytes([dimensions]):
-            raise ValueError(f"{path.name} is not an idx file of bytes in {dimensions} dimensions")
-        shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-        if not 0 < math.prod(shape) <= MAX_ARRAY_BYTES:
-            raise ValueError(f"{path.name} claims the shape {shape}")
-        data = file.read(math.prod(shape) + 1)
-    if len(data) != math.prod(shape):
-        raise ValueError(f"{path.name} doesn't hold the {shape} bytes that its header claims")
-    return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def _open_maybe_gzip(path: Path) -> BinaryIO:
-    with open(path, "rb") as file:
-        is_gzip = file.read(2) == GZIP_MAGIC
-    return gzip.open(path) if is_gzip else open(path, "rb")
-
-
-class _Limited:
-    """The beginning of a file, read by `read`; beyond `limit` bytes it is refused: the rest may have no end."""
-
-    def __init__(self, file: BinaryIO, limit: int):
-        self._file, self._left = file, limit
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(min(size, self._left + 1))
-        self._left -= len(data)
-        if self._left < 0:
-            raise ValueError("it holds more than CIFAR-10")
-        return data
-
-
-def _open_cifar10(path: Path) -> Source:
-    from torch_utils.untrusted.inert_pickle import read_cifar10  # takes torch with it
-
-    batches = {}
-    with _open_maybe_gzip(path) as file, tarfile.open(fileobj=_Limited(file, MAX_TAR_BYTES), mode="r|") as tar:
-        for member in tar:
-            if re.fullmatch(r"(.*/)?data_batch_\d", member.name):
-                if not member.isfile() or member.issparse() or member.size > MAX_ARRAY_BYTES:
-                    raise ValueError(f"{member.name} is not a file or too large")
-                pixels, labels = read_cifar10(tar.extractfile(member).read())
-                batches[member.name] = np.frombuffer(pixels, np.uint8).reshape(len(labels), 3, 32, 32), labels
-    if not batches:
-        raise ValueError("no data_batch_1 to 5 in the tar file")
-    images, labels = zip(*(batches[name] for name in sorted(batches)))
-    labels = [label for batch in labels for label in batch]
-    if not labels or any(type(label) is not int or not 0 <= label < 10 for label in labels):
-        raise ValueError("its labels are not numbers from 0 to 9")
-    pixels = np.concatenate(images).transpose(0, 2, 3, 1)  # [N, H, W, C]
-    return Source(lambda i: Image.fromarray(np.ascontiguousarray(pixels[i])), len(labels), labels)
-
-
-def _open_lmdb(path: Path) -> Source:
-    from training.dataset import MAX_FILE_BYTES, decode_image
-
-    try:
-        import lmdb
-    except ImportError:
-        raise UserError(f"--source={path} is an LMDB; to read it, pip install lmdb") from None
-    try:
-        database = lmdb.open(str(path), readonly=True, lock=False, create=False)
-        with database.begin() as transaction:
-            keys = list(transaction.cursor().iternext(values=False))
-    except lmdb.Error as error:
-        raise UserError(f"--source={path} is not a readable LMDB: {error}") from None
-
-    def image(i: int) -> Image.Image:
-        with database.begin(buffers=True) as transaction:
-            value = transaction.get(keys[i])
-            data = bytes(value) if len(value) <= MAX_FILE_BYTES else b""
-        return decode_image(data, f"--source={path}: entry {keys[i].decode(errors='replace')}")
-
-    if not keys:
-        raise UserError(f"--source={path} is empty")
-    return Source(image, len(keys))
 
 
 def fit(image: Image.Image, resolution: tuple[int, int] | None, transform: str = "none") -> Image.Image:
@@ -201,9 +54,10 @@ def convert(
     transform: str = "none",
     labels_from_folders: bool = False,
 ) -> str:
-    """Writes the first `max_images` of `source` to the folder or zip `dest` and returns a line saying what was written.
+    """Writes the first `max_images` of `source` to the folder or zip `dest` and returns a text saying what was written.
 
-    Equal input gives equal bytes. Images stay gray if all of the source are.
+    Equal input gives equal bytes. Images stay gray if all of the source are. The text has what was left out, then a
+    table of the classes, then one line about the data set.
     Errors: UserError; then `dest` stays absent.
     """
     from training.dataset import LABELS_FILE
@@ -227,10 +81,36 @@ def convert(
             file = io.BytesIO()
             image.save(file, "png", compress_level=0)
             write(name, file.getvalue())
-        labels = images.labels and [[name, label] for name, label in zip(names, images.labels)]
-        write(LABELS_FILE, json.dumps({"labels": labels}).encode())
-    classes = f"{max(images.labels) + 1} classes" if images.labels else "no labels"
-    return f"{dest}: {count} images, {size[0]}x{size[1]}, {'gray' if mode == 'L' else 'colour'}, {classes}"
+        labels = images.labels and images.labels[:count]
+        listed = labels and [[name, label] for name, label in zip(names, labels)]
+        write(LABELS_FILE, json.dumps({"labels": listed}).encode())
+    classes = _counted(len(set(labels)), "class", "classes") if labels else "no labels"
+    colours = "gray" if mode == "L" else "colour"
+    notes = [*images.notes, *_class_table(labels or [], images.folders)]
+    summary = f"{dest}: {_counted(count, 'image', 'images')}, {size[0]}x{size[1]}, {colours}, {classes}"
+    return "\n".join(map(printable, [*notes, summary]))
+
+
+def _counted(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
+
+
+def _class_table(labels: list[int], folders: dict[int, str]) -> list[str]:
+    """One row per class: its number, how many images it has, its folder if classes were folders.
+
+    Classes up to the largest that have no images share a row; none of them is drawn when the network is sampled.
+    """
+    if not labels:
+        return []
+    counts, rows, expected = Counter(labels), [("class", "images", "folder" if folders else "")], 0
+    for label in sorted(counts):
+        if label > expected:
+            gap = f"{expected}-{label - 1}" if label - 1 > expected else f"{expected}"
+            rows.append((gap, "0", "(such a class is never drawn)"))
+        rows.append((f"{label}", f"{counts[label]}", folders.get(label, "")))
+        expected = label + 1
+    width = max(len(row[0]) for row in rows)
+    return [f"{number:>{width}}  {images:>7}  {name}".rstrip() for number, images, name in rows]
 
 
 @contextlib.contextmanager
@@ -289,7 +169,11 @@ def _parse_resolution(_context: Any, _parameter: Any, value: str | None) -> tupl
     show_default=True,
     help="With --resolution: stretch, cut to its shape, or cut and add black bars above and below to make a square.",
 )
-@click.option("--labels-from-folders", is_flag=True, help="Folders are classes, in the order of their names.")
+@click.option(
+    "--labels-from-folders",
+    is_flag=True,
+    help="Folders are classes: a folder's number is its class if all have numbers, else the order of names decides.",
+)
 def main(
     source: str,
     dest: str,
@@ -301,6 +185,8 @@ def main(
     """Turns images into a data set for training: square PNGs of one size and their labels in dataset.json.
 
     MNIST takes its labels from the labels file beside the images; folders and zips from dataset.json, if there is one.
+    Photos are turned upright by their EXIF orientation; transparent images are laid on white. The output ends with what
+    was left out, a table of the classes and their numbers of images, and a line about the whole.
     """
     if transform != "none" and resolution is None:
         raise UserError(f"--transform={transform} needs --resolution=WxH")

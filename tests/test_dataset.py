@@ -12,7 +12,7 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 from dnnlib import UserError
-from training import dataset
+from training import dataset, file_tree
 from training.dataset import ImageFolderDataset
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
@@ -176,7 +176,7 @@ def test_size_limits(tmp_path, monkeypatch):
     path = folder(tmp_path, files())
     monkeypatch.setattr(dataset, "MAX_PIXELS", 63)
     assert "8x8 pixels" in message(path)
-    monkeypatch.setattr(dataset, "MAX_FILE_BYTES", 20)
+    monkeypatch.setattr(file_tree, "MAX_FILE_BYTES", 20)
     assert "larger" in message(path)
 
 

@@ -26,7 +26,7 @@ CLASSES = [3, 1, 4, 1, 9]
 
 
 def run(*options, **named):
-    """The tool's one line of output."""
+    """What the tool prints."""
     arguments = [*options, *(f"--{name.replace('_', '-')}={value}" for name, value in named.items())]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
@@ -86,7 +86,17 @@ def tree(folder, images, names):
 @pytest.mark.parametrize("dest", ["out.zip", "deep/out"])
 def test_mnist_with_labels(tmp_path, dest):
     line = run(source=mnist(tmp_path), dest=tmp_path / dest)
-    assert line == f"{tmp_path / dest}: 5 images, 28x28, gray, 10 classes\n"
+    assert line.splitlines() == [
+        "class   images",
+        "    0        0  (such a class is never drawn)",
+        "    1        2",
+        "    2        0  (such a class is never drawn)",
+        "    3        1",
+        "    4        1",
+        "  5-8        0  (such a class is never drawn)",
+        "    9        1",
+        f"{tmp_path / dest}: 5 images, 28x28, gray, 4 classes",
+    ]
     images, labels = zip(*ImageFolderDataset(tmp_path / dest, use_labels=True))
     assert np.array_equal(images, GRAY[:, None])
     assert np.array_equal(labels, np.eye(10)[CLASSES])
@@ -96,6 +106,15 @@ def test_mnist_without_labels_and_max_images(tmp_path):
     assert "no labels" in run(source=mnist(tmp_path, labels=None), dest=tmp_path / "out.zip", max_images=3)
     data = ImageFolderDataset(tmp_path / "out.zip")
     assert np.array_equal([image for image, _ in data], GRAY[:3, None])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist_by_its_other_spelling(tmp_path, packed):
+    (tmp_path / "t-images.idx3-ubyte").write_bytes(idx(GRAY))
+    labels = idx(np.array(CLASSES, np.uint8))
+    name = "t-labels.idx1-ubyte"
+    (tmp_path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(labels) if packed else labels)
+    assert "4 classes" in run(source=tmp_path / "t-images.idx3-ubyte", dest=tmp_path / "out.zip")
 
 
 def test_layout_of_the_output(tmp_path):
@@ -141,6 +160,38 @@ def test_cifar10(tmp_path):
     assert np.array_equal(np.argmax(labels, 1), CLASSES)
 
 
+def test_cifar10_in_fortran_order(tmp_path):
+    pixels = batch(COLOUR, CLASSES)
+    pixels[b"data"] = np.asfortranarray(pixels[b"data"])
+    assert not pixels[b"data"].flags.c_contiguous
+    run(source=cifar10(tmp_path / "f.tar.gz", [pixels]), dest=tmp_path / "out.zip")
+    assert np.array_equal([image for image, _ in ImageFolderDataset(tmp_path / "out.zip")], COLOUR)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u2", ">u2", "f4", "i8", "?", [("x", "u1")]])
+def test_cifar10_of_other_types(tmp_path, dtype):
+    pixels = batch(COLOUR, CLASSES)
+    pixels[b"data"] = np.zeros((5, 3072), dtype)
+    assert "--source" in error(source=cifar10(tmp_path / "x.tar.gz", [pixels]), dest=tmp_path / "out.zip")
+
+
+def test_cifar10_of_other_shapes(tmp_path):
+    for shape in ((5, 32, 32, 3), (3072, 5), (15360,), (10, 1536)):
+        pixels = batch(COLOUR, CLASSES)
+        pixels[b"data"] = COLOUR.reshape(shape)
+        assert "--source" in error(source=cifar10(tmp_path / "x.tar.gz", [pixels]), dest=tmp_path / "out.zip")
+
+
+def test_cifar10_says_what_it_leaves_out(tmp_path):
+    part = batch(COLOUR, CLASSES)
+    archive = cifar10(tmp_path / "x.tar.gz", [part, part], ("data_batch_1", "test_batch"))
+    assert "left out (not data_batch_1 to 5): cifar-10-batches-py/test_batch\n" in run(
+        source=archive, dest=tmp_path / "out.zip"
+    )
+    archive = cifar10(tmp_path / "y.tar.gz", [part, part], ("data_batch_1", "copy/data_batch_1"))
+    assert "two files with the name data_batch_1" in error(source=archive, dest=tmp_path / "b.zip")
+
+
 class Hostile:
     def __reduce__(self):
         return print, ("executed",)
@@ -184,6 +235,38 @@ def test_labels_from_folders(tmp_path):
     _, labels = zip(*ImageFolderDataset(tmp_path / "out.zip", use_labels=True))
     assert np.argmax(labels, 1).tolist() == [0, 1, 1, 2, 2]
     assert "folders" in error("--labels-from-folders", source=mnist(tmp_path), dest=tmp_path / "b.zip")
+
+
+def test_what_was_left_out(tmp_path):
+    folder = tree(tmp_path / "in", GRAY[:2], ["cat/0.png", "ant/1.png"])
+    for name in ("notes.txt", "cat/inner.zip", ".hidden.png"):
+        (folder / name).write_bytes(b"x")
+    (folder / "bee").mkdir()
+    expected = [
+        "left out (not images by their suffixes): cat/inner.zip, notes.txt",
+        "left out (hidden): .hidden.png",
+        "left out (empty folders): bee/",
+    ]
+    lines = run("--labels-from-folders", source=folder, dest=tmp_path / "1.zip").splitlines()
+    assert lines[:6] == [*expected, "class   images  folder", "    0        1  ant", "    1        1  cat"]
+    lines = run(source=folder, dest=tmp_path / "2.zip").splitlines()
+    assert lines[:3] == expected
+    assert "--labels-from-folders" in lines[3]
+    assert lines[4].endswith("2 images, 28x28, gray, no labels")
+
+
+def test_only_classes_that_were_taken_are_counted(tmp_path):
+    folder = tree(tmp_path / "in", GRAY[:3], ["2/0.png", "2/1.png", "4/2.png"])
+    text = run("--labels-from-folders", source=folder, dest=tmp_path / "out.zip", max_images=2)
+    assert text.splitlines()[1:-1] == ["  0-1        0  (such a class is never drawn)", "    2        2  2"]
+    assert ImageFolderDataset(tmp_path / "out.zip", use_labels=True).classes == [2]
+
+
+def test_folder_names_that_no_terminal_shows(tmp_path):
+    folder = tree(tmp_path / "in", GRAY[:2], ["a\x1b[2J/0.png", "b/1.png"])
+    text = run("--labels-from-folders", source=folder, dest=tmp_path / "out.zip")
+    assert "\x1b" not in text
+    assert r"a\x1b[2J" in text
 
 
 def test_gray_images_join_colour_ones(tmp_path):

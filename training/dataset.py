@@ -1,107 +1,34 @@
 """Images and class labels from a folder or zip. Neither is trusted: sizes, names and values are checked."""
 
 import io
-import json
 import os
-import stat
 import warnings
-import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dnnlib import UserError
+from .file_tree import DatasetError, FileTree
+from .labels import LABELS_FILE, read_labels
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")  # PIL knows formats that start other programs
-LABELS_FILE = "dataset.json"
-MAX_FILE_BYTES = 1 << 28  # of an image file
-MAX_LABELS_BYTES = 1 << 26  # of dataset.json; ImageNet's is 45 MB
-MAX_LABEL_BYTES = 1 << 10  # of dataset.json for each image; parsed, a byte can take more than twenty
+IMAGE_SUFFIXES = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif"),
+    *(".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
+}
+# Formats of photographs that are not read. Leaving these out would leave out a part of the data.
+OTHER_IMAGE_SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".exr", ".psd", ".dng"}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF")  # PIL knows some that start other programs
+BACKGROUND = (255, 255, 255)  # white, on which transparent images are laid
 MAX_PIXELS = 1 << 26
-MAX_CLASSES = 1 << 16
 MAX_CACHE_BYTES = 2 << 30  # per process; every process of a multi-GPU run keeps its own cache
 
 
-class DatasetError(UserError):
-    """A UserError that stays one line when it comes out of a data-loader worker.
-
-    There torch rebuilds the exception from its printed traceback; the message is what follows the class name.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.rpartition("DatasetError: ")[2].split()))
-
-
-class FileTree:
-    """The files of a folder or zip, read by relative name with forward slashes, also in data-loader workers.
-
-    option: the command-line option that errors name.
-    Errors: DatasetError, here and in `read`, when the path or a file isn't there, is broken or too large.
-    """
-
-    def __init__(self, path: str | os.PathLike, option: str = "--data"):
-        self.path, self.what = Path(path), f"{option}={path}"
-        self._zip, self._zip_pid = None, None
-        if self.path.is_dir():
-            self.is_zip = False
-        elif self.path.is_file() and zipfile.is_zipfile(self.path):
-            self.is_zip = True
-        else:
-            found = "is neither a folder nor a zip file" if self.path.exists() else "doesn't exist"
-            raise DatasetError(f"{self.what} {found}; give a folder or zip of images")
-
-    def names(self) -> list[str]:
-        """All file names, sorted. Hidden files are left out, and links to folders aren't followed."""
-        if self.is_zip:
-            names = [info.filename for info in self._open_zip().infolist()]
-            names = [name for name in names if name and not name.endswith("/")]
-        else:
-            names = []
-            for folder, _, files in os.walk(self.path):
-                parent = Path(folder).relative_to(self.path)
-                names += [(parent / file).as_posix() for file in files]
-        return sorted(name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
-
-    def has(self, name: str) -> bool:
-        return name in self._open_zip().NameToInfo if self.is_zip else (self.path / name).is_file()
-
-    def read(self, name: str, max_bytes: int | None = None) -> bytes:
-        """The contents of one of `names()`, at most `max_bytes`, by default MAX_FILE_BYTES."""
-        max_bytes = MAX_FILE_BYTES if max_bytes is None else max_bytes
-        try:
-            if not self.is_zip and not stat.S_ISREG(os.stat(self.path / name).st_mode):
-                raise ValueError("it is not a plain file")  # to open a pipe would wait for ever
-            with self._open_zip().open(name) if self.is_zip else open(self.path / name, "rb") as file:
-                size = self._open_zip().getinfo(name).file_size if self.is_zip else os.fstat(file.fileno()).st_size
-                if size > max_bytes:
-                    raise ValueError(f"it is larger than {max_bytes / 2**20:.4g} MiB")
-                return file.read(size)
-        except Exception as error:  # zipfile passes on what its decompressors raise
-            raise DatasetError(f"{self.what}: can't read {name}: {str(error) or type(error).__name__}") from None
-
-    def read_image(self, name: str) -> Image.Image:
-        """The image file `name`, as `decode_image` gives it."""
-        return decode_image(self.read(name), f"{self.what}: {name}")
-
-    def _open_zip(self) -> zipfile.ZipFile:
-        if self._zip_pid != os.getpid():  # a forked worker would share the parent's file position
-            try:
-                self._zip, self._zip_pid = zipfile.ZipFile(self.path), os.getpid()
-            except Exception as error:  # zipfile passes on what parsing a broken directory raises
-                raise DatasetError(f"{self.what} is not a readable zip: {str(error) or type(error).__name__}") from None
-        return self._zip
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_zip": None, "_zip_pid": None}
-
-
 def decode_image(data: bytes, what: str) -> Image.Image:
-    """Decodes an image file to mode 'L' if it is gray and else to 'RGB'; transparency is dropped.
+    """Decodes an image file to mode 'L' if it is gray and else to 'RGB', as a viewer shows it on a white page.
 
-    what: names the file in the DatasetError of a broken, huge or 16-bit image.
+    It is turned upright as its EXIF orientation says, and transparent pixels let the white show through.
+    what: names the file in the DatasetError of a broken, huge, 16-bit or animated image.
     """
     try:
         with warnings.catch_warnings():
@@ -111,48 +38,51 @@ def decode_image(data: bytes, what: str) -> Image.Image:
                     raise ValueError(f"{image.width}x{image.height} pixels are too many")
                 if image.mode.startswith(("I", "F")):
                     raise ValueError("more than 8 bits per channel; convert it to 8")
-                return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+                if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo and its preview
+                    raise ValueError("it holds several pictures; save the one that is meant as a PNG")
+                image.load()
+                gray = image.mode in ("1", "L", "LA", "La")
+                return _without_alpha(_upright(image)).convert("L" if gray else "RGB")
     except Exception as error:  # what PIL's decoders raise on broken files has no common type
         raise DatasetError(f"{what} is not a usable image: {str(error) or type(error).__name__}") from None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF: viewers show such an image as it is stored
+        return image
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return image
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    page = Image.new("RGBA", image.size, BACKGROUND)
+    return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
+
+
 def image_names(tree: FileTree) -> list[str]:
-    """The names of a tree's images, sorted. Errors: DatasetError when there is none."""
-    names = [name for name in tree.names() if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    """The names of a tree's images, sorted.
+
+    Errors: DatasetError when there is none, or when there are images in a format that isn't read.
+    """
+    names = []
+    for name in tree.names():
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix in OTHER_IMAGE_SUFFIXES:
+            raise DatasetError(f"{tree.what}: {name} is an image in a format that isn't read; convert it to PNG")
+        if suffix in IMAGE_SUFFIXES:
+            names.append(name)
     if not names:
         raise DatasetError(f"{tree.what} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return names
 
 
-def read_labels(tree: FileTree, images: list[str]) -> list[int] | None:
-    """The class of each of `images` by dataset.json = {"labels": [[name, class], …] or null}; None if it has no labels.
-
-    Errors: DatasetError when the file is malformed or its names aren't exactly `images`.
-    """
-    if not tree.has(LABELS_FILE):
-        return None
-    what = f"{tree.what}: {LABELS_FILE}"
-    try:
-        content = json.loads(tree.read(LABELS_FILE, min(MAX_LABELS_BYTES, MAX_LABEL_BYTES * (len(images) + 64))))
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{what} is not valid JSON: {str(error) or type(error).__name__}") from None
-    entries = content.get("labels") if isinstance(content, dict) else "malformed"
-    if entries is None:
-        return None
-    if not isinstance(entries, list):
-        raise DatasetError(f'{what} must be {{"labels": [[file name, class number], …]}}')
-    labels = {}
-    for entry in entries:
-        match entry:
-            case [str() as name, int() as label] if type(label) is int and 0 <= label < MAX_CLASSES:
-                labels[name] = label
-            case _:
-                raise DatasetError(f"{what}: {str(entry)[:80]} is not [file name, class below {MAX_CLASSES}]")
-    for name in sorted(labels.keys() - set(images))[:1]:
-        raise DatasetError(f"{what} labels {name}, which isn't there")
-    for name in sorted(set(images) - labels.keys())[:1]:
-        raise DatasetError(f"{what} has no label for {name}")
-    return [labels[name] for name in images]
+def read_image(tree: FileTree, name: str) -> Image.Image:
+    """The image `name` of a tree, as `decode_image` gives it."""
+    return decode_image(tree.read(name), f"{tree.what}: {name}")
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
@@ -163,6 +93,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     xflip: append a mirrored copy of every image, which doubles the length.
     cache: keep the decoded images in memory if they take at most MAX_CACHE_BYTES; workers share them.
     option: the command-line option that errors name.
+    label_dim is the largest class plus one; `classes` says which of them have images.
     Errors: DatasetError (one line naming `option`), also from items, for all that can be wrong with the files.
     """
 
@@ -199,6 +130,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._cache = self._load() if cache and len(self._names) * np.prod(self._shape) <= MAX_CACHE_BYTES else None
 
     @property
+    def classes(self) -> list[int]:
+        """The classes that have images here, in ascending order; none without labels."""
+        return sorted(set(self._labels or []))
+
+    @property
     def has_labels(self) -> bool:
         return self.label_dim > 0
 
@@ -219,7 +155,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def _read(self, file: int) -> np.ndarray:
         name = self._names[file]
-        image = np.array(self._tree.read_image(name))
+        image = np.array(read_image(self._tree, name))
         image = image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)  # [C, H, W]
         channels, height, width = image.shape
         if height != width:

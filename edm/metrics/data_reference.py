@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import zipfile
-import zlib
 
 import dnnlib
 from dnnlib.download import cache_folder, hash_file
@@ -73,14 +71,8 @@ def content_hash(path: str | os.PathLike) -> str:
     if str(path).endswith(".npz"):
         return hash_file(path)
     tree = FileTree(path)
-    names = image_names(tree)
-    if tree.is_zip:
-        with zipfile.ZipFile(tree.path) as archive:
-            found = [(archive.getinfo(name).file_size, archive.getinfo(name).CRC) for name in names]
-    else:
-        contents = map(tree.read, names)
-        found = [(len(content), zlib.crc32(content)) for content in contents]
     digest = hashlib.sha256()
-    for name, (size, crc) in zip(names, found):
-        digest.update(f"{name}\0{size} {crc:08x}\n".encode())
+    for name in image_names(tree):
+        size, crc = tree.size_and_crc(name)
+        digest.update(name.encode(errors="surrogateescape") + f"\0{size} {crc:08x}\n".encode())
     return digest.hexdigest()

@@ -94,7 +94,7 @@ def load_plan(path: str) -> Plan:
 def _read(path: Path, may_include: bool = True) -> dict[str, Any]:
     """The tables of a file over those of the file that it includes, if any, whose path is relative to its own."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a sweep file") from None
     except (ValueError, RecursionError) as error:
