@@ -162,7 +162,9 @@ def _open_cifar10(path: Path) -> Source:
                 raise ValueError(f"{member.name} is not a file or too large")
             if name in batches:
                 raise ValueError(f"it holds two files with the name {name}")
-            batches[name] = read_cifar10(tar.extractfile(member).read())
+            images, labels = batches[name] = read_cifar10(tar.extractfile(member).read())
+            if len(images) != len(labels):
+                raise ValueError(f"{member.name} has {len(images)} images, but {len(labels)} labels")
     if not batches:
         raise ValueError("no data_batch_1 to 5 in the tar file")
     pixels = np.concatenate([batches[name][0] for name in sorted(batches)]).reshape(-1, 3, 32, 32)

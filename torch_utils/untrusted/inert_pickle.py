@@ -67,27 +67,20 @@ def read_file(path: str | os.PathLike) -> Any:
 
 
 def read_cifar10(data: bytes) -> tuple[np.ndarray, list[Any]]:
-    """(pixels uint8 [N, 3072], labels [N]) of a batch of CIFAR-10 in its Python version, in C or Fortran order.
-
-    Errors: ValueError when it is none.
-    """
+    """(pixels uint8 [N, 3072], labels) of a batch of CIFAR-10's Python version. Errors: ValueError when it is none."""
     try:
         batch = Machine(CIFAR10_GLOBALS).run(io.BytesIO(data))
         values = {key.decode() if type(key) is bytes else key: value for key, value in typed(batch, dict).items()}
-        pixels, labels = _cifar10_pixels(typed(values["data"], _Array)), typed(values["labels"], list)
+        return _cifar10_pixels(typed(values["data"], _Array)), typed(values["labels"], list)
     except Refused as refusal:
         raise ValueError(f"a batch {refusal}, which CIFAR-10 has no use for") from None
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
         raise ValueError(f"not a batch of CIFAR-10, or damaged: {error}") from None
-    if len(pixels) != len(labels):
-        raise ValueError(f"a batch has {len(pixels)} images, but {len(labels)} labels")
-    return pixels, labels
 
 
 def _cifar10_pixels(array: "_Array") -> np.ndarray:
     """The array that a numpy state stands for: (version, shape, dtype, whether in Fortran order, bytes)."""
-    _, shape, dtype, fortran, data = array.state
-    count, width = typed(shape, tuple)
+    _, (count, width), dtype, fortran, data = array.state
     if typed(dtype, _Dtype).code != "u1" or width != 3072:
         raise TypeError(f"an array of {dtype.code} with {width} columns, not u1 with 3072")
     return np.frombuffer(_bytes(data), np.uint8).reshape((count, width), order="F" if typed(fortran, bool) else "C")
