@@ -88,5 +88,10 @@ def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
         raise UserError(
             f"{type(net).__name__} can't be made an ONNX model by PyTorch {torch.__version__}: {reason}"
         ) from None
+    if any(tensor.type.tensor_type.shape.dim[0].dim_value for tensor in model.graph.input):
+        raise UserError(
+            f"{type(net).__name__} can't be made an ONNX model for any number of images: its forward method looks at"
+            " how many there are; take that out"
+        )
     model.metadata_props.add(key="network", value=json.dumps(header))
     return model.SerializeToString(deterministic=True)

@@ -1,9 +1,11 @@
-"""The published files that have a short name here: where they lie, their hashes, results and licences.
+"""The published files that have a short name here: their addresses, hashes, results and licences.
 
-Nothing of them is part of this project: they are downloaded when first used, under their owners' licences.
+None of them is part of this project. They are downloaded when first used, under their owners' licences.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 EDM = f"{NVIDIA}/edm"
@@ -15,6 +17,16 @@ DISTILLED_LICENCE = "from CC BY-NC-SA 4.0 weights"
 IMAGENET_LICENCE = "ImageNet terms of access"
 NETWORK_KINDS = ("teacher", "sid-generator", "sida-generator")
 INIT_SIGMA = 2.5  # start noise level of the published one-step generators
+
+
+# The names that the published SiD code gives the teachers (its --edm_model).
+SID_NAMES = {
+    "cifar10-uncond": "edm-cifar10-32x32-uncond-vp",
+    "cifar10-cond": "edm-cifar10-32x32-cond-vp",
+    "imagenet64-cond": "edm-imagenet-64x64-cond-adm",
+    "ffhq64": "edm-ffhq-64x64-uncond-vp",
+    "afhq64-v2": "edm-afhqv2-64x64-uncond-vp",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +45,24 @@ class Published:
     init_sigma: float | None = None  # of one-step generators
 
 
-def _teacher(name: str, fid: float | None, nfe: int | None, description: str, **kwargs) -> Published:
+def find(name: str) -> Published | None:
+    """The file of a short name, SiD's own names of the teachers included; None if no file has that name."""
+    return FILES.get(SID_NAMES.get(name, name))
+
+
+def names_of_kinds(kinds: Iterable[str]) -> list[str]:
+    """All short names of the files of these kinds, SiD's own names of the teachers included."""
+    return [name for name in (*FILES, *SID_NAMES) if FILES[SID_NAMES.get(name, name)].kind in kinds]
+
+
+def reference_of(network: Published) -> str | None:
+    """The short name of the reference statistics for the data set of a teacher; None for other networks."""
+    if network.kind != "teacher":
+        return None
+    return next((file.name for file in FILES.values() if file.kind == "reference" and file.name in network.name), None)
+
+
+def _teacher(name: str, fid: float | None, nfe: int | None, description: str, **kwargs: Any) -> Published:
     return Published(
         name=name,
         url=f"{EDM}/pretrained/{name}.pkl",
@@ -46,7 +75,7 @@ def _teacher(name: str, fid: float | None, nfe: int | None, description: str, **
     )
 
 
-def _generator(name: str, url: str, fid: float | None, description: str, **kwargs) -> Published:
+def _generator(name: str, url: str, fid: float | None, description: str, **kwargs: Any) -> Published:
     method = name.partition("-")[0]
     return Published(
         name=name,

@@ -22,7 +22,8 @@ from training.networks import iddpm_sigmas
 @torch.no_grad()
 def one_step_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, init_sigma=2.5):
     """One network evaluation at noise level `init_sigma` (SiD, arXiv:2404.04057)."""
-    sigma = torch.full([latents.shape[0], 1, 1, 1], init_sigma, device=latents.device)
+    latents = latents.to(torch.float32)
+    sigma = torch.full([latents.shape[0], 1, 1, 1], init_sigma, dtype=torch.float32, device=latents.device)
     return net(init_sigma * latents, sigma, class_labels)
 
 
@@ -43,11 +44,11 @@ def heun_sampler(
 ):
     """EDM's second-order sampler, deterministic unless S_churn > 0; 2 num_steps - 1 network evaluations."""
     sigmas = _karras_steps(num_steps, *_limit_range(net, sigma_min, sigma_max), rho, latents.device)
-    sigmas = _until_zero(net.round_sigma(sigmas))
+    sigmas = _until_zero(_round_sigma(net, sigmas))
     x = latents.to(torch.float64) * sigmas[0]
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0.0
-        sigma_hat = net.round_sigma(sigma * (1 + gamma))
+        sigma_hat = _round_sigma(net, sigma * (1 + gamma))
         x_hat = x + (sigma_hat**2 - sigma**2).sqrt() * S_noise * randn_like(x)
         slope = (x_hat - _denoise(net, x_hat, sigma_hat, class_labels)) / sigma_hat
         x = x_hat + (sigma_next - sigma_hat) * slope
@@ -101,7 +102,7 @@ def ablation_sampler(
         steps = _iddpm_steps(num_steps, low, high, C_1, C_2, M, latents.device)
     else:
         steps = _karras_steps(num_steps, low, high, rho, latents.device)
-    times = _until_zero(sigma_inv(net.round_sigma(steps)))
+    times = _until_zero(sigma_inv(_round_sigma(net, steps)))
 
     def slope(x, t):
         denoised = _denoise(net, x / s(t), sigma(t), class_labels)
@@ -118,7 +119,19 @@ def ablation_sampler(
 
 
 def _denoise(net, x, sigma, class_labels):
-    return net(x, sigma.expand(x.shape[0]), class_labels).to(torch.float64)
+    """The network's answer to a float64 state [N, C, H, W] at one noise level, in float64; it is called in float32."""
+    levels = sigma.to(torch.float32).expand(x.shape[0])
+    return net(x.to(torch.float32), levels, class_labels).to(torch.float64)
+
+
+def _round_sigma(net, sigma):
+    """The float64 noise levels that the network knows, which is asked in float32.
+
+    A network that takes any level leaves them as they are, to the last digit of float64.
+    """
+    asked = sigma.to(torch.float32)
+    rounded = torch.as_tensor(net.round_sigma(asked)).to(torch.float32)
+    return sigma if torch.equal(rounded, asked) else rounded.to(torch.float64)
 
 
 def _limit_range(net, sigma_min, sigma_max):

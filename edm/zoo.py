@@ -22,7 +22,7 @@ import torch
 from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from edm import network_files
-from edm.published import FILES, NETWORK_KINDS, Published
+from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import persistence
 from torch_utils.untrusted import edm_pickle
 from training import networks
@@ -40,13 +40,14 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
     """The local file behind a published file's short name, a path or a URL; downloaded if need be.
 
     kind: 'network' (any teacher or generator), 'reference', 'images' or 'detector'.
-    Errors: UserError when there is no such file or it can't be fetched.
+    Errors: UserError when there is no such file, it can't be fetched, or a short name is also that of a network here.
     """
     kinds = NETWORK_KINDS if kind == "network" else (kind,)
-    entry = FILES.get(str(source))
+    entry = find(str(source))
     if entry is not None:
         if entry.kind not in kinds:
             raise UserError(f"{source} is a published {entry.kind}, but a {kind} is needed here")
+        _refuse_ambiguous(str(source), kind)
         return local_path(entry.url, entry.sha256)
     if is_url(source):
         return local_path(source, _sha256_of(str(source)))
@@ -55,14 +56,22 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
         return path
     if path.is_file():
         return path
-    names = [name for name, file in FILES.items() if file.kind in kinds]
-    near = difflib.get_close_matches(str(source), names, n=3) or names
+    known = names_of_kinds(kinds)
+    near = difflib.get_close_matches(str(source), known, n=3) or known
     raise UserError(f"{source}: no such file, and no published {kind} has that name; published: {', '.join(near)}")
+
+
+def _refuse_ambiguous(name: str, kind: str) -> None:
+    """Errors: UserError when a file or a folder with networks lies here under the short name of a published file."""
+    path = user_path(name)
+    folder = kind == "network" and (network_files.is_folder(path) or any(path.glob("network-snapshot-*")))
+    if folder or path.is_file():
+        raise UserError(f"{name} is a published {kind}, and also a file or folder here: for that write ./{name}")
 
 
 def is_here(source: str | os.PathLike) -> bool:
     """Whether a network's file is on this machine already, so that loading it downloads nothing."""
-    entry = FILES.get(str(source))
+    entry = find(str(source))
     address = entry.url if entry is not None else str(source)
     return cache_path(address).is_file() if is_url(address) else user_path(source).exists()
 
@@ -150,8 +159,9 @@ def network_hash(net: torch.nn.Module) -> str:
 
 def published(source: str) -> Published | None:
     """The entry of a short name, of its URL, or of a file that has its name in the cache or elsewhere; else None."""
-    if source in FILES:
-        return FILES[source]
+    entry = find(source)
+    if entry is not None:
+        return entry
     file_name = Path(source).name
     return next((file for file in FILES.values() if source == file.url or file_name == Path(file.url).name), None)
 
@@ -213,7 +223,8 @@ def list_command() -> None:
         size = f"{size / 1e6:.0f} MB" if size else "?"
         fid = f"FID {file.fid} ({file.nfe})" if file.fid is not None else ""
         click.echo(f"{'*' if path.is_file() else ' '} {file.name:27} {size:>7}  {fid:14}  {file.description}")
-        click.echo(f"    {file.url}  [{file.licence}]")
+        also = [f"  also {name}" for name, of in SID_NAMES.items() if of == file.name]
+        click.echo(f"    {file.url}  [{file.licence}]{''.join(also)}")
     click.echo("* already downloaded")
 
 
@@ -235,7 +246,7 @@ def verify_command(names: tuple[str, ...]) -> None:
     """
     wrong = 0
     for name in names or FILES:
-        entry = FILES.get(name)
+        entry = find(name)
         if entry is None:
             raise UserError(f"{name}: no published file has that name: see python -m edm.zoo list")
         try:
@@ -270,7 +281,7 @@ def convert(source: str, destination: str) -> None:
 
 
 def _kind(name: str) -> str:
-    entry = FILES.get(name)
+    entry = find(name)
     return "network" if entry is None or entry.kind in NETWORK_KINDS else entry.kind
 
 

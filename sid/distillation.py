@@ -67,6 +67,8 @@ class Distillation:
         native = [precision.set_compute_dtype(net, dtype) for net in networks.values()]
         self._autocast_dtype = torch.float32 if all(native) else dtype
         for net in networks.values():
+            if self._autocast_dtype != torch.float32:
+                precision.answer_in_float32(net)
             if config.channels_last:  # of the weights: the activations follow
                 net.to(memory_format=torch.channels_last)
             if config.checkpoint:
@@ -125,7 +127,7 @@ class Distillation:
         """x_g = f_theta(init_sigma z; init_sigma), [batch_gpu, C, H, W]."""
         net, sigma = self.state.generator, self.config.init_sigma
         z = torch.randn([self.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=self.device)
-        levels = torch.full([self.batch_gpu, 1, 1, 1], sigma, device=self.device)
+        levels = torch.full([self.batch_gpu, 1, 1, 1], sigma, dtype=torch.float32, device=self.device)
         with self.autocast():
             return self._calls["generator"](sigma * z, levels, labels).contiguous()
 

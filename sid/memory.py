@@ -32,7 +32,7 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     net = copy.deepcopy(teacher, shapes).to("meta")  # no weight is copied
     dtype = precision.DTYPES[config.precision]
     native = precision.set_compute_dtype(net, dtype)
-    if native and config.checkpoint:
+    if config.checkpoint:
         precision.checkpoint_blocks(net)
     # The device's own kernels, without memory or arithmetic.
     with FakeTensorMode(allow_non_fake_inputs=True), precision.autocast(device, torch.float32 if native else dtype):

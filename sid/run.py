@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from dnnlib import UserError, without_passwords
-from edm import run_folder, zoo
+from edm import published, run_folder, zoo
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
-from edm.published import FILES
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.dataset import ImageFolderDataset
@@ -103,9 +102,7 @@ def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device
 def published_reference(teacher: str) -> str | None:
     """The reference statistics published for a published teacher, by name; None for other teachers."""
     entry = zoo.published(teacher)
-    if entry is None:
-        return None
-    return next((name for name, file in FILES.items() if file.kind == "reference" and name in entry.name), None)
+    return published.reference_of(entry) if entry is not None else None
 
 
 def choose_metrics(names: str | None, reference: str | None, data: str | None = None) -> list[str]:

@@ -36,6 +36,7 @@ def init(device: str | None = None, timeout_sec: float = 1800, keep_memory: bool
     resolved = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(resolved)
+    misc.sum_float16_in_float32()
     if kind == "cpu" and keep_memory:
         misc.keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Seeds, batch arithmetic and the allocator's settings, shared by all that computes."""
+"""Seeds, batch arithmetic, and settings of the allocator and of half precision, shared by all that computes."""
 
 import ctypes
 import os
@@ -63,6 +63,11 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in MALLOC_OPTIONS.items():
         mallopt(parameter, value)
+
+
+def sum_float16_in_float32() -> None:
+    """Makes GPUs sum products of float16 matrices in float32 throughout, as the published results were computed."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 class InfiniteSampler(torch.utils.data.Sampler):

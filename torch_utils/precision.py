@@ -9,17 +9,21 @@ from torch.utils._pytree import tree_leaves
 
 from dnnlib import UserError
 
-from . import distributed
+from . import distributed, misc
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_up(precision: str, device: torch.device) -> None:
-    """Lets float32 matrix products use TF32 or not. Errors: UserError when the device lacks the precision."""
+    """Decides whether float32 products may use TF32, and that those in float16 are summed in float32.
+
+    Errors: UserError when the device lacks the precision.
+    """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision=fp16 needs a GPU; a CPU takes fp32 or bf16")
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision=tf32 needs an NVIDIA GPU; here take fp32 or bf16")
+    misc.sum_float16_in_float32()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -47,6 +51,15 @@ def same_dtype(net: torch.nn.Module, other: torch.nn.Module) -> Iterator[None]:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """torch.autocast to `dtype`, or nothing for float32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def answer_in_float32(net: torch.nn.Module) -> None:
+    """Makes a denoiser return float32 under autocast, too, whatever its last layer does: losses take differences."""
+    net.register_forward_hook(_to_float32)
+
+
+def _to_float32(_net: torch.nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.to(torch.float32)
 
 
 def store_weights(net: torch.nn.Module, dtype: torch.dtype, call: Callable[[], torch.Tensor]) -> None:
@@ -101,10 +114,19 @@ class _Uses(TorchDispatchMode):
 
 
 def checkpoint_blocks(net: torch.nn.Module) -> None:
-    """Makes a U-Net of training/networks.py recompute its blocks' activations instead of keeping them."""
-    for module in net.modules():
-        if hasattr(type(module), "checkpoint"):
-            module.checkpoint = True
+    """Makes a network recompute its blocks' activations instead of keeping them.
+
+    A block is a module whose class has an attribute `checkpoint` that is False or True, as UNetBlock of
+    training/networks.py has. Errors: UserError when the network has none.
+    """
+    blocks = [module for module in net.modules() if isinstance(getattr(type(module), "checkpoint", None), bool)]
+    if not blocks:
+        raise UserError(
+            f"--checkpoint=1: {type(net).__name__} has no blocks that can recompute their activations; leave the option"
+            " out and save memory with --chunk or a smaller --batch-gpu"
+        )
+    for module in blocks:
+        module.checkpoint = True
 
 
 def compiled(net: torch.nn.Module, two_losses: bool = False) -> Callable:

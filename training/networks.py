@@ -8,6 +8,8 @@ A denoiser is called as `net(x, sigma, class_labels=None, augment_labels=None)` 
     augment_labels  [N, augment_dim] float32, see training/augment.py; None is all zeros
     returns         [N, C, H, W] float32
 
+Its `round_sigma(sigma)` takes float32 of any shape and gives the nearest noise levels that it knows, shaped likewise.
+
 Parameter names and shapes are those of the published EDM snapshots. Snapshots embed this file's source, so it
 imports nothing but torch, numpy, the standard library and torch_utils.persistence.
 """

@@ -71,7 +71,8 @@ class PublishedStep:
     def generate(self, labels: torch.Tensor | None) -> torch.Tensor:
         net, sigma = self.generator, self.config.init_sigma
         z = torch.randn([self.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=self.device)
-        return net(sigma * z, torch.full([self.batch_gpu, 1, 1, 1], sigma, device=self.device), labels)
+        levels = torch.full([self.batch_gpu, 1, 1, 1], sigma, dtype=torch.float32, device=self.device)
+        return net(sigma * z, levels, labels)
 
     def fake_score_phase(self) -> None:
         self.generator.eval()
