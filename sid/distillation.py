@@ -64,11 +64,8 @@ class Distillation:
         networks = {"teacher": self.teacher, "fake_score": state.fake_score, "generator": state.generator}
         precision.set_up(config.precision, self.device)
         dtype = precision.DTYPES[config.precision]
-        native = [precision.set_compute_dtype(net, dtype) for net in networks.values()]
-        self._autocast_dtype = torch.float32 if all(native) else dtype
+        self._autocast_dtype = precision.compute_in(dtype, networks.values())
         for net in networks.values():
-            if self._autocast_dtype != torch.float32:
-                precision.answer_in_float32(net)
             if config.channels_last:  # of the weights: the activations follow
                 net.to(memory_format=torch.channels_last)
             if config.checkpoint:

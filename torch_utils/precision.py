@@ -1,7 +1,7 @@
 """How a network is computed: the dtype of its layers (weights and losses stay float32), recomputation, compilation."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,9 +53,19 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-def answer_in_float32(net: torch.nn.Module) -> None:
-    """Makes a denoiser return float32 under autocast, too, whatever its last layer does: losses take differences."""
-    net.register_forward_hook(_to_float32)
+def compute_in(dtype: torch.dtype, networks: Iterable[torch.nn.Module]) -> torch.dtype:
+    """Makes denoisers of one class work in `dtype`; returns the dtype of the autocast that they are to be called under.
+
+    That is float32, no autocast, for the classes of training/networks.py. Any other class answers in float32 from then
+    on whatever its last layer does, because losses take differences of answers.
+    """
+    networks = list(networks)
+    native = [set_compute_dtype(net, dtype) for net in networks]
+    if all(native) or dtype == torch.float32:
+        return torch.float32
+    for net in networks:
+        net.register_forward_hook(_to_float32)
+    return dtype
 
 
 def _to_float32(_net: torch.nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
