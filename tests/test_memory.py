@@ -56,6 +56,8 @@ MODES += [{"share_noise": True, **mode} for mode in ({}, {"chunk": 2, "score_gra
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("make", [tiny_teacher, wide_spy], ids=["ours", "foreign"])
 def test_activations_are_those_that_a_step_keeps(make, mode):
+    if make is wide_spy and "checkpoint" in mode:
+        pytest.skip("it has no blocks that recompute, and --checkpoint=1 is refused")
     config = tiny_config(**{**RESOLVED, **mode}, batch_gpu=8)
     teacher = make()
     expected = memory.estimate(teacher, config, 8)
