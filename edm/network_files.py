@@ -4,18 +4,20 @@ Each holds the weights, the class by name, its constructor arguments, and metada
 contains is executed. ONNX is written only.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError, open_plain, write_atomically
-from torch_utils import persistence
+from torch_utils import checkpoint, misc, persistence
 from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json, read_json
 
@@ -34,8 +36,10 @@ LIMITS = {  # of what networks tell about themselves; the weights don't depend o
 }
 SUFFIXES = (".pkl", ".safetensors")
 WRITTEN = (*SUFFIXES, ".onnx")
+FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # of what torch.save writes, mostly weights alone
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
 OWN_KEYS = {"class_name": "_class_name", "init_args": "_init_args", "metadata": "_metadata"}  # in CONFIG_FILE
+OWN_KEYS[checkpoint.CHECKSUM] = "_sha256"
 
 
 def is_folder(path: str | os.PathLike) -> bool:
@@ -45,14 +49,26 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 def read(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """(network, metadata) of a file or folder. Errors: UserError when it is damaged or names another class."""
-    if is_folder(path):
-        return _read_folder(path, classes)
-    if path.suffix == ".pkl":
+    if path.suffix == ".pkl" and not is_folder(path):
         return _read_pickle(path, classes)
+    header, state, source = contents(path)
+    return build(header, state, classes, source)
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:
+    """(header, tensors, the file that the header comes from) of a .safetensors file or a folder.
+
+    Errors: UserError when it is damaged or neither.
+    """
+    if is_folder(path):
+        return _folder_contents(path)
     if path.suffix == ".safetensors":
         header, state = read_tensors(path)
-        return _build(_parse(header.get("network", ""), path), state, classes, path)
-    raise UserError(f"{path}: a network is a {' or '.join(SUFFIXES)} file or a folder with {CONFIG_FILE}")
+        return _parse(header.get("network", ""), state, path), state, path
+    advice = ""
+    if path.suffix in FOREIGN_SUFFIXES:
+        advice = "; load the weights of this one into a network in PyTorch and save that by edm.zoo.save_network"
+    raise UserError(f"{path}: a network is a {' or '.join(SUFFIXES)} file or a folder with {CONFIG_FILE}{advice}")
 
 
 def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
@@ -72,7 +88,9 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
         path.parent.stat()  # tracing takes a minute: sooner told if that isn't there
         contents = onnx_file.model_bytes(net, _header(net, metadata))
     elif path.suffix == ".safetensors":  # the header is one entry: the order of several would be random
-        contents = _tensors_bytes(net, {"network": json.dumps(_header(net, metadata))})
+        header = json.loads(json.dumps(_header(net, metadata)))
+        header[checkpoint.CHECKSUM] = checksum(header, net.state_dict())
+        contents = _tensors_bytes(net, {"network": json.dumps(header)})
     with write_atomically(path) as file:
         if path.suffix == ".pkl":
             edm_pickle.write(file, ema=net, **({"metadata": metadata} if metadata else {}))
@@ -86,7 +104,11 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
 def _read_pickle(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
     contents = edm_pickle.read(path)
     if "ema" not in contents:
-        raise UserError(f"{path}: not a network snapshot: it has no 'ema'")
+        names = ", ".join(repr(str(name)[:40]) for name in itertools.islice(contents, 5)) or "nothing"
+        raise UserError(
+            f"{path}: not a network snapshot: it has no 'ema' but {names}; load the weights into a network in PyTorch"
+            " and save that by edm.zoo.save_network"
+        )
     net = edm_pickle.build(contents["ema"], classes, path)
     return checked(net, path), _checked_metadata(contents.get("metadata") or {}, path)
 
@@ -105,6 +127,35 @@ def _tensors_bytes(net: torch.nn.Module, header: dict[str, str]) -> bytes:
     from safetensors.torch import save
 
     return save({name: tensor.contiguous().clone() for name, tensor in net.state_dict().items()}, header)
+
+
+def checksum(header: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
+    """sha256, in hex, of a header as it comes back from JSON, without its own checksum, and of the tensors."""
+    header = {name: value for name, value in header.items() if name != checkpoint.CHECKSUM}
+    return checkpoint.checksum([json.dumps(header, sort_keys=True), dict(sorted(state.items()))])
+
+
+@contextlib.contextmanager
+def verified(header: dict[str, Any], state: dict[str, torch.Tensor], source: Any) -> Iterator[None]:
+    """Raises UserError at the end, or when what is done meanwhile does, if the checksum in the header is wrong.
+
+    Files of other makers, and older ones, have none.
+    """
+    damage = None
+    if checkpoint.CHECKSUM in header:
+        try:
+            sound = header[checkpoint.CHECKSUM] == checksum(header, state)
+        except (RecursionError, RuntimeError, TypeError, ValueError):  # of what no file of ours holds
+            sound = False
+        damage = None if sound else f"{source}: damaged, its contents don't have their checksum"
+    try:
+        yield
+    except UserError as error:
+        if damage:
+            raise UserError(f"{damage} ({error.message.removeprefix(f'{source}: ')}): fetch it again") from None
+        raise
+    if damage:
+        raise UserError(f"{damage}: fetch it again, or take another snapshot")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -129,28 +180,41 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise UserError(f"{path}: damaged, or not a safetensors file: {persistence.one_line(error)}") from None
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
+def _parse(text: str, names: Collection[str], path: Path) -> dict[str, Any]:
+    """The header of the tensors of these names."""
     try:
         header = parse_json(text, MAX_HEADER_VALUES)
         return {**header, "class_name": str(header["class_name"])}
     except (LookupError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{path}: its header doesn't say how to build the network: save it by save_network") from None
+        hint = persistence.wrapper_hint(names)
+        raise UserError(
+            f"{path}: its header doesn't say how to build the network: save it by save_network"
+            + (f"; of its tensors, {hint}" if hint else "")
+        ) from None
 
 
-def _build(
+def build(
     header: dict[str, Any], state: dict[str, torch.Tensor], classes: Mapping[str, type], path: Path
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """(network, metadata) of what `contents` gives. Errors: UserError when it is damaged or names another class."""
     name, args, kwargs = header["class_name"], header.get("init_args", []), header.get("init_kwargs", {})
-    if name not in classes:
-        raise UserError(f"{path}: holds a {name[:80]!r}, which is none of: {', '.join(classes)}")
-    if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
-        raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
-    net = persistence.construct(classes[name], tuple(args), kwargs, state, path)
-    return checked(net, path), _checked_metadata(header.get("metadata"), path)
+    with verified(header, state, path):
+        if name not in classes:
+            raise UserError(f"{path}: holds a {name[:80]!r}, which is none of: {', '.join(classes)}")
+        if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
+            raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
+        net = persistence.construct(classes[name], tuple(args), kwargs, state, path)
+        return checked(net, path), _checked_metadata(header.get("metadata"), path)
 
 
 def checked(net: torch.nn.Module, path: Path) -> torch.nn.Module:
-    """The network, if what it tells about itself can be: sizes of images that fit into memory, noise levels."""
+    """The network in float32, if its weights are finite and what it tells about itself can be: sizes, noise levels."""
+    weight = misc.first_non_finite(net.float())
+    if weight is not None:
+        raise UserError(
+            f"{path}: its {weight} holds NaN or infinity: the training that made it has diverged, or the file is"
+            " damaged; take an earlier snapshot, or fetch it again"
+        )
     for name, (low, high) in LIMITS.items():
         try:
             value = getattr(net, name, low)
@@ -179,6 +243,7 @@ def _write_folder(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) ->
         raise UserError(f"{path}: is there already: name a new folder")
     header = _header(net, metadata)
     config = {key: header[name] for name, key in OWN_KEYS.items() if header.get(name)} | header.get("init_kwargs", {})
+    config[OWN_KEYS[checkpoint.CHECKSUM]] = checksum(_folder_header(json.loads(json.dumps(config))), net.state_dict())
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()  # TemporaryDirectory's own is private
@@ -188,13 +253,17 @@ def _write_folder(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) ->
         os.replace(new, path)
 
 
-def _read_folder(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _folder_contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:
     config = path / CONFIG_FILE
     try:
-        values = read_json(config, MAX_HEADER_BYTES, MAX_HEADER_VALUES)
-        header = {"metadata": {}} | {name: values.pop(key) for name, key in OWN_KEYS.items() if key in values}
-        header["class_name"] = str(header["class_name"])
+        header = _folder_header(read_json(config, MAX_HEADER_BYTES, MAX_HEADER_VALUES))
     except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
         raise UserError(f"{config}: doesn't say how to build the network: write it by edm.zoo convert") from None
+    return header, read_tensors(path / WEIGHTS_FILE)[1], config
+
+
+def _folder_header(values: dict[str, Any]) -> dict[str, Any]:
+    """What the values in CONFIG_FILE say, under the names that the header of a file has; takes them apart."""
+    header = {"metadata": {}} | {name: values.pop(key) for name, key in OWN_KEYS.items() if key in values}
     values.pop("_diffusers_version", None)
-    return _build({**header, "init_kwargs": values}, read_tensors(path / WEIGHTS_FILE)[1], classes, config)
+    return {**header, "class_name": str(header["class_name"]), "init_kwargs": values}

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import math
 import re
 import warnings
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from torch_utils.misc import first_non_finite
 from torch_utils.persistence import one_line
 
 from .sampler import one_step_sampler, to_uint8
 
+SIGMA_MIN, SIGMA_MAX, PROBED_LEVELS = 0.002, 80.0, 8
 EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
 
 
@@ -46,13 +49,35 @@ def can_trace() -> bool:
     return "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters
 
 
+@torch.no_grad()
+def _check_finite(net: torch.nn.Module, init_sigma: float | None) -> None:
+    """Raises UserError unless weights and answers are finite: the model in the file can't check them any more."""
+    weight = first_non_finite(net)
+    if weight is not None:
+        raise UserError(f".onnx: {weight} holds NaN or infinity; take an earlier snapshot")
+    draws = torch.Generator().manual_seed(0)
+    z = torch.randn([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
+    labels = torch.eye(net.label_dim)[[0] * EXAMPLES] if net.label_dim else None
+    for sigma in _noise_levels(net) if init_sigma is None else [init_sigma]:
+        if not net(sigma * z, torch.full([EXAMPLES], sigma), labels).isfinite().all():
+            raise UserError(f".onnx: the network's answer at noise level {sigma:g} is NaN or infinite; export another")
+
+
+def _noise_levels(net: torch.nn.Module) -> list[float]:
+    """From the lowest to the highest that samplers use (arXiv:2206.00364, Table 1), within what the network knows."""
+    lowest, highest = max(SIGMA_MIN, float(net.sigma_min)), min(SIGMA_MAX, float(net.sigma_max))
+    levels = torch.logspace(math.log10(lowest), math.log10(highest), PROBED_LEVELS)
+    return net.round_sigma(levels.clamp(lowest, highest)).tolist()
+
+
 def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
     """The file of a network in eval mode on the CPU, for any number N of images.
 
     A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
     [N, C, H, W]; any other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
     take class_labels [N, label_dim], one-hot. The inputs are float32. header: plain values that go with the model.
-    Errors: UserError when packages are missing or too old, or the network can't be traced.
+    Errors: UserError when packages are missing or too old, the network can't be traced, or its weights or answers
+    aren't finite.
     """
     if not can_trace():
         raise UserError(f".onnx needs PyTorch 2.6 or newer, and this is {torch.__version__}")
@@ -71,6 +96,7 @@ def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
     images = {0: torch.export.Dim("N", max=MOST)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that these networks don't use
     try:
+        _check_finite(net, init_sigma)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -83,6 +109,8 @@ def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
                 dynamic_shapes=dict.fromkeys(names, images),
             )
             model = program.model_proto
+    except UserError:
+        raise
     except Exception as error:  # of the tracer, on what a network of any class does
         reason = re.sub(r"\x1b\[\d+m", "", one_line(error))  # it is coloured
         raise UserError(

@@ -11,7 +11,7 @@ Every sampler is called as `sampler(net, latents, class_labels=None, randn_like=
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -273,6 +273,23 @@ def sample(
     return SAMPLERS[name](net, latents, labels, randn_like=draws.randn_like, **options)
 
 
+class NonFiniteImagesError(UserError):
+    """A network made images that hold NaN or infinity."""
+
+
+def check_finite(images: torch.Tensor, seeds: Sequence[int]) -> None:
+    """Raises NonFiniteImagesError if an image of [N, C, H, W] holds NaN or infinity. seeds: of the images."""
+    if images.isfinite().all():
+        return
+    finite = images.isfinite().flatten(1).all(dim=1).tolist()
+    wrong = [seed for seed, is_finite in zip(seeds, finite) if not is_finite]
+    raise NonFiniteImagesError(
+        f"the network's image of seed {wrong[0]} holds NaN or infinity, as {len(wrong)} of {len(seeds)} images of this"
+        " batch do: the network has diverged, or overflows at these noise levels or in this precision; use another"
+        " snapshot, or other --init_sigma, --sigma_min, --sigma_max, --steps"
+    )
+
+
 def generate_images(
     net: torch.nn.Module,
     seeds: Iterable[int],
@@ -285,7 +302,7 @@ def generate_images(
     """uint8 batches [n, C, H, W] on the CPU, one image per seed in order; arguments as for `sample`.
 
     steps: of the Heun or ablation sampler; 1 on its own means the one-step sampler.
-    Errors: UserError when class_idx is out of range or the network has no classes.
+    Errors: UserError when class_idx is out of range or the network has no classes; NonFiniteImagesError.
     """
     if class_idx is not None and net.label_dim and not 0 <= class_idx < net.label_dim:
         raise UserError(f"--class={class_idx}: the network's classes are 0 to {net.label_dim - 1}")
@@ -295,4 +312,7 @@ def generate_images(
             options["num_steps"] = steps
     seeds = list(seeds)
     for start in range(0, len(seeds), batch):
-        yield to_uint8(sample(net, seeds[start : start + batch], sampler, class_idx, **options)).cpu()
+        part = seeds[start : start + batch]
+        images = sample(net, part, sampler, class_idx, **options)
+        check_finite(images, part)
+        yield to_uint8(images).cpu()

@@ -3,6 +3,7 @@
 python -m edm.zoo list
 python -m edm.zoo fetch edm-cifar10-32x32-uncond-vp
 python -m edm.zoo verify
+python -m edm.zoo verify runs/00000-mine
 python -m edm.zoo convert edm-cifar10-32x32-uncond-vp teacher.safetensors
 """
 
@@ -21,6 +22,7 @@ import torch
 
 from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
+from dnnlib.util import printable
 from edm import network_files
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import persistence
@@ -240,15 +242,22 @@ def fetch(names: tuple[str, ...]) -> None:
 @main.command("verify")
 @click.argument("names", nargs=-1)
 def verify_command(names: tuple[str, ...]) -> None:
-    """Read downloaded files again and compare their hashes with the published or first-seen ones.
+    """Read files again and compare them with their checksums, one line for each.
 
-    NAMES: short names; without, all that were downloaded. Exit code 2 if one is wrong or, if named, missing.
+    NAMES: short names of downloaded files, whose published or first-seen hashes are compared; files that this project
+    has written; run folders, of which every snapshot, state, reference, picture and record is read. Without, all files
+    that were downloaded. Exit code 2 if one is damaged or missing.
     """
     wrong = 0
     for name in names or FILES:
         entry = find(name)
         if entry is None:
-            raise UserError(f"{name}: no published file has that name: see python -m edm.zoo list")
+            from edm.integrity import examine
+
+            for finding in examine(user_path(name)):
+                click.echo(printable(f"{finding.path}: {finding.text}"))
+                wrong += finding.damaged
+            continue
         try:
             found = verify(entry.url, entry.sha256)
         except UserError as error:
@@ -261,7 +270,7 @@ def verify_command(names: tuple[str, ...]) -> None:
             wrong += 1
             click.echo(f"{name}: not downloaded")
     if wrong:
-        raise UserError(f"{wrong} of the files are wrong or missing")
+        raise UserError(f"{wrong} file{'s are' if wrong > 1 else ' is'} damaged or missing: see above")
 
 
 @main.command()

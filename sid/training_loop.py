@@ -1,26 +1,24 @@
 """The distillation from its first iteration to its last: ticks, statistics, snapshots and states."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from edm import zoo
+from edm.sampler import NonFiniteImagesError
 from torch_utils import distributed
 from torch_utils.checkpoint import StateFolder, attempt, snapshot_path
 from torch_utils.interruption import Interruption
 from torch_utils.training_stats import TickLog
-from torch_utils.updates import DivergenceError
+from torch_utils.updates import DivergenceError, check_finite
 from torch_utils.watchdog import check_equal_weights
-from training.training_loop import milestones
+from training.training_loop import advised, milestones
 
 from . import lora
 from .config import DistillationConfig
 from .diagnosis import Watch
 from .distillation import Distillation
 from .health import EDGE, PER_CLASS, Health, worst_class
-from .loss import SiDLoss
 from .report import Report
 from .state import DistillationState
 
@@ -39,7 +37,12 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
 
     health, watch = Health(distillation), Watch(vars(config))
     total_img = int(config.total_kimg * 1000)
-    with explained(distillation.loss), Interruption(distillation.device, config.save_minutes) as interruption:
+    low, high = distillation.loss.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
+    levels = f"the generator's loss sees noise levels {low:.2g} to {high:.2g}"
+    with (
+        advised(run_dir, state, config.batch, "--lr and --glr", levels),
+        Interruption(distillation.device, config.save_minutes) as interruption,
+    ):
         if state.nimg == 0:
             report.start(lora.merge(state.ema))
         elif state.at_snapshot:  # the run ended between this state and its snapshot
@@ -50,6 +53,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
             tick, save = milestones(state, config, interruption)
             if tick or save:
                 distillation.check()
+                check_finite(state.networks, state.nimg)
                 check_equal_weights(state.networks, state.nimg)
             if tick:
                 collector = distillation.collector
@@ -71,25 +75,19 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
     return lora.merge(state.ema)
 
 
-@contextlib.contextmanager
-def explained(loss: SiDLoss) -> Iterator[None]:
-    """Says more when the distillation diverges while open."""
-    try:
-        yield
-    except DivergenceError as error:
-        low, high = loss.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
-        raise DivergenceError(
-            f"{error.message} and --override (the generator's loss sees noise levels {low:.2g} to {high:.2g})"
-        ) from None
-
-
 def publish(state: DistillationState, config: DistillationConfig, run_dir: Path, report: Report) -> None:
-    """The snapshot, its picture and its metrics; all of them again when a run is resumed here."""
+    """The snapshot, its picture and its metrics; all of them again when a run is resumed here.
+
+    Errors: DivergenceError when the generator's images aren't finite.
+    """
     net = lora.merge(state.ema)
     if distributed.rank() == 0:
         path = snapshot_path(run_dir, state.nimg, config.batch)
         attempt(f"saving {path.name}", lambda: save_snapshot(net, state.nimg, config, path))
-    report.snapshot(net, state.nimg)
+    try:
+        report.snapshot(net, state.nimg)
+    except NonFiniteImagesError as error:
+        raise DivergenceError(f"{error.message} at {state.nimg / 1e3:.1f} kimg") from None
 
 
 def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:

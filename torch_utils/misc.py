@@ -25,6 +25,22 @@ def seed_from(*coordinates: int) -> int:
     return int(words[0]) << 31 ^ int(words[1])
 
 
+def first_non_finite(net: torch.nn.Module) -> str | None:
+    """The name of a parameter or buffer of `net` that holds NaN or infinity; None if all are finite.
+
+    Infinity is allowed in buffers that aren't saved with the network, such as attention masks.
+    """
+    saved = net.state_dict().keys()
+    tensors = {name: t for name, t in (*net.named_parameters(), *net.named_buffers()) if t.is_floating_point()}
+    if not tensors:
+        return None
+    bad = [t.isfinite().all().logical_not() if name in saved else t.isnan().any() for name, t in tensors.items()]
+    bad = (
+        torch.stack([flag.cpu() for flag in bad]) if len({t.device for t in tensors.values()}) > 1 else torch.stack(bad)
+    )
+    return next((name for name, is_bad in zip(tensors, bad.tolist()) if is_bad), None)
+
+
 def split_batch(batch: int, batch_gpu: int | None, processes: int) -> tuple[int, int]:
     """(batch_gpu, rounds): images per process and round, and rounds to accumulate, with the product `batch`.
 

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import itertools
 import math
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,13 @@ FACTORIES |= {torch.randint, torch.zeros, torch.logspace, torch.randperm}
 GROWING = {torch.outer, torch.Tensor.outer}  # results far larger than their arguments, which a file can make long
 SPARE_ELEMENTS = 1 << 20  # tables and intermediate values that a constructor makes beside its weights
 MAX_TORCH_CALLS = 200_000  # of a constructor; a large iDDPM network makes about 15 000
+WRAPPERS = {  # parts that others add to the names of weights
+    "module": "DataParallel",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+MAX_PREFIXES = 10
 
 
 def persistent_class(cls: Class) -> Class:
@@ -75,7 +84,8 @@ def construct(cls: type, args: tuple, kwargs: dict, state: dict[str, torch.Tenso
         try:
             obj.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise UserError(f"{source}: the weights don't fit {cls.__name__}: {one_line(error)}") from None
+            reason = wrapper_hint(state, obj.state_dict()) or one_line(error)
+            raise UserError(f"{source}: the weights don't fit {cls.__name__}: {reason}") from None
     return obj
 
 
@@ -122,6 +132,47 @@ def _make_ordinary(obj: Any) -> None:
     for part in obj.modules() if isinstance(obj, torch.nn.Module) else [obj]:
         attributes = getattr(part, "__dict__", {})
         attributes.update({k: copy.deepcopy(v) for k, v in attributes.items() if isinstance(v, _List | _Tuple | _Text)})
+
+
+def wrapper_hint(found: Collection[str], expected: Collection[str] | None = None) -> str | None:
+    """What the names of weights have in front of them or inside them, and the cure; None if it isn't only that.
+
+    found: the names in a file. expected: the names in the network; None if they aren't known.
+    """
+    prefixes = _prefixes(found, expected)
+    if prefixes:
+        shown = " or ".join(repr(prefix) for prefix in prefixes)
+        cure = f"save the tensors again under their names without it (key.removeprefix({prefixes[0]!r}))"
+        maker = WRAPPERS.get(prefixes[0].split(".")[0])
+        return f"their names begin with {shown}{f', which {maker} adds' if maker else ''}: {cure}"
+    lacking = _prefixes(expected, found) if expected and found else []
+    if lacking:
+        return f"their names lack {lacking[0]!r} in front: save the tensors again under their names with it"
+    inside = [wrapper for wrapper in WRAPPERS if any(wrapper in name.split(".") for name in found)]
+    if expected and inside and {_unwrapped(name) for name in found} == set(expected):
+        shown = " and ".join(repr(f"{wrapper}.") for wrapper in inside)
+        cure = f"save the tensors again under their names without it (key.replace('{inside[0]}.', ''))"
+        return f"their names contain {shown}, which {WRAPPERS[inside[0]]} adds: {cure}"
+    return None
+
+
+def _prefixes(found: Collection[str], expected: Collection[str] | None) -> list[str]:
+    """What stands before the expected names; where these aren't known, what wrappers have put before all names."""
+    if expected is None:
+        prefixes = {
+            "".join(f"{part}." for part in itertools.takewhile(WRAPPERS.__contains__, name.split(".")))
+            for name in found
+        }
+        return sorted(prefixes) if len(prefixes) == 1 and "" not in prefixes else []
+    first = next(iter(expected), "")
+    candidates = {name[: -len(first)] for name in found if name.endswith(f".{first}")} if first else set()
+    names = set(found)
+    ordered = sorted(candidates, key=lambda prefix: (len(prefix), prefix))[:MAX_PREFIXES]
+    return [prefix for prefix in ordered if all(prefix + name in names for name in expected)]
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def one_line(error: Exception, length: int = 300) -> str:

@@ -2,13 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from dnnlib import UserError
 
-from . import distributed
+from . import distributed, misc
 from .adam import CALLS, MomentumFreeAdam
 from .spike_guard import SpikeGuard
 
@@ -19,9 +19,20 @@ COUNTS = ("skipped", "skipped_in_a_row", "longest_row", "good_in_a_row")
 
 
 class DivergenceError(UserError):
-    """Training produced non-finite gradients time and again; the weights are still the last finite ones."""
+    """Training produced non-finite gradients time and again, or weights or pictures that aren't finite."""
 
     exit_code = 3
+
+
+def check_finite(networks: Mapping[str, torch.nn.Module], nimg: int) -> None:
+    """Waits for the device. nimg: images seen so far, for the message.
+
+    Errors: DivergenceError when a weight or a buffer of one of the networks isn't finite.
+    """
+    for name, net in networks.items():
+        weight = misc.first_non_finite(net)
+        if weight is not None:
+            raise DivergenceError(f"{name}: {weight} holds NaN or infinity at {nimg / 1e3:.1f} kimg")
 
 
 class Updater:
@@ -133,9 +144,7 @@ class Updater:
         """
         if self._counts["longest_row"] >= MAX_SKIPPED_UPDATES:
             raise DivergenceError(
-                f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients"
-                f" at {nimg / 1e3:.1f} kimg; the last saved state is good: resume from it with lower learning rates"
-                " and --override"
+                f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients at {nimg / 1e3:.1f} kimg"
             )
 
     @property

@@ -13,7 +13,7 @@ from dnnlib import UserError
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.interruption import Interruption, ignore_signals
 from torch_utils.training_stats import Collector, TickLog
-from torch_utils.updates import Updater, ema_beta, lr_factor, update_ema
+from torch_utils.updates import DivergenceError, Updater, check_finite, ema_beta, lr_factor, update_ema
 from torch_utils.watchdog import check_equal_weights
 
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
@@ -132,6 +132,7 @@ def training_loop(
             checkpoint.attempt("saving a snapshot", lambda: save_snapshot(training.ema, training.nimg))
 
     with (
+        advised(run_dir, training, config.batch, "--lr"),
         Interruption(training.device, config.save_minutes) as interruption,
         contextlib.closing(_endless_batches(dataset, training)) as batches,
     ):
@@ -142,6 +143,7 @@ def training_loop(
             tick, save = milestones(training, config, interruption)
             if tick or save:
                 training.check()
+                check_finite({"network": training.net, "average": training.ema}, training.nimg)
                 check_equal_weights({"network": training.net, "average": training.ema}, training.nimg)
             if tick:
                 log.tick(training.tick, training.nimg, training.collector.collect())
@@ -155,6 +157,25 @@ def training_loop(
             if tick:
                 log.resume_clock(training.nimg)
     return training.ema
+
+
+@contextlib.contextmanager
+def advised(run_dir: Path, progress: Any, batch: int, rates: str, details: str = "") -> Iterator[None]:
+    """Adds to a DivergenceError raised while open what to do next.
+
+    progress: has `nimg`. batch: images per iteration. rates: the options of the learning rates. details: about the
+    run, added in brackets.
+    """
+    try:
+        yield
+    except DivergenceError as error:
+        here = checkpoint.state_path(run_dir, progress.nimg, batch)
+        earlier = [path for path in checkpoint.states(run_dir) if path != here]
+        if earlier:
+            advice = f"go on from the state before, by --resume={earlier[0]}, with lower {rates} and --override"
+        else:
+            advice = f"there is no earlier training state, so start anew, with lower {rates} if the rates are the cause"
+        raise DivergenceError(f"{error.message}; {advice}{f' ({details})' if details else ''}") from None
 
 
 def milestones(progress: Any, config: Any, interruption: Interruption) -> tuple[bool, bool]:

@@ -19,6 +19,7 @@ import dnnlib
 from dnnlib.download import hash_file
 from dnnlib.util import printable
 from torch_utils import distributed, persistence
+from torch_utils.checkpoint import CHECKSUM
 from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json
 
@@ -159,37 +160,57 @@ def save_detector(
     """Writes a module of one of DETECTOR_CLASSES as `.safetensors`.
 
     init_kwargs: the arguments its constructor got; metadata: plain values recorded beside them.
+    Errors: UserError when a weight isn't finite in `dtype`.
     """
     from safetensors.torch import save
+
+    from edm.network_files import checksum
 
     class_name = type(module).__name__
     assert class_name in DETECTOR_CLASSES
     weights = {
-        k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype) for k, v in module.state_dict().items()
+        k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous()
+        for k, v in module.state_dict().items()
     }
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise dnnlib.UserError(f"{path}: {wrong} holds NaN or infinity as {dtype}: its training has diverged")
     header = {"class_name": class_name, "init_kwargs": json.dumps(init_kwargs), "metadata": json.dumps(metadata)}
+    header[CHECKSUM] = checksum(header, weights)
     with dnnlib.write_atomically(path) as file:
-        file.write(save({name: weight.contiguous() for name, weight in weights.items()}, metadata=header))
+        file.write(save(weights, metadata=header))
 
 
 def _load_module(path: Path) -> tuple[torch.nn.Module, dict]:
-    from edm.network_files import MAX_HEADER_VALUES, checked, read_tensors
+    from edm.network_files import checked, read_tensors, verified
 
     try:
         header, weights = read_tensors(path)
-        class_name = header.get("class_name")
-        if class_name not in DETECTOR_CLASSES:
-            raise ValueError(f"its header names the class {class_name}; known: {', '.join(DETECTOR_CLASSES)}")
+        with verified(header, weights, path):
+            kwargs, metadata = _arguments(header, path)
+            cls = DETECTOR_CLASSES[header["class_name"]]
+            module = checked(persistence.construct(cls, (), kwargs, weights, path), path)
+    except dnnlib.UserError as error:
+        raise dnnlib.UserError(f"--detector={path} is not a detector of this project: {error.message}") from None
+    return module.eval().requires_grad_(False), metadata
+
+
+def _arguments(header: dict[str, str], path: Path) -> tuple[dict, dict]:
+    """(constructor arguments, metadata) in the header of a detector's file. Errors: UserError."""
+    from edm.network_files import MAX_HEADER_VALUES
+
+    class_name = header.get("class_name")
+    if class_name not in DETECTOR_CLASSES:
+        raise dnnlib.UserError(f"{path}: its header names the class {class_name}; known: {', '.join(DETECTOR_CLASSES)}")
+    try:
         kwargs, metadata = (
             parse_json(header.get(name, "{}"), MAX_HEADER_VALUES) for name in ("init_kwargs", "metadata")
         )
-        if type(kwargs) is not dict or type(metadata) is not dict or not edm_pickle.is_plain([kwargs, metadata]):
-            raise ValueError("its constructor arguments and metadata are not plain values")
-        module = checked(persistence.construct(DETECTOR_CLASSES[class_name], (), kwargs, weights, path), path)
-    except (dnnlib.UserError, ValueError, RecursionError) as error:
-        reason = getattr(error, "message", None) or persistence.one_line(error)
-        raise dnnlib.UserError(f"--detector={path} is not a detector of this project: {reason}") from None
-    return module.eval().requires_grad_(False), metadata
+    except (ValueError, RecursionError) as error:
+        raise dnnlib.UserError(f"{path}: its header is damaged: {persistence.one_line(error)}") from None
+    if type(kwargs) is not dict or type(metadata) is not dict or not edm_pickle.is_plain([kwargs, metadata]):
+        raise dnnlib.UserError(f"{path}: its constructor arguments and metadata are not plain values")
+    return kwargs, metadata
 
 
 def _load_torchscript(path: Path, device: torch.device) -> torch.nn.Module:

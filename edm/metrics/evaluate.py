@@ -1,5 +1,6 @@
 """One pass over images yields every metric asked for, each with a record of how it was made."""
 
+import math
 import os
 import platform
 import re
@@ -117,7 +118,7 @@ class Evaluator:
         measured = measure(source, self.detector, self._batch, of_kind["fid"], of_kind["is"], kept, self._progress)
         records = None
         if distributed.rank() == 0:
-            records = [self._record(metric, self._values(metric, measured), source) for metric in self.metrics]
+            records = [self._record(metric, self._finite(metric, measured), source) for metric in self.metrics]
         return distributed.from_process_0(records)
 
     def _measure_real(self) -> torch.Tensor:
@@ -133,6 +134,12 @@ class Evaluator:
                     raise dnnlib.UserError(f"--metrics={metric.name} needs more than the {num} real images of --data")
                 wanted = max(wanted, num)
         return measure(self._data, self.detector, self._batch, features=wanted, progress=self._progress).features
+
+    def _finite(self, metric: Metric, measured: Measured) -> dict[str, float]:
+        values = self._values(metric, measured)
+        if not all(map(math.isfinite, values.values())):
+            raise dnnlib.UserError(f"--metrics={metric.name}: comes out as {values}; check --ref and --detector")
+        return values
 
     def _values(self, metric: Metric, measured: Measured) -> dict[str, float]:
         device = self.detector.device

@@ -11,11 +11,13 @@ def frechet_distance(mu: np.ndarray, sigma: np.ndarray, mu_ref: np.ndarray, sigm
     With any R that has RRᵀ = Σ, ΣΣ' has the nonzero eigenvalues of the symmetric RᵀΣ'R: real and not negative
     (Σ^½Σ'Σ^½ is the case R = Σ^½). Those that rounding made negative are clipped. `sqrtm` of ΣΣ' has no such
     form: it goes complex when the rank is deficient.
-    Errors: ValueError when the shapes don't agree.
+    Errors: ValueError when the shapes don't agree, or a value isn't finite.
     """
     mu, sigma, mu_ref, sigma_ref = (np.asarray(a, dtype=np.float64) for a in (mu, sigma, mu_ref, sigma_ref))
     if not (mu.shape == mu_ref.shape and sigma.shape == sigma_ref.shape == mu.shape * 2):
         raise ValueError(f"shapes {mu.shape}, {sigma.shape} and {mu_ref.shape}, {sigma_ref.shape} don't agree")
+    if not all(np.isfinite(a).all() for a in (mu, sigma, mu_ref, sigma_ref)):
+        raise ValueError("a mean or a covariance holds NaN or infinity")
     root = _root(sigma)
     eigenvalues = np.linalg.eigvalsh(root.T @ sigma_ref @ root)
     trace_root = np.sqrt(eigenvalues.clip(min=0)).sum()

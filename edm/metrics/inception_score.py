@@ -27,6 +27,10 @@ class InceptionScore:
             self._sums = torch.zeros(self._splits, parts.shape[1], dtype=torch.float64)
         self._sums.index_add_(0, split, parts)
 
+    def is_finite(self) -> bool:
+        """Whether all probabilities were."""
+        return self._sums is None or bool(self._sums.isfinite().all())
+
     def merge_processes(self, device: torch.device | str = "cpu") -> None:
         """Gives every process what all have seen; every process must call it.
 

@@ -18,8 +18,9 @@ def kernel_distance(
 
     real, generated: features [N, D], [M, D], N, M ≥ 2; computed in float64 on their device (on the CPU for mps).
     Every subset draws min(N, M, max_subset_size) rows of each without replacement, first of the generated ones.
+    Errors: ValueError when a feature isn't finite.
     """
-    real, generated = torch.as_tensor(real), torch.as_tensor(generated)
+    real, generated = finite_features(real), finite_features(generated)
     device = "cpu" if real.device.type == "mps" else real.device
     size = min(len(real), len(generated), max_subset_size)
     rng = np.random.RandomState(seed)  # published values depend on this generator's draws
@@ -30,6 +31,14 @@ def kernel_distance(
         distances.append(_unbiased_mmd2(x.to(device, torch.float64), y.to(device, torch.float64)))
     values = torch.stack(distances)
     return values.mean().item(), values.std(correction=0).item()
+
+
+def finite_features(features: torch.Tensor) -> torch.Tensor:
+    """The features, if they are finite. Errors: ValueError."""
+    features = torch.as_tensor(features)
+    if not features.isfinite().all():
+        raise ValueError("features hold NaN or infinity")
+    return features
 
 
 def _unbiased_mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

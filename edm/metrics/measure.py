@@ -26,6 +26,12 @@ class Measured:
     scores: dict[int, InceptionScore]
     features: torch.Tensor | None  # float32 [N, D] on the CPU
 
+    def is_finite(self) -> bool:
+        """Whether all features and probabilities were."""
+        scores = all(score.is_finite() for score in self.scores.values())
+        features = self.features is None or bool(self.features.isfinite().all())
+        return scores and features and all(moments.is_finite() for moments in self.statistics.values())
+
 
 def measure(
     source: ImageSource,
@@ -40,7 +46,7 @@ def measure(
 
     statistics, scores: numbers of images, from the first one, to take feature statistics and inception scores of.
     features: of how many images to keep the features.
-    Errors: UserError when the source has too few images, or they don't fit the detector.
+    Errors: UserError when the source has too few images, they don't fit the detector, or its features aren't finite.
     """
     moments = {num: FeatureStatistics(detector.feature_dim, detector.device) for num in statistics}
     scored = {num: InceptionScore(num) for num in scores}
@@ -73,4 +79,10 @@ def measure(
     if kept is not None and processes > 1:
         for rows in kept.split(GATHERED_ROWS):  # each row is zero on all processes but one
             rows.copy_(distributed.all_reduce_sum(rows.to(communication, copy=True)))
-    return Measured(moments, scored, kept)
+    measured = Measured(moments, scored, kept)
+    if not measured.is_finite():
+        raise dnnlib.UserError(
+            f"--detector={detector.path}: its features or probabilities of some images are NaN or infinite: it is"
+            " damaged, or overflows on them; use another detector"
+        )
+    return measured

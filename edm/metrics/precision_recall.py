@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .kid import finite_features
+
 NEIGHBOUR = 3
 MAX_CHUNK_ELEMENTS = 1 << 25  # of a block of distances: 256 MiB
 ROUNDING = 1e-12  # squared distances below this share of the squared norms are rounding errors of equal points
@@ -15,8 +17,9 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = NEIGH
     A point's radius is the distance to its k-th nearest other point of its own set; a query is covered if it lies
     within the radius of any point. Precision is the covered share of generated points, recall that of real ones.
     All pairs are compared, in float64 on the features' device (on the CPU for mps), in blocks of bounded memory.
+    Errors: ValueError when a feature isn't finite.
     """
-    real, generated = torch.as_tensor(real), torch.as_tensor(generated)
+    real, generated = finite_features(real), finite_features(generated)
     device = "cpu" if real.device.type == "mps" else real.device
     real, generated = real.to(device, torch.float64), generated.to(device, torch.float64)
     center = real.mean(0)  # smaller norms, smaller rounding errors

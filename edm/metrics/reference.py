@@ -12,12 +12,14 @@ import torch
 import dnnlib
 from dnnlib.download import hash_file
 from torch_utils import persistence
+from torch_utils.checkpoint import CHECKSUM, checksum
 
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
 from .npz import read_arrays
 from .statistics import FeatureStatistics
 
 MAX_REFERENCE_BYTES = 1 << 30  # of sigma: some 11 000 features
+ROUNDING = 1e-4  # of the largest variance: how far a covariance may be from symmetric; files may be in float32
 RECORD_TYPES = {"detector": str, "detector_sha256": str, "detector_file": str, "source": str}
 RECORD_TYPES |= {"num_images": int, "channels": int, "resolution": int}
 
@@ -28,6 +30,7 @@ class Reference:
 
     path, sha256: the file they came from. record: how they were made; empty for EDM's own files. Its keys:
     detector, detector_sha256, detector_file (beside the reference), num_images, source, channels, resolution.
+    has_checksum: whether the file has one, which was verified.
     """
 
     mu: np.ndarray
@@ -35,6 +38,7 @@ class Reference:
     path: Path
     sha256: str
     record: dict = field(default_factory=dict)
+    has_checksum: bool = False
 
     def check(self, detector: Detector) -> None:
         """Raises UserError if these statistics aren't of this detector's features."""
@@ -90,16 +94,40 @@ def load_reference(source: str | os.PathLike) -> Reference:
 
     path = zoo.resolve(source, kind="reference")
     try:
-        content = read_arrays(path, {"mu": "f", "sigma": "f", "record": "U"}, MAX_REFERENCE_BYTES)
+        content = read_arrays(path, {"mu": "f", "sigma": "f", "record": "U", CHECKSUM: "U"}, MAX_REFERENCE_BYTES)
+        has_checksum = CHECKSUM in content
+        if has_checksum and str(content.pop(CHECKSUM)) != _checksum(content):
+            raise ValueError("it is damaged: its contents don't have their checksum")
         mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
         record = _checked_record(json.loads(str(content["record"]))) if "record" in content else {}
     except (ValueError, KeyError, RecursionError) as error:
         raise dnnlib.UserError(
             f"--ref={source} is not an .npz with mu and sigma ({persistence.one_line(error)}); make one by `fid.py ref`"
         ) from None
-    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
-        raise dnnlib.UserError(f"--ref={source}: mu {mu.shape} and sigma {sigma.shape} are not a mean and covariance")
-    return Reference(mu, sigma, path, hash_file(path), record)
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not _is_covariance(sigma):
+        raise dnnlib.UserError(
+            f"--ref={source}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance of finite numbers;"
+            " fetch the file again, or make one by `fid.py ref`"
+        )
+    return Reference(mu, sigma, path, hash_file(path), record, has_checksum)
+
+
+def _checksum(content: dict[str, np.ndarray]) -> str:
+    """sha256, in hex, of arrays by name: type, shape and values."""
+    values = {
+        name: array.tolist() if array.dtype.kind == "U" else torch.as_tensor(array)
+        for name, array in sorted(content.items())
+    }
+    return checksum(values)
+
+
+def _is_covariance(sigma: np.ndarray) -> bool:
+    """Whether a square matrix is finite, symmetric but for rounding, and has no negative variance."""
+    if not np.isfinite(sigma).all():
+        return False
+    variances = sigma.diagonal()
+    rounding = ROUNDING * variances.max(initial=0)
+    return bool((variances >= 0).all() and (np.abs(sigma - sigma.T) <= rounding).all())
 
 
 def _checked_record(record: Any) -> dict:
@@ -135,5 +163,6 @@ def save_reference(
     }
     if detector.path.resolve().parent == Path(path).resolve().parent:
         record["detector_file"] = detector.path.name
+    content = {"mu": statistics.mu, "sigma": statistics.sigma, "record": np.array(json.dumps(record))}
     with dnnlib.write_atomically(path) as file:
-        np.savez(file, mu=statistics.mu, sigma=statistics.sigma, record=np.array(json.dumps(record)))
+        np.savez(file, **content, **{CHECKSUM: np.array(_checksum(content))})

@@ -25,6 +25,10 @@ class FeatureStatistics:
     def feature_dim(self) -> int:
         return len(self._mean)
 
+    def is_finite(self) -> bool:
+        """Whether all features were."""
+        return bool(self._mean.isfinite().all() and self._scatter.isfinite().all())
+
     def append(self, features: torch.Tensor) -> None:
         """Adds features [N, D]."""
         features = torch.as_tensor(features).detach().to(self._device).to(torch.float64)

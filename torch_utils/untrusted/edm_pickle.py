@@ -1,6 +1,7 @@
 """Snapshots in EDM's pickle format: read without running their code, written so that EDM's own tools open them."""
 
 import copy
+import hashlib
 import inspect
 import os
 import pickle
@@ -23,6 +24,8 @@ MAX_NAME = 100  # characters; the names of nested modules are joined
 MAX_PLAIN_DEPTH, MAX_PLAIN_VALUES, MAX_PLAIN_TEXT = 4, 10_000, 1 << 20
 MAX_PLAIN_NUMBER = 1 << 63
 VERSION = 6  # of the format
+TRAILER = b"sha256 of the pickle: "  # and then its hash: whoever unpickles the file stops before
+HASHED_BYTES = 1 << 24  # at once
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
@@ -31,9 +34,36 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Errors: UserError, one line that names the file.
     """
     contents = read_file(path)
+    if not _is_whole(path):
+        raise UserError(f"{path}: damaged, its contents don't have their checksum: fetch it again")
     if type(contents) is not dict:
         raise UserError(f"{path}: not a snapshot in EDM's format: it holds a {type(contents).__name__}")
     return contents
+
+
+def has_checksum(path: str | os.PathLike) -> bool:
+    """Whether a file ends in the hash of the pickle in it."""
+    with open(path, "rb") as file:
+        file.seek(_end(path))
+        return file.read(len(TRAILER)) == TRAILER
+
+
+def _end(path: str | os.PathLike) -> int:
+    """Where the pickle in a file ends if its hash follows it."""
+    return max(os.path.getsize(path) - len(TRAILER) - hashlib.sha256().digest_size, 0)
+
+
+def _is_whole(path: str | os.PathLike) -> bool:
+    """Whether a file ends with its pickle, or in the hash of that."""
+    digest, left = hashlib.sha256(), _end(path)
+    with open(path, "rb") as file:
+        if not has_checksum(path):
+            file.seek(-1, os.SEEK_END)
+            return file.read() == pickle.STOP
+        while left and (data := file.read(min(left, HASHED_BYTES))):
+            digest.update(data)
+            left -= len(data)
+        return file.read() == TRAILER + digest.digest()
 
 
 def build(record: Any, classes: Mapping[str, type], source: Any) -> Any:
@@ -107,11 +137,25 @@ def write(file: BinaryIO, **contents: Any) -> None:
     """Pickles objects of persistent classes and plain values, as EDM does: `write(file, ema=net)`.
 
     The source of every class's module goes into the file, so that EDM's tools can rebuild the objects without this
-    project. Modules go as they are: copy, move to the CPU and freeze them before.
+    project. Modules go as they are: copy, move to the CPU and freeze them before. The checksum of the pickle comes
+    after its end, where those tools don't look.
 
     Errors: UserError when something in it has a class that the format has no place for.
     """
-    _Pickler(file, protocol=4).dump(contents)
+    hashing = _Hashing(file)
+    _Pickler(hashing, protocol=4).dump(contents)
+    file.write(TRAILER + hashing.digest.digest())
+
+
+class _Hashing:
+    """A file that keeps the sha256 of what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
 
 
 class _Pickler(pickle.Pickler):
