@@ -177,6 +177,10 @@ class FiniteRange(click.FloatRange):
         super().__init__(*args, **kwargs)
         self.or_inf = or_inf
 
+    def _describe_range(self) -> str:
+        """For --help; click would call a range without bounds `x<=None`."""
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         number = super().convert(value, param, ctx)
         if not abs(number) <= MAX_NUMBER and not (self.or_inf and number == math.inf):

@@ -88,7 +88,7 @@ def divergence(x_g: torch.Tensor, f_phi: torch.Tensor, f_psi: torch.Tensor) -> t
 
 
 class SiDLoss:
-    """Both losses of SiD around the networks; every draw comes from torch's default generator, in SPEC's order.
+    """Both losses of SiD around the networks; every draw comes from torch's default generator, in a fixed order.
 
     alpha        weight of L1 in L2 - alpha L1: 1.2 for most data sets, 1.0 for AFHQ
     tmax         noise levels reach karras_sigma(tmax / 1000)

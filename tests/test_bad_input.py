@@ -347,7 +347,7 @@ def test_data_sets_and_metrics(work, main, options, expected):
     assert_refused(work, main, options, expected)
 
 
-# --- command lines that existing users type, SPEC §8 and §9
+# --- command lines that users of the published code type
 
 PUBLISHED = "--tmax=800 --init_sigma=2.5 --ls=1 --lsg=100 --snap=50 --dump=500"
 UNCONDITIONAL = "--cond=0 --arch=ddpmpp --ema=0.5 --tick=10"

@@ -5,6 +5,7 @@ New options and commands are covered without a line here, but for a command's ow
 
 import json
 import os
+import re
 from pathlib import Path
 
 import click
@@ -195,6 +196,16 @@ def test_every_command_is_listed():
         names[p] for p in sources if "@click.command(" in (text := p.read_text()) or "@click.group(" in text
     }
     assert with_command == {name.split()[0].split(".")[-1] for name in COMMANDS}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_no_python(name):
+    main, options = COMMANDS[name]
+    command = [options[0]] if isinstance(main, click.Group) else []
+    for arguments in ([*command, "--help"], ["--help"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0
+        assert not re.search(r"\bNone\b|\bnan\b|<[\w.]+ object|<class|Sentinel|UNSET", result.output)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

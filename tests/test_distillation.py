@@ -95,7 +95,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, schedule):
 
 
 def reference_iteration(theta, psi, phi, optimizers, nimg, config, pipe):
-    """SPEC's iteration in plain formulas: sum over pixels, mean over the batch, one Adam step for psi, then theta."""
+    """One iteration in plain formulas: sum over pixels, mean over the batch, one Adam step for psi, then theta."""
     firsts = range(nimg, nimg + BATCH, BATCH_GPU)
 
     def x_g():

@@ -322,7 +322,7 @@ def test_plain_unpickling_of_our_files_is_refused():
 # --- writing
 
 FOREIGN_PERSISTENCE = '''
-"""What SPEC says of the other side: the embedded source is executed, its class found, its state restored."""
+"""A reader that trusts its files: the embedded source is executed, its class found, its state restored."""
 import sys
 import types
 

@@ -12,7 +12,7 @@ from . import distributed, misc
 from .adam import CALLS, MomentumFreeAdam
 from .spike_guard import SpikeGuard
 
-GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value unless told otherwise, SPEC §2
+GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value by default, as in the published trainings
 MAX_SKIPPED_UPDATES = 10  # so many non-finite gradients in a row end the run
 GROWTH_INTERVAL = 2000  # so many good updates in a row double the loss scale
 COUNTS = ("skipped", "skipped_in_a_row", "longest_row", "good_in_a_row")

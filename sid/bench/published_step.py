@@ -21,7 +21,7 @@ from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.networks import Conv2d, UNetBlock
 from training.training_loop import freeze_augment_mapping
 
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # noise levels of the generator's loss, SPEC §2
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # noise levels of the generator's loss, as published
 P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5  # of the fake score's
 
 
@@ -143,7 +143,7 @@ class PublishedStep:
 
 
 def plain_network(net: torch.nn.Module, **overrides) -> torch.nn.Module:
-    """A copy whose attention is explicit and whose resampling is convolution, as SPEC §1 writes them."""
+    """A copy whose attention is explicit and whose resampling is convolution, as in the published networks."""
     net = zoo.clone_network(net, **overrides)
     explicit_attention(net)
     for module in net.modules():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-PUBLISHED_GPUS = 4  # of the published results, SPEC §8: a benchmark's process does the share of one
+PUBLISHED_GPUS = 4  # of the published results: a benchmark's process does the share of one
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "fashion-mnist-16"  # the folder of the embedded teacher
 WEIGHT_NOISE = 0.01
 
