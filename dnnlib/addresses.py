@@ -33,8 +33,8 @@ def split(url: str) -> SplitResult:
         url.encode()
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as error:
-        raise UserError(f"{url}: {error}: correct the address") from None
+    except ValueError:  # its text may quote a password, or the first half of one
+        raise UserError(f"{url}: has no host and port that can be read: correct the address") from None
     if re.search(r"[\x00-\x1f\x7f]", url) or "\\" in parts.netloc:
         raise UserError(f"{url}: holds a character that no address has: correct the address")
     return parts

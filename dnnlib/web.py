@@ -26,6 +26,7 @@ SLOW_WEIGHT = 3  # such an attempt counts as so many broken ones
 DEADLINE_SEC = 24 * 60 * 60  # of a download, all attempts and pauses together
 RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 PAGE = re.compile(rb"[\s\xef\xbb\xbf]*<(!doctype|html|head|body|script|!--|\?xml)", re.IGNORECASE)
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -77,8 +78,11 @@ def fetch(
         try:
             _watch(attempt, begun)
             return
-        except ValueError as error:  # what requests and urllib3 raise on addresses that are none
-            raise UserError(f"{place}: leads to an address that is not http(s): {_reason(error)}") from None
+        except ValueError:  # what requests and urllib3 raise on addresses that are none; it may quote half a password
+            raise UserError(
+                f"{place}: this address, one that it leads to, or that of a proxy ({', '.join(PROXIES)}) can't be read:"
+                " correct it"
+            ) from None
         except (_Broken, requests.exceptions.RequestException) as error:
             reason, weight = _reason(error), SLOW_WEIGHT if isinstance(error, _TooSlow) else 1
         version = attempt.version

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 
 import pytest
 
@@ -230,6 +231,20 @@ def test_credentials_stay_out_of_messages(text):
     for shown in (without_password(text), UserError(text).message, str(without_passwords({"a": [text]}))):
         assert "hush" not in shown
         assert "***" in shown
+
+
+@pytest.mark.parametrize(
+    "user", ["u:hush/x", "u:hush", "u:hush#x", "u:hu/sh", "u:hush:x", "u:[hush", "u:hush\u2100", "u: hush"]
+)
+def test_no_part_of_a_password_is_quoted(tmp_path, monkeypatch, user):
+    first = re.split("[/:]", user, maxsplit=1)[1].split("/")[0].strip()
+    monkeypatch.setenv("https_proxy", f"http://{user}@127.0.0.1:9")
+    monkeypatch.setattr(download, "RETRIES", 0)
+    for url in (f"https://{user}@127.0.0.1:9/f", f"https://{user}/f", "https://host.invalid/f"):
+        with pytest.raises(UserError) as error:
+            download.download(url, None, tmp_path)
+        shown = error.value.message if "@" in url else error.value.message.replace(url, "")  # no password, then
+        assert first not in shown
 
 
 @pytest.mark.parametrize(
