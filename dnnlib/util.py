@@ -52,7 +52,7 @@ def _encoded(plain: str, code: str) -> str:
 
 _AT, _COLON, _EQUALS = _encoded("@", "40"), _encoded(":", "3a"), _encoded("=", "3d")
 _SCHEME = _COLON + _encoded(r"[/\\]", "2f|5c") + "+"
-_NO_PORT = r"(?!\d{1,5}(?:[/\\?#\s'\"]|$))(?=\S)"
+_NO_PORT = r"(?!\d{1,5}(?:[/\\?#\s'\"]|$))(?=\S|\s\S*@)"
 _USERS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
