@@ -5,6 +5,7 @@ import dataclasses
 import click
 
 from dnnlib import Command, FiniteRange, IntList, WholeRange
+from sid import recipes
 from sid.config import ADAM_STATES, OBJECTIVES, WEIGHTINGS, DistillationConfig
 
 D = DistillationConfig  # its class attributes are the defaults
@@ -12,6 +13,8 @@ POSITIVE = FiniteRange(0, min_open=True)
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
+@click.option("--recipe", help="Settings by name; those given beside it win", type=click.Choice(list(recipes.RECIPES)),
+              callback=recipes.use, is_eager=True, expose_value=False)  # fmt: skip
 # Where things are.
 @click.option("--edm_model", help="Teacher: short name, path or URL", default="edm-cifar10-32x32-uncond-vp")
 @click.option("--outdir", help="Where to make the run folder", default="training-runs")
@@ -115,7 +118,7 @@ POSITIVE = FiniteRange(0, min_open=True)
 def main(**options):
     """Distil a pretrained EDM diffusion model into a generator that needs one evaluation, without any data.
 
-    The defaults are the published CIFAR-10 recipe; run_sid.sh holds the others. Several processes: torchrun.
+    The defaults are the published CIFAR-10 recipe; --recipe takes others. Several processes: torchrun.
     """
     config = build_config(options)
     from sid.run import distil  # torch loads here, not for --help

@@ -20,7 +20,7 @@ TEACHERS = {  # SiD's name: (EDM's name, reference statistics)
     "ffhq64": ("edm-ffhq-64x64-uncond-vp", "ffhq-64x64"),
     "afhq64-v2": ("edm-afhqv2-64x64-uncond-vp", "afhqv2-64x64"),
 }
-EVERY_OPTION = (  # of SPEC's list; each with the value of a published recipe, or its default
+EVERY_OPTION = (  # that the published code has; each with the value of a published recipe, or its default
     "--outdir runs --data datasets/cifar10-32x32.zip"
     " --data_stat https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz"
     " --cond 1 --arch ddpmpp --precond edm --duration 800 --batch 256 --batch-gpu 16 --cbase 8 --cres 2,2,2 --ema 0.5"

@@ -1,15 +1,32 @@
-"""The networks and settings of run_sid.sh's recipes, to be built with random weights. Names load no torch."""
+"""The networks of the recipes, to be built with random weights, and their settings. Names load no torch."""
 
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sid import recipes
+
 if TYPE_CHECKING:
     import torch
 
 PUBLISHED_GPUS = 4  # of the published results: a benchmark's process does the share of one
-DEMO = Path(__file__).resolve().parents[2] / "assets" / "fashion-mnist-16"  # the folder of the embedded teacher
 WEIGHT_NOISE = 0.01
+# Options that a step of SiD depends on; the second group has other names in DistillationConfig.
+OPTIONS = (
+    "batch",
+    "batch_gpu",
+    "alpha",
+    "lr",
+    "glr",
+    "g_beta1",
+    "ls",
+    "lsg",
+    "dropout",
+    "augment",
+    "tmax",
+    "init_sigma",
+)
+RENAMED = {"fp16": "use_fp16", "ema_rampup": "ema_rampup_ratio"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +49,27 @@ def _ddpmpp(resolution: int, mult: list[int], label_dim: int = 0) -> dict[str, A
     return {**shape, "model_type": "SongUNet", "model_channels": 128, "channel_mult": mult, "augment_dim": 9}
 
 
-_CIFAR10 = {"batch": 256, "batch_gpu": 16, "use_fp16": False, "dropout": 0.13, "augment": 0.12}
+def _config(name: str) -> dict[str, Any]:
+    """The recipe's settings of the step, without those by which the demo leaves SiD's own step."""
+    recipe = recipes.RECIPES[name]
+    config = {option: recipe[option] for option in OPTIONS if option in recipe}
+    config |= {field: recipe[option] for option, field in RENAMED.items() if option in recipe}
+    if "ema" in recipe:
+        config["ema_halflife_kimg"] = 1000.0 * recipe["ema"]
+    return config
+
+
 _ADM = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "model_type": "DhariwalUNet"}
 _SMALL = {"img_channels": 1, "model_type": "SongUNet"}
-_64 = {"batch": 512, "batch_gpu": 32, "use_fp16": True, "dropout": 0.05, "augment": 0.15}
 
 RECIPES = {
-    "cifar10-uncond": Recipe(_ddpmpp(32, [2, 2, 2]), _CIFAR10),
-    "cifar10-cond": Recipe(_ddpmpp(32, [2, 2, 2], label_dim=10), _CIFAR10),
+    "cifar10-uncond": Recipe(_ddpmpp(32, [2, 2, 2]), _config("cifar10-uncond")),
+    "cifar10-cond": Recipe(_ddpmpp(32, [2, 2, 2], label_dim=10), _config("cifar10-cond")),
     "imagenet64-cond": Recipe(
-        {**_ADM, "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
-        {
-            "batch": 8192,
-            "batch_gpu": 16,
-            "lr": 4e-6,
-            "glr": 4e-6,
-            "use_fp16": True,
-            "dropout": 0.10,
-            "augment": 0.0,
-            "ema_halflife_kimg": 2000.0,
-        },
+        {**_ADM, "model_channels": 192, "channel_mult": [1, 2, 3, 4]}, _config("imagenet64-cond")
     ),
-    "ffhq64": Recipe(_ddpmpp(64, [1, 2, 2, 2]), {**_64, "g_beta1": 0.9}),
-    "afhq64-v2": Recipe(_ddpmpp(64, [1, 2, 2, 2]), {**_64, "alpha": 1.0, "lr": 5e-6, "glr": 5e-6}),
+    "ffhq64": Recipe(_ddpmpp(64, [1, 2, 2, 2]), _config("ffhq64")),
+    "afhq64-v2": Recipe(_ddpmpp(64, [1, 2, 2, 2]), _config("afhq64-v2")),
     "demo": Recipe(
         {
             **_SMALL,
@@ -67,10 +82,9 @@ RECIPES = {
             "attn_resolutions": [8],
             "dropout": 0.0,
         },
-        # With gradients through the score networks, which run_sid.sh leaves out: the modes measure SiD's own step.
-        {"batch": 32, "batch_gpu": 16, "lr": 4e-4, "glr": 4e-4, "ema_rampup_ratio": 0.5},
+        _config("demo"),
         gpus=1,
-        detector=DEMO / "detector.safetensors",
+        detector=recipes.DEMO / "detector.safetensors",
     ),
     # Too small to tell anything but that the benchmark itself works.
     "micro": Recipe(

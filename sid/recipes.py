@@ -1,0 +1,145 @@
+"""Settings under names, written once: `sid_train.py --recipe=NAME` takes them, run_sid.sh and the benchmark read them.
+
+A recipe is {option of sid_train.py, with _ for -: value}. Options that are given beside --recipe win over it, and it
+wins over the defaults. The trainings of the published recipes haven't been rerun by this project.
+"""
+
+from pathlib import Path
+from typing import Any
+
+DEMO = Path(__file__).resolve().parents[1] / "assets" / "fashion-mnist-16"  # the folder of the embedded teacher
+
+# What the published trainings of SiD (arXiv:2404.04057) have in common.
+_SID: dict[str, Any] = {
+    "precond": "edm",
+    "tmax": 800,
+    "init_sigma": 2.5,
+    "ls": 1,
+    "lsg": 100,
+    "snap": 50,
+    "dump": 500,
+    "metrics": "fid50k_full",
+}
+_CIFAR10: dict[str, Any] = {
+    **_SID,
+    "arch": "ddpmpp",
+    "data_stat": "cifar10-32x32",
+    "cres": [2, 2, 2],
+    "alpha": 1.2,
+    "batch": 256,
+    "batch_gpu": 16,
+    "lr": 1e-5,
+    "glr": 1e-5,
+    "fp16": False,
+    "dropout": 0.13,
+    "augment": 0.12,
+    "ema": 0.5,
+    "tick": 10,
+}
+_FACES: dict[str, Any] = {
+    **_SID,
+    "arch": "ddpmpp",
+    "cond": False,
+    "cres": [1, 2, 2, 2],
+    "batch": 512,
+    "batch_gpu": 32,
+    "fp16": True,
+    "dropout": 0.05,
+    "augment": 0.15,
+    "ema": 0.5,
+    "tick": 10,
+}
+# SiDA (arXiv:2410.14919): SiD's settings with an adversarial loss from the images of --data, which the user names. Its
+# BCE is a mean over the images of a process, so the batch per GPU is part of the method. kimg: gan_freeze, gan_start.
+_SIDA: dict[str, Any] = {
+    "gan": True,
+    "alpha": 1.0,
+    "lsd": 1,
+    "lsg_gan": 0.01,
+    "gan_freeze": 100,
+    "gan_start": 200,
+    "duration": 300,  # published: 200 to 300
+}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cifar10-uncond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-uncond-vp", "cond": False, "duration": 500},
+    "cifar10-cond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-cond-vp", "cond": True, "duration": 800},
+    "imagenet64-cond": {
+        **_SID,
+        "edm_model": "edm-imagenet-64x64-cond-adm",
+        "arch": "adm",
+        "data_stat": "imagenet-64x64",
+        "cond": True,
+        "cres": [1, 2, 3, 4],
+        "alpha": 1.2,
+        "batch": 8192,
+        "batch_gpu": 16,
+        "lr": 4e-6,
+        "glr": 4e-6,
+        "fp16": True,
+        "dropout": 0.10,
+        "augment": 0,
+        "ema": 2,
+        "tick": 20,
+        "duration": 1000,
+    },
+    "ffhq64": {
+        **_FACES,
+        "edm_model": "edm-ffhq-64x64-uncond-vp",
+        "data_stat": "ffhq-64x64",
+        "alpha": 1.2,
+        "lr": 1e-5,
+        "glr": 1e-5,
+        "g_beta1": 0.9,
+        "duration": 500,
+    },
+    "afhq64-v2": {
+        **_FACES,
+        "edm_model": "edm-afhqv2-64x64-uncond-vp",
+        "data_stat": "afhqv2-64x64",
+        "alpha": 1.0,
+        "lr": 5e-6,
+        "glr": 5e-6,
+        "duration": 500,
+    },
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    **PUBLISHED,
+    **{
+        f"{name}-sida": {**PUBLISHED[name], **_SIDA, "batch_gpu": images}
+        for name, images in {
+            "cifar10-uncond": 32,
+            "cifar10-cond": 32,
+            "imagenet64-cond": 32,
+            "ffhq64": 64,
+            "afhq64-v2": 64,
+        }.items()
+    },
+    "demo": {
+        "edm_model": str(DEMO / "teacher.safetensors"),
+        "data_stat": str(DEMO / "reference.npz"),
+        "metrics": "fid5k",
+        "metrics_batch": 250,
+        "score_gradient": "off",
+        "sigma_schedule": "lognormal",
+        "share_noise": True,
+        "batch": 32,
+        "batch_gpu": 16,
+        "lr": 4e-4,
+        "glr": 4e-4,
+        "lr_decay": "cosine",
+        "ema_rampup": 0.5,
+        "duration": 0.02,
+        "tick": 1,
+        "snap": 5,
+        "dump": 10,
+        "desc": "demo",
+    },
+}
+
+
+def use(context: Any, _option: Any, name: str | None) -> None:
+    """Callback of the option --recipe: makes the recipe's values the command's defaults."""
+    if name is not None:
+        context.default_map = {**(context.default_map or {}), **RECIPES[name]}
