@@ -22,7 +22,7 @@ from torch_utils.untrusted import edm_pickle
 
 VERIFIED = "as it was written"
 READABLE = "can be read; it has no checksum"
-UNKNOWN = "not checked: no kind of file that this project writes"
+UNKNOWN = "not checked: this kind of file has no checksum"
 STATE_NAME = re.compile(rf"{checkpoint.STATE_PATTERN}(\.unused)?")
 
 

@@ -371,5 +371,5 @@ def test_pictures_that_are_not_finite_end_a_distillation(tmp_path, nimg):
     pictures = {path.name for path in tmp_path.glob("fakes*.png")}
     assert pictures == (set() if nimg == 0 else {"fakes_init.png", "fakes_000000.008.png"})
     if nimg:
-        assert "at 0.0 kimg; go on from the state before" in error.value.message
+        assert "at 0.0 kimg; go on from a state before" in error.value.message
         assert "000000.008.pt" in error.value.message

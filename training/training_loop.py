@@ -172,7 +172,7 @@ def advised(run_dir: Path, progress: Any, batch: int, rates: str, details: str =
         here = checkpoint.state_path(run_dir, progress.nimg, batch)
         earlier = [path for path in checkpoint.states(run_dir) if path != here]
         if earlier:
-            advice = f"go on from the state before, by --resume={earlier[0]}, with lower {rates} and --override"
+            advice = f"go on from a state before, such as --resume={earlier[0]}, with lower {rates} and --override"
         else:
             advice = f"there is no earlier training state, so start anew, with lower {rates} if the rates are the cause"
         raise DivergenceError(f"{error.message}; {advice}{f' ({details})' if details else ''}") from None
