@@ -2,11 +2,11 @@
 
 Every sampler is called as `sampler(net, latents, class_labels=None, randn_like=torch.randn_like, ...)`:
 
-    net           a denoiser (training/networks.py)
-    latents       [N, C, H, W], standard normal
+    net           a denoiser as training/networks.py describes it; it is called with float32 tensors
+    latents       [N, C, H, W], standard normal, of any float type
     class_labels  [N, label_dim] or None
-    randn_like    draws noise like a tensor; used by stochastic samplers only
-    returns       [N, C, H, W], images in about [-1, 1]
+    randn_like    draws noise like a tensor; only stochastic samplers call it
+    returns       [N, C, H, W], images in about [-1, 1]; float64, and float32 from the one-step sampler
 """
 
 import itertools
@@ -14,13 +14,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from dnnlib import UserError
 from training.networks import iddpm_sigmas
 
+Function = Callable[[Tensor], Tensor]
+
 
 @torch.no_grad()
-def one_step_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, init_sigma=2.5):
+def one_step_sampler(
+    net: torch.nn.Module,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    init_sigma: float = 2.5,
+) -> Tensor:
     """One network evaluation at noise level `init_sigma` (SiD, arXiv:2404.04057)."""
     latents = latents.to(torch.float32)
     sigma = torch.full([latents.shape[0], 1, 1, 1], init_sigma, dtype=torch.float32, device=latents.device)
@@ -29,20 +38,23 @@ def one_step_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
 
 @torch.no_grad()
 def heun_sampler(
-    net,
-    latents,
-    class_labels=None,
-    randn_like=torch.randn_like,
-    num_steps=18,
-    sigma_min=0.002,
-    sigma_max=80.0,
-    rho=7.0,
-    S_churn=0.0,
-    S_min=0.0,
-    S_max=float("inf"),
-    S_noise=1.0,
-):
-    """EDM's second-order sampler, deterministic unless S_churn > 0; 2 num_steps - 1 network evaluations."""
+    net: torch.nn.Module,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = float("inf"),
+    S_noise: float = 1.0,
+) -> Tensor:
+    """EDM's second-order sampler, deterministic unless S_churn > 0. It evaluates the network 2 num_steps - 1 times.
+
+    Errors: UserError when no noise level lies both within sigma_min to sigma_max and within the network's own range.
+    """
     sigmas = _karras_steps(num_steps, *_limit_range(net, sigma_min, sigma_max), rho, latents.device)
     sigmas = _until_zero(_round_sigma(net, sigmas))
     x = latents.to(torch.float64) * sigmas[0]
@@ -60,26 +72,28 @@ def heun_sampler(
 
 @torch.no_grad()
 def ablation_sampler(
-    net,
-    latents,
-    class_labels=None,
-    randn_like=torch.randn_like,
-    num_steps=18,
-    sigma_min=None,
-    sigma_max=None,
-    rho=7.0,
-    solver="heun",
-    discretization="edm",
-    schedule="linear",
-    scaling="none",
-    epsilon_s=1e-3,
-    C_1=0.001,
-    C_2=0.008,
-    M=1000,
-):
-    """The family of deterministic samplers of EDM's ablation: DDPM's, NCSN++'s and iDDPM's choices, step by step.
+    net: torch.nn.Module,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    num_steps: int = 18,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+    solver: str = "heun",
+    discretization: str = "edm",
+    schedule: str = "linear",
+    scaling: str = "none",
+    epsilon_s: float = 1e-3,
+    C_1: float = 0.001,
+    C_2: float = 0.008,
+    M: int = 1000,
+) -> Tensor:
+    """The deterministic samplers of EDM's ablation, which combine the choices of DDPM, NCSN++ and iDDPM.
 
     solver euler | heun; discretization vp | ve | iddpm | edm; schedule vp | ve | linear; scaling vp | none.
+    sigma_min, sigma_max: None takes the range of the discretization.
+    Errors: UserError when a choice isn't one of these, or the range and the network's own have no level in common.
     """
     choices = {"solver": (solver, "euler heun"), "discretization": (discretization, "vp ve iddpm edm")}
     choices |= {"schedule": (schedule, "vp ve linear"), "scaling": (scaling, "vp none")}
@@ -104,7 +118,7 @@ def ablation_sampler(
         steps = _karras_steps(num_steps, low, high, rho, latents.device)
     times = _until_zero(sigma_inv(_round_sigma(net, steps)))
 
-    def slope(x, t):
+    def slope(x: Tensor, t: Tensor) -> Tensor:
         denoised = _denoise(net, x / s(t), sigma(t), class_labels)
         return (sigma_deriv(t) / sigma(t) + s_deriv(t) / s(t)) * x - sigma_deriv(t) * s(t) / sigma(t) * denoised
 
@@ -118,13 +132,13 @@ def ablation_sampler(
     return x
 
 
-def _denoise(net, x, sigma, class_labels):
+def _denoise(net: torch.nn.Module, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
     """The network's answer to a float64 state [N, C, H, W] at one noise level, in float64; it is called in float32."""
     levels = sigma.to(torch.float32).expand(x.shape[0])
     return net(x.to(torch.float32), levels, class_labels).to(torch.float64)
 
 
-def _round_sigma(net, sigma):
+def _round_sigma(net: torch.nn.Module, sigma: Tensor) -> Tensor:
     """The float64 noise levels that the network knows, which is asked in float32.
 
     A network that takes any level leaves them as they are, to the last digit of float64.
@@ -134,18 +148,18 @@ def _round_sigma(net, sigma):
     return sigma if torch.equal(rounded, asked) else rounded.to(torch.float64)
 
 
-def _limit_range(net, sigma_min, sigma_max):
+def _limit_range(net: torch.nn.Module, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
     if low > high:
         raise UserError(f"--sigma_min={low:g} is above --sigma_max={high:g} (the network's own limits included)")
     return low, high
 
 
-def _until_zero(steps):
+def _until_zero(steps: Tensor) -> Tensor:
     return torch.cat([steps.to(torch.float64), torch.zeros_like(steps[:1], dtype=torch.float64)])
 
 
-def _karras_steps(num_steps, sigma_min, sigma_max, rho, device):
+def _karras_steps(num_steps: int, sigma_min: float, sigma_max: float, rho: float, device: torch.device) -> Tensor:
     ramp = torch.arange(num_steps, dtype=torch.float64, device=device) / max(num_steps - 1, 1)
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
@@ -158,30 +172,30 @@ class _VPSchedule:
 
     @classmethod
     def through(cls, sigma_min: float, sigma_max: float, epsilon_s: float) -> "_VPSchedule":
-        """The one with sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max."""
+        """The schedule with sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max."""
         low, high = math.log(sigma_min**2 + 1), math.log(sigma_max**2 + 1)
         beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
         return cls(beta_d, high - 0.5 * beta_d)
 
-    def sigma(self, t):
+    def sigma(self, t: Tensor) -> Tensor:
         return (torch.as_tensor(0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
 
-    def sigma_deriv(self, t):
+    def sigma_deriv(self, t: Tensor) -> Tensor:
         sigma = self.sigma(t)
         return 0.5 * (self.beta_min + self.beta_d * t) * (sigma + 1 / sigma)
 
-    def sigma_inv(self, sigma):
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
         return ((self.beta_min**2 + 2 * self.beta_d * (sigma**2 + 1).log()).sqrt() - self.beta_min) / self.beta_d
 
 
-def _default_range(discretization, epsilon_s):
+def _default_range(discretization: str, epsilon_s: float) -> tuple[float, float]:
     if discretization == "vp":
         vp = _VPSchedule(19.9, 0.1)
         return float(vp.sigma(torch.tensor(epsilon_s, dtype=torch.float64))), float(vp.sigma(torch.ones([]).double()))
     return {"ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}[discretization]
 
 
-def _schedules(vp):
+def _schedules(vp: _VPSchedule) -> dict[str, tuple[Function, Function, Function]]:
     """{name: (sigma(t), its derivative, its inverse)}"""
     return {
         "vp": (vp.sigma, vp.sigma_deriv, vp.sigma_inv),
@@ -190,10 +204,10 @@ def _schedules(vp):
     }
 
 
-def _scalings(sigma, sigma_deriv):
+def _scalings(sigma: Function, sigma_deriv: Function) -> dict[str, tuple[Function, Function]]:
     """{name: (s(t), its derivative)}"""
 
-    def s(t):
+    def s(t: Tensor) -> Tensor:
         return 1 / (1 + sigma(t) ** 2).sqrt()
 
     return {
@@ -202,7 +216,9 @@ def _scalings(sigma, sigma_deriv):
     }
 
 
-def _iddpm_steps(num_steps, sigma_min, sigma_max, C_1, C_2, M, device):
+def _iddpm_steps(
+    num_steps: int, sigma_min: float, sigma_max: float, C_1: float, C_2: float, M: int, device: torch.device
+) -> Tensor:
     u = iddpm_sigmas(C_1, C_2, M, torch.float64)
     u = u[(u >= sigma_min) & (u <= sigma_max)]
     if len(u) == 0:
@@ -226,36 +242,36 @@ class SeededDraws:
         self._generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
         self._device = device
 
-    def randn(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def randn(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, *shape]"""
         draws = [torch.randn(*shape, generator=g, dtype=dtype) for g in self._generators]
         return torch.stack(draws).to(self._device)
 
-    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+    def randn_like(self, x: Tensor) -> Tensor:
         return self.randn(x.shape[1:], x.dtype)
 
-    def randint(self, high: int) -> torch.Tensor:
+    def randint(self, high: int) -> Tensor:
         """[N] int64"""
         return torch.cat([torch.randint(high, [1], generator=g) for g in self._generators]).to(self._device)
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] as uint8."""
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, of the same shape; values beyond are clipped."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def default_sampler(net: torch.nn.Module) -> str:
-    """'one-step' for a generator, which carries its start noise level in its metadata, else 'heun'."""
+    """'one-step' for a generator, whose metadata holds its start noise level; 'heun' for other denoisers."""
     return "one-step" if "init_sigma" in getattr(net, "metadata", {}) else "heun"
 
 
 def sample(
     net: torch.nn.Module, seeds: Iterable[int], sampler: str | None = None, class_idx: int | None = None, **options
-) -> torch.Tensor:
+) -> Tensor:
     """One image per seed, [N, C, H, W] float, on the network's device.
 
-    sampler: a key of SAMPLERS; None: `default_sampler`. class_idx: one class for all images; None: drawn by seed.
-    options: the sampler's. Draws per image: latents, then the class, then the sampler's own.
+    sampler: a key of SAMPLERS; None takes `default_sampler`. class_idx: the class of all images; None draws one per
+    image. options: those of the sampler. Each image draws its latents, then its class, then what the sampler needs.
     """
     device = next(net.parameters()).device
     draws = SeededDraws(seeds, device)
@@ -277,7 +293,7 @@ class NonFiniteImagesError(UserError):
     """A network made images that hold NaN or infinity."""
 
 
-def check_finite(images: torch.Tensor, seeds: Sequence[int]) -> None:
+def check_finite(images: Tensor, seeds: Sequence[int]) -> None:
     """Raises NonFiniteImagesError if an image of [N, C, H, W] holds NaN or infinity. seeds: of the images."""
     if images.isfinite().all():
         return
@@ -298,10 +314,10 @@ def generate_images(
     steps: int | None = None,
     sampler: str | None = None,
     **options,
-) -> Iterator[torch.Tensor]:
-    """uint8 batches [n, C, H, W] on the CPU, one image per seed in order; arguments as for `sample`.
+) -> Iterator[Tensor]:
+    """uint8 batches [n, C, H, W] on the CPU, one image per seed in order. Other arguments are those of `sample`.
 
-    steps: of the Heun or ablation sampler; 1 on its own means the one-step sampler.
+    steps: how many the Heun or ablation sampler takes; 1 without a sampler means the one-step sampler.
     Errors: UserError when class_idx is out of range or the network has no classes; NonFiniteImagesError.
     """
     if class_idx is not None and net.label_dim and not 0 <= class_idx < net.label_dim:
