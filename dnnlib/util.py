@@ -106,16 +106,42 @@ def user_path(path: str | os.PathLike) -> Path:
     try:
         found = Path(path).expanduser()
         found.is_file()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: {_locale_problem()}") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}: check the file name") from None
     return found
 
 
+def _locale_problem() -> str:
+    encoding = sys.getfilesystemencoding()
+    return f"this locale takes {encoding} names only: set PYTHONUTF8=1 (or LC_ALL=C.UTF-8) and try again"
+
+
+def _is_utf8_in_another_locale(arg: str) -> bool:
+    """Whether an argument of the command line is UTF-8 that Python took for ASCII, since the locale says so."""
+    try:
+        return not arg.isascii() and os.fsencode(arg).decode() != arg
+    except UnicodeError:
+        return False
+
+
 class Command(click.Command):
-    """A command whose errors are one line each, also those of the operating system (a full disk, a name too long)."""
+    """A command whose errors are one line each, also those of the operating system (a full disk, a name too long).
+
+    Characters that the terminal's encoding lacks are printed as escapes.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for arg in args:
+            if _is_utf8_in_another_locale(arg):
+                raise UserError(f"{os.fsencode(arg).decode()}: {_locale_problem()}")
             if any(unicodedata.category(c) in ("Cc", "Cs") for c in arg):
                 raise UserError(f"{arg}: holds a control character, or one that isn't UTF-8: leave it out")
             if arg == "" or re.fullmatch(r"--[\w-]+=", arg):

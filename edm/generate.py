@@ -12,6 +12,7 @@ import click
 from dnnlib import Command, FiniteRange, UserError, WholeRange
 
 MAX_SEEDS = 10_000_000
+MAX_SEED = 2**32 - 1  # as edm.sampler
 MAX_SIGMA = 1e6
 MAX_STEPS = 100_000
 ABLATION = ("solver", "discretization", "schedule", "scaling")
@@ -28,6 +29,8 @@ class SeedRanges(click.ParamType):
         for part in value.split(","):
             match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if last > MAX_SEED:
+                self.fail(f"{value!r}: seeds go up to {MAX_SEED}; beyond it, the same images come again", param, ctx)
             if first > last or len(seeds) + last - first >= MAX_SEEDS:
                 self.fail(f"{value!r} is no list of seeds; write for instance 0-63,100", param, ctx)
             seeds += range(first, last + 1)

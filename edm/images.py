@@ -56,8 +56,8 @@ def image_writer(dest: str | os.PathLike) -> Iterator[Callable[[torch.Tensor, in
     """
     dest = Path(dest)
     is_zip = dest.suffix == ".zip"
-    if (is_zip and dest.exists()) or (dest.exists() and not dest.is_dir()):
-        raise UserError(f"--outdir={dest} exists already; remove it or choose another name")
+    if distributed.from_process_0(_is_taken(dest, is_zip) if distributed.rank() == 0 else None):
+        raise UserError(f"--outdir={dest} exists already and isn't empty; remove it or choose another name")
     if is_zip and distributed.world_size() > 1:
         raise UserError(f"--outdir={dest}: several processes can't write one zip; give a folder")
     with contextlib.ExitStack() as stack:
@@ -82,6 +82,13 @@ def image_writer(dest: str | os.PathLike) -> Iterator[Callable[[torch.Tensor, in
         yield write
         while coming:
             put_first()
+
+
+def _is_taken(dest: Path, is_zip: bool) -> bool:
+    """Whether something is there that images must not be mixed with: anything but a folder of hidden files."""
+    if is_zip or not dest.is_dir():
+        return os.path.lexists(dest)
+    return any(not path.name.startswith(".") for path in dest.iterdir())
 
 
 def _encode(image: torch.Tensor) -> bytes:

@@ -19,6 +19,8 @@ from torch import Tensor
 from dnnlib import UserError
 from training.networks import iddpm_sigmas
 
+from .classes import ClassDraws, check_class
+
 Function = Callable[[Tensor], Tensor]
 
 
@@ -232,6 +234,7 @@ def _iddpm_steps(
 # ----------------------------------------------------------------------------
 # Seeded generation.
 
+SEEDS = 2**32  # so many different ones
 SAMPLERS: dict[str, Callable] = {"heun": heun_sampler, "ablation": ablation_sampler, "one-step": one_step_sampler}
 
 
@@ -239,7 +242,11 @@ class SeededDraws:
     """One CPU generator per image, so that an image depends on its seed alone, not on the batch or the device."""
 
     def __init__(self, seeds: Iterable[int], device: torch.device):
-        self._generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
+        seeds = [int(seed) for seed in seeds]
+        for seed in seeds:
+            if not 0 <= seed < SEEDS:  # the generator has no others: 2**32 would give the image of 0 again
+                raise UserError(f"--seeds: there is no seed {seed}; seeds go from 0 to {SEEDS - 1}")
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._device = device
 
     def randn(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -271,18 +278,16 @@ def sample(
     """One image per seed, [N, C, H, W] float, on the network's device.
 
     sampler: a key of SAMPLERS; None takes `default_sampler`. class_idx: the class of all images; None draws one per
-    image. options: those of the sampler. Each image draws its latents, then its class, then what the sampler needs.
+    image, of those that the network has learnt (`edm.classes`). options: those of the sampler.
+    Each image draws its latents, then its class, then what the sampler needs.
     """
     device = next(net.parameters()).device
     draws = SeededDraws(seeds, device)
     latents = draws.randn([net.img_channels, net.img_resolution, net.img_resolution])
-    labels = None
-    if net.label_dim:
-        labels = torch.eye(net.label_dim, device=device)[draws.randint(net.label_dim)]
-        if class_idx is not None:
-            labels = torch.eye(net.label_dim, device=device)[[class_idx]].repeat(len(latents), 1)
-    elif class_idx is not None:
-        raise UserError("--class: this network is unconditional; leave the option out")
+    labels = ClassDraws(net, device).one_hot(draws.randint)
+    if class_idx is not None:
+        check_class(net, class_idx)
+        labels = torch.eye(net.label_dim, device=device)[[class_idx]].repeat(len(latents), 1)
     name = sampler or default_sampler(net)
     if name == "one-step" and "init_sigma" not in options:
         options["init_sigma"] = getattr(net, "metadata", {}).get("init_sigma", 2.5)
@@ -318,10 +323,9 @@ def generate_images(
     """uint8 batches [n, C, H, W] on the CPU, one image per seed in order. Other arguments are those of `sample`.
 
     steps: how many the Heun or ablation sampler takes; 1 without a sampler means the one-step sampler.
-    Errors: UserError when class_idx is out of range or the network has no classes; NonFiniteImagesError.
+    Errors: UserError when the network has no such class, or hasn't learnt it, or a seed is out of range;
+    NonFiniteImagesError.
     """
-    if class_idx is not None and net.label_dim and not 0 <= class_idx < net.label_dim:
-        raise UserError(f"--class={class_idx}: the network's classes are 0 to {net.label_dim - 1}")
     if steps is not None:
         sampler = sampler or ("one-step" if steps == 1 else "heun")
         if sampler != "one-step":

@@ -82,7 +82,7 @@ def main(**options):
 
     import torch
 
-    from edm import run_folder, zoo
+    from edm import classes, run_folder, zoo
     from torch_utils import checkpoint, distributed, misc
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment, loss
@@ -98,6 +98,8 @@ def main(**options):
     check_sizes(precond, network_kwargs)
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary["sigma"] = options["sigma"]
+    learnt = classes.metadata_of(dataset.classes, dataset.label_dim)
+    summary |= learnt
     loss_fn = getattr(loss, loss_name)() if options["sigma"] is None else single_level_loss(options["sigma"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
@@ -125,7 +127,7 @@ def main(**options):
         def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
             path = checkpoint.snapshot_path(run_dir, nimg, config.batch)
             only = {} if options["sigma"] is None else {"sigma": options["sigma"]}
-            zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name, **only)
+            zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name, **only, **learnt)
 
         training_loop(training, dataset, run_dir, save_snapshot)
     distributed.shutdown()
@@ -194,6 +196,15 @@ def build_config(options, dataset, augment_dim):
         raise UserError(f"--cres={cres}: multipliers start at 1")
     if dataset.resolution >> (len(network["channel_mult"]) - 1) < 1:
         raise UserError(f"--cres={cres} halves {dataset.resolution} pixels too often; give fewer")
+    halvings = len(network["channel_mult"]) - 1
+    if dataset.resolution % 2**halvings:
+        size = 2**halvings
+        fitting = [f"{size * (dataset.resolution // size + i)}" for i in range(2)]
+        raise UserError(
+            f"--data={options['data']}: images of {dataset.resolution}x{dataset.resolution} pixels can't be halved"
+            f" {halvings} times (--cres={cres}); sizes that fit are multiples of {size}, such as"
+            f" {' or '.join(fitting)}: use edm.dataset_tool --resolution={fitting[1]}x{fitting[1]}, or fewer --cres"
+        )
     if network["model_channels"] % 2:
         raise UserError(f"--cbase={network['model_channels']} must be even")
     config = TrainingConfig(

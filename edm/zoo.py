@@ -24,6 +24,7 @@ from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from dnnlib.util import printable
 from edm import network_files
+from edm.classes import learnt_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import persistence
 from torch_utils.untrusted import edm_pickle
@@ -91,6 +92,10 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None =
     net, metadata = network_files.read(resolve(source), {**NETWORK_CLASSES, **(classes or {})})
     net = net.float().eval().requires_grad_(False)
     net.metadata = {**_published_metadata(str(source)), **metadata}
+    try:
+        learnt_classes(net)
+    except UserError as error:
+        raise UserError(f"{source}: {error.message}: damaged, or not a network") from None
     return net
 
 

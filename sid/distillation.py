@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dnnlib import UserError
+from edm.classes import ClassDraws
 from torch_utils import checkpoint, distributed, misc, precision
 from torch_utils.training_stats import Collector
 from torch_utils.updates import ema_beta, lr_factor, update_ema
@@ -47,6 +48,7 @@ class Distillation:
         self.device = device
         self.teacher = teacher.to(device).eval().requires_grad_(False)
         check_guidance(config, teacher)
+        self._classes = ClassDraws(teacher, device)
         self.loss = make_loss(config, teacher, reals)
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
         if self.augment_pipe and getattr(teacher, "augment_dim", 0) != self.augment_pipe.augment_dim:
@@ -242,8 +244,5 @@ class Distillation:
             yield self.draw_labels(self.batch_gpu)
 
     def draw_labels(self, n: int) -> torch.Tensor | None:
-        """One-hot classes, drawn uniformly, [n, label_dim]; None for a teacher without."""
-        label_dim = self.state.generator.label_dim
-        if not label_dim:
-            return None
-        return torch.nn.functional.one_hot(torch.randint(label_dim, [n], device=self.device), label_dim).float()
+        """One-hot classes, drawn uniformly of those that the teacher knows, [n, label_dim]; None if it has none."""
+        return self._classes.one_hot(lambda high: torch.randint(high, [n], device=self.device))

@@ -8,6 +8,7 @@ import torch
 
 from dnnlib import UserError, without_passwords
 from edm import published, run_folder, zoo
+from edm.classes import learnt_classes
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from torch_utils import checkpoint, distributed, misc
@@ -176,6 +177,12 @@ def load_dataset(
         raise UserError(
             f"--data={path}: its classes go up to {dataset.label_dim - 1}, but the teacher has {teacher.label_dim} of"
             " them; give the images that it was trained on"
+        )
+    unknown = set(dataset.classes) - set(learnt_classes(teacher) or range(teacher.label_dim))
+    if unknown:
+        raise UserError(
+            f"--data={path}: holds images of class {min(unknown)}, which the teacher has never seen; give the images"
+            " that it was trained on"
         )
     return dataset
 

@@ -65,7 +65,8 @@ class DistillationState:
         for net in (self.generator, self.fake_score):
             distributed.broadcast_module(net)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma}
+        learnt = {name: v for name, v in getattr(teacher, "metadata", {}).items() if name == "classes"}
+        self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma, **learnt}
 
         fp16 = config.precision == "fp16"
         adam = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}

@@ -4,8 +4,10 @@ import zipfile
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 
+from dnnlib import UserError
 from edm.images import ENCODED_AHEAD, image_writer
 
 IMAGES = torch.randint(
@@ -42,3 +44,17 @@ def test_a_generator_that_fails_leaves_no_zip(tmp_path):
     writer.__enter__()(IMAGES[0], 0)
     assert not writer.__exit__(RuntimeError, RuntimeError("no more images"), None)
     assert not list(tmp_path.iterdir())
+
+
+def test_images_are_not_mixed_with_others(tmp_path):
+    dest = tmp_path / "made"
+    dest.mkdir()
+    (dest / ".DS_Store").touch()
+    write_all(dest)
+    before = sorted(dest.rglob("*"))
+    with pytest.raises(UserError, match="isn't empty"):
+        write_all(dest, first_seed=5000)
+    assert sorted(dest.rglob("*")) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="exists already"):
+        write_all(tmp_path / "file")

@@ -114,3 +114,21 @@ def test_attention_in_every_precision(dtype):
     pairs = zip(torch.autograd.grad(found, rounded, weight.to(dtype)), torch.autograd.grad(expected, exact, weight))
     for a, b in [(found, expected), *pairs]:
         assert (a.double() - b).norm() < tolerance * b.norm()
+
+
+@pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
+@pytest.mark.parametrize(("size", "levels", "fits"), [(9, 1, True), (9, 2, False), (6, 2, True), (30, 3, False)])
+def test_sizes_that_fit(model_type, size, levels, fits):
+    """The sizes that are refused are those at which the decoder wouldn't meet the encoder's sizes again."""
+
+    def build():
+        return networks.EDMPrecond(
+            size, 1, model_type=model_type, model_channels=8, channel_mult=[1] * levels, num_blocks=1
+        )
+
+    if fits:
+        x = torch.zeros([1, 1, size, size])
+        assert build()(x, torch.ones([1, 1, 1, 1])).shape == x.shape
+    else:
+        with pytest.raises(ValueError, match=f"img_resolution={size} must be a multiple of {2 ** (levels - 1)}"):
+            build()

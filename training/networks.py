@@ -319,6 +319,7 @@ class SongUNet(torch.nn.Module):
             "init_attn": init_attn,
         }
         resample = {"resample_filter": resample_filter}
+        _check_resolution(img_resolution, len(channel_mult))
 
         # Mapping.
         if embedding_type == "positional":
@@ -450,6 +451,7 @@ class DhariwalUNet(torch.nn.Module):
             "init": init,
             "init_zero": init_zero,
         }
+        _check_resolution(img_resolution, len(channel_mult))
 
         # Mapping.
         self.map_noise = PositionalEmbedding(model_channels)
@@ -516,6 +518,16 @@ class DhariwalUNet(torch.nn.Module):
         for module in self.dec.values():
             x = module(_with_skip(x, skips, module.in_channels), emb)
         return self.out_conv(F.silu(self.out_norm(x)))
+
+
+def _check_resolution(img_resolution, levels):
+    """Errors: ValueError when images of this size can't be halved between all levels and doubled again."""
+    multiple = 2 ** (levels - 1)
+    if img_resolution % multiple:
+        raise ValueError(
+            f"img_resolution={img_resolution} must be a multiple of {multiple}, since {levels} levels halve it"
+            f" {levels - 1} times"
+        )
 
 
 def _drop_labels(class_labels, probability):
