@@ -4,7 +4,7 @@ import dataclasses
 
 import click
 
-from dnnlib import Command, FiniteRange, IntList, WholeRange
+from dnnlib import FiniteRange, IntList, LongCommand, WholeRange
 from sid import recipes
 from sid.config import ADAM_STATES, OBJECTIVES, WEIGHTINGS, DistillationConfig
 
@@ -12,7 +12,7 @@ D = DistillationConfig  # its class attributes are the defaults
 POSITIVE = FiniteRange(0, min_open=True)
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+@click.command(cls=LongCommand, context_settings={"show_default": True})
 @click.option("--recipe", help="Settings by name; those given beside it win", type=click.Choice(list(recipes.RECIPES)),
               callback=recipes.use, is_eager=True, expose_value=False)  # fmt: skip
 # Where things are.

@@ -16,10 +16,13 @@ from typing import Any, BinaryIO
 
 import click
 
+from . import terminal
+
 MAX_MESSAGE = 2000  # characters; longer ones, of overlong options, lose their middle
 MAX_NUMBER = 1e30  # of options: its products with the thousand images of a kimg are finite too
 MAX_WHOLE_NUMBER = 2**31 - 1
 LOCK_FILE = ".lock"
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a full or broken disk
 
 
 class UserError(click.ClickException):
@@ -152,13 +155,31 @@ class Command(click.Command):
             error.message = printable(error.message)
             raise
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        terminal.open_closed_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except OSError as error:
-            if error.filename is None:  # not about a file
+            if error.filename is not None:
+                raise UserError(f"{error.filename}: {error.strerror}: check the name and permissions") from None
+            if error.errno not in OUTPUT_ERRORS:  # of a broken pipe, click ends the command quietly
                 raise
-            raise UserError(f"{error.filename}: {error.strerror}: check the name and permissions") from None
+            terminal.drop_unwritable_output()
+            raise UserError(f"the output can't be written: {error.strerror}: make room, or name another file") from None
+
+
+class LongCommand(Command):
+    """A command whose results are files: it goes on to its end when what it prints can't be written any more."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        terminal.open_closed_streams()
+        with terminal.lossy_output():
+            return super().main(*args, **kwargs)
 
 
 class Group(Command, click.Group):
@@ -253,10 +274,13 @@ def format_time(seconds: float) -> str:
 
 
 class Logger:
-    """While open, everything printed to stdout and stderr is also appended to a file."""
+    """While open, everything printed to stdout and stderr is also appended to a file.
+
+    A full disk costs the file its lines, not the run its life. Errors: OSError when the file can't be opened.
+    """
 
     def __init__(self, path: str | os.PathLike):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
+        self._file = terminal.lossy_text(terminal.LossyFile(path, "a"), "utf-8", "strict")
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Logger":
@@ -275,9 +299,8 @@ class _Tee:
         self._stream, self._file = stream, file
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):  # a full disk costs the log its lines, not the run its life
-            self._file.write(text)
-            self._file.flush()  # a run that is killed keeps its last line
+        self._file.write(text)
+        self._file.flush()  # a run that is killed keeps its last line
         return self._stream.write(text)
 
     def flush(self) -> None:

@@ -16,7 +16,7 @@ import click
 from PIL import Image
 from tqdm import tqdm
 
-from dnnlib import Command, UserError, WholeRange
+from dnnlib import LongCommand, UserError, WholeRange
 from dnnlib.util import printable
 
 from .dataset_sources import open_source
@@ -151,7 +151,7 @@ def _parse_resolution(_context: Any, _parameter: Any, value: str | None) -> tupl
     return size
 
 
-@click.command(cls=Command)
+@click.command(cls=LongCommand)
 @click.option(
     "--source", required=True, metavar="PATH", help="Folder or zip of images, CIFAR-10 tar.gz, MNIST idx.gz, or LMDB."
 )

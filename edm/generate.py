@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dnnlib import Command, FiniteRange, UserError, WholeRange
+from dnnlib import FiniteRange, LongCommand, UserError, WholeRange
 
 MAX_SEEDS = 10_000_000
 MAX_SEED = 2**32 - 1  # as edm.sampler
@@ -37,7 +37,7 @@ class SeedRanges(click.ParamType):
         return list(dict.fromkeys(seeds))  # each once
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+@click.command(cls=LongCommand, context_settings={"show_default": True})
 @click.option("--network", help="Short name, path or URL of a teacher or generator", required=True)
 @click.option("--outdir", help="Folder or .zip file for the PNG images, one per seed")
 @click.option("--grid", help="PNG file for all images in one picture")

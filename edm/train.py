@@ -2,7 +2,7 @@
 
 import click
 
-from dnnlib import Command, FiniteRange, IntList, UserError, WholeRange
+from dnnlib import FiniteRange, IntList, LongCommand, UserError, WholeRange
 
 ARCHITECTURES = {
     "ddpmpp": {
@@ -30,7 +30,7 @@ ARCHITECTURES = {
 PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
 
 
-@click.command(cls=Command)
+@click.command(cls=LongCommand)
 @click.option("--outdir", help="Where to make the run folder", required=True)
 @click.option("--data", help="Training images: folder or zip", required=True)
 @click.option("--cond", help="Train a class-conditional model", type=bool, default=False, show_default=True)

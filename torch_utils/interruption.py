@@ -1,5 +1,6 @@
 """Signals and the clock: when to save a state, when to stop. All processes of a run get the same answer."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -11,16 +12,17 @@ from typing import NoReturn
 
 import torch
 
+from dnnlib.terminal import stop_signals
+
 from . import distributed
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the command again
 SAME_SIGNAL_SEC = 2.0  # torchrun passes on what the terminal has sent to every process already
 CHECK_SEC = 2.0  # on an accelerator, how often processes ask each other: each time the host waits for the device
 
 
 class Interruption:
-    """While open, SIGTERM, SIGINT and SIGUSR1 no longer end the process: they make `stop` true at the next `check`.
+    """While open, the `stop_signals` no longer end the process: they make `stop` true at the next `check`.
 
     A second SIGINT ends it at once. Opens in the main thread only; elsewhere signals stay as they are.
 
@@ -38,7 +40,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         try:
-            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         except ValueError:  # not the main thread
             self._previous = {}
         return self
@@ -54,7 +56,8 @@ class Interruption:
         if not self._signal:
             self._signal, self._signal_time = number, now
             if distributed.rank() == 0:  # not print: the signal may have come amid one
-                os.write(2, f"\n{signal.Signals(number).name}: saving after this iteration\n".encode())
+                with contextlib.suppress(OSError):  # a closed terminal sends SIGHUP and takes no text
+                    os.write(2, f"\n{signal.Signals(number).name}: saving after this iteration\n".encode())
 
     def check(self) -> None:
         """Sets `stop` and `save`; every process calls it after each iteration.
@@ -94,7 +97,7 @@ class Interruption:
 
 def ignore_signals(worker: int) -> None:
     """For data-loader workers: a terminal sends Ctrl-C to them too, but it is their parent that ends them."""
-    for number in SIGNALS:
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -16,7 +16,7 @@ MAX_SHIFT = 1  # pixels
 TEST_BATCH = 500
 
 
-@click.command(cls=dnnlib.Command, context_settings={"show_default": True})
+@click.command(cls=dnnlib.LongCommand, context_settings={"show_default": True})
 @click.option("--data", help="Labelled training images: folder or zip", type=str, required=True)
 @click.option("--test", help="Labelled test images: folder or zip", type=str, required=True)
 @click.option("--dest", help="Detector to write (.safetensors)", type=str, required=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib import Command, IntList, UserError, WholeRange, locked_folder
+from dnnlib import IntList, LongCommand, UserError, WholeRange, locked_folder
 from sid.sweep.elsewhere import is_finished, runs_elsewhere
 from sid.sweep.folders import STOPPED, status
 from sid.sweep.plan import Run, load_plan
@@ -16,7 +16,7 @@ from sid.sweep.results import write_results
 from sid.sweep.runner import describe, run_all
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+@click.command(cls=LongCommand, context_settings={"show_default": True})
 @click.argument("file")
 @click.option("--outdir", help="Where run folders and results are; several sweeps may share it", default="sweeps")
 @click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from dnnlib.terminal import stop_signals
+
 from .folders import DIVERGED, FAILURE_FILE, REFUSED, STOPPED, last_snapshot, status, write_failure
 from .plan import PROGRAM, Run
 
 CONSOLE_FILE = "console.txt"  # all that a run's processes print, in its folder
 MEANING = {REFUSED: "an option or a file is wrong", DIVERGED: "diverged", 4: "weights differ", 5: "a process hangs"}
 ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:Error|[\w.]+Error|[\w.]+Exception): .+)")  # a traceback's last line too
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Signals:
@@ -27,7 +28,7 @@ class Signals:
         self._previous = {}
 
     def __enter__(self) -> "Signals":
-        self._previous = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,7 +1,7 @@
 """Ends tiny distillations at random moments, lets the same command go on, and compares with an unbroken run.
 
 python tests/crash/kill.py --kills=30                            # SIGKILL, a third of them inside a save
-python tests/crash/kill.py --kills=10 --how=term --processes=2   # SIGTERM to torchrun
+python tests/crash/kill.py --kills=10 --how=term --processes=2   # SIGTERM to torchrun; hup: SIGHUP
 python tests/crash/kill.py --kills=3 --how=rank --processes=2    # SIGKILL to one process; torchrun --max-restarts
 """
 
@@ -87,7 +87,7 @@ def states(run_dir: Path) -> set[tuple[str, int]]:
 def end_at_random(process: subprocess.Popen, run_dir: Path, rng: random.Random, how: str) -> bool:
     """Ends a process (or its torchrun) some moments after it has saved a state; False if it was done before.
 
-    how: 'kill' and 'term' are signals, 'save' is a kill inside a save, 'rank' kills one process of torchrun's.
+    how: 'kill', 'term' and 'hup' are signals, 'save' is a kill inside a save, 'rank' kills one process of torchrun's.
     """
     before = states(run_dir)
     if not wait_for(lambda: states(run_dir) - before, process):
@@ -101,7 +101,7 @@ def end_at_random(process: subprocess.Popen, run_dir: Path, rng: random.Random, 
         workers = [p for p in psutil.Process(process.pid).children() if any("sid_train" in arg for arg in p.cmdline())]
         rng.choice(workers).kill()
     else:
-        process.send_signal(signal.SIGTERM if how == "term" else signal.SIGKILL)
+        process.send_signal({"term": signal.SIGTERM, "hup": signal.SIGHUP}.get(how, signal.SIGKILL))
         process.wait()
     return True
 
@@ -157,7 +157,7 @@ def crash(folder: Path, hows: list[str], iterations: int, processes: int, seed: 
 @click.command()
 @click.option("--kills", default=30, show_default=True)
 @click.option("--iterations", help="Length of the run [default: 20 per kill]", type=int)
-@click.option("--how", type=click.Choice(["kill", "term", "rank"]), default="kill", show_default=True)
+@click.option("--how", type=click.Choice(["kill", "term", "hup", "rank"]), default="kill", show_default=True)
 @click.option("--processes", default=1, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(kills: int, iterations: int | None, how: str, processes: int, seed: int) -> None:

@@ -1,0 +1,85 @@
+"""Standard streams and signals of a process whose terminal, pipe or log may go away while it works."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+STREAMS = ("stdin", "stdout", "stderr")  # in the order of their file descriptors
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask a long run to save and stop.
+
+    SIGHUP, which a closing terminal sends, is one of them unless this process ignores it already, as nohup asks.
+    """
+    names = ["SIGTERM", "SIGINT", "SIGUSR1"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        names.append("SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def open_closed_streams() -> None:
+    """Opens the null device in place of each standard stream that was closed when the process started.
+
+    Python has None for such a stream, and the next file that is opened would get its descriptor: whatever a library
+    prints would then end up in that file.
+    """
+    for descriptor, name in enumerate(STREAMS):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is the missing one
+        if null == descriptor:
+            os.set_inheritable(null, True)  # child processes need it for the same reason
+        stream = open(null, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115  lives as long as we do
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+class LossyFile(io.FileIO):
+    """A file whose writes never fail: it loses what a vanished reader, a closed terminal or a full disk can't take."""
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        try:
+            written = super().write(data)
+        except OSError:
+            return size
+        return size if written is None else written  # None: a pipe that doesn't block is full
+
+
+def lossy_text(file: LossyFile, encoding: str, errors: str) -> io.TextIOWrapper:
+    """A text stream into `file` that appears line by line and shows what `encoding` lacks as escapes."""
+    errors = "backslashreplace" if errors == "strict" else errors
+    return io.TextIOWrapper(io.BufferedWriter(file), encoding=encoding, errors=errors, line_buffering=True)
+
+
+@contextlib.contextmanager
+def lossy_output() -> Iterator[None]:
+    """While open, printing to stdout and stderr can't fail: see `LossyFile`. Only streams that are files change."""
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            buffer = getattr(stream, "buffer", None)
+            if type(getattr(buffer, "raw", buffer)) is not io.FileIO:
+                continue  # a notebook's stream, a test's, or the console of Windows
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+            file = LossyFile(stream.fileno(), "w", closefd=False)
+            text = lossy_text(file, stream.encoding, stream.errors)
+            stack.callback(text.flush)
+            stack.enter_context(getattr(contextlib, f"redirect_{name}")(text))
+        yield
+
+
+def drop_unwritable_output() -> None:
+    """Points stdout and stderr at the null device where they can't be written, so that exiting doesn't fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), stream.fileno())
