@@ -14,6 +14,8 @@ import click
 
 from dnnlib import Command, UserError, kimg_name, write_atomically
 
+from .records import OPTIONS_FILE, measured_value, read_records, read_run_options, sound_records
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
 TEACHER_STEPS = 18  # of Heun's sampler: 35 evaluations
-BEST_LINK = "best.safetensors"
 MIN_GRID_PIXELS = 512  # small images are shown larger
 
 
@@ -69,6 +70,7 @@ class Report:
         from edm.metrics.sources import NetworkSource
         from edm.zoo import network_hash
         from torch_utils import distributed
+        from torch_utils.checkpoint import BEST_LINK
         from torch_utils.training_stats import append_line
 
         sha256 = network_hash(ema)
@@ -87,7 +89,7 @@ class Report:
     def _missing(self, sha256: str) -> list[str]:
         """The metrics not yet recorded of the weights with this hash."""
         names = [metric.name for metric in self._evaluator.metrics]
-        known = {name: {record["network_sha256"] for record in read_metrics(self._run_dir, name)} for name in names}
+        known = {name: {record.get("network_sha256") for record in read_metrics(self._run_dir, name)} for name in names}
         return [name for name in names if sha256 not in known[name]]
 
     def _remember_best(self) -> None:
@@ -97,14 +99,14 @@ class Report:
         name = next((metric.name for metric in self._evaluator.metrics if metric.kind == "fid"), None)
         trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
         if trained:
-            best = min(trained, key=lambda record: record["value"])
+            best = min(trained, key=measured_value)
             nimg = round(best["kimg"] * 1000)  # another --batch before, another name
             paths = [checkpoint.snapshot_path(self._run_dir, nimg, batch) for batch in (self._batch, 1, 1000)]
             snapshot = next((path for path in paths if path.exists()), paths[0]).name
             content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
             with write_atomically(self._run_dir / "best.json") as file:
                 file.write(json.dumps(content, indent=2).encode())
-            _link(self._run_dir / BEST_LINK, snapshot)
+            _link(self._run_dir / checkpoint.BEST_LINK, snapshot)
 
 
 def _link(path: Path, target: str) -> None:
@@ -122,11 +124,8 @@ def _link(path: Path, target: str) -> None:
 
 
 def read_metrics(run_dir: str | os.PathLike, name: str) -> list[dict[str, Any]]:
-    """The records of `metric-<name>.jsonl`, oldest first; none if there is no such file."""
-    path = _metric_file(run_dir, name)
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The records of `metric-<name>.jsonl`, oldest first, without damaged ones; none if there is no such file."""
+    return sound_records(_metric_file(run_dir, name), "kimg", "value")
 
 
 def _metric_file(run_dir: str | os.PathLike, name: str) -> Path:
@@ -186,10 +185,12 @@ def summarise(run_dir: Path, teacher: "torch.nn.Module", transfer: str | None = 
     files = sorted(run_dir.glob("metric-fid*.jsonl"))
     if not files:
         raise UserError(f"{run_dir}: no metric-fid*.jsonl; distil with --metrics=fid50k to have FID in the summary")
-    records = read_metrics(run_dir, files[0].stem.removeprefix("metric-"))
+    records = read_records(files[0], "kimg", "value")
+    if not records:
+        raise UserError(f"{files[0]}: holds no record; wait for the first snapshot of the run")
     rows, evaluations = [], 2 * TEACHER_STEPS - 1
     recorded = getattr(teacher, "metadata", {}).get("fid")
-    if isinstance(recorded, dict) and recorded.get("detector_sha256") == records[0]["detector_sha256"]:
+    if isinstance(recorded, dict) and recorded.get("detector_sha256") == records[0].get("detector_sha256"):
         value = recorded.get(f"evaluations_{evaluations}")
         if isinstance(value, int | float):
             rows.append(("teacher", evaluations, float(value)))
@@ -201,28 +202,28 @@ def summarise(run_dir: Path, teacher: "torch.nn.Module", transfer: str | None = 
 
 
 @click.command(cls=Command)
-@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.argument("run", type=click.Path(exists=True))
 def main(run: str) -> None:
     """Summarise the distillation in the folder RUN: a table of FID and a picture."""
     from edm import zoo
-    from edm.run_folder import OPTIONS_FILE
     from torch_utils import checkpoint
 
-    run_dir = Path(run)
+    run_dir, options = Path(run), read_run_options(run)
     snapshots = checkpoint.snapshots(run_dir)
-    if not snapshots or not (run_dir / OPTIONS_FILE).exists():
-        raise UserError(f"{run}: no snapshot of a distillation here; name a run folder of sid_train.py")
-    try:
-        options = json.loads((run_dir / OPTIONS_FILE).read_text(encoding="utf-8"))
-        teacher = zoo.load_network(str(options["edm_model"]))
-        generator = zoo.load_network(snapshots[0])
-        rows = summarise(run_dir, teacher, options.get("transfer"))
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{run}: its records are damaged ({error}); restore its *.json and *.jsonl files") from None
+    if not snapshots:
+        raise UserError(f"{run}: has no snapshot yet; wait for the first one")
+    if "edm_model" not in options:
+        raise UserError(f"{run_dir / OPTIONS_FILE}: names no edm_model; name a run folder of sid_train.py")
+    rows = summarise(run_dir, teacher := zoo.load_network(options["edm_model"]), options.get("transfer"))
+    generator = zoo.load_network(snapshots[0])
     if "init_sigma" not in generator.metadata:
         raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")
     picture = run_dir / "comparison.png"
-    compare(teacher, generator, picture)
+    try:
+        compare(teacher, generator, picture)
+        pictures = f"{picture}  (teacher at {2 * TEACHER_STEPS - 1} evaluations, at one, generator at one)"
+    except OSError as error:
+        pictures = f"none, since {picture} can't be written ({error.strerror})"
 
     print(f"\n{'':30s} {'evaluations':>11s} {'FID':>8s}")
     for name, evaluations, fid in rows:
@@ -230,7 +231,7 @@ def main(run: str) -> None:
     if len(rows) > 1 and rows[-2][1] == 1 and rows[-1][2] > 0:
         print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
     print(f"Generator: {snapshots[0]}")
-    print(f"Pictures:  {picture}  (teacher at {2 * TEACHER_STEPS - 1} evaluations, at one, generator at one)")
+    print(f"Pictures:  {pictures}")
 
 
 if __name__ == "__main__":

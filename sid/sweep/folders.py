@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError, kimg_name, write_atomically
-from sid.doctor import read_records
+from sid.records import OPTIONS_FILE, STATS_FILE, read_records
 
 from .plan import Run, recorded_options
 
-OPTIONS_FILE = "training_options.json"  # edm.run_folder.OPTIONS_FILE, which loads torch; a test compares
 FAILURE_FILE = "failure.json"
 REFUSED, DIVERGED, STOPPED = 2, 3, 75  # exit codes of sid_train.py: docs/reliability.md
 # What doesn't change a result, and what only the run itself finds out.
@@ -43,6 +42,8 @@ def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
         if name == "metrics":  # recorded as a list, and resolved where not given, as is data_stat
             found = wanted if wanted is None else ",".join(found or [])
             wanted = wanted and ",".join(part.strip() for part in wanted.split(","))
+        if name in ("edm_model", "transfer") and found and wanted and Path(found).parent == Path(wanted):
+            found = wanted  # a run folder, of which one snapshot was taken
         if name == "transfer" and run.source and found:
             found = wanted if Path(found).parent.name == run.source else found
         if name not in FREE and found != wanted and not (name == "data_stat" and wanted is None):
@@ -85,7 +86,7 @@ def read_run_options(folder: Path) -> dict[str, Any] | None:
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "stats.jsonl"
+    path = folder / STATS_FILE
     return read_records(path, "Progress/kimg", "Timing/img_per_sec") if path.exists() else []
 
 

@@ -1,0 +1,103 @@
+"""What a run folder records: its options, the statistics of its ticks, its metrics. Any of it may be damaged."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dnnlib import UserError
+from dnnlib.util import MAX_NUMBER
+
+OPTIONS_FILE = "training_options.json"  # edm.run_folder.OPTIONS_FILE, which loads torch; a test compares
+STATS_FILE = "stats.jsonl"
+MAX_BYTES = 256 << 20
+WANTED = "name a run folder of sid_train.py"
+
+
+def read_run_options(run: str | Path) -> dict[str, Any]:
+    """The options in the run folder of a distillation, as its file has them. Errors: UserError when it is none."""
+    path = Path(run) / OPTIONS_FILE
+    if not Path(run).is_dir():
+        raise UserError(f"{run}: is not a folder; {WANTED}")
+    if not path.exists():
+        raise UserError(f"{run}: has no {OPTIONS_FILE}; {WANTED}")
+    try:
+        options = json.loads(_read_text(path))
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: is damaged, since it doesn't hold options; restore it, or {WANTED}")
+    if isinstance(options.get("network"), dict):
+        raise UserError(f"{run}: is a run of edm.train, which trains a teacher; {WANTED}")
+    if not isinstance(options.get("edm_model", ""), str):
+        raise UserError(f"{path}: its edm_model is not the name of a network; restore the file")
+    return options
+
+
+def read_records(path: Path, *needed: str) -> list[Any]:
+    """The JSON lines of `path`, each an object with the numbers `needed`; a last line that was cut off is left out.
+
+    Errors: UserError naming the file, and the first line that is damaged.
+    """
+    records = []
+    for number, record in _lines(path):
+        if record is None or not _has_numbers(record, needed):
+            what = f" with the numbers {', '.join(needed)}" if needed else ""
+            raise UserError(f"{path}: line {number} is damaged, not a record{what}; remove it, or restore the file")
+        records.append(record)
+    return records
+
+
+def sound_records(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """As `read_records`, without the lines that are damaged; nothing where there is no such file."""
+    if not path.is_file():
+        return []
+    return [record for _, record in _lines(path) if isinstance(record, dict) and _has_numbers(record, needed)]
+
+
+def is_figure(value: Any) -> bool:
+    """Whether `value` is a finite number of which a thousand times as much is finite too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
+
+
+def measured_value(record: dict[str, Any]) -> float:
+    """The value of a metric's record, to find the lowest: what isn't a number is infinite."""
+    return math.inf if math.isnan(record["value"]) else record["value"]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line, what it holds or None) of each whole line."""
+    for number, line in enumerate(_read_text(path).split("\n")[:-1], start=1):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError):
+            yield number, None
+
+
+def _has_numbers(record: Any, needed: tuple[str, ...]) -> bool:
+    if not needed:
+        return True
+    return isinstance(record, dict) and all(_is_needed(name, record.get(name)) for name in needed)
+
+
+def _is_needed(name: str, value: Any) -> bool:
+    """A count of images is a figure; what was measured may be infinite, or not a number."""
+    if name.endswith("kimg"):
+        return is_figure(value) and value >= 0
+    return isinstance(value, float) or is_figure(value)
+
+
+def _read_text(path: Path) -> str:
+    """Errors: UserError when the file can't be read, or is none of a reasonable size."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+        raise UserError(f"{path}: is not a plain file; remove it, or restore the file")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MB, so not of a run; {WANTED}")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not there; {WANTED} that has finished a tick") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it isn't text in UTF-8"
+        raise UserError(f"{path}: can't be read ({reason}); restore the file") from None
