@@ -1,4 +1,4 @@
-"""Run folders: `00003-description/` with training_options.json and log.txt; a run goes on in its own, alone."""
+"""Run folders: `00003-description/` with training_options.json and log.txt, each of one run at a time."""
 
 import contextlib
 import json
@@ -14,7 +14,8 @@ from torch_utils import checkpoint, distributed
 
 MAX_NAME_BYTES = 255  # on all usual disks
 OPTIONS_FILE = "training_options.json"
-LAUNCH = "launch"  # there: what `_launch` says
+LOG_FILE = "log.txt"
+LAUNCH = "launch"  # in OPTIONS_FILE: what `_launch` says
 # How the command lines name an option that has another name here, and in which unit they take it.
 OPTION_NAMES: dict[str, tuple[str, float]] = {
     "total_kimg": ("duration", 1000),
@@ -44,7 +45,7 @@ def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: 
     resume: a state file; a run folder, of which the newest undamaged state is taken; 'auto', which is the run folder
             that this command line makes, if it is there already: `outdir` itself with `nosubdir`, else the last one
             with this description; None: 'auto' with `nosubdir`. When torchrun has restarted the processes, the folder
-            that they made before, if they came so far.
+            that they made before, if they came so far. The same goes for a run in `outdir` that this `resume` began.
     Errors: UserError naming --resume or --outdir.
     """
     found = None
@@ -55,40 +56,83 @@ def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: 
         return found and found.path
 
     path = _on_process_0(find)
-    return found or (path and checkpoint.StateFile(path))
+    if path is None:
+        return None
+    file = found or checkpoint.StateFile(path)
+    if distributed.world_size() > 1:
+        _check_same_everywhere(file)
+    return file
+
+
+def _check_same_everywhere(file: checkpoint.StateFile) -> None:
+    """Errors: UserError, on every process, when one can't read the state that process 0 reads."""
+    host = socket.gethostname()
+    try:
+        state = file.read()
+        own = (host, None, [state[name] for name in checkpoint.COUNTERS])  # with a clock that no two states share
+    except UserError as error:
+        own = (host, error.message, None)
+    everyone = distributed.from_every_process(own)
+    first_host, problem, first = everyone[0]
+    if problem:
+        raise UserError(problem)
+    for rank, (host, _, counters) in enumerate(everyone):
+        if counters != first:
+            raise UserError(
+                f"--resume={file.path}: process {rank} on {host} doesn't find the state that process 0 on {first_host}"
+                " reads; keep the run folder on a shared file system, or copy it to every node"
+            )
 
 
 def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
+    given = None if resume in (None, "auto") else Path(resume)
+    old = None if given is None else given if given.is_dir() else given.parent
+    moves = old is not None and not _belongs(old, outdir, nosubdir)
+    own_folders = [outdir] if nosubdir else _folders(outdir, description)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        folders = [outdir] if nosubdir else _folders(outdir, description)
-        if resume not in (None, "auto"):
-            folders = [Path(resume) if Path(resume).is_dir() else Path(resume).parent]
-        own = next((folder for folder in folders if _is_own(folder)), None)
-        if own is not None:
-            return checkpoint.newest_good_state(own)
-    if resume is None and nosubdir:
-        resume = "auto"
-    if resume is None:
+        folders = own_folders if old is None or moves else [old]
+        own = next((folder for folder in folders if _recorded(folder, LAUNCH) == (_launch(),)), None)
+        found = None if own is None else checkpoint.newest_good_state(own)
+        if found is not None or (own is not None and given is None):
+            return found
+    if resume is None and not nosubdir:
         return None
-    if resume == "auto":
-        folder = outdir if nosubdir else next(iter(_folders(outdir, description)), None)
-        if folder is None or not folder.is_dir():
-            return None
-        found = checkpoint.newest_good_state(folder)
-        if found is None and checkpoint.snapshots(folder):
-            raise UserError(
-                f"--outdir={folder} holds a run without a training state to go on from; name another folder"
-            )
-        return found
-    path = Path(resume)
-    if path.is_dir():
-        newest = checkpoint.newest_good_state(path)
+    if given is None or (moves and nosubdir):
+        folder = next(iter(own_folders), None)
+        found = None if folder is None or not folder.is_dir() else _state_there(folder, resume, given)
+        if found is not None or given is None:
+            return found
+    if given.is_dir():
+        newest = checkpoint.newest_good_state(given)
         if newest is None:
             raise UserError(f"--resume={resume}: no training-state-*.pt in this folder")
         return newest
-    if not path.is_file():
+    if not given.is_file():
         raise UserError(f"--resume={resume}: no such file; name a training-state-*.pt or a run folder")
-    return checkpoint.StateFile(path)
+    return checkpoint.StateFile(given)
+
+
+def _state_there(folder: Path, resume: str | None, given: Path | None) -> checkpoint.StateFile | None:
+    """The state to go on from in the folder that this command line writes to; None if no run has begun there.
+
+    given: the state or folder from elsewhere that `resume` names, if any.
+    """
+    is_begun = bool(checkpoint.states(folder) or checkpoint.snapshots(folder))
+    if given is not None and is_begun and _recorded(folder, "resume") != (resume,):
+        raise UserError(
+            f"--resume={resume}: --outdir={folder} holds another run; name another folder, or --resume={folder} to go"
+            " on with that one"
+        )
+    found = checkpoint.newest_good_state(folder)
+    if found is None and given is None and checkpoint.snapshots(folder):
+        raise UserError(f"--outdir={folder} holds a run without a training state to go on from; name another folder")
+    return found
+
+
+def _belongs(folder: Path, outdir: Path, nosubdir: bool) -> bool:
+    """Whether a run folder is the one that --outdir asks for, or one of those in it."""
+    folder, outdir = folder.resolve(), outdir.resolve()
+    return folder == outdir or (not nosubdir and folder.parent == outdir)
 
 
 def refuse_changes(
@@ -160,39 +204,43 @@ def _option(name: str, value: Any) -> str:
 def create(outdir: str, description: str, nosubdir: bool, options: dict, resume: Path | None) -> Iterator[Path]:
     """Makes the run folder on process 0, writes the options there, logs to log.txt while open; gives its path.
 
-    A resumed run goes on in the folder of its state; newer states there are set aside. With `nosubdir` the folder is
-    `outdir` itself.
-    Errors: UserError when that folder can't be made, or another run is at work in it.
+    A resumed run goes on in the folder of its state if --outdir asks for that one; newer states there are set aside.
+    Otherwise it goes on in a new folder and leaves the old one as it is. With `nosubdir` the folder is `outdir` itself.
+    Errors: UserError, on every process, when that folder can't be made or written to, or another run is at work in it.
     """
     if any(separator in description for separator in "/\\"):
         raise UserError(f"--desc={description}: becomes part of a folder's name, so it can't hold / or \\")
-    path = _on_process_0(lambda: _prepare(Path(outdir), description, nosubdir, resume))
-    if distributed.rank() != 0:
-        yield path
-        return
-    with locked_folder(path):
-        remove_unfinished(path)
-        if resume is not None:
-            checkpoint.set_aside_later(resume)
-        try:
-            with write_atomically(path / OPTIONS_FILE) as file:
-                file.write((json.dumps({**options, LAUNCH: _launch()}, indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(
-                f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder"
-            ) from None
-        with Logger(path / "log.txt"):
-            yield path
+    with contextlib.ExitStack() as stack:
+        yield _on_process_0(lambda: _open_folder(stack, Path(outdir), description, nosubdir, options, resume))
 
 
-def _prepare(outdir: Path, description: str, nosubdir: bool, resume: Path | None) -> Path:
-    path = _new_folder(outdir, description, nosubdir) if resume is None else resume.parent
+def _open_folder(
+    stack: contextlib.ExitStack, outdir: Path, description: str, nosubdir: bool, options: dict, resume: Path | None
+) -> Path:
+    """Makes and locks the folder and opens its log until `stack` closes."""
+    goes_on = resume is not None and _belongs(resume.parent, outdir, nosubdir)
+    path = resume.parent if goes_on else _new_folder(outdir, description, nosubdir)
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:  # seen here, before folders are made
         raise UserError(f"--outdir={outdir} with --desc: the name {path.name} is too long")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--outdir={outdir}: can't make {path} ({error.strerror}); name another folder") from None
+    for file in path.iterdir():
+        if (file.suffix in (".json", ".jsonl") or file.name == LOG_FILE) and file.exists() and not file.is_file():
+            raise UserError(f"{file}: is not a plain file, so the run can't write there; remove it")
+    try:
+        stack.enter_context(locked_folder(path))
+        remove_unfinished(path)
+        if goes_on:
+            checkpoint.set_aside_later(resume)
+        with write_atomically(path / OPTIONS_FILE) as file:
+            file.write((json.dumps({**options, LAUNCH: _launch()}, indent=2) + "\n").encode())
+        stack.enter_context(Logger(path / LOG_FILE))
+    except OSError as error:
+        raise UserError(f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder") from None
+    if resume is not None and not goes_on:
+        print(f"Continues from {resume} in a folder of its own; {resume.parent} stays as it is", flush=True)
     return path
 
 
@@ -217,22 +265,24 @@ def _launch() -> str | None:
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
 
-def _is_own(folder: Path) -> bool:
-    """Whether this very torchrun has worked in the run folder."""
+def _recorded(folder: Path, name: str) -> tuple[Any, ...]:
+    """(value,) of an option as the run in `folder` recorded it; empty if it didn't."""
     try:
-        return json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))[LAUNCH] == _launch()
+        return (json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))[name],)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
+        return ()
 
 
 def _on_process_0(action: Callable[[], Any]) -> Any:
-    """What `action` gives on process 0; its UserError comes out on every process."""
+    """What `action` gives on process 0; its UserError or OSError comes out on every process, as a UserError."""
     result, error = None, None
     if distributed.rank() == 0:
         try:
             result = action()
         except UserError as problem:
             error = problem.message
+        except OSError as problem:
+            error = f"{problem.filename}: {problem.strerror}: check the name and permissions"
     result, error = distributed.from_process_0((result, error))
     if error is not None:
         raise UserError(error)

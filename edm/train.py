@@ -97,39 +97,41 @@ def main(**options):
     precond, loss_name = PRECONDITIONINGS[options["precond"]]
     check_sizes(precond, network_kwargs)
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
-    summary["sigma"] = options["sigma"]
+    summary |= {name: options[name] for name in ("sigma", "resume")}
     learnt = classes.metadata_of(dataset.classes, dataset.label_dim)
     summary |= learnt
     loss_fn = getattr(loss, loss_name)() if options["sigma"] is None else single_level_loss(options["sigma"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
-    misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
-    distributed.print0(json.dumps(summary, indent=2))
-    if options["dry_run"]:
-        return
+    with watching(60 * options["timeout"]) as training_begins:
+        misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        distributed.print0(json.dumps(summary, indent=2))
+        if options["dry_run"]:
+            return
 
-    torch.backends.cudnn.benchmark = options["bench"]
-    misc.seed_at(config.seed)
-    net = build_network(precond, network_kwargs)
-    if options["transfer"]:
-        copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
-    description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
-    place = (options["outdir"], description, options["nosubdir"])
-    resume = run_folder.resolve_resume(options["resume"], *place)
-    asked = {**network_kwargs, **vars(config)}
-    asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")} | {"images": len(dataset)}
-    if resume is not None:
-        check_state(resume, net)
-        now = checkpoint.setting(asked, device)
-        run_folder.check_setting(resume.path, resume.read(), now, FREE_ON_RESUME, ROUNDING, options["override"])
-    training = Training(config, net, loss_fn, pipe, device, asked, resume)
-    with run_folder.create(*place, summary, resume and resume.path) as run_dir, watching(60 * options["timeout"]):
+        torch.backends.cudnn.benchmark = options["bench"]
+        misc.seed_at(config.seed)
+        net = build_network(precond, network_kwargs)
+        if options["transfer"]:
+            copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
+        description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
+        place = (options["outdir"], description, options["nosubdir"])
+        resume = run_folder.resolve_resume(options["resume"], *place)
+        asked = {**network_kwargs, **vars(config)}
+        asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")} | {"images": len(dataset)}
+        if resume is not None:
+            check_state(resume, net)
+            now = checkpoint.setting(asked, device)
+            run_folder.check_setting(resume.path, resume.read(), now, FREE_ON_RESUME, ROUNDING, options["override"])
+        training = Training(config, net, loss_fn, pipe, device, asked, resume)
+        with run_folder.create(*place, summary, resume and resume.path) as run_dir:
 
-        def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
-            path = checkpoint.snapshot_path(run_dir, nimg, config.batch)
-            only = {} if options["sigma"] is None else {"sigma": options["sigma"]}
-            zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name, **only, **learnt)
+            def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
+                path = checkpoint.snapshot_path(run_dir, nimg, config.batch)
+                only = {} if options["sigma"] is None else {"sigma": options["sigma"]}
+                zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name, **only, **learnt)
 
-        training_loop(training, dataset, run_dir, save_snapshot)
+            training_begins.set()
+            training_loop(training, dataset, run_dir, save_snapshot)
     distributed.shutdown()
 
 

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dnnlib.util import printable
 from edm import network_files
 from edm.classes import learnt_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
-from torch_utils import persistence
+from torch_utils import checkpoint, distributed, persistence
 from torch_utils.untrusted import edm_pickle
 from training import networks
 
@@ -42,6 +43,8 @@ NETWORK_CLASSES: dict[str, type] = {
 def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
     """The local file behind a published file's short name, a path or a URL; downloaded if need be.
 
+    A run folder stands for its best snapshot, or its newest where it measured no FID (`network_file`).
+
     kind: 'network' (any teacher or generator), 'reference', 'images' or 'detector'.
     Errors: UserError when there is no such file, it can't be fetched, or a short name is also that of a network here.
     """
@@ -55,8 +58,8 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
     if is_url(source):
         return local_path(source, _sha256_of(str(source)))
     path = user_path(source)
-    if kind == "network" and network_files.is_folder(path):
-        return path
+    if kind == "network" and path.is_dir():
+        return Path(network_file(str(path)))
     if path.is_file():
         return path
     known = names_of_kinds(kinds)
@@ -70,6 +73,26 @@ def _refuse_ambiguous(name: str, kind: str) -> None:
     folder = kind == "network" and (network_files.is_folder(path) or any(path.glob("network-snapshot-*")))
     if folder or path.is_file():
         raise UserError(f"{name} is a published {kind}, and also a file or folder here: for that write ./{name}")
+
+
+def network_file(source: str) -> str:
+    """`source`, or the snapshot that stands for it where it is a run folder: the best one, else the newest.
+
+    Says which one that is. Errors: UserError when the folder holds neither a snapshot nor a network.
+    """
+    if find(source) or is_url(source) or not user_path(source).is_dir() or network_files.is_folder(source):
+        return source
+    folder = user_path(source)
+    best, snapshots = folder / checkpoint.BEST_LINK, checkpoint.snapshots(folder)
+    if best.is_file():
+        chosen, which = folder / os.readlink(best) if best.is_symlink() else best, "best"
+    elif snapshots:
+        chosen, which = snapshots[0], "newest"
+    else:
+        raise UserError(f"{source}: a folder with no network-snapshot-* in it; name a network's file or a run folder")
+    if distributed.rank() == 0:
+        print(f"{source}: takes its {which} snapshot, {chosen.name}", file=sys.stderr, flush=True)
+    return str(chosen)
 
 
 def is_here(source: str | os.PathLike) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .report import GRID_COLUMNS, GRID_ROWS, Report
 from .training_loop import training_loop
 
 DEFAULT_METRIC = "fid50k_full"
+NETWORKS = ("edm_model", "transfer")  # options that name one
 
 
 def distil(options: dict[str, Any], config: DistillationConfig) -> None:
@@ -32,7 +34,24 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
     reference = options["data_stat"] or published_reference(options["edm_model"])
     metrics = choose_metrics(options["metrics"], reference, options["data"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
+    with watching(60 * options["timeout"]) as training:
+        _distil_on(device, options, config, reference, metrics, training)
+    distributed.shutdown()
+
+
+def _distil_on(
+    device: torch.device,
+    options: dict[str, Any],
+    config: DistillationConfig,
+    reference: str | None,
+    metrics: list[str],
+    training: threading.Event,
+) -> None:
+    """The rest of `distil`, watched by the other processes. training: to be set when it begins."""
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+    for name in NETWORKS:  # the snapshot of a run folder is chosen once: later there may be a better one
+        if options[name]:
+            options = {**options, name: distributed.from_process_0(zoo.network_file(options[name]))}
     summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
     if options["dry_run"] and zoo.is_here(options["edm_model"]):
@@ -54,13 +73,7 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         summary["real_images"] = len(dataset)
         config = dataclasses.replace(config, real_images=len(dataset))
         reals = RealImages(dataset, teacher.label_dim, device)
-    evaluator = None
-    if metrics:
-        needed = options["data_stat"] or any(m.startswith("fid") for m in metrics)
-        # One that is given names its detector. Where there is none, the evaluator makes it of --data.
-        reference = load_reference(reference) if reference and needed else None
-        detector, data = options["detector"], options["data"]
-        evaluator = Evaluator(metrics, reference, detector, data, batch=options["metrics_batch"], device=device)
+    evaluator = make_evaluator(metrics, reference, options, device) if metrics else None
     torch.backends.cudnn.benchmark = options["bench"]
     place = (options["outdir"], options["desc"] or describe(teacher, config), options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
@@ -77,10 +90,22 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         was, now = distillation.state.setting, checkpoint.setting(vars(distillation.config), device)
         was = {**was, "options": saved_options(was["options"], teacher, device)}
         run_folder.check_setting(resume.path, was, now, **rules)
-    with run_folder.create(*place, summary, resume and resume.path) as run_dir, watching(60 * options["timeout"]):
+    with run_folder.create(*place, summary, resume and resume.path) as run_dir:
         distributed.print0(f"Run folder: {run_dir}")
+        training.set()
         training_loop(distillation, run_dir, Report(run_dir, evaluator, picture, config.batch))
-    distributed.shutdown()
+
+
+def make_evaluator(
+    metrics: list[str], reference: str | None, options: dict[str, Any], device: torch.device
+) -> Evaluator:
+    """Measures `metrics` of a generator. Errors: UserError when the reference or the detector can't be had."""
+    needed = options["data_stat"] or any(m.startswith("fid") for m in metrics)
+    # A reference that is given names its detector. Where there is none, the evaluator makes it of --data.
+    loaded = load_reference(reference) if reference and needed else None
+    return Evaluator(
+        metrics, loaded, options["detector"], options["data"], batch=options["metrics_batch"], device=device
+    )
 
 
 def checked_teacher(config: DistillationConfig, options: dict[str, Any]) -> torch.nn.Module:

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from crash import kill
-from tiny import NoReport, equal, tiny_distillation, weights
+from tiny import NoReport, equal, on_two_processes, save, tiny_distillation, weights
 
 import sid_train
 from dnnlib import UserError
@@ -265,10 +266,13 @@ def test_two_runs_never_share_a_folder(tmp_path):
 # --- several processes
 
 
-def _hanging(rank, port, folder):
-    """Two processes: first their weights differ, then process 1 stays away from the message that process 0 waits in."""
+def _hanging(rank, port, folder, phase):
+    """Two processes: first their weights differ, then process 1 stays away from the message that process 0 waits in.
+
+    phase: when that is: 'training', 'preparing' for it, or before process 1 is 'watched' at all.
+    """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    watchdog.PERIOD_SEC = 0.2
+    watchdog.PERIOD_SEC, watchdog.START_SPARE_SEC = 0.2, 1.0
     with open(f"{folder}/{rank}.txt", "w") as output, contextlib.redirect_stderr(output):
         dist.init_process_group("gloo")
         net = torch.nn.Linear(2, 2)
@@ -281,7 +285,13 @@ def _hanging(rank, port, folder):
             watchdog.check_equal_weights({"net": net}, 8000)
         except watchdog.RanksDisagreeError as error:
             print(error.message, file=sys.stderr, flush=True)
-        with watchdog.watching(timeout_sec=1.5):
+        if (rank, phase) == (1, "watched"):
+            time.sleep(600)
+        with watchdog.watching(timeout_sec=1.5) as training:
+            if phase == "preparing":
+                time.sleep(4)  # longer than the timeout, but nobody waits
+            else:
+                training.set()
             for _ in range(5):
                 distributed.barrier()
                 time.sleep(0.5)  # longer together than the timeout
@@ -290,18 +300,45 @@ def _hanging(rank, port, folder):
             distributed.barrier()
 
 
-def test_hanging_and_disagreeing_processes_are_named(tmp_path):
+@pytest.mark.parametrize("phase", ["training", "preparing", "watched"])
+def test_hanging_and_disagreeing_processes_are_named(tmp_path, phase):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.spawn(_hanging, args=[port, str(tmp_path)], nprocs=2, join=False)
+    context = torch.multiprocessing.spawn(_hanging, args=[port, str(tmp_path), phase], nprocs=2, join=False)
     for process in context.processes:
         process.join(60)
+        context.processes[1].terminate()  # as torchrun does then
     assert {process.exitcode for process in context.processes} <= {watchdog.HANG_EXIT_CODE, -signal.SIGTERM}
     told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     for text in told:
         assert "net: the weights on process 1 are not those on process 0 at 8.0 kimg" in text
     assert "no progress for 1.5 seconds: process 1 keeps the others waiting" in told[0]
+
+
+def _elsewhere(folder):
+    """What each of two processes says whose second has another disk."""
+    if distributed.rank() == 1:
+        load = checkpoint.load_state
+        checkpoint.load_state = lambda path: load(path.parent / "elsewhere" / path.name)
+    try:
+        run_folder.resolve_resume(folder, "unused", "x", nosubdir=False)
+    except UserError as error:
+        return error.message
+    return "resumed"
+
+
+def test_a_state_that_another_node_does_not_see(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    save(tiny_distillation(), run)
+    said = on_two_processes(_elsewhere, tmp_path, str(run))
+    assert said[0] == said[1]
+    assert "process 1 on" in said[0]
+    assert "shared file system" in said[0]
+    (tmp_path / "store").unlink(missing_ok=True)
+    shutil.copytree(run, run / "elsewhere")
+    assert on_two_processes(_elsewhere, tmp_path, str(run)) == ["resumed", "resumed"]  # a copy of it will do
 
 
 @pytest.mark.parametrize(

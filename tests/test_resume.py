@@ -1,5 +1,7 @@
 """What a resumed run takes from its state, what stays its own, and which state it goes on from."""
 
+import shutil
+
 import pytest
 import torch
 from tiny import CPU, equal, save, smoothed, tiny_config, tiny_distillation, tiny_teacher, weights
@@ -124,6 +126,69 @@ def test_runs_of_plain_torchrun_are_told_apart(tmp_path, monkeypatch, restarted)
     assert resolve() == checkpoint.state_path(own, 1000, 8)
     monkeypatch.setattr("os.getppid", lambda: 0)
     assert resolve() is None
+
+
+# --- from one folder into another
+
+
+def run_in(outdir, nosubdir=True, resume=None, given=None, images=()):
+    """A run's folder, with states of a tiny distillation: new, or as `resume` (of the option `given`) goes on."""
+    distillation = tiny_distillation()
+    with run_folder.create(str(outdir), "x", nosubdir, {"resume": given}, resume) as path:
+        for distillation.state.nimg in images:
+            save(distillation, path)
+        (path / "stats.jsonl").touch()
+    return path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("nosubdir", [True, False])
+def test_a_run_that_goes_on_elsewhere_leaves_the_old_one_as_it_is(tmp_path, nosubdir):
+    old = run_in(tmp_path / "old", images=[1000, 2000, 3000])
+    before, new = contents(old), tmp_path / "new"
+    state = checkpoint.state_path(old, 2000, 8)
+    found = run_folder.resolve_resume(str(state), str(new), "x", nosubdir)
+    assert found.path == state
+    path = run_in(new, nosubdir, state, given=str(state), images=[4000])
+    assert path == (new if nosubdir else new / "00000-x")
+    assert contents(old) == before
+    again = run_folder.resolve_resume(str(state), str(new), "x", nosubdir)  # the same command goes on in its own folder
+    assert again.path == (checkpoint.state_path(new, 4000, 8) if nosubdir else state)
+
+
+def test_a_run_goes_on_in_no_folder_of_another(tmp_path):
+    old, new = (run_in(tmp_path / name, images=[1000]) for name in ("old", "new"))
+    with pytest.raises(UserError, match=r"--resume=.*old: --outdir=.*new holds another run; .*--resume=.*new"):
+        run_folder.resolve_resume(str(old), str(new), "x", nosubdir=True)
+
+
+def test_a_restarted_run_from_elsewhere_keeps_its_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    old = run_in(tmp_path / "old", images=[1000])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    state = checkpoint.state_path(old, 1000, 8)
+    new = run_in(tmp_path / "new", False, state, given=str(old))
+    for images, expected in (((), state), ([2000], checkpoint.state_path(new, 2000, 8))):
+        for nimg in images:
+            shutil.copy(state, checkpoint.state_path(new, nimg, 8))
+        assert run_folder.resolve_resume(str(old), str(tmp_path / "new"), "x", nosubdir=False).path == expected
+
+
+@pytest.mark.parametrize("place", ["run", "."])
+def test_the_folder_of_the_state_may_be_named_by_either_option(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    old = run_in("run", images=[1000, 2000])
+    path = run_in(place, False, checkpoint.state_path(old.resolve(), 1000, 8), images=[1500])
+    assert path.resolve() == tmp_path / "run"
+    assert [state.name for state in checkpoint.states(path)] == [
+        "training-state-000001.500.pt",
+        "training-state-000001.pt",
+    ]
+    assert (path / "training-state-000002.pt.unused").exists()
 
 
 def test_resuming_is_exact_with_all_that(tmp_path):

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny import tiny_teacher
 
 from dnnlib import UserError
 from dnnlib.download import cache_path
@@ -328,3 +330,46 @@ def test_mirror_and_verify(tmp_path, monkeypatch):
     fetched.write_bytes(b"STATISTICS")
     assert "WRONG" in invoke("verify", code=2)
     assert "no published file" in invoke("verify", "unknown", code=2)
+
+
+# --- a run folder stands for a network
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with three snapshots, the newest in EDM's format."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for number, suffix in ((1, "safetensors"), (20, "safetensors"), (100, "pkl")):
+        torch.manual_seed(number)
+        zoo.save_network(tiny_teacher(), folder / f"network-snapshot-{number:06d}.{suffix}", kimg=number)
+    return folder
+
+
+def test_a_run_folder_stands_for_its_newest_snapshot(run, capsys):
+    for source in (run, f"{run}/"):
+        assert zoo.load_network(source).metadata["kimg"] == 100
+        assert capsys.readouterr().err == f"{source}: takes its newest snapshot, network-snapshot-000100.pkl\n".replace(
+            "/:", ":"
+        )
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_run_folder_stands_for_its_best_snapshot(run, capsys, links):
+    best = run / "network-snapshot-000020.safetensors"
+    if links:
+        (run / "best.safetensors").symlink_to(best.name)
+    else:
+        shutil.copy(best, run / "best.safetensors")
+    assert zoo.load_network(run).metadata["kimg"] == 20
+    told = best.name if links else "best.safetensors"
+    assert capsys.readouterr().err == f"{run}: takes its best snapshot, {told}\n"
+    best.unlink()
+    (run / "best.safetensors").unlink()
+    (run / "best.safetensors").symlink_to(best.name)  # to nothing
+    assert zoo.load_network(run).metadata["kimg"] == 100
+
+
+def test_a_folder_without_a_network(tmp_path):
+    with pytest.raises(UserError, match=r"no network-snapshot-\* in it; name a network's file or a run folder"):
+        zoo.load_network(tmp_path)

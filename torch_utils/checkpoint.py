@@ -21,7 +21,8 @@ COUNTERS = {"nimg": (int,), "tick": (int,), "elapsed_sec": (int, float)}
 PROGRESS = (*COUNTERS, "at_snapshot")  # attributes of every training
 
 STATE_PATTERN = r"training-state-(\d+)(?:\.(\d{3}))?\.pt"
-SNAPSHOT_PATTERN = r"network-snapshot-(\d+)(?:\.(\d{3}))?\.safetensors"
+SNAPSHOT_PATTERN = r"network-snapshot-(\d+)(?:\.(\d{3}))?\.(?:safetensors|pkl)"  # .pkl: EDM's own runs
+BEST_LINK = "best.safetensors"  # the snapshot with the lowest FID, in runs that measure it
 SPARE_BYTES = 1 << 20  # left free beside a state
 CHECKSUM = "sha256"
 PLAIN_TYPES = (type(None), bool, int, float, str)

@@ -1,10 +1,13 @@
 """Processes and devices, resolved once. Without torchrun everything here works as a group of one process."""
 
+import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,7 @@ from . import misc
 T = TypeVar("T")
 BUCKET_BYTES = 64 << 20  # one message carries, or one kernel works on, about this much
 progress = {"messages": 0, "signs": 0}  # counted here for watchdog.py: messages entered, other signs of life
+waiting = threading.Event()  # set while this process is inside a message
 
 
 def init(device: str | None = None, timeout_sec: float = 1800, keep_memory: bool = True) -> torch.device:
@@ -50,7 +54,18 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
     store, rank, processes = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timeout)
+    store.set(f"joined/{rank}", "")
+    start = time.monotonic()
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timeout)
+    except RuntimeError as error:
+        if time.monotonic() - start < timeout.total_seconds():
+            raise  # something else than waiting in vain
+        absent = ", ".join(str(r) for r in range(processes) if not store.check([f"joined/{r}"])) or "one"
+        seconds = timeout.total_seconds()
+        raise UserError(
+            f"--timeout: process {absent} of {processes} did not start within {seconds:g} seconds"
+        ) from error
 
 
 def shutdown() -> None:
@@ -79,15 +94,26 @@ def alive() -> None:
     progress["signs"] += 1
 
 
-def barrier() -> None:
+@contextlib.contextmanager
+def _message() -> Iterator[None]:
+    """Counts a message to the other processes, and shows that this process is inside it while open."""
     progress["messages"] += 1
+    waiting.set()
+    try:
+        yield
+    finally:
+        waiting.clear()
+
+
+@_message()
+def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
+@_message()
 def from_process_0(value: T) -> T:
     """What process 0 passes, a picklable object; every process must call it."""
-    progress["messages"] += 1
     if not dist.is_initialized():
         return value
     box = [value]
@@ -95,17 +121,27 @@ def from_process_0(value: T) -> T:
     return box[0]
 
 
+@_message()
+def from_every_process(value: T) -> list[T]:
+    """What each process passes, picklable objects by rank; every process must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@_message()
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all processes, in place; returns it."""
-    progress["messages"] += 1
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
+@_message()
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     """The elementwise maximum of `tensor` over all processes, in place; returns it."""
-    progress["messages"] += 1
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
@@ -118,12 +154,12 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return all_reduce_sum(everyone)
 
 
+@_message()
 def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sums the gradients of all processes, in place, in few large messages.
 
     Parameters without a gradient must be so on every process (frozen ones are).
     """
-    progress["messages"] += 1
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -134,6 +170,7 @@ def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts)])
 
 
+@_message()
 def broadcast_module(module: torch.nn.Module) -> None:
     """Gives every process the parameters and buffers of process 0."""
     if dist.is_initialized():

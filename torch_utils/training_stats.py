@@ -106,7 +106,7 @@ def drop_later_records(run_dir: Path, nimg: int) -> None:
         with write_atomically(path) as file:
             file.write(content)
 
-    for path in run_dir.glob("*.jsonl"):
+    for path in (path.resolve() for path in run_dir.glob("*.jsonl") if path.is_file()):  # a link stays one
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         content = "".join(f"{line}\n" for line in lines if kept(line)).encode()
         if content != path.read_bytes():

@@ -18,6 +18,8 @@ from . import distributed
 
 HANG_EXIT_CODE = 5
 SPARE_SEC = 60.0  # how much longer messages wait, so that who keeps them waiting is named first
+START_SPARE_SEC = SPARE_SEC / 2  # the same until training begins, since processes start at different speeds
+PREPARING, WAITING, TRAINING = range(3)  # a process works by itself, waits in a message for others, trains
 PERIOD_SEC = 5.0  # how often a process shows that it is alive and looks at the others
 
 
@@ -58,50 +60,56 @@ def fingerprint(net: torch.nn.Module) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def watching(timeout_sec: float) -> Iterator[None]:
+def watching(timeout_sec: float) -> Iterator[threading.Event]:
     """While open, ends all processes of the run when none has got on for `timeout_sec`, and names who is behind.
 
+    Open it as soon as the process group is there; gives the event to set when training begins. Until then processes
+    load and compile for as long as they need, and only one that keeps another waiting in a message is behind.
     Works through torchrun's store, so it needs its environment; without, or with one process, it does nothing.
     """
+    training = threading.Event()
     if distributed.world_size() == 1 or "MASTER_PORT" not in os.environ:
-        yield
+        yield training
         return
     done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(done, timeout_sec), daemon=True)
+    thread = threading.Thread(target=_watch, args=(done, training, timeout_sec), daemon=True)
     thread.start()
     try:
-        yield
+        yield training
         distributed.barrier()  # who holds the store stays until all are here
     finally:
         done.set()
         thread.join(2 * PERIOD_SEC)
 
 
-def _watch(done: threading.Event, timeout_sec: float) -> None:
+def _watch(done: threading.Event, training: threading.Event, timeout_sec: float) -> None:
     try:
-        _look_around(done, timeout_sec)
+        _look_around(done, training, timeout_sec)
     except RuntimeError as error:  # the store is gone, so the process that held it is dead
         if not done.wait(timeout_sec):  # in which this one may still save its state and end by itself
-            print(f"Error: lost touch with the other processes ({error})".splitlines()[0], file=sys.stderr, flush=True)
+            _tell(f"lost touch with the other processes ({error})".splitlines()[0])
             os._exit(HANG_EXIT_CODE)
 
 
-def _look_around(done: threading.Event, timeout_sec: float) -> None:
+def _look_around(done: threading.Event, training: threading.Event, timeout_sec: float) -> None:
     rank, processes = distributed.rank(), distributed.world_size()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     keys = [f"watchdog/{attempt}/{r}" for r in range(processes)]
     seen, since = None, time.monotonic()
     store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_sec))
-    while not done.wait(min(PERIOD_SEC, timeout_sec / 5)):
-        store.set(keys[rank], "{messages} {signs}".format(**distributed.progress))
-        if not store.check(keys):
-            continue  # not all have started to watch
-        found = store.multi_get(keys)
+    while True:
+        phase = TRAINING if training.is_set() else WAITING if distributed.waiting.is_set() else PREPARING
+        store.set(keys[rank], "{messages} {signs} {phase}".format(**distributed.progress, phase=phase))
+        # A process that stopped before its first sign has entered no message at all.
+        found = [store.get(key) if store.check([key]) else b"-1 0 0" for key in keys]
+        phase = max(int(value.split()[2]) for value in found)
         if found != seen:
             seen, since = found, time.monotonic()
-        elif time.monotonic() - since > timeout_sec:
+        elif phase != PREPARING and time.monotonic() - since > timeout_sec + START_SPARE_SEC * (phase != TRAINING):
             _end([int(value.split()[0]) for value in found], rank, timeout_sec)
+        if done.wait(min(PERIOD_SEC, timeout_sec / 5)):
+            return
 
 
 def _end(messages: list[int], rank: int, timeout_sec: float) -> None:
@@ -113,7 +121,13 @@ def _end(messages: list[int], rank: int, timeout_sec: float) -> None:
         teller = next(r for r in range(len(messages)) if r not in behind)
         who = f"process {', '.join(map(str, behind))} keeps the others waiting"
     if rank == teller:
-        print(f"Error: no progress for {timeout_sec:g} seconds: {who}; the run ends here", file=sys.stderr, flush=True)
+        _tell(f"no progress for {timeout_sec:g} seconds: {who}; the run ends here")
     if rank in behind:
-        faulthandler.dump_traceback(file=sys.__stderr__)
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # there may be no stderr any more
+            faulthandler.dump_traceback(file=sys.__stderr__)
     os._exit(HANG_EXIT_CODE)
+
+
+def _tell(error: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"Error: {error}", file=sys.stderr, flush=True)
