@@ -43,7 +43,7 @@ NETWORK_CLASSES: dict[str, type] = {
 def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
     """The local file behind a published file's short name, a path or a URL; downloaded if need be.
 
-    A run folder stands for its best snapshot, or its newest where it measured no FID (`network_file`).
+    A run folder stands for its best snapshot, or its newest where it measured no FID.
 
     kind: 'network' (any teacher or generator), 'reference', 'images' or 'detector'.
     Errors: UserError when there is no such file, it can't be fetched, or a short name is also that of a network here.
@@ -59,7 +59,7 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
         return local_path(source, _sha256_of(str(source)))
     path = user_path(source)
     if kind == "network" and path.is_dir():
-        return Path(network_file(str(path)))
+        return path if network_files.is_folder(path) else _snapshot(path)
     if path.is_file():
         return path
     known = names_of_kinds(kinds)
@@ -76,23 +76,23 @@ def _refuse_ambiguous(name: str, kind: str) -> None:
 
 
 def network_file(source: str) -> str:
-    """`source`, or the snapshot that stands for it where it is a run folder: the best one, else the newest.
+    """`source`, or the snapshot that stands for it where it is a run folder. Errors: UserError as `resolve`."""
+    is_path = find(source) is None and not is_url(source) and user_path(source).is_dir()
+    return str(_snapshot(user_path(source))) if is_path and not network_files.is_folder(source) else source
 
-    Says which one that is. Errors: UserError when the folder holds neither a snapshot nor a network.
-    """
-    if find(source) or is_url(source) or not user_path(source).is_dir() or network_files.is_folder(source):
-        return source
-    folder = user_path(source)
+
+def _snapshot(folder: Path) -> Path:
+    """The best snapshot in a run folder, else the newest, and says which. Errors: UserError when there is none."""
     best, snapshots = folder / checkpoint.BEST_LINK, checkpoint.snapshots(folder)
     if best.is_file():
         chosen, which = folder / os.readlink(best) if best.is_symlink() else best, "best"
     elif snapshots:
         chosen, which = snapshots[0], "newest"
     else:
-        raise UserError(f"{source}: a folder with no network-snapshot-* in it; name a network's file or a run folder")
+        raise UserError(f"{folder}: a folder with no network-snapshot-* in it; name a network's file or a run folder")
     if distributed.rank() == 0:
-        print(f"{source}: takes its {which} snapshot, {chosen.name}", file=sys.stderr, flush=True)
-    return str(chosen)
+        print(f"{folder}: takes its {which} snapshot, {chosen.name}", file=sys.stderr, flush=True)
+    return chosen
 
 
 def is_here(source: str | os.PathLike) -> bool:
