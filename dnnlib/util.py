@@ -136,6 +136,7 @@ class Command(click.Command):
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        terminal.open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
@@ -154,10 +155,6 @@ class Command(click.Command):
         except click.UsageError as error:
             error.message = printable(error.message)
             raise
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        terminal.open_closed_streams()
-        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
