@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -133,7 +133,15 @@ class Command(click.Command):
     """A command whose errors are one line each, also those of the operating system (a full disk, a name too long).
 
     Characters that the terminal's encoding lacks are printed as escapes.
+
+    sections: its options under the headings that --help gives them, in place of `params`.
     """
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[click.Parameter]] | None = None, **kwargs: Any):
+        self.sections = sections or {}
+        if self.sections:
+            kwargs["params"] = [parameter for section in self.sections.values() for parameter in section]
+        super().__init__(*args, **kwargs)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         terminal.open_closed_streams()
@@ -141,6 +149,14 @@ class Command(click.Command):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rest = [parameter for parameter in self.get_params(ctx) if parameter not in self.params]  # --help
+        for heading, parameters in ({**self.sections, "Other": rest} if self.sections else {}).items():
+            with formatter.section(heading):
+                formatter.write_dl([record for p in parameters if (record := p.get_help_record(ctx))])
+        if not self.sections:
+            super().format_options(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for arg in args:
@@ -256,6 +272,11 @@ def kimg_name(nimg: int, batch: int = 1) -> str:
     """
     kimg, beyond = divmod(nimg, 1000)
     return f"{kimg:06d}" if beyond < batch else f"{kimg:06d}.{beyond:03d}"
+
+
+def format_number(value: float) -> str:
+    """The shortest usual text that stands for exactly this number: 2 for 2.0, 1e-05 for 0.00001."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def format_time(seconds: float) -> str:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError
+from training.conditions import Classes, check_class
 from training.networks import iddpm_sigmas
-
-from .classes import ClassDraws, check_class
 
 Function = Callable[[Tensor], Tensor]
 
@@ -278,16 +277,16 @@ def sample(
     """One image per seed, [N, C, H, W] float, on the network's device.
 
     sampler: a key of SAMPLERS; None takes `default_sampler`. class_idx: the class of all images; None draws one per
-    image, of those that the network has learnt (`edm.classes`). options: those of the sampler.
+    image, of those that the network has learnt (`training.conditions`). options: those of the sampler.
     Each image draws its latents, then its class, then what the sampler needs.
     """
     device = next(net.parameters()).device
     draws = SeededDraws(seeds, device)
     latents = draws.randn([net.img_channels, net.img_resolution, net.img_resolution])
-    labels = ClassDraws(net, device).one_hot(draws.randint)
+    labels = Classes.of(net).draw(len(latents), device, draws.randint)
     if class_idx is not None:
         check_class(net, class_idx)
-        labels = torch.eye(net.label_dim, device=device)[[class_idx]].repeat(len(latents), 1)
+        labels = Classes.of(net).one_hot(torch.full([len(latents)], class_idx, device=device))
     name = sampler or default_sampler(net)
     if name == "one-step" and "init_sigma" not in options:
         options["init_sigma"] = getattr(net, "metadata", {}).get("init_sigma", 2.5)

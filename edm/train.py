@@ -82,10 +82,11 @@ def main(**options):
 
     import torch
 
-    from edm import classes, run_folder, zoo
+    from edm import run_folder, zoo
     from torch_utils import checkpoint, distributed, misc
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment, loss
+    from training.conditions import metadata_of
     from training.dataset import ImageFolderDataset
     from training.training_loop import FREE_ON_RESUME, ROUNDING, Training, check_state, training_loop
 
@@ -98,7 +99,7 @@ def main(**options):
     check_sizes(precond, network_kwargs)
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary |= {name: options[name] for name in ("sigma", "resume")}
-    learnt = classes.metadata_of(dataset.classes, dataset.label_dim)
+    learnt = metadata_of(dataset.classes, dataset.label_dim)
     summary |= learnt
     loss_fn = getattr(loss, loss_name)() if options["sigma"] is None else single_level_loss(options["sigma"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)

@@ -25,11 +25,11 @@ from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from dnnlib.util import printable
 from edm import network_files
-from edm.classes import learnt_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.untrusted import edm_pickle
 from training import networks
+from training.conditions import learnt_classes
 
 NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls

@@ -13,23 +13,25 @@ import torch
 from torch.nn.functional import softplus
 
 from dnnlib import UserError
+from training.conditions import Classes
 from training.dataset import ImageFolderDataset
+from training.denoiser import known_sigma, sigma_data
 
-from .config import DistillationConfig, parse_guidance
-from .guidance import drop_labels, guided
-from .loss import SiDLoss
+from .config import DistillationConfig
+from .guidance import guided
+from .loss import SiDLoss, divergence
 
 LOGIT_LIMIT = 10.0  # of the generator's logits, published value
 SHARE = 0.5  # of each of theta's two losses
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(BCE(real, 1) + BCE(fake, 0)) / 2 of logits [N, h, w], mean over positions, [N]."""
-    return (softplus(-real) + softplus(fake)).mean(dim=[1, 2]) / 2
+    """(BCE(real, 1) + BCE(fake, 0)) / 2 of logits [N, h, w], mean over images and positions: one number."""
+    return (softplus(-real).mean() + softplus(fake).mean()) / 2
 
 
 def adversarial_loss(fake: torch.Tensor) -> torch.Tensor:
-    """BCE(fake, 1) of limited logits [N, h, w], mean over images and positions: one scalar."""
+    """BCE(fake, 1) of limited logits [N, h, w], mean over images and positions: one number."""
     return softplus(-fake.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)).mean()
 
 
@@ -95,68 +97,85 @@ class SiDALoss(SiDLoss):
     reals        real images, `draw` as RealImages has it
     lsd          weight of the discriminator's loss relative to psi's
     lsg_gan      weight of the adversarial loss relative to theta's
-    adversarial  whether theta's loss has that part; may be changed at any time
     options      those of SiDLoss
+
+    Each binary cross-entropy is one number for all the images that a method gets at once: how many those are
+    (--batch-gpu) is part of the loss.
     """
 
     def __init__(self, reals: RealImages, lsd: float = 1.0, lsg_gan: float = 1e-4, **options):
         super().__init__(**options)
         self.reals, self.lsd, self.lsg_gan = reals, lsd, lsg_gan
-        self.adversarial = True
-        self._logits: list[torch.Tensor] = []  # of psi's calls in theta's loss
 
     def fake_score_loss(
-        self, fake_score, images, labels=None, augment_pipe=None, report: Callable | None = None
+        self,
+        fake_score: torch.nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        augment_pipe: Callable | None = None,
+        report: Callable | None = None,
     ) -> torch.Tensor:
         """SiD's loss of psi, per pixel, plus lsd lambda(sigma) times the discriminator's, shared out over the pixels.
 
-        Real images get the noise levels and the noise of the generated ones beside them, and augmentations of their
+        Each real image gets the noise level and the noise of the generated one at its place, and augmentations of its
         own from the same pipe. The draws begin with those of SiD.
         """
         augment = augment_pipe or (lambda x: (x, None))
-        sigma = self._draw_sigma(self.fake_sigma_schedule, images)
-        labels = drop_labels(labels, self.guidance.label_dropout)
+        sigma = known_sigma(fake_score, self.fake_sigma_schedule.draw(len(images), images.device))
         y, augment_labels = augment(images.detach())
         noise = torch.randn_like(y) * sigma
         with logits_of(fake_score) as logits:
-            net = guided(fake_score, self.guidance.fake_score_step)
+            net = guided(fake_score, self.guidance.fake_score_step, self.conditions)
             denoised = net(y + noise, sigma, labels, augment_labels=augment_labels)
             real, labels = self.reals.draw(len(images))
-            labels = drop_labels(labels, self.guidance.label_dropout)
+            labels = self.conditions.drop(labels, self.guidance.label_dropout)
             real, augment_labels = augment(real)
             fake_score(real + noise, sigma, labels, augment_labels=augment_labels)
         of_fake, of_real = logits[0], logits[-1]  # guidance asks with labels first
-        told_apart = discriminator_loss(of_real, of_fake)
+        discrimination = discriminator_loss(of_real, of_fake)
         if report is not None:
-            report("Loss/discriminator", told_apart)
+            report("Loss/discriminator", discrimination)
             report("Health/logit_real", of_real.mean(dim=[1, 2]))
             report("Health/logit_fake", of_fake.mean(dim=[1, 2]))
             report("Health/discriminator_accuracy", accuracy(of_real, of_fake))
-        per_pixel = self.lsd * told_apart.reshape(-1, 1, 1, 1) / y[0].numel()
+        per_pixel = self.lsd * discrimination / y[0].numel()
         return self.denoising.weight(sigma) * ((denoised - y) ** 2 + per_pixel)
 
     def generator_loss(
-        self, teacher, fake_score, images, labels=None, noise=None, report: Callable | None = None
+        self,
+        teacher: Callable,
+        fake_score: torch.nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        noise: tuple[torch.Tensor, ...] | None = None,
+        report: Callable | None = None,
+        score_gradient: bool | None = None,
+        adversarial: bool = True,
     ) -> torch.Tensor:
-        """Half of SiD's loss plus, weighted likewise, half of lsg_gan times the adversarial loss at every pixel."""
-        with logits_of(fake_score) as self._logits:
-            loss = super().generator_loss(teacher, fake_score, images, labels, noise, report)
-        if report is not None and self.adversarial:
-            report("Loss/adversarial", adversarial_loss(self._logits[0]))
-        return loss
+        """Half of SiD's loss plus, weighted as it is, half of lsg_gan times the adversarial loss at every pixel.
 
-    def _terms(self, x_g, x_t, f_phi, f_psi) -> torch.Tensor:
-        terms = SHARE * super()._terms(x_g, x_t, f_phi, f_psi)
-        if not self.adversarial:
-            return terms
-        return terms + SHARE * self.lsg_gan * adversarial_loss(self._logits[0])
+        adversarial: whether that second half is there.
+        """
+        sigma, n = noise or self.draw_noise(images)
+        sigma = known_sigma(teacher, sigma)
+        with logits_of(fake_score) as logits:
+            x_t, f_phi, f_psi = self.denoised(teacher, fake_score, images, sigma, n, labels, score_gradient)
+        if report is not None:
+            report("Health/divergence", divergence(images, f_phi, f_psi), groups=labels)
+        terms = SHARE * self.terms(images, x_t, f_phi, f_psi)
+        if adversarial:
+            entropy = adversarial_loss(logits[0])
+            terms = terms + SHARE * self.lsg_gan * entropy
+            if report is not None:
+                report("Loss/adversarial", entropy)
+        return self.weighted(terms, sigma, images, f_phi)
 
 
 def make_loss(config: DistillationConfig, teacher: torch.nn.Module, reals: RealImages | None) -> SiDLoss:
     """The losses of a config. Errors: UserError when --gan has no real images or a network that it can't work with."""
-    names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule")
+    names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule", "guidance")
     options = {name: getattr(config, name) for name in names}
-    options["guidance"] = parse_guidance(config.guidance)
+    options |= {"sigma_data": sigma_data(teacher), "conditions": Classes.of(teacher)}
     if not config.gan:
         return SiDLoss(**options)
     if reals is None:

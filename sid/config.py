@@ -1,32 +1,60 @@
-"""What a distillation run is made of. No torch here: command lines read it before anything heavy loads."""
+"""The settings of a distillation run, as values. torch is not imported: command lines read this before it loads."""
 
 import dataclasses
 import math
 from typing import Any
 
-from dnnlib import UserError
+from dnnlib import UserError, format_number
+
+from .guidance import Guidance, parse_guidance
+from .objectives import OBJECTIVES, Objective, check_objective
+from .schedules import TMAX, Karras, LogNormal, Schedule, Single, parse_schedule
 
 AUGMENT = 0.12  # EDM's probability for CIFAR-10
-P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in EDM's training
-LABEL_DROPOUT = 0.1  # SiD-LSG's, with long-short guidance
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
 ROUNDING = {"batch_gpu", "compile", "channels_last", "chunk", "checkpoint"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states"}
 FREE_ON_RESUME |= {"use_fp16"}  # `precision` says what came of it
-
-# Of the generator: sid is L2 - alpha L1, and what ends in -l1 is that objective less alpha L1.
-OBJECTIVES = (
-    "sid", "l1", "l2", "cross", "full", "cross-l1", "full-l1", "diff-instruct", "diff-instruct-l1", "dmd"
-)  # fmt: skip
-STOPPED = ("diff-instruct", "dmd")  # without gradient through the score networks
-PROJECTED = ("sid", "l2")  # u(x_t) times a projected factor: u may be another distance's, or have no gradient
 ADAM_STATES = ("fp32", "bf16")
-WEIGHTINGS = ("omega", "sigma", "none")
+DROP_LABELS = ("before", "after")
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientFrom:
+    """How many kimg have gone by when gradients begin to pass through the score networks: 0 for all, inf for none."""
+
+    kimg: float = 0.0
+
+    def passes(self, nimg: int) -> bool:
+        """Whether they pass after `nimg` images."""
+        return nimg >= self.kimg * 1000
+
+    def __str__(self) -> str:
+        return {0.0: "on", math.inf: "off"}.get(self.kimg, f"from={format_number(self.kimg)}")
+
+
+def parse_score_gradient(value: str | GradientFrom) -> GradientFrom:
+    """What 'on', 'off' or 'from=KIMG' names. Errors: UserError naming --score-gradient."""
+    if not isinstance(value, str):
+        return value
+    if value in ("on", "off"):
+        return GradientFrom(0.0 if value == "on" else math.inf)
+    try:
+        kimg = float(value.removeprefix("from=")) if value.startswith("from=") else math.nan
+    except ValueError:
+        kimg = math.nan
+    if not 0 <= kimg < math.inf:
+        raise UserError(f"--score-gradient={value}: give on, off or from=KIMG, such as from=1000")
+    return GradientFrom(kimg)
 
 
 @dataclasses.dataclass
 class DistillationConfig:
-    """Numbers of a distillation run; the defaults are the cifar10-uncond recipe. kimg: thousands of images."""
+    """Settings of a distillation run; the defaults are the cifar10-uncond recipe. kimg: thousands of images.
+
+    Schedules, guidance and the start of score gradients may be given as an option's text; they are parsed at once.
+    Errors: UserError naming the option when a text isn't understood or options contradict each other.
+    """
 
     total_kimg: float = 500_000
     batch: int = 256  # images per update, all processes together
@@ -35,10 +63,10 @@ class DistillationConfig:
     alpha: float = 1.2  # weight of L1 in L2 - alpha L1
     weighting: str | None = None  # one of WEIGHTINGS; None: what the objective was published with
     huber: float | None = None  # c of the pseudo-Huber distance, in pixels; None: the squared distance
-    score_gradient: str = "on"  # through both networks to the generator: on, off or from=KIMG
-    sigma_schedule: str = "karras"  # noise levels of the generator's loss, see parse_schedule
-    fake_sigma_schedule: str = "lognormal"  # those of the fake score's loss
-    tmax: float = 800  # karras reaches up to t = tmax / 1000
+    score_gradient: GradientFrom = GradientFrom()  # when gradients pass through the score networks
+    sigma_schedule: Schedule = Karras()  # noise levels of the generator's loss
+    fake_sigma_schedule: Schedule = LogNormal()  # noise levels of the fake score's loss
+    tmax: float = TMAX  # Karras schedules reach up to t = tmax / 1000
     fake_score_updates: int = 1  # of the fake score for every one of the generator
     init_sigma: float = 2.5  # noise level at which the generator starts
     lr: float = 1e-5  # fake score network
@@ -62,7 +90,8 @@ class DistillationConfig:
     share_noise: bool = False  # and of noise for them: the fake score is asked once
     adam_state: str = "fp32"  # Adam's second moments, one of ADAM_STATES
     lora_rank: int | None = None  # of the updates that generator and fake score learn; None: they learn all weights
-    guidance: str | None = None  # long=K, short=K or long-short=K, as `parse_guidance` reads it
+    guidance: Guidance | None = None  # of the score networks by their labels
+    drop_labels: str = "before"  # where guidance drops labels: before generating, as published, or after
     gan: bool = False  # SiDA: an adversarial loss beside the generator's, from real images
     gan_freeze_kimg: float = 100  # with gan, the generator stays as it starts for so long
     gan_start_kimg: float = 200  # with gan, the generator's loss gets its adversarial part then
@@ -78,25 +107,48 @@ class DistillationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        """Errors: UserError naming the option when a text isn't understood or options contradict each other."""
-        check_objective(self.objective, self.weighting, self.huber, self.score_gradient == "on")
-        parse_schedule(self.sigma_schedule, "--sigma-schedule")
-        parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule")
-        parse_guidance(self.guidance)
-        self.has_score_gradient(0)
-        if self.adam_state not in ADAM_STATES:
-            raise UserError(f"--adam-state={self.adam_state}: not one of {', '.join(ADAM_STATES)}")
+        self.score_gradient = parse_score_gradient(self.score_gradient)
+        self.sigma_schedule = parse_schedule(self.sigma_schedule, "--sigma-schedule", self.tmax)
+        self.fake_sigma_schedule = parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule", self.tmax)
+        self.guidance = parse_guidance(self.guidance)
+        check_objective(self.objective, self.weighting, self.huber, self.score_gradient == GradientFrom())
+        for option, value, known in (
+            ("adam-state", self.adam_state, ADAM_STATES),
+            ("drop-labels", self.drop_labels, DROP_LABELS),
+        ):
+            if value not in known:
+                raise UserError(f"--{option}={value}: not one of {', '.join(known)}")
         if self.adam_state == "bf16" and self.g_beta1:
             raise UserError("--adam-state=bf16: only for Adam without a first moment; use --g_beta1=0")
         if self.gan:
             self._check_gan()
         if self.share_noise:
             self._check_share_noise()
+        elif self.share_images and self.label_dropout and self.drop_labels == "before":
+            raise UserError(
+                f"--share-images: --guidance={self.guidance} drops labels for the fake score, but the generator's loss"
+                " needs them; use --drop-labels=after"
+            )
+
+    @property
+    def label_dropout(self) -> float:
+        """Probability that an image of the fake score's phase loses its label."""
+        return self.guidance.label_dropout if self.guidance is not None else 0.0
+
+    @property
+    def generator_objective(self) -> Objective:
+        """The row of the table of objectives."""
+        return OBJECTIVES[self.objective]
+
+    def options(self) -> dict[str, Any]:
+        """The settings as plain values: what records, states and messages hold. The constructor takes them again."""
+        plain = (type(None), bool, int, float, str)
+        return {name: value if isinstance(value, plain) else str(value) for name, value in vars(self).items()}
 
     def _check_gan(self) -> None:
-        if self.score_gradient != "on":
+        if self.score_gradient != GradientFrom():
             raise UserError("--gan: its gradient comes through the fake score; use --score-gradient=on")
-        if self.objective in STOPPED:
+        if not self.generator_objective.passes_scores:
             raise UserError(
                 f"--gan: its gradient comes through the fake score, but none with {self.objective}; use sid"
             )
@@ -107,11 +159,10 @@ class DistillationConfig:
         """The fake score's one answer must do for both losses."""
         if self.gan:
             raise UserError("--share-noise: --gan shows the fake score real images, too; use --share-images=1")
-        guidance = parse_guidance(self.guidance)
-        if guidance != Guidance(teacher=guidance.teacher):
+        if self.guidance is not None and self.guidance != Guidance(teacher=self.guidance.teacher):
             raise UserError(f"--share-noise: --guidance={self.guidance} guides the fake score; only long=K fits")
         schedules = {self.sigma_schedule, self.fake_sigma_schedule}
-        if len(schedules) > 1 and any(parse_schedule(s, "").kind == "single" for s in schedules):
+        if len(schedules) > 1 and any(isinstance(schedule, Single) for schedule in schedules):
             raise UserError("--share-noise: a single noise level must be the same for --fake-sigma-schedule")
         if not self.tmax:
             raise UserError("--share-noise: --tmax=0 leaves no range of noise levels; use --tmax=800")
@@ -143,16 +194,7 @@ class DistillationConfig:
     @property
     def passes_scores(self) -> bool:
         """Whether the generator's gradient ever passes through both networks."""
-        return self.score_gradient != "off" and self.objective not in STOPPED
-
-    def has_score_gradient(self, nimg: int) -> bool:
-        """Whether the generator's gradient passes through both networks after `nimg` images."""
-        if self.score_gradient in ("on", "off"):
-            return self.score_gradient == "on"
-        start = _number_after("from=", self.score_gradient)
-        if start is None:
-            raise UserError(f"--score-gradient={self.score_gradient}: give on, off or from=KIMG, such as from=1000")
-        return nimg >= start * 1000
+        return self.score_gradient.kimg < math.inf and self.generator_objective.passes_scores
 
 
 def resolve(config: DistillationConfig, teacher: Any, device: Any) -> DistillationConfig:
@@ -160,7 +202,7 @@ def resolve(config: DistillationConfig, teacher: Any, device: Any) -> Distillati
     and the device.
     """
     if config.weighting is None:
-        config = dataclasses.replace(config, weighting=published_weighting(config.objective))
+        config = dataclasses.replace(config, weighting=config.generator_objective.weighting)
     if config.augment is None:
         can = getattr(teacher, "augment_dim", 0) and not config.share_noise
         config = dataclasses.replace(config, augment=AUGMENT if can else 0.0)
@@ -171,102 +213,9 @@ def resolve(config: DistillationConfig, teacher: Any, device: Any) -> Distillati
 
 
 def saved_options(options: dict[str, Any], teacher: Any, device: Any) -> dict[str, Any]:
-    """Those of a saved run as a `resolve`d config has them: at their defaults where its version lacked them."""
-    weighting = options.get("weighting") or published_weighting(options.get("objective"))
-    return {**vars(resolve(DistillationConfig(), teacher, device)), **options, "weighting": weighting}
-
-
-def published_weighting(objective: Any) -> str:
-    """That which an objective was published with, one of WEIGHTINGS."""
-    return "none" if objective == "diff-instruct" else "omega"
-
-
-def check_objective(objective: str, weighting: str | None, huber: float | None, score_gradient: bool) -> str:
-    """The weighting: the one given, or that which the objective was published with.
-
-    Errors: UserError naming the option that doesn't fit.
-    """
-    for option, value, known in (("objective", objective, OBJECTIVES), ("weighting", weighting, (None, *WEIGHTINGS))):
-        if value not in known:
-            raise UserError(f"--{option}={value}: not one of {', '.join(filter(None, known))}")
-    if objective == "dmd" and weighting not in (None, "omega"):
-        raise UserError(f"--weighting={weighting}: dmd has its own, omega; --objective=diff-instruct takes others")
-    if objective not in PROJECTED and huber is not None:
-        raise UserError(f"--huber={huber:g}: {objective} has no such form; use --objective={' or '.join(PROJECTED)}")
-    if objective not in PROJECTED and not score_gradient:
-        raise UserError(f"--score-gradient: {objective} needs on; --objective={' or '.join(PROJECTED)} can do without")
-    return weighting or published_weighting(objective)
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The noise levels of a loss. kind: 'karras', 'lognormal' (mean and std of log sigma) or 'single' (level)."""
-
-    kind: str
-    mean: float = 0.0
-    std: float = 0.0
-    level: float | None = None
-
-
-def parse_schedule(text: str, option: str, mean: float = P_MEAN, std: float = P_STD) -> Schedule:
-    """'karras', 'lognormal', 'lognormal=MEAN,STD' or 'single=SIGMA'. Errors: UserError naming `option`.
-
-    mean, std: what 'lognormal' alone means.
-    """
-    if text == "karras":
-        return Schedule(text)
-    if text == "lognormal":
-        return Schedule(text, mean, std)
-    own_mean, comma, own_std = text.removeprefix("lognormal=").partition(",")
-    mean, std = _number(own_mean), _number(own_std)
-    if text.startswith("lognormal=") and comma and mean is not None and std is not None and std > 0:
-        return Schedule("lognormal", mean, std)
-    level = _number_after("single=", text)
-    if not level:
-        raise UserError(
-            f"{option}={text}: give karras, lognormal[=MEAN,STD] of ln sigma, or single=SIGMA, such as single=0.5"
-        )
-    return Schedule("single", level=level)
-
-
-@dataclasses.dataclass(frozen=True)
-class Guidance:
-    """Weights kappa of classifier-free guidance in the three places where a score network is asked; 1 is none.
-
-    SiD-LSG, arXiv:2406.01561.
-    """
-
-    fake_score_step: float = 1.0  # kappa1: psi in its own loss
-    fake_score: float = 1.0  # kappa2 = kappa3: psi in the generator's loss
-    teacher: float = 1.0  # kappa4: phi in the generator's loss
-    label_dropout: float = 0.0  # probability that an image loses its label in psi's own loss
-
-
-def parse_guidance(text: str | None) -> Guidance:
-    """'long=K', 'short=K' or 'long-short=K'; None is no guidance. Errors: UserError naming --guidance."""
-    if text is None:
-        return Guidance()
-    kind = text.partition("=")[0]
-    scale = _number_after(f"{kind}=", text)
-    if kind == "long" and scale is not None and scale > 1:
-        return Guidance(teacher=scale)
-    if kind == "short" and scale is not None and scale < 1:
-        return Guidance(fake_score_step=scale)
-    if kind == "long-short" and scale is not None and scale > 1:
-        return Guidance(scale, scale, scale, LABEL_DROPOUT)
-    raise UserError(f"--guidance={text}: give long=K or long-short=K with K > 1, or short=K with K < 1")
-
-
-def _number_after(prefix: str, text: str) -> float | None:
-    """The number, finite and not negative, that follows `prefix`; None if there is none."""
-    number = _number(text.removeprefix(prefix))
-    return number if text.startswith(prefix) and number is not None and number >= 0 else None
-
-
-def _number(text: str) -> float | None:
-    """A finite number; None if it is none."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    """The options of a saved run as those of a `resolve`d config: at their defaults where its version lacked them."""
+    fields = {field.name for field in dataclasses.fields(DistillationConfig)}
+    if options.get("guidance"):
+        options = {"drop_labels": "after", **options}  # before the option was there
+    known = DistillationConfig(**{name: value for name, value in options.items() if name in fields})
+    return {**options, **resolve(known, teacher, device).options()}

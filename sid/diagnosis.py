@@ -8,7 +8,8 @@ import statistics
 from collections import deque
 from typing import Any
 
-from .config import PROJECTED, DistillationConfig
+from .config import parse_score_gradient
+from .objectives import OBJECTIVES, PROJECTED
 
 OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
@@ -18,7 +19,7 @@ LATER_OPTIONS = (  # older runs lack them
     "gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "score_gradient", "spike_guard", "weighting",
 )  # fmt: skip
 MAY_BE_NONE = ("ema_rampup_ratio", "spike_guard", "weighting")
-DESTRUCTIVE = ("l1", "cross", "full", "cross-l1", "full-l1")  # objectives: docs/method.md, table of gradients
+DESTRUCTIVE = [name for name, objective in OBJECTIVES.items() if objective.for_study]
 MIN_TICKS = 6  # fewer say nothing: the fake score starts as the teacher and needs time to find the generator
 MIN_TICKS_OF_TREND = 12  # until then the divergence grows because the fake score finds the generator
 WATCHED_TICKS = 60  # the run's own warnings look back so far
@@ -249,8 +250,7 @@ def _lost_class(window: Window, options: dict[str, Any]) -> Finding | None:
 
 def _passes_scores(window: Window, options: dict[str, Any]) -> bool:
     """Whether theta's gradient passes through the scores now."""
-    config, nimg = DistillationConfig(score_gradient=options["score_gradient"]), int(window.kimg[1] * 1000)
-    return config.has_score_gradient(nimg)
+    return parse_score_gradient(options["score_gradient"]).passes(int(window.kimg[1] * 1000))
 
 
 def _may_run_away(window: Window, options: dict[str, Any]) -> bool:

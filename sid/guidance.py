@@ -1,49 +1,94 @@
-"""Classifier-free guidance of the score networks in a distillation (SiD-LSG, arXiv:2406.01561)."""
+"""Classifier-free guidance of the score networks in a distillation (SiD-LSG, arXiv:2406.01561).
 
+torch is not imported, so that command lines can read a guidance without waiting for it.
+"""
+
+import dataclasses
+import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
+from dnnlib import UserError, format_number
 
-from dnnlib import UserError
-from torch_utils import distributed
+if TYPE_CHECKING:
+    import torch
 
-from .config import DistillationConfig, parse_guidance
+    from training.conditions import Classes
+
+LABEL_DROPOUT = 0.1  # SiD-LSG's
 
 
-def guided(net: Callable, kappa: float) -> Callable:
-    """f_kappa = f_uncond + kappa (f_cond - f_uncond) of a denoiser; with kappa = 1 the denoiser itself.
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Weights kappa of guidance in the places where a score network is asked; 1 leaves its answer as it is."""
 
-    Asked without labels, a network gets zeros, as in EDM's training with label dropout. It is called once with and then
-    once without labels: each call has as many images as one without guidance, so --batch-gpu and --chunk say what
-    they say.
+    fake_score_step: float = 1.0  # kappa1: psi in its own loss
+    fake_score: float = 1.0  # kappa2 = kappa3: psi in the generator's loss
+    teacher: float = 1.0  # kappa4: phi in the generator's loss
+
+    @property
+    def label_dropout(self) -> float:
+        """Probability that an image of psi's own phase loses its label, so that psi can answer without one."""
+        return LABEL_DROPOUT if self.fake_score_step != 1 or self.fake_score != 1 else 0.0
+
+    def __str__(self) -> str:
+        if self == Guidance(teacher=self.teacher):
+            return f"long={format_number(self.teacher)}"
+        if self == Guidance(fake_score_step=self.fake_score_step):
+            return f"short={format_number(self.fake_score_step)}"
+        return f"long-short={format_number(self.teacher)}"
+
+
+def parse_guidance(value: "str | Guidance | None") -> Guidance | None:
+    """The guidance that a text names: long=K, short=K or long-short=K. None, for none, and a guidance come back.
+
+    Errors: UserError naming --guidance.
+    """
+    if not isinstance(value, str):
+        return value
+    kind, _, text = value.partition("=")
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if kind == "long" and 1 < scale < math.inf:
+        return Guidance(teacher=scale)
+    if kind == "short" and 0 <= scale < 1:
+        return Guidance(fake_score_step=scale)
+    if kind == "long-short" and 1 < scale < math.inf:
+        return Guidance(scale, scale, scale)
+    raise UserError(f"--guidance={value}: give long=K or long-short=K with K > 1, or short=K with K < 1")
+
+
+def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
+    """f_kappa = f_null + kappa (f_cond - f_null) of a denoiser; with kappa = 1 the denoiser itself.
+
+    The network is called once with the images' conditions and then once with null conditions. Each call has as many
+    images as one without guidance, so --batch-gpu and --chunk mean what they mean without.
     """
     if kappa == 1:
         return net
 
-    def call(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        conditional = net(x, sigma, labels, **kwargs)
-        unconditional = net(x, sigma, torch.zeros_like(labels), **kwargs)
+    def call(x: "torch.Tensor", sigma: "torch.Tensor", condition: "torch.Tensor", **kwargs) -> "torch.Tensor":
+        conditional = net(x, sigma, condition, **kwargs)
+        unconditional = net(x, sigma, conditions.null_like(condition), **kwargs)
         return unconditional + kappa * (conditional - unconditional)
 
     return call
 
 
-def drop_labels(labels: torch.Tensor | None, probability: float) -> torch.Tensor | None:
-    """Zeroes each image's label [label_dim] with the given probability; draws from torch's default generator."""
-    if not probability:
-        return labels
-    return labels * (torch.rand([len(labels), 1], device=labels.device) >= probability)
+def check_guidance(guidance: Guidance | None, teacher: "torch.nn.Module") -> str | None:
+    """A warning about a teacher that never learnt to answer without labels, if it is one.
 
-
-def check_guidance(config: DistillationConfig, teacher: torch.nn.Module) -> None:
-    """Warns of a teacher that never learnt to do without labels. Errors: UserError for one that has none."""
-    if config.guidance is None:
-        return
-    parse_guidance(config.guidance)
+    Errors: UserError for a teacher that knows no classes.
+    """
+    if guidance is None:
+        return None
     if not teacher.label_dim:
-        raise UserError(f"--guidance={config.guidance}: the teacher has no classes to guide by; leave the option out")
+        raise UserError(f"--guidance={guidance}: the teacher has no classes to guide by; leave the option out")
     if getattr(getattr(teacher, "model", None), "label_dropout", None) == 0:
-        distributed.print0(
-            "Warning: --guidance asks the teacher without labels, which it never saw in training;"
+        return (
+            "--guidance asks the teacher without labels, which it never saw in training;"
             " edm.train --label-dropout=0.1 makes one that did"
         )
+    return None

@@ -7,9 +7,11 @@ import torch
 
 from torch_utils import distributed, misc
 from torch_utils.precision import same_dtype
+from training.denoiser import known_sigma
 
 from .distillation import Distillation
 from .loss import divergence
+from .schedules import Single
 
 HEALTH_PHASE = 3  # keeps these random draws apart from those of the training's phases
 BANDS = 4  # of noise levels, each with as many of the training's draws; a single level is one band
@@ -46,9 +48,11 @@ class Health:
         self._size = min(distillation.batch_gpu, share)
         self._rounds = math.ceil(share / self._size)
         self._start: list[torch.Tensor] = []  # the teacher's one-step images, one batch a round
-        edges = distillation.loss.quantile(torch.linspace(0, 1, BANDS + 1).clamp(EDGE, 1 - EDGE)).tolist()
+        quantiles = torch.linspace(0, 1, BANDS + 1).clamp(EDGE, 1 - EDGE)
+        schedule = distillation.loss.sigma_schedule
+        edges = known_sigma(distillation.teacher, schedule.quantile(quantiles)).tolist()
         bands = [f"{low:.2g}-{high:.2g}" for low, high in itertools.pairwise(edges)]
-        if distillation.loss.sigma_schedule.kind == "single":
+        if isinstance(schedule, Single):
             bands = [f"{edges[0]:.2g}"]
         self._bands = [f"Health/divergence_sigma{band}" for band in bands]
 
@@ -86,11 +90,11 @@ class Health:
         first = (r * distributed.world_size() + distributed.rank()) * n
         misc.seed_at(d.config.seed, HEALTH_PHASE, first)
         z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], device=d.device)
-        labels = d.draw_labels(n)
+        labels = d.draw_conditions(n)
         bands = len(self._bands)
         band = (first + torch.arange(n, device=d.device)) % bands
         quantiles = ((band + torch.rand([n], device=d.device)) / bands).clamp(EDGE, 1 - EDGE)
-        sigma = d.loss.quantile(quantiles).reshape(n, 1, 1, 1)
+        sigma = known_sigma(d.teacher, d.loss.sigma_schedule.quantile(quantiles)).reshape(n, 1, 1, 1)
         with d.autocast():
             latents = init_sigma * z, torch.full_like(sigma, init_sigma), labels
             if len(self._start) == r:

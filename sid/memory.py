@@ -1,6 +1,7 @@
 """The memory of a distillation: told before it starts, from shapes alone; and the teacher's share made smaller."""
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,16 +14,45 @@ from dnnlib import UserError
 from torch_utils import precision
 
 from . import lora
-from .config import DistillationConfig, parse_guidance
+from .config import DistillationConfig
+from .guidance import Guidance
 
 GB = 1 << 30
 USABLE = 0.8  # of the free memory; libraries and fragmentation take the rest
 EXAMPLE_SIGMAS = (0.1, 10.0)
 CPU_BATCH = 32  # more images at once gain no speed on a CPU
+GAN_BATCH = 32  # SiDA's published batch per GPU for CIFAR-10 and ImageNet, which is part of its loss
 
 
-def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: int) -> dict[str, float]:
-    """GB per process, by purpose, and the higher 'peak' of the two phases; without what the libraries take.
+@dataclasses.dataclass
+class Estimate:
+    """GB per process by purpose, without what the libraries take."""
+
+    weights: float  # theta, its average, psi and phi
+    gradients: float
+    adam: float
+    fake_score_activations: float  # what the fake score's phase keeps for its backward pass
+    generator_activations: float  # what the generator's phase keeps for its backward passes
+
+    @property
+    def peak(self) -> float:
+        """The higher peak of the two phases."""
+        kept = self.weights + self.gradients + self.adam
+        return kept + max(self.fake_score_activations, self.generator_activations)
+
+    def between(self, other: "Estimate", share: float) -> "Estimate":
+        """The estimate at a batch that is `share` of the way to another's: memory is affine in the images."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+        return Estimate(*(small + share * (large - small) for small, large in pairs))
+
+    def rounded(self) -> dict[str, float]:
+        """All figures by name, to three digits."""
+        figures = {**vars(self), "peak": self.peak}
+        return {name: float(f"{value:.3g}") for name, value in figures.items()}
+
+
+def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: int) -> Estimate:
+    """The memory of a distillation, from shapes alone.
 
     teacher: any denoiser; it isn't changed. batch_gpu: images per process and round. The precision must be resolved
     (not None).
@@ -53,7 +83,7 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
                 parameter.data = parameter.data.to(dtype)
             phi = _kept_activations(net, part, device, input_gradient=True)
             stored = _bytes(net.parameters())
-    kappa = parse_guidance(config.guidance)  # a guided network is called twice
+    kappa = config.guidance or Guidance()  # a guided network is called twice
     fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
     through = psi * (1 + (kappa.fake_score != 1)) * (config.passes_scores or config.share_noise)
     through += phi * (1 + (kappa.teacher != 1)) * config.passes_scores
@@ -62,14 +92,13 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
         fake_score *= config.fake_score_updates > 1
     elif shared:
         fake_score += train
-    sizes = {
-        "weights": 3 * trained + stored,  # theta, its average and psi; phi
-        "gradients": trained * (2 if shared else 1),
-        "Adam": trained * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2),
-        "activations of the fake score's phase": fake_score,
-        "activations of the generator's phase": train + through,
-    }
-    return _with_peak({name: size / GB for name, size in sizes.items()})
+    return Estimate(
+        weights=(3 * trained + stored) / GB,
+        gradients=trained * (2 if shared else 1) / GB,
+        adam=trained * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2) / GB,
+        fake_score_activations=fake_score / GB,
+        generator_activations=(train + through) / GB,
+    )
 
 
 def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, images: int, device: torch.device) -> int:
@@ -81,19 +110,17 @@ def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, imag
         free = torch.cuda.mem_get_info(device)[0] / GB
     else:
         free = psutil.virtual_memory().available / GB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limit = CPU_BATCH if device.type == "cpu" else images
-    divisors = [n for n in range(min(images, limit), 1, -1) if images % n == 0 and n % (config.chunk or 1) == 0]
+    limit = min(images, CPU_BATCH if device.type == "cpu" else images, GAN_BATCH if config.gan else images)
+    divisors = [n for n in range(limit, 1, -1) if images % n == 0 and n % (config.chunk or 1) == 0]
     if config.chunk and images % config.chunk:
         raise UserError(f"--chunk={config.chunk} must divide the {images} images per process")
     if not divisors:
         return config.chunk or 1
     most, least = divisors[0], divisors[-1]
     ends = [estimate(teacher, config, n) for n in dict.fromkeys((least, most))]
-    small, large = ends[0], ends[-1]
 
     def peak(n: int) -> float:
-        share = (n - least) / max(most - least, 1)  # activations are affine in the images
-        return _with_peak({k: small[k] + share * (large[k] - small[k]) for k in small if k != "peak"})["peak"]
+        return ends[0].between(ends[-1], (n - least) / max(most - least, 1)).peak
 
     return next((n for n in divisors if peak(n) < USABLE * free), config.chunk or 1)
 
@@ -114,11 +141,6 @@ def store_teacher(teacher: torch.nn.Module, dtype: torch.dtype, autocast: Callab
             return teacher(x.to(device), sigma.to(device), labels)
 
     precision.store_weights(teacher, dtype, call)
-
-
-def _with_peak(sizes: dict[str, float]) -> dict[str, float]:
-    *constant, fake_score, generator = sizes.values()
-    return {**sizes, "peak": sum(constant) + max(fake_score, generator)}
 
 
 def _in_full(parameter: torch.Tensor) -> torch.Tensor:

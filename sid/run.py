@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import threading
 from typing import Any
 
@@ -9,18 +10,19 @@ import torch
 
 from dnnlib import UserError, without_passwords
 from edm import published, run_folder, zoo
-from edm.classes import learnt_classes
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.watchdog import SPARE_SEC, watching
+from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
 
 from . import memory
 from .adversarial import RealImages
-from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, parse_schedule, resolve, saved_options
-from .distillation import Distillation
+from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
+from .prepare import prepare
 from .report import GRID_COLUMNS, GRID_ROWS, Report
+from .schedules import Single
 from .training_loop import training_loop
 
 DEFAULT_METRIC = "fid50k_full"
@@ -52,7 +54,7 @@ def _distil_on(
     for name in NETWORKS:  # the snapshot of a run folder is chosen once: later there may be a better one
         if options[name]:
             options = {**options, name: distributed.from_process_0(zoo.network_file(options[name]))}
-    summary = {**vars(config), **options, "data_stat": reference, "metrics": metrics}
+    summary = {**config.options(), **options, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
     if options["dry_run"] and zoo.is_here(options["edm_model"]):
         teacher = checked_teacher(config, options)
@@ -82,12 +84,13 @@ def _distil_on(
     rules = {"free": FREE_ON_RESUME, "rounding": rounding, "override": options["override"]}
 
     def check(was: dict[str, Any]) -> None:
-        now = {name: value for name, value in vars(config).items() if name != "batch_gpu"}  # which may come from `was`
+        now = config.options()
+        del now["batch_gpu"]  # which may come from `was`
         run_folder.refuse_changes(resume.path, saved_options(was, teacher, device), now, **rules)
 
-    distillation = Distillation(teacher, config, device, start, resume, reals, check)  # may refuse: before the folder
+    distillation = prepare(teacher, config, device, start, resume, reals, check)  # may refuse: before the folder
     if resume is not None:
-        was, now = distillation.state.setting, checkpoint.setting(vars(distillation.config), device)
+        was, now = distillation.state.setting, checkpoint.setting(distillation.config.options(), device)
         was = {**was, "options": saved_options(was["options"], teacher, device)}
         run_folder.check_setting(resume.path, was, now, **rules)
     with run_folder.create(*place, summary, resume and resume.path) as run_dir:
@@ -121,8 +124,7 @@ def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device
     config = resolve(config, teacher, device)
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
     batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device)
-    sizes = memory.estimate(teacher.to(device), config, batch_gpu)
-    return {"batch_gpu": batch_gpu, **{name: float(f"{size:.3g}") for name, size in sizes.items()}}
+    return {"batch_gpu": batch_gpu, **memory.estimate(teacher.to(device), config, batch_gpu).rounded()}
 
 
 def published_reference(teacher: str) -> str | None:
@@ -160,12 +162,18 @@ def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> Non
 
 
 def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> None:
-    """A teacher that was trained for one noise level knows no other. Errors: UserError naming the option."""
+    """The start must be a noise level that the teacher knows; one that was trained for a single level knows no other.
+
+    Errors: UserError naming the option.
+    """
+    low, high = (float(getattr(teacher, f"sigma_{end}", limit)) for end, limit in (("min", 0), ("max", math.inf)))
+    if not low <= config.init_sigma <= high:
+        raise UserError(f"--init_sigma={config.init_sigma:g}: the teacher knows noise levels from {low:g} to {high:g}")
     level = getattr(teacher, "metadata", {}).get("sigma")
     if level is None:
         return
     schedules = {"--sigma-schedule": config.sigma_schedule, "--fake-sigma-schedule": config.fake_sigma_schedule}
-    wrong = [f"{option}=single={level}" for option, s in schedules.items() if parse_schedule(s, option).level != level]
+    wrong = [f"{option}=single={level}" for option, s in schedules.items() if s != Single(level)]
     if config.init_sigma != level:
         wrong.append(f"--init_sigma={level}")
     if wrong:

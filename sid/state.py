@@ -88,7 +88,7 @@ class DistillationState:
         """What a state's file holds. statistics: what was collected since the last tick (`Collector.state_dict`)."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         counters = {name: getattr(self, name) for name in checkpoint.PROGRESS}
-        setting = checkpoint.setting(vars(config), next(self.generator.parameters()).device)
+        setting = checkpoint.setting(config.options(), next(self.generator.parameters()).device)
         hashes = {"teacher_hash": self._teacher_hash, **({"base_hash": self._base_hash} if self._rank else {})}
         return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 

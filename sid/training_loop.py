@@ -35,9 +35,9 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
     if state.statistics:
         distillation.collector.load_state_dict(state.statistics, distillation.device)
 
-    health, watch = Health(distillation), Watch(vars(config))
+    health, watch = Health(distillation), Watch(config.options())
     total_img = int(config.total_kimg * 1000)
-    low, high = distillation.loss.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
+    low, high = distillation.loss.sigma_schedule.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
     levels = f"the generator's loss sees noise levels {low:.2g} to {high:.2g}"
     with (
         advised(run_dir, state, config.batch, "--lr and --glr", levels),
@@ -104,7 +104,7 @@ def save_snapshot(net: torch.nn.Module, nimg: int, config: DistillationConfig, p
     if config.objective != "sid":
         recipe["objective"] = config.objective
     if config.guidance is not None:
-        recipe["guidance"] = config.guidance
+        recipe["guidance"] = str(config.guidance)
     if config.gan:
         recipe |= {"gan": True, "lsg_gan": config.lsg_gan}
     if config.lora_rank:

@@ -22,7 +22,12 @@ def seeded_network(name: str, weights_seed: int | None = None) -> torch.nn.Modul
     """The network of `network-<name>.npz` with weights by index.json's weights_rule, in eval mode."""
     entry = INDEX[f"network-{name}.npz"]
     net = getattr(networks, entry["class_name"])(**entry["init_kwargs"])
-    rng = np.random.RandomState(weights_seed or entry["weights_seed"])
+    return seed_weights(net, weights_seed or entry["weights_seed"])
+
+
+def seed_weights(net: torch.nn.Module, weights_seed: int) -> torch.nn.Module:
+    """The same network with weights by index.json's weights_rule, in eval mode."""
+    rng = np.random.RandomState(weights_seed)
     state = net.state_dict()
     for key in sorted(state):
         tensor = state[key]

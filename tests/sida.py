@@ -4,7 +4,7 @@ import torch
 from tiny import CPU, tiny_config, tiny_teacher
 
 from sid.adversarial import RealImages
-from sid.distillation import Distillation
+from sid.prepare import prepare
 from training.dataset import ImageFolderDataset
 from training.networks import EDMPrecond
 
@@ -16,7 +16,7 @@ def reals_of(data, label_dim=3):
 
 
 def make(data, resume=None, **changes):
-    return Distillation(tiny_teacher(), tiny_config(**{**GAN, **changes}), CPU, resume=resume, reals=reals_of(data))
+    return prepare(tiny_teacher(), tiny_config(**{**GAN, **changes}), CPU, resume=resume, reals=reals_of(data))
 
 
 def network(model_type, **changes):

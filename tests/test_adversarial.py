@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from parity import INDEX, arrays, assert_close, seed_weights
 from sida import GAN, make, network, reals_of
 from tiny import CPU, Spy, equal, tiny_config, tiny_teacher
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
@@ -11,13 +12,14 @@ from dnnlib import UserError
 from sid import adversarial
 from sid.adversarial import RealImages, SiDALoss, logits_of
 from sid.config import Guidance
-from sid.distillation import Distillation
 from sid.loss import SiDLoss
+from sid.prepare import prepare
 from sid.state import GAN_LIMIT
 from torch_utils import misc
 from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.dataset import ImageFolderDataset
+from training.networks import EDMPrecond
 
 KINDS = [
     ("SongUNet", {}),
@@ -71,9 +73,9 @@ def test_logits_are_channel_means_of_the_last_block(model_type):
 
 def test_a_network_without_an_encoder_is_refused(data):
     with pytest.raises(UserError, match="--gan: Spy has no encoder"):
-        Distillation(Spy(), tiny_config(**GAN, augment=0), CPU, reals=reals_of(data, 0))
+        prepare(Spy(), tiny_config(**GAN, augment=0), CPU, reals=reals_of(data, 0))
     with pytest.raises(UserError, match="--data"):
-        Distillation(tiny_teacher(), tiny_config(**GAN), CPU)
+        prepare(tiny_teacher(), tiny_config(**GAN), CPU)
 
 
 # --- the losses
@@ -83,8 +85,8 @@ def test_the_functions_are_cross_entropies():
     torch.manual_seed(0)
     real, fake = 20 * torch.randn(2, 5, 4, 4, dtype=torch.float64)
     ones = torch.ones_like(real)
-    expected = [(bce(r, ones[0]) + bce(f, 0 * ones[0])) / 2 for r, f in zip(real, fake)]
-    torch.testing.assert_close(adversarial.discriminator_loss(real, fake), torch.stack(expected))
+    expected = (bce(real, ones) + bce(fake, 0 * ones)) / 2
+    torch.testing.assert_close(adversarial.discriminator_loss(real, fake), expected)
     torch.testing.assert_close(adversarial.adversarial_loss(fake), bce(fake.clamp(-10, 10), ones))
     right = [((r > 0).sum() + (f < 0).sum()) / 32 for r, f in zip(real, fake)]
     torch.testing.assert_close(adversarial.accuracy(real, fake), torch.stack(right))
@@ -126,13 +128,13 @@ def test_the_fake_scores_loss_and_gradient_in_float64():
     torch.manual_seed(5)
     sigma = (torch.randn(n, 1, 1, 1) * 1.2 - 1.2).exp()
     noise = torch.randn_like(x_g) * sigma
+    real, ones = TwoReals().draw(n)[0], torch.ones(n, 8, 8, dtype=torch.float64)
+    told = bce(psi.logits(real + noise, sigma), ones) + bce(psi.logits(x_g + noise, sigma), 0 * ones)  # of the batch
     expected = 0
     for i in range(n):  # image by image
-        level, image, real = sigma[i : i + 1], x_g[i : i + 1], TwoReals().draw(n)[0][i : i + 1]
-        noisy, ones = image + noise[i], torch.ones(1, 8, 8, dtype=torch.float64)
+        level, image = sigma[i : i + 1], x_g[i : i + 1]
         weight = (level.item() ** 2 + 0.25) / (0.5 * level.item()) ** 2
-        told = bce(psi.logits(real + noise[i], level), ones) + bce(psi.logits(noisy, level), 0 * ones)
-        expected = expected + weight * (((psi(noisy, level) - image) ** 2).sum() + lsd * told / 2)
+        expected = expected + weight * (((psi(image + noise[i], level) - image) ** 2).sum() + lsd * told / 2)
     for a, b in zip(found, torch.autograd.grad(expected, [*psi.parameters()])):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -142,10 +144,9 @@ def test_the_generators_loss_and_gradient_in_float64(is_adversarial):
     """1/2 SiD + 1/2 lsg_gan C BCE / omega per image, C its pixels, BCE one number for all images."""
     phi, psi, x_g = toys()
     loss = SiDALoss(TwoReals(), lsg_gan=0.7, alpha=1.0)
-    loss.adversarial = is_adversarial
     images = [x_g.clone().requires_grad_() for _ in range(2)]
     sigma, n = loss.draw_noise(x_g)
-    value = loss.generator_loss(phi, psi, images[0], None, (sigma, n))
+    value = loss.generator_loss(phi, psi, images[0], None, (sigma, n), adversarial=is_adversarial)
     x_t = images[1] + sigma * n
     f_phi, f_psi = phi(x_t, sigma), psi(x_t, sigma)
     entropy = bce(psi.logits(x_t, sigma).clamp(-10, 10), torch.ones(2, 8, 8, dtype=torch.float64))
@@ -159,6 +160,43 @@ def test_the_generators_loss_and_gradient_in_float64(is_adversarial):
     torch.testing.assert_close(a, b)
 
 
+class Given:
+    def __init__(self, images, labels):
+        self.given = images, labels
+
+    def draw(self, n):
+        return self.given
+
+
+@pytest.mark.parametrize("name", ["sida-song.npz", "sida-adm.npz"])
+def test_both_losses_and_gradients_against_the_published_code(name):
+    entry, numbers = INDEX[name], arrays(name)
+    phi, psi = (
+        seed_weights(EDMPrecond(**entry["init_kwargs"]), entry[f"{net}_weights_seed"])
+        for net in ("teacher", "fake_score")
+    )
+    fake, labels, seeds, n = numbers["fake"], numbers["labels"], entry["seeds"], len(numbers["fake"])
+    loss = SiDALoss(Given(numbers["real"], labels), lsd=1.0, lsg_gan=0.01 / 100, alpha=1.0)
+    psi.requires_grad_(True)
+    torch.manual_seed(seeds["fake_score_step"])
+    value = loss.fake_score_loss(psi, fake, labels)
+    pixels = fake[0].numel()
+    assert_close(value, numbers["fake_score_loss"] + numbers["discriminator_loss"] / pixels)
+    (value.sum() / n).backward()
+    norms = torch.stack([torch.zeros([]) if p.grad is None else p.grad.norm() for p in psi.parameters()])
+    assert_close(norms, numbers["fake_score_grad_norms"].nan_to_num())
+
+    psi.requires_grad_(False)
+    images = fake.clone().requires_grad_()
+    torch.manual_seed(seeds["generator_step"])
+    value = loss.generator_loss(phi, psi, images, labels)
+    torch.manual_seed(seeds["generator_step"])
+    assert_close(loss.generator_loss(phi, psi, fake, labels, adversarial=False) / 0.5, numbers["generator_sid_loss"])
+    total = 100 * value.sum() / n
+    assert_close(total, numbers["generator_total"])
+    assert_close(torch.autograd.grad(total, images)[0], numbers["generator_grad_images"])
+
+
 def test_each_loss_has_a_scale_of_its_own(data):
     """ls and lsg multiply everything; lsd and lsg_gan are to scale their own parts alone."""
     config = tiny_config(gan=True, ls=2.0, lsd=3.0, lsg=50.0, lsg_gan=0.1)
@@ -168,7 +206,6 @@ def test_each_loss_has_a_scale_of_its_own(data):
 
 def test_without_their_new_parts_the_losses_are_sids(data):
     plain, sida = SiDLoss(), SiDALoss(reals_of(data), lsd=0)
-    sida.adversarial = False
     phi, psi, labels = tiny_teacher().eval(), tiny_teacher().train(), torch.eye(3)[:2]
     x_g, pipe = torch.randn(2, 1, 8, 8), AugmentPipe(p=0.5, **EDM_MULTIPLIERS)
     found = []
@@ -176,7 +213,8 @@ def test_without_their_new_parts_the_losses_are_sids(data):
         torch.manual_seed(7)
         found.append(loss.fake_score_loss(psi.train(), x_g, labels, pipe))
         torch.manual_seed(8)
-        found.append(loss.generator_loss(phi, psi.eval(), x_g, labels))
+        stage = {} if loss is plain else {"adversarial": False}
+        found.append(loss.generator_loss(phi, psi.eval(), x_g, labels, **stage))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1] / 2, found[3])
 

@@ -29,7 +29,7 @@ from dnnlib import UserError
 from edm import run_folder, zoo
 from sid import adversarial, doctor, lora, memory
 from sid.config import FREE_ON_RESUME, ROUNDING
-from sid.distillation import Distillation
+from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import checkpoint, misc
 
@@ -128,7 +128,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, data, stop, rank):
         ({"lsg_gan": 2.0}, "--lsg_gan=2"),
         ({"real_images": 13}, r"--data \(images\)=13"),
     ):
-        now = checkpoint.setting({**vars(resumed.config), **changes}, CPU)
+        now = checkpoint.setting({**resumed.config.options(), **changes}, CPU)
         with pytest.raises(UserError, match=f"^{said}: the run in "):
             run_folder.check_setting(path, was, now, FREE_ON_RESUME, ROUNDING)
 
@@ -136,8 +136,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, data, stop, rank):
 def test_memory_counts_the_real_images():
     teacher = tiny_teacher()
     plain, gan = (memory.estimate(teacher, tiny_config(precision="fp32", augment=0, gan=g), 8) for g in (False, True))
-    name = "activations of the fake score's phase"
-    assert gan[name] == 2 * plain[name]
+    assert gan.fake_score_activations == 2 * plain.fake_score_activations
 
 
 def test_from_the_command_line(tmp_path, data):
@@ -217,7 +216,7 @@ def test_what_the_doctor_says(tmp_path, data, capsys, name):
     distillation = make(data, **{**SHORT, **changes})
     training_loop(distillation, tmp_path, NoReport())
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    (tmp_path / "training_options.json").write_text(json.dumps(vars(distillation.config)))
+    (tmp_path / "training_options.json").write_text(json.dumps(distillation.config.options()))
     output = CliRunner().invoke(doctor.main, [str(tmp_path)], catch_exceptions=False).output
     lines = dict(line.split(": ", 1) for line in output.splitlines())
     assert said in lines[name]
@@ -235,7 +234,7 @@ def test_an_iteration_waits_for_no_device(mode, monkeypatch):
     """As in tests/test_speed_modes.py, for both losses of SiDA and their statistics."""
     monkeypatch.setattr(zoo, "network_hash", lambda net: "")
     config, meta = tiny_config(gan=True, gan_freeze_kimg=0, gan_start_kimg=0, **mode), torch.device("meta")
-    distillation = Distillation(tiny_teacher().to(meta), config, meta, reals=RealsOnMeta())
+    distillation = prepare(tiny_teacher().to(meta), config, meta, reals=RealsOnMeta())
     with FromHost():
         for _ in range(2):
             distillation.iteration()
@@ -284,7 +283,7 @@ def test_gradients_are_those_of_all_weights_seen_through_the_factors(data, train
         getattr(full.state, name).load_state_dict(lora.merge(net).state_dict())
     for distillation in (low, full):
         misc.seed_at(9)
-        labels = distillation.draw_labels(BATCH_GPU)
+        labels = distillation.draw_conditions(BATCH_GPU)
         images = distillation.generate(labels)
         getattr(distillation, f"_backward_{trained}")(images, labels)
     net, whole = getattr(low.state, trained), dict(getattr(full.state, trained).named_parameters())
@@ -303,7 +302,7 @@ def test_training_moves_the_factors_only(data):
     """Those of theta from the time on when it isn't frozen; the teacher's weights, which all share, stay."""
     teacher = tiny_teacher()
     before = zoo.network_hash(teacher)
-    low = Distillation(teacher, tiny_config(**GAN, lora_rank=RANK), CPU, reals=reals_of(data))
+    low = prepare(teacher, tiny_config(**GAN, lora_rank=RANK), CPU, reals=reals_of(data))
     start, states = weights(low), states_of(low, 3)
     assert zoo.network_hash(teacher) == before
     addresses = {parameter.data_ptr() for parameter in teacher.parameters()}

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from tiny import SMOOTH_EPS, smoothed
 
-import sid_train
 from dnnlib import UserError
 from edm import zoo
 from sid.bench import measure, modes, profile, results, tasks
@@ -20,7 +19,8 @@ from sid.bench.published_step import PublishedStep, plain_network
 from sid.bench.recipes import RECIPES, build_network
 from sid.bench.worker import Worker, WorkerFailed
 from sid.config import DistillationConfig
-from sid.distillation import Distillation
+from sid.options import parse
+from sid.prepare import prepare
 from training.networks import EDMPrecond
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def test_the_published_step_trains_as_the_real_one_does(monkeypatch):
         batch=4, batch_gpu=2, lr=1e-3, glr=2e-3, g_beta1=0.5, ls=2.0, lsg=50.0, tmax=700, alpha=1.1, seed=5,
         augment=0.5, ema_halflife_kimg=1, ema_rampup_ratio=2.0,
     )  # fmt: skip
-    published, real = PublishedStep(teacher, config, CPU), smoothed(Distillation(teacher, config, CPU))
+    published, real = PublishedStep(teacher, config, CPU), smoothed(prepare(teacher, config, CPU))
     for optimizer in published._optimizers.values():
         optimizer.param_groups[0]["eps"] = SMOOTH_EPS
     for _ in range(2):
@@ -171,8 +171,7 @@ def test_the_other_tasks_work(recipe, features):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "micro"])
 def test_recipes_are_those_of_the_command_line(name):
-    context = sid_train.main.make_context("sid_train", [f"--recipe={name}"])
-    theirs, ours = sid_train.build_config(context.params), DistillationConfig(**RECIPES[name].config)
+    theirs, ours = parse([f"--recipe={name}"])[0], DistillationConfig(**RECIPES[name].config)
     compared = ["alpha", "batch", "batch_gpu", "lr", "glr", "g_beta1", "use_fp16", "dropout", "augment", "init_sigma"]
     compared += ["tmax", "ls", "lsg", "ema_halflife_kimg", "ema_rampup_ratio", "precision", "share_images"]
     assert [getattr(ours, field) for field in compared] == [getattr(theirs, field) for field in compared]

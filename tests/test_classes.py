@@ -11,8 +11,8 @@ from edm import zoo
 from sid.bench.pull import ALPHAS, LEVELS, pull, report
 from sid.config import DistillationConfig
 from sid.diagnosis import diagnose
-from sid.distillation import Distillation
 from sid.health import DIVERGENCE, worst_class
+from sid.prepare import prepare
 from torch_utils.training_stats import Collector
 
 CLASSES = 4
@@ -57,7 +57,7 @@ class Blobs(torch.nn.Module):
 @pytest.mark.parametrize("mode", [{}, {"chunk": 64}, {"share_noise": True}], ids=str)
 def test_the_class_that_is_off_is_named(mode):
     options = {"batch": 512, "batch_gpu": 256, "augment": 0, "lr": 1e-9, "glr": 1e-9, "sigma_schedule": "lognormal"}
-    distillation = Distillation(Blobs(), DistillationConfig(**options, **mode), CPU)
+    distillation = prepare(Blobs(), DistillationConfig(**options, **mode), CPU)
     off = torch.full([CLASSES], 0.1)
     off[2] = 0.5
     for net in (distillation.state.generator, distillation.state.fake_score):  # psi has followed theta
@@ -140,7 +140,7 @@ def told(pairs, **options):
         | {f"Health/{name}": value for name, value in zip(names, pair)}
         for i, pair in enumerate(pairs, start=1)
     ]
-    return diagnose(records, vars(DistillationConfig(**options)))[0]
+    return diagnose(records, DistillationConfig(**options).options())[0]
 
 
 def test_the_doctor_names_the_class_and_what_brings_it_back():
@@ -171,7 +171,7 @@ def test_the_doctor_waits_while_a_class_may_come_back():
 def test_the_pull_has_its_closed_form(width):
     """(1-a) + (2 alpha - 1)(a-b), in docs/method.md: below 0 where theta is wide, sigma small and alpha large."""
     config = DistillationConfig(batch=4096, batch_gpu=4096, augment=0, weighting="none", init_sigma=2.5)
-    distillation = Distillation(Blobs(), config, CPU)
+    distillation = prepare(Blobs(), config, CPU)
     teacher, state = distillation.teacher, distillation.state
     for net in (teacher, state.fake_score, state.generator):
         net.means.data.zero_()
@@ -190,7 +190,7 @@ def test_pull_of_a_class_that_is_not_there(tmp_path):
     distillation = tiny_distillation()
     distillation.iteration()
     save(distillation, tmp_path)
-    options = {**vars(distillation.config), "edm_model": str(path)}
+    options = {**distillation.config.options(), "edm_model": str(path)}
     (tmp_path / "training_options.json").write_text(json.dumps(options))
     with pytest.raises(UserError, match="--class=3: the teacher has 3 classes"):
         report(tmp_path, 3, 4, "cpu")

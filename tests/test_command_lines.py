@@ -116,7 +116,7 @@ def made(tmp_path_factory):
     record = {"detector_file": "detector.safetensors", "detector": "detector"}
     np.savez(folder / "ref.npz", mu=np.zeros(128), sigma=np.eye(128), record=json.dumps(record))
     zoo.save_network(net, folder / "run" / "network-snapshot-000001.safetensors", init_sigma=2.5)
-    options = {**vars(DistillationConfig()), "edm_model": f"{folder}/net.safetensors"}
+    options = {**DistillationConfig().options(), "edm_model": f"{folder}/net.safetensors"}
     (folder / "run" / "training_options.json").write_text(json.dumps(options))
     (folder / "run" / "stats.jsonl").touch()
     record = {"kimg": 1, "value": 2.0, "detector_sha256": ""}

@@ -11,8 +11,8 @@ from edm import onnx_file, sampler, zoo
 from edm.metrics.sources import NetworkSource
 from sid import OneStepGenerator, memory
 from sid.config import resolve
-from sid.distillation import Distillation
 from sid.health import Health
+from sid.prepare import prepare
 from torch_utils import distributed, precision
 
 SHAPE = (3, 8, 8)
@@ -215,7 +215,7 @@ def test_checkpoint_leaves_a_method_of_that_name_alone():
 
     net = WithMethod()
     with pytest.raises(UserError, match="--checkpoint=1: WithMethod"):
-        Distillation(net, tiny_config(checkpoint=True, augment=0), CPU)
+        prepare(net, tiny_config(checkpoint=True, augment=0), CPU)
     assert net.checkpoint() == "a method"
 
 

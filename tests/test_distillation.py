@@ -25,7 +25,8 @@ from tiny import (
 
 from edm import zoo
 from sid import OneStepGenerator
-from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE, Distillation
+from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
+from sid.prepare import prepare
 from sid.training_loop import skipped_updates, training_loop
 from torch_utils import checkpoint, misc
 from torch_utils.updates import MAX_SKIPPED_UPDATES, DivergenceError, ema_beta, lr_factor
@@ -271,7 +272,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(method, hit, bad):
 @pytest.mark.parametrize("label_dim", [0, 4])
 def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     torch.manual_seed(0)
-    distillation = Distillation(Spy(label_dim), tiny_config(augment=None), CPU)
+    distillation = prepare(Spy(label_dim), tiny_config(augment=None), CPU)
     before = weights(distillation)
     ema = training_loop(distillation, tmp_path, NoReport())
     after = weights(distillation)
@@ -286,6 +287,6 @@ def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     }  # fmt: skip
     images = OneStepGenerator(generator)(3, class_idx=2 if label_dim else None)
     assert images.shape == (3, 3, 8, 8)
-    again = Distillation(Spy(label_dim), tiny_config(augment=None), CPU)
+    again = prepare(Spy(label_dim), tiny_config(augment=None), CPU)
     with pytest.raises(Exception, match="another teacher"):
         again.state.load(tmp_path / "training-state-000000.040.pt")

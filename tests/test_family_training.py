@@ -7,8 +7,9 @@ from tiny import BATCH, BATCH_GPU, CPU, Spy, equal, tiny_config, tiny_distillati
 
 from dnnlib import UserError
 from edm import train
-from sid.config import OBJECTIVES
-from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE, Distillation
+from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
+from sid.objectives import OBJECTIVES
+from sid.prepare import prepare
 from sid.run import check_noise_levels
 from training.loss import EDMLoss
 from training.networks import EDMPrecond
@@ -48,7 +49,7 @@ def test_score_gradients_that_come_later():
 
 def test_fake_score_updates():
     """N updates of psi, each on draws of its own, the last on those of N = 1, then one of theta."""
-    runs = {n: Distillation(Spy(3), tiny_config(augment=0, fake_score_updates=n), CPU) for n in (1, 3)}
+    runs = {n: prepare(Spy(3), tiny_config(augment=0, fake_score_updates=n), CPU) for n in (1, 3)}
     rounds, levels = BATCH // BATCH_GPU, {}
     for n, distillation in runs.items():
         drawn = levels[n] = []
@@ -81,7 +82,7 @@ def test_one_noise_level_from_teacher_to_generator():
         check_noise_levels(teacher, tiny_config(**{**single, "fake_sigma_schedule": "lognormal"}, init_sigma=0.37))
     with pytest.raises(UserError, match=r"give --init_sigma=0\.37$"):
         check_noise_levels(teacher, tiny_config(**single))
-    distillation, levels = Distillation(teacher, tiny_config(**single, init_sigma=0.37), CPU), set()
+    distillation, levels = prepare(teacher, tiny_config(**single, init_sigma=0.37), CPU), set()
     teacher.register_forward_pre_hook(lambda net, args: levels.update(args[1].flatten().tolist()))
     distillation.state.fake_score.register_forward_pre_hook(lambda net, args: levels.update(args[1].flatten().tolist()))
     distillation.iteration()

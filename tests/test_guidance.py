@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import (
+    BATCH,
     CPU,
     NoReport,
     Spy,
@@ -18,15 +19,17 @@ from tiny import (
 
 from dnnlib import UserError
 from edm import run_folder, zoo
-from sid.config import FREE_ON_RESUME, LABEL_DROPOUT, ROUNDING, Guidance, parse_guidance
-from sid.distillation import Distillation
-from sid.guidance import drop_labels, guided
+from sid.config import FREE_ON_RESUME, ROUNDING, DistillationConfig
+from sid.guidance import LABEL_DROPOUT, Guidance, guided, parse_guidance
 from sid.loss import SiDLoss, omega
+from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import checkpoint
+from training.conditions import Classes
 from training.networks import EDMPrecond
 
 KAPPA = 2.5
+CLASSES = Classes(3)
 
 
 def inputs(label_dim=3):
@@ -45,10 +48,10 @@ def forgetful_teacher(label_dropout=0.5):
 
 def test_the_formula_and_its_gradients():
     net, (x, sigma, labels) = tiny_teacher().eval(), inputs()
-    assert guided(net, 1) is net
+    assert guided(net, 1, CLASSES) is net
     x.requires_grad_()
     augment = torch.randn(4, 9)
-    value = guided(net, KAPPA)(x, sigma, labels, augment_labels=augment)
+    value = guided(net, KAPPA, CLASSES)(x, sigma, labels, augment_labels=augment)
     plain, zero = (net(x, sigma, lab, augment_labels=augment) for lab in (labels, torch.zeros(4, 3)))
     torch.testing.assert_close(value, (1 - KAPPA) * zero + KAPPA * plain)
     assert (value - plain).abs().max() > 1e-3  # the labels matter to this network
@@ -62,16 +65,16 @@ def test_the_formula_and_its_gradients():
 @pytest.mark.parametrize(
     ("text", "kappas"),
     [
-        (None, (1, 1, 1, 0)),
         ("long=4", (1, 1, 4, 0)),
-        ("short=0.5", (0.5, 1, 1, 0)),
+        ("short=0.5", (0.5, 1, 1, LABEL_DROPOUT)),
         ("long-short=1.5", (1.5, 1.5, 1.5, LABEL_DROPOUT)),
     ],
 )
 def test_which_network_is_guided_when(text, kappas):
     """Each loss against the formula with the guided predictions written out; gradients of x_g through both."""
-    assert parse_guidance(text) == Guidance(*kappas)
-    guidance = Guidance(*kappas[:3])
+    guidance = parse_guidance(text)
+    assert guidance == Guidance(*kappas[:3]) == parse_guidance(str(guidance))
+    assert guidance.label_dropout == kappas[3]
     phi, psi = tiny_teacher().eval(), tiny_teacher().eval()
     for parameter in psi.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -107,11 +110,9 @@ def run(**changes):
     return distillation
 
 
-def test_a_weight_of_one_changes_no_bit_and_another_does(monkeypatch):
+def test_a_weight_of_one_changes_no_bit_and_another_does():
     plain = weights(run())
-    monkeypatch.setattr("sid.adversarial.parse_guidance", lambda text: Guidance())
-    assert equal(weights(run(guidance="long-short=2")), plain)
-    monkeypatch.undo()
+    assert equal(weights(run(guidance=Guidance())), plain)
     for text in ("long=2", "short=0.5", "long-short=2"):
         other = weights(run(guidance=text))
         assert not equal(other, plain)
@@ -121,35 +122,65 @@ def test_a_weight_of_one_changes_no_bit_and_another_does(monkeypatch):
 def test_the_share_of_dropped_labels():
     labels = torch.eye(3)[torch.randint(3, [20_000])]
     torch.manual_seed(0)
-    dropped = drop_labels(labels, LABEL_DROPOUT)
+    dropped = CLASSES.drop(labels, LABEL_DROPOUT)
     gone = dropped.sum(1) == 0
     assert torch.equal(dropped[~gone], labels[~gone])
     assert abs(gone.float().mean() - LABEL_DROPOUT) < 4 * (LABEL_DROPOUT * (1 - LABEL_DROPOUT) / 20_000) ** 0.5
     torch.manual_seed(0)
-    assert torch.equal(drop_labels(labels, LABEL_DROPOUT), dropped)
+    assert torch.equal(CLASSES.drop(labels, LABEL_DROPOUT), dropped)
     state = torch.get_rng_state()
-    assert drop_labels(labels, 0) is labels
+    assert CLASSES.drop(labels, 0) is labels
     assert torch.equal(torch.get_rng_state(), state)  # without dropping no draw
 
 
 def labels_given(distillation):
-    """The labels that psi is asked with, conditional calls of its own phase first, those of theta's loss behind."""
-    seen, net = [], distillation.state.fake_score
-    hook = net.register_forward_pre_hook(lambda module, args: seen.append((module.training, args[2])))
+    """The labels of the calls in one iteration, by network and phase: {(network, theta's phase?): [labels]}."""
+    seen, state = {}, distillation.state
+    hooks = []
+    for name in ("generator", "fake_score"):
+
+        def listen(module, args, name=name):
+            seen.setdefault((name, state.generator.training), []).append(args[2])
+
+        hooks.append(getattr(state, name).register_forward_pre_hook(listen))
     distillation.iteration()
-    hook.remove()
-    return [[lab for training, lab in seen if training is phase] for phase in (True, False)]
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
-def test_labels_are_dropped_in_the_fake_scores_phase_only(monkeypatch):
-    monkeypatch.setattr("sid.config.LABEL_DROPOUT", 0.5)  # the batches are small
-    own, generators = labels_given(tiny_distillation(guidance="long-short=2"))
-    assert len(own) == len(generators) == 2 * 4  # two calls a round
-    assert 0 < sum((lab.sum(1) == 0).sum() for lab in own[::2]) < 8
-    assert all(torch.equal(lab.sum(1), torch.ones(2)) for lab in generators[::2])
-    assert all(not lab.any() for lab in [*own[1::2], *generators[1::2]])
-    again = labels_given(tiny_distillation(guidance="long-short=2"))[0]
-    assert all(torch.equal(a, b) for a, b in zip(own, again))
+def dropped(labels):
+    return torch.cat(labels).sum(1) == 0
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("guidance", ["short=0.5", "long-short=2"])
+def test_labels_are_dropped_in_the_fake_scores_phase_only(monkeypatch, guidance, where):
+    """Before generating, as published, theta generates without the label too; after, psi alone loses it."""
+    monkeypatch.setattr("sid.guidance.LABEL_DROPOUT", 0.5)  # the batches are small
+    seen = labels_given(tiny_distillation(guidance=guidance, drop_labels=where))
+    own, fakes = seen["fake_score", False], seen["generator", False]
+    assert len(own) == 2 * len(fakes) == 2 * 4  # guided, psi is asked twice a round
+    assert 0 < dropped(own[::2]).sum() < BATCH
+    assert dropped(own[1::2]).all()
+    assert torch.equal(dropped(fakes), dropped(own[::2]) if where == "before" else torch.zeros(BATCH, dtype=bool))
+    generators = seen["fake_score", True]
+    assert not dropped(generators[:: 2 if guidance.startswith("long") else 1]).any()
+    assert not dropped(seen["generator", True]).any()
+    again = labels_given(tiny_distillation(guidance=guidance, drop_labels=where))
+    assert all(torch.equal(a, b) for a, b in zip(own, again["fake_score", False]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": "long=2"}])
+def test_without_a_guided_fake_score_no_label_is_dropped(changes):
+    seen = labels_given(tiny_distillation(**changes))
+    assert not dropped([label for key in seen if key[0] == "generator" for label in seen[key]]).any()
+
+
+def test_shared_images_keep_the_labels_of_the_generators_loss():
+    with pytest.raises(UserError, match=r"--share-images: --guidance=long-short=2 drops .* --drop-labels=after"):
+        DistillationConfig(guidance="long-short=2", share_images=True)
+    tiny_distillation(guidance="long-short=2", share_images=True, drop_labels="after").iteration()
 
 
 # --- a teacher that drops labels in train mode
@@ -157,7 +188,7 @@ def test_labels_are_dropped_in_the_fake_scores_phase_only(monkeypatch):
 
 def test_the_teachers_own_label_dropout_stays_with_the_teacher(tmp_path):
     """Bit-equal to a distillation of the same weights in a network without; nor do snapshots have it."""
-    plain, forgetful = (Distillation(forgetful_teacher(p), tiny_config(augment=0), CPU) for p in (0, 0.5))
+    plain, forgetful = (prepare(forgetful_teacher(p), tiny_config(augment=0), CPU) for p in (0, 0.5))
     for distillation in (plain, forgetful):
         training_loop(distillation, tmp_path, NoReport())
     assert equal(weights(plain), weights(forgetful))
@@ -170,17 +201,17 @@ def test_the_teachers_own_label_dropout_stays_with_the_teacher(tmp_path):
 
 @pytest.mark.parametrize(("label_dropout", "warned"), [(0, True), (0.1, False)])
 def test_a_teacher_that_never_lost_its_labels_is_pointed_out(capsys, label_dropout, warned):
-    Distillation(forgetful_teacher(label_dropout), tiny_config(augment=0, guidance="long=2"), CPU)
+    prepare(forgetful_teacher(label_dropout), tiny_config(augment=0, guidance="long=2"), CPU)
     assert ("--label-dropout" in capsys.readouterr().out) is warned
 
 
 def test_foreign_denoisers_are_guided_too():
-    distillation = Distillation(Spy(4), tiny_config(augment=None, guidance="long-short=3"), CPU)
+    distillation = prepare(Spy(4), tiny_config(augment=None, guidance="long-short=3"), CPU)
     before = weights(distillation)
     distillation.iteration()
     assert not equal(weights(distillation), before)
     with pytest.raises(UserError, match=r"--guidance=long=2: the teacher has no classes"):
-        Distillation(Spy(0), tiny_config(augment=None, guidance="long=2"), CPU)
+        prepare(Spy(0), tiny_config(augment=None, guidance="long=2"), CPU)
 
 
 # --- a resumed run
@@ -199,7 +230,7 @@ def test_a_resumed_run_is_bit_equal_and_keeps_its_guidance(tmp_path):
     assert equal(weights(resumed), weights(whole))
 
     other = tiny_distillation(guidance="long=2", resume=path)
-    now = checkpoint.setting(vars(other.config), CPU)
+    now = checkpoint.setting(other.config.options(), CPU)
     with pytest.raises(UserError, match=r"--guidance=long=2: the run in .* has --guidance=long-short=2"):
         run_folder.check_setting(path, other.state.setting, now, FREE_ON_RESUME, ROUNDING)
 

@@ -11,8 +11,8 @@ from tiny import BATCH_GPU, CPU, NoReport, Spy, equal, on_two_processes, tiny_co
 from sid import doctor
 from sid.config import DistillationConfig
 from sid.diagnosis import diagnose
-from sid.distillation import Distillation
 from sid.health import Health
+from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import spike_guard
 
@@ -54,7 +54,7 @@ def test_figures_have_their_closed_forms():
     config = DistillationConfig(
         batch=512, batch_gpu=512, augment=0, kimg_per_tick=1, sigma_schedule="single=0.9", init_sigma=2.5
     )
-    distillation = Distillation(Gaussian(), config, CPU, start=generator_of_width(1.6))
+    distillation = prepare(Gaussian(), config, CPU, start=generator_of_width(1.6))
     teacher, state = distillation.teacher, distillation.state
     width = 1.6 * (teacher.log_variance / 2).exp()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_figures_have_their_closed_forms():
 
 
 def test_bands_hold_the_divergence_of_their_noise_levels():
-    distillation = Distillation(Gaussian(), DistillationConfig(batch=400, batch_gpu=400, augment=0), CPU)
+    distillation = prepare(Gaussian(), DistillationConfig(batch=400, batch_gpu=400, augment=0), CPU)
     with torch.no_grad():
         distillation.state.fake_score.mean.add_(0.1)
     health, levels = Health(distillation), []
@@ -128,7 +128,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 
 def test_what_a_run_records(tmp_path):
-    training_loop(Distillation(Spy(3), tiny_config(augment=0), CPU), tmp_path, NoReport())
+    training_loop(prepare(Spy(3), tiny_config(augment=0), CPU), tmp_path, NoReport())
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     names = {"fake_score_ratio", "l2_per_l1", "diversity", "ema_distance", "divergence"}
     assert {f"Health/{name}" for name in names} <= lines[-1].keys()
@@ -161,8 +161,8 @@ OPTIONS = {
 def run_of(folder, start=None, **changes):
     """A run's folder as sid_train.py leaves it, in a second or two."""
     config = DistillationConfig(**{**HEALTHY, **changes})
-    training_loop(Distillation(Gaussian(), config, CPU, start=start), folder, NoReport())
-    (folder / "training_options.json").write_text(json.dumps(vars(config)))
+    training_loop(prepare(Gaussian(), config, CPU, start=start), folder, NoReport())
+    (folder / "training_options.json").write_text(json.dumps(config.options()))
 
 
 def said(folder):
@@ -232,11 +232,11 @@ def test_a_generator_that_goes_astray(ratios, options, said, certain):
         }
         for i, ratio in enumerate((ratio for ratio in ratios for _ in range(3)), start=1)
     ]
-    finding = diagnose(records, {**vars(DistillationConfig()), **options})[0]
+    finding = diagnose(records, {**DistillationConfig().options(), **options})[0]
     assert (finding.name == "astray") == (said is not None)
     assert finding.certain == certain
     assert said is None or said in finding.text
-    early = diagnose(records[:11], {**vars(DistillationConfig()), **options})[0]
+    early = diagnose(records[:11], {**DistillationConfig().options(), **options})[0]
     assert early.name != "astray"
 
 
@@ -260,7 +260,7 @@ def ticks(count, **figures):
 
 @pytest.mark.parametrize(("gradient", "seen"), [("on", True), ("off", False), ("from=9", True), ("from=99", False)])
 def test_alpha_matters_while_gradients_pass_through_the_scores(gradient, seen):
-    options = vars(DistillationConfig(score_gradient=gradient))
+    options = DistillationConfig(score_gradient=gradient).options()
     grows = ticks(24, divergence=lambda i: 0.001 * 1.3**i)
     assert (diagnose(grows, options)[0].name == "alpha-too-large") == seen
 
@@ -282,11 +282,11 @@ HELD = [18, 16, 14, 13, 13, 15, 11, 11, 11, 12, 9, 8, 9, 8, 8, 7, 7, 7, 7, 7]
 )
 def test_a_generator_that_was_better_before(divergences, lag, name):
     records = ticks(20, divergence=lambda i: divergences[i - 1] / 1000, l2_per_l1=lambda i: lag)
-    finding = diagnose(records, vars(DistillationConfig()))[0]
+    finding = diagnose(records, DistillationConfig().options())[0]
     assert finding.name == name
     assert finding.certain == (divergences[-1] > 40)
     for alpha in (1.2, 1.0):
-        text = diagnose(records, vars(DistillationConfig(alpha=alpha)))[0].text
+        text = diagnose(records, DistillationConfig(alpha=alpha).options())[0].text
         assert ("with a lower --glr" in text) == (name == "lost-ground")
         assert ("or a lower --alpha (1.2)" in text) == (name == "lost-ground" and alpha > 1)
 
@@ -295,11 +295,11 @@ def test_the_share_of_spikes_is_that_of_each_network_own_updates():
     """500 updates of the fake score in 10 kimg, and with --gan-freeze 80 of the generator in the last 8."""
     options = {"batch": 100, "fake_score_updates": 5, "spike_guard": 10.0}
     few = ticks(10, fake_score_spikes=lambda i: 2 * i)  # 4 %
-    assert diagnose(few, vars(DistillationConfig(**options)))[0].name == "healthy"
-    frozen = vars(DistillationConfig(**options, gan=True, gan_freeze_kimg=2, gan_start_kimg=2))
+    assert diagnose(few, DistillationConfig(**options).options())[0].name == "healthy"
+    frozen = DistillationConfig(**options, gan=True, gan_freeze_kimg=2, gan_start_kimg=2).options()
     late = diagnose(ticks(10, generator_spikes=lambda i: max(i - 2, 0)), frozen)[0]
     assert "the spike guard skipped 10% of the updates" in late.text
-    off = vars(DistillationConfig(batch=100))  # as a resumed run may be
+    off = DistillationConfig(batch=100).options()  # as a resumed run may be
     assert diagnose(ticks(10, generator_spikes=lambda i: i), off)[0].name == "healthy"
 
 
@@ -307,7 +307,7 @@ def test_a_discriminator_whose_loss_was_never_finite():
     records = ticks(10)
     for record in records:
         record |= {"Health/discriminator_accuracy": 0.5, "Loss/adversarial": 0.7}
-    options = vars(DistillationConfig(gan=True, gan_freeze_kimg=0, gan_start_kimg=0))
+    options = DistillationConfig(gan=True, gan_freeze_kimg=0, gan_start_kimg=0).options()
     assert [finding.name for finding in diagnose(records, options)] == ["healthy"]
 
 
@@ -316,7 +316,7 @@ DAMAGES = ["no stats", "no options", "garbage", "options of another program", "a
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_that_is_no_run(tmp_path, damage):
-    (tmp_path / "training_options.json").write_text(json.dumps(vars(DistillationConfig())))
+    (tmp_path / "training_options.json").write_text(json.dumps(DistillationConfig().options()))
     (tmp_path / "stats.jsonl").write_text('{"Progress/kimg": 1}\n' * 7)
     if damage == "no stats":
         (tmp_path / "stats.jsonl").unlink()
@@ -327,7 +327,7 @@ def test_a_folder_that_is_no_run(tmp_path, damage):
     elif damage == "options of another program":
         (tmp_path / "training_options.json").write_text("{}")
     elif damage == "a text for --glr":
-        (tmp_path / "training_options.json").write_text(json.dumps({**vars(DistillationConfig()), "glr": "x"}))
+        (tmp_path / "training_options.json").write_text(json.dumps({**DistillationConfig().options(), "glr": "x"}))
     elif damage == "a text":
         (tmp_path / "stats.jsonl").write_text('{"Progress/kimg": 1, "Health/divergence": "x"}\n' * 7)
     else:

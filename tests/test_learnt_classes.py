@@ -9,9 +9,9 @@ from tiny import tiny_config, tiny_teacher
 
 from dnnlib import UserError
 from edm import train, zoo
-from edm.classes import ClassDraws, as_ranges, learnt_classes
 from edm.sampler import generate_images, sample
-from sid.distillation import Distillation
+from sid.prepare import prepare
+from training.conditions import Classes, as_ranges, learnt_classes
 
 CPU = torch.device("cpu")
 
@@ -44,11 +44,11 @@ def test_damaged_classes(tmp_path, text):
 
 
 def test_all_classes_are_drawn_as_before():
-    draws = ClassDraws(network(), CPU)
+    classes = Classes.of(network())
     torch.manual_seed(0)
     expected = torch.randint(5, [64])
     torch.manual_seed(0)
-    drawn = draws.one_hot(lambda high: torch.randint(high, [64]))
+    drawn = classes.draw(64)
     assert torch.equal(drawn, torch.eye(5)[expected])
 
 
@@ -68,10 +68,10 @@ def test_samples_are_of_learnt_classes(tmp_path, suffix):
 
 
 def test_a_distillation_draws_learnt_classes_and_passes_them_on(tmp_path):
-    distillation = Distillation(network("0,3"), tiny_config(), CPU)
-    assert set(distillation.draw_labels(200).argmax(1).tolist()) == {0, 3}
+    distillation = prepare(network("0,3"), tiny_config(), CPU)
+    assert set(distillation.draw_conditions(200).argmax(1).tolist()) == {0, 3}
     assert distillation.state.ema.metadata["classes"] == "0,3"
-    assert "classes" not in Distillation(network(), tiny_config(), CPU).state.ema.metadata
+    assert "classes" not in prepare(network(), tiny_config(), CPU).state.ema.metadata
 
 
 @pytest.mark.parametrize(("classes", "expected"), [([1, 3, 1, 3], "1,3"), ([0, 1, 0, 1], None)])

@@ -23,7 +23,7 @@ from tiny import (
 from dnnlib import UserError
 from edm import zoo
 from sid import lora, memory
-from sid.distillation import Distillation
+from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import checkpoint
 
@@ -204,9 +204,9 @@ def test_memory_in_closed_form():
         ]
         assert sum(4 * m.numel() for m in moments) == 2 * trained  # one each: beta1 is 0
         found = memory.estimate(teacher, tiny_config(precision="fp32", augment=0, lora_rank=rank), 2)
-        assert found["weights"] * memory.GB == pytest.approx(whole + 3 * trained)
-        assert found["gradients"] * memory.GB == pytest.approx(trained)
-        assert found["Adam"] * memory.GB == pytest.approx(2 * trained)
+        assert found.weights * memory.GB == pytest.approx(whole + 3 * trained)
+        assert found.gradients * memory.GB == pytest.approx(trained)
+        assert found.adam * memory.GB == pytest.approx(2 * trained)
 
 
 # --- the rest of the training
@@ -286,14 +286,14 @@ def test_a_generator_that_starts_from_other_weights(tmp_path):
     for parameter in start.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     config = tiny_config(lora_rank=RANK, channels_last=True)
-    d = Distillation(teacher, config, CPU, start)
+    d = prepare(teacher, config, CPU, start)
     assert zoo.network_hash(lora.merge(d.state.generator)) == zoo.network_hash(start)
     assert zoo.network_hash(lora.merge(d.state.fake_score)) == zoo.network_hash(teacher)
     path = save_after(d, 2, tmp_path)
-    assert equal(weights(Distillation(teacher, config, CPU, start, path)), weights(d))
+    assert equal(weights(prepare(teacher, config, CPU, start, path)), weights(d))
     for other in (None, tiny_teacher()):
         with pytest.raises(UserError, match="give --transfer as at its start"):
-            Distillation(teacher, config, CPU, other, path)
+            prepare(teacher, config, CPU, other, path)
 
 
 def test_a_state_goes_on_with_its_own_rank_only(tmp_path):
@@ -312,7 +312,7 @@ def test_a_state_goes_on_with_its_own_rank_only(tmp_path):
 
 def test_a_foreign_denoiser_trains(tmp_path):
     torch.manual_seed(0)
-    d = Distillation(Spy(4), tiny_config(augment=None, lora_rank=1, precision="bf16"), CPU)
+    d = prepare(Spy(4), tiny_config(augment=None, lora_rank=1, precision="bf16"), CPU)
     before = weights(d)
     made = training_loop(d, tmp_path, NoReport())
     after = weights(d)

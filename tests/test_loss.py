@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from sid import loss as sid
+from sid import objectives
+from sid.adversarial import make_loss
+from sid.config import DistillationConfig
+from sid.schedules import Karras
+from torch_utils import precision
 from training.augment import AugmentPipe
+from training.denoiser import known_sigma
 from training.loss import EDMLoss, VELoss, VPLoss
 
 TEACHER = "edm-ddpmpp-uncond-augment"
@@ -96,7 +102,7 @@ def test_score_identities_hold_for_gaussians():
     # x0 form, as the code has it: difference forms convert with 1/sigma^2.
     weight = sid.omega(x_g, f_phi)
     for alpha in (0.0, 0.5, 1.0, 1.2):
-        ours = sid.sid(x_g, x_t, f_phi, f_psi, alpha) / SIGMA**2
+        ours = objectives.sid(x_g, x_t, f_phi, f_psi, alpha) / SIGMA**2
         torch.testing.assert_close(ours, l2 - alpha * l1)
         error = ours.std() / samples**0.5
         assert abs(ours.mean() - (1 - alpha) * exact) < 4 * error
@@ -109,7 +115,7 @@ def test_stopped_score_gradients_are_diff_instruct_for_every_alpha():
     weight = sid.omega(x_g, f_phi)
     for alpha in (0.0, 1.0, 1.2):
         x = x_g.clone().requires_grad_()
-        (grad,) = torch.autograd.grad((sid.sid(x, None, f_phi, f_psi, alpha) / weight).sum(), x)
+        (grad,) = torch.autograd.grad((objectives.sid(x, None, f_phi, f_psi, alpha) / weight).sum(), x)
         torch.testing.assert_close(grad, (f_psi - f_phi) / weight)
 
 
@@ -136,8 +142,8 @@ def test_score_gradients_drive_the_generator_to_the_data():
 
 def test_noise_schedule():
     t = torch.tensor([0.0, 1.0])
-    torch.testing.assert_close(sid.karras_sigma(t, 0.002, 80.0, 7.0), torch.tensor([0.002, 80.0]))
-    assert sid.karras_sigma(torch.tensor(0.5), 0.002, 80.0, 7.0).item() == pytest.approx(2.515, abs=2e-3)
+    torch.testing.assert_close(Karras().sigma(t), torch.tensor([0.002, 80.0]))
+    assert Karras().sigma(torch.tensor(0.5)).item() == pytest.approx(2.515, abs=2e-3)
 
 
 def test_omega_is_clipped_and_has_no_gradient():
@@ -145,3 +151,64 @@ def test_omega_is_clipped_and_has_no_gradient():
     weight = sid.omega(x_g, torch.zeros(1, 1, 2, 2))
     assert weight.item() == pytest.approx(sid.OMEGA_MIN)
     assert not weight.requires_grad
+
+
+class Strict(torch.nn.Module):
+    """A denoiser that refuses noise levels which it doesn't know; sigma_data as a teacher may have it."""
+
+    sigma_min, sigma_max, sigma_data = 0.02, 100.0, 1.5
+
+    def __init__(self, levels=None):
+        super().__init__()
+        self.levels, self.label_dim, self.seen = levels, 0, []
+
+    def round_sigma(self, sigma):
+        if self.levels is None:
+            return sigma
+        return self.levels[(sigma.reshape(-1, 1) - self.levels).abs().argmin(1)].reshape(sigma.shape)
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        assert (sigma >= self.sigma_min).all()
+        assert (sigma <= self.sigma_max).all()
+        assert torch.equal(self.round_sigma(sigma), sigma)
+        self.seen.append(sigma.flatten())
+        return x / (1 + sigma**2)
+
+
+@pytest.mark.parametrize("levels", [None, torch.logspace(-1.69, 2, 40)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_networks_are_asked_at_noise_levels_that_they_know(levels, compiled, monkeypatch):
+    """In both losses, apart and with shared noise; levels below the lowest become the lowest, and none is left out."""
+    monkeypatch.setattr(torch, "compile", lambda net, **options: net)
+    net = Strict(levels)
+    call = precision.Compiled(net) if compiled else net
+    images = torch.zeros(4000, 1, 1, 1)
+    loss = sid.SiDLoss(sigma_schedule="karras", fake_sigma_schedule="lognormal=-6,3")
+    torch.manual_seed(0)
+    loss.generator_loss(call, call, images)
+    loss.fake_score_loss(call, images)
+    loss.shared_losses(call, call, images)
+    assert len(net.seen) == 5
+    below = (Karras().quantile(torch.arange(4000) / 4000) < 0.02).float().mean()
+    assert below == pytest.approx(0.135, abs=0.005)  # of a Karras schedule's levels
+    lowest = 0.02 if levels is None else levels[levels >= 0.02].min()
+    if levels is None:
+        assert (net.seen[0] == lowest).float().mean() == pytest.approx(below.item(), abs=0.02)
+
+
+def test_noise_levels_of_a_discrete_teacher_are_its_own():
+    """No noise level of improved DDPM is 0, whatever is drawn, and each is one of its list."""
+    net = parity.seeded_network("iddpm-adm-cond")
+    sigma = torch.tensor([1e-9, 0.002, 0.3, 2.5, 79.0, 1e6]).reshape(-1, 1, 1, 1)
+    found = known_sigma(net, sigma).flatten()
+    assert set(found.tolist()) <= set(net.u[:-1].tolist())
+    assert found[0] == net.u[net.M - 1]
+    assert found[-1] == net.u[0]
+
+
+def test_sigma_data_of_the_loss_is_the_teachers():
+    teacher, config = Strict(), DistillationConfig()
+    loss = make_loss(config, teacher, None)
+    sigma = torch.tensor(0.7)
+    torch.testing.assert_close(loss.denoising.weight(sigma), (sigma**2 + 1.5**2) / (sigma * 1.5) ** 2)
+    assert make_loss(config, parity.seeded_network(TEACHER), None).denoising.sigma_data == 0.5

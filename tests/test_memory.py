@@ -8,7 +8,7 @@ from tiny import CPU, Spy, tiny_config, tiny_teacher
 
 from dnnlib import UserError
 from sid import memory
-from sid.distillation import Distillation
+from sid.prepare import prepare
 
 GUIDED = {"guidance": "long-short=2"}
 RESOLVED = {"precision": "fp32", "augment": 0, "dropout": None}
@@ -61,38 +61,34 @@ def test_activations_are_those_that_a_step_keeps(make, mode):
     config = tiny_config(**{**RESOLVED, **mode}, batch_gpu=8)
     teacher = make()
     expected = memory.estimate(teacher, config, 8)
-    distillation = Distillation(teacher, config, CPU)
+    distillation = prepare(teacher, config, CPU)
+    phases = {
+        "fake_score_phase": expected.fake_score_activations,
+        "generator_phase": expected.generator_activations,
+    }
     if config.share_images or config.share_noise:
-        phases = {"shared_phase": max(activations(expected, name) for name in ("fake score", "generator"))}
-    else:
-        phases = {
-            f"{name}_phase".replace(" ", "_"): activations(expected, name) for name in ("fake score", "generator")
-        }
+        phases = {"shared_phase": max(phases.values())}
     for phase, size in phases.items():
         measured = kept_bytes(lambda phase=phase: getattr(distillation, phase)(1.0)) / memory.GB
         assert measured == pytest.approx(size, rel=0.15)
-
-
-def activations(estimate, name):
-    return estimate[f"activations of the {name}'s phase"]
 
 
 def test_weights_gradients_and_moments():
     teacher = tiny_teacher()
     size = sum(p.numel() for p in teacher.parameters()) * 4 / memory.GB
     found = memory.estimate(teacher, tiny_config(**RESOLVED), 2)
-    assert found["weights"] == pytest.approx(4 * size)
-    assert found["gradients"] == pytest.approx(size)
-    assert found["Adam"] == pytest.approx(2 * size)
-    assert memory.estimate(teacher, tiny_config(**RESOLVED, g_beta1=0.9), 2)["Adam"] == pytest.approx(3 * size)
-    assert memory.estimate(teacher, tiny_config(**RESOLVED, adam_state="bf16"), 2)["Adam"] == pytest.approx(size)
+    assert found.weights == pytest.approx(4 * size)
+    assert found.gradients == pytest.approx(size)
+    assert found.adam == pytest.approx(2 * size)
+    assert memory.estimate(teacher, tiny_config(**RESOLVED, g_beta1=0.9), 2).adam == pytest.approx(3 * size)
+    assert memory.estimate(teacher, tiny_config(**RESOLVED, adam_state="bf16"), 2).adam == pytest.approx(size)
     assert next(teacher.parameters()).device.type == "cpu"
 
 
 @pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"precision": "bf16", "lora_rank": 2}], ids=str)
 def test_two_estimates_tell_those_of_all_batches(mode, monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**{**RESOLVED, **mode})
-    exact = {n: memory.estimate(teacher, config, n)["peak"] for n in (24, 12, 8, 6, 4)}
+    exact = {n: memory.estimate(teacher, config, n).peak for n in (24, 12, 8, 6, 4)}
     asked, found, original = [], [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *args: asked.append(args[2]) or original(*args))
     for n, peak in exact.items():
@@ -109,7 +105,7 @@ def test_two_estimates_tell_those_of_all_batches(mode, monkeypatch):
 
 def test_the_largest_batch_that_fits(monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**RESOLVED)
-    need = {n: memory.estimate(teacher, config, n)["peak"] * memory.GB / memory.USABLE for n in (1, 2, 3, 4, 6, 12)}
+    need = {n: memory.estimate(teacher, config, n).peak * memory.GB / memory.USABLE for n in (1, 2, 3, 4, 6, 12)}
 
     def chosen(free, **changes):
         monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from sid.config import OBJECTIVES, DistillationConfig
+from sid.config import DistillationConfig
 from sid.loss import SiDLoss, omega
+from sid.objectives import OBJECTIVES
 
 M, S, SIGMA = 0.3, 1.3, 0.9
 MU, THETA = -0.2, 0.8
@@ -278,7 +279,7 @@ def test_schedules_of_both_losses(schedule):
     heard = Listener(), Listener()
     loss.generator_loss(heard[0], heard[0], images)
     loss.fake_score_loss(heard[1], images)
-    levels = loss.quantile((torch.arange(4000) + 0.5) / 4000)
+    levels = loss.sigma_schedule.quantile((torch.arange(4000) + 0.5) / 4000)
     for listener in heard:
         ours = listener.sigma.sort().values
         if schedule.startswith("single"):
@@ -304,11 +305,10 @@ def test_shared_noise_levels_weigh_as_those_of_each_schedule(own, other):
     torch.manual_seed(0)
     options = {"tmax": 600, "sigma_schedule": own, "fake_sigma_schedule": other}
     loss = SiDLoss(**options)
-    sigma, noise = loss.draw_shared_noise(torch.zeros(200_000, 1, 1, 1))
-    weights = loss.shared_weights(sigma)
+    sigma, noise, *weights = loss.draw_shared_noise(torch.zeros(200_000, 1, 1, 1))
     q = torch.arange(1, 20) / 20
     for weight, schedule in zip(weights, (own, other)):
-        levels = SiDLoss(tmax=600, sigma_schedule=schedule).quantile(q)
+        levels = SiDLoss(tmax=600, sigma_schedule=schedule).sigma_schedule.quantile(q)
         below = (weight * (sigma <= levels)).mean(dim=[0, 1, 2])
         assert (below - q).abs().max() < 0.006  # five standard errors
         assert weight.max() <= 2
@@ -351,6 +351,10 @@ def test_options_that_do_not_fit_are_named(options, named):
 
 def test_score_gradient_starts_when_it_should():
     images = [0, 15_999, 16_000]
-    assert [DistillationConfig(score_gradient="from=16").has_score_gradient(n) for n in images] == [False, False, True]
-    assert DistillationConfig().has_score_gradient(0)
-    assert not DistillationConfig(score_gradient="off").has_score_gradient(10**9)
+    assert [DistillationConfig(score_gradient="from=16").score_gradient.passes(n) for n in images] == [
+        False,
+        False,
+        True,
+    ]
+    assert DistillationConfig().score_gradient.passes(0)
+    assert not DistillationConfig(score_gradient="off").score_gradient.passes(10**9)

@@ -9,6 +9,7 @@ from tiny import CPU, equal, save, smoothed, tiny_config, tiny_distillation, tin
 from dnnlib import UserError
 from edm import run_folder
 from sid.distillation import Distillation
+from sid.prepare import prepare
 from torch_utils import checkpoint
 
 
@@ -56,14 +57,14 @@ def test_options_are_compared_before_anything_is_taken(tmp_path):
         raise UserError("another option")
 
     with pytest.raises(UserError, match="another option"):
-        Distillation(tiny_teacher(), tiny_config(), CPU, resume=path, check=check)
+        prepare(tiny_teacher(), tiny_config(), CPU, resume=path, check=check)
     assert asked == [distillation.config.glr]
 
 
 def test_images_at_once_that_were_tried_fit_the_chunks(tmp_path, monkeypatch):
     """So that the same command can go on from its own state."""
     tried = []
-    monkeypatch.setattr(Distillation, "_fits", lambda self: tried.append(self.batch_gpu) or self.batch_gpu <= 6)
+    monkeypatch.setattr(Distillation, "fits", lambda self: tried.append(self.batch_gpu) or self.batch_gpu <= 6)
     options = {"batch": 12, "batch_gpu": None, "chunk": 4}
     found = tiny_distillation(**options)
     assert (tried, found.batch_gpu) == ([12, 4], 4)

@@ -13,7 +13,9 @@ from edm import zoo
 from sid.bench.gradients import compare, load
 from sid.bench.gradients import gradients as found_gradients
 from sid.distillation import Distillation
-from sid.loss import SiDLoss, karras_sigma
+from sid.loss import SiDLoss
+from sid.prepare import prepare
+from sid.schedules import Karras
 from sid.training_loop import training_loop
 from torch_utils import adam, precision
 from torch_utils.adam import MomentumFreeAdam
@@ -96,7 +98,7 @@ def test_an_iteration_waits_for_no_device(mode, architecture, monkeypatch):
     monkeypatch.setattr(torch, "Generator", type("Generator", (), on_host))
     monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)  # PyTorch 2.4 asks every device for its module
     teacher = EDMPrecond(8, 1, 3, model_type=architecture, **UNET).to("meta")
-    distillation = Distillation(teacher, tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
+    distillation = prepare(teacher, tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
     with FromHost():
         for _ in range(2):
             distillation.iteration()
@@ -136,7 +138,12 @@ def test_shared_images_reach_both_networks():
     shared = tiny_distillation(teacher, augment=0, share_images=True)
     seen = []
     original = shared.loss.generator_loss
-    shared.loss.generator_loss = lambda *args: seen.append(args[2].detach().clone()) or original(*args)
+
+    def listening(*args, **stage):
+        seen.append(args[2].detach().clone())
+        return original(*args, **stage)
+
+    shared.loss.generator_loss = listening
     a, b = gradients(plain), gradients(shared)
     assert torch.allclose(a["fake score"], b["fake score"])
     made = []
@@ -171,14 +178,15 @@ def test_shared_noise_gives_each_network_the_gradient_of_its_own_loss(mode):
     state.fake_score.eval()
     for labels in twin._rounds(1):
         images = twin.generate(labels)
-        sigma, n = loss.draw_shared_noise(images)
-        of_generator, of_fake_score = loss.shared_weights(sigma)
+        sigma, n, of_generator, of_fake_score = loss.draw_shared_noise(images)
         y = images.detach()
         weight = of_fake_score * (sigma**2 + 0.25) / (0.5 * sigma) ** 2
         denoising = weight * (state.fake_score(y + sigma * n, sigma, labels) - y) ** 2
         (denoising.sum() * (config.ls / config.batch)).backward()
+        passes = config.score_gradient.passes(state.nimg)
         with state.fake_score_updater.frozen():
-            value = loss.generator_loss(twin.teacher, state.fake_score, images, labels, (sigma, n))
+            networks = twin.teacher, state.fake_score
+            value = loss.generator_loss(*networks, images, labels, (sigma, n), score_gradient=passes)
             ((of_generator * value).sum() * (config.lsg / config.batch)).backward()
     for updater in (state.fake_score_updater, state.generator_updater):
         expected = torch.cat([p.grad.flatten() for p in updater.parameters if p.grad is not None])
@@ -197,7 +205,7 @@ def test_half_precision_gradients_point_where_those_of_fp32_do_at_every_noise_le
         net.eval().requires_grad_(False)
     images, n = 0.5 * torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
     for t in (0.05, 0.3, 0.5, 0.8):
-        sigma = karras_sigma(torch.full([4, 1, 1, 1], t), 0.002, 80.0, 7.0)
+        sigma = Karras().sigma(torch.full([4, 1, 1, 1], t))
         found = {}
         for name in ("fp32", "bf16", "fp16"):
             for net in (teacher, fake_score):
@@ -216,9 +224,9 @@ def test_gradients_of_a_run_under_way(tmp_path, capsys):
     """
     teacher, config = tiny_teacher(), tiny_config(sigma_schedule="lognormal")
     zoo.save_network(teacher, tmp_path / "teacher.safetensors")
-    options = {**vars(config), "edm_model": str(tmp_path / "teacher.safetensors")}
+    options = {**config.options(), "edm_model": str(tmp_path / "teacher.safetensors")}
     (tmp_path / "training_options.json").write_text(json.dumps(options))
-    training_loop(Distillation(teacher, config, torch.device("cpu")), tmp_path, NoReport())
+    training_loop(prepare(teacher, config, torch.device("cpu")), tmp_path, NoReport())
     compare(tmp_path, ["bf16"], 4, "cpu")
     rows = [[float(cell) for cell in line.split()] for line in capsys.readouterr().out.splitlines()[-6:]]
     assert [row[0] for row in rows] == [0.003, 0.085, 0.965, 2.515, 5.839, 24.408]
@@ -236,8 +244,8 @@ def test_a_run_under_way_that_started_from_another_network(tmp_path):
     for net, path in zip((teacher, start), files.values()):
         zoo.save_network(net, path)
     config = tiny_config(lora_rank=2)  # whose states leave the frozen weights out
-    (tmp_path / "training_options.json").write_text(json.dumps({**vars(config), **files}))
-    trained = Distillation(teacher, config, torch.device("cpu"), start)
+    (tmp_path / "training_options.json").write_text(json.dumps({**config.options(), **files}))
+    trained = prepare(teacher, config, torch.device("cpu"), start)
     training_loop(trained, tmp_path, NoReport())
     found = load(tmp_path, 4, torch.device("cpu"))
     pairs = zip(found.state.generator.state_dict().values(), trained.state.generator.state_dict().values())

@@ -8,7 +8,7 @@ from tiny import CPU, Spy, equal, tiny_config, tiny_teacher, weights
 
 from dnnlib import UserError
 from sid import memory
-from sid.distillation import Distillation
+from sid.prepare import prepare
 from torch_utils import precision
 
 BF16 = torch.bfloat16
@@ -103,7 +103,7 @@ def test_training_is_bit_equal(make, mode, monkeypatch):
     def trained():
         torch.manual_seed(0)
         teacher = make()
-        distillation = Distillation(teacher, config, CPU)
+        distillation = prepare(teacher, config, CPU)
         for _ in range(2):
             distillation.iteration()
         return teacher, weights(distillation)
@@ -122,16 +122,16 @@ def test_the_estimate_knows_what_is_stored(make):
     teacher, config = make(), tiny_config(precision="bf16", augment=0)
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     expected = memory.estimate(teacher, config, 2)
-    Distillation(teacher, config, CPU)
+    prepare(teacher, config, CPU)
     after = sum(p.numel() * p.element_size() for p in teacher.parameters())
     assert size / 2 <= after < 0.75 * size
-    assert expected["weights"] * memory.GB == pytest.approx(3 * size + after)
+    assert expected.weights * memory.GB == pytest.approx(3 * size + after)
     assert memory.estimate(teacher, config, 2) == expected  # of a teacher in use, too
 
 
 def test_a_teacher_is_not_used_again_in_half_precision():
     """Its trained copies would have the rounded weights, and move in steps of their last bits."""
     teacher = tiny_teacher()
-    Distillation(teacher, tiny_config(precision="bf16"), CPU)
+    prepare(teacher, tiny_config(precision="bf16"), CPU)
     with pytest.raises(UserError, match="weights are in half precision"):
-        Distillation(teacher, tiny_config(precision="bf16"), CPU)
+        prepare(teacher, tiny_config(precision="bf16"), CPU)

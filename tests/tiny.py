@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from sid.config import DistillationConfig
-from sid.distillation import Distillation
+from sid.prepare import prepare
 from torch_utils import checkpoint
 from training.networks import EDMPrecond
 
@@ -32,7 +32,7 @@ def tiny_config(**changes):
 
 
 def tiny_distillation(teacher=None, resume=None, **changes):
-    return Distillation(teacher or tiny_teacher(), tiny_config(**changes), CPU, resume=resume)
+    return prepare(teacher or tiny_teacher(), tiny_config(**changes), CPU, resume=resume)
 
 
 def smoothed(distillation):

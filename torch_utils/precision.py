@@ -139,27 +139,30 @@ def checkpoint_blocks(net: torch.nn.Module) -> None:
         module.checkpoint = True
 
 
-def compiled(net: torch.nn.Module, two_losses: bool = False) -> Callable:
-    """`net` as torch.compile makes it; where that fails, `net` itself and a word why.
+class Compiled:
+    """A network that torch.compile makes faster; where that fails, the network itself, after a line that says why.
 
-    two_losses: its graph serves two backward passes, so the first mustn't overwrite what it keeps.
+    two_losses: its graph serves two backward passes, so the first mustn't overwrite what it keeps. Attributes are the
+    network's.
     """
-    if two_losses:
-        from torch._functorch import config  # not loaded before something is compiled
 
-        if hasattr(config, "donated_buffer"):  # PyTorch 2.4 frees nothing early
-            config.donated_buffer = False
-    fast = torch.compile(net, dynamic=False)
-    works = True
+    def __init__(self, net: torch.nn.Module, two_losses: bool = False):
+        if two_losses:
+            from torch._functorch import config  # not loaded before something is compiled
 
-    def call(*args, **kwargs):
-        nonlocal works
-        if works:
+            if hasattr(config, "donated_buffer"):  # PyTorch 2.4 frees nothing early
+                config.donated_buffer = False
+        self._net = net
+        self._fast: Callable | None = torch.compile(net, dynamic=False)
+
+    def __call__(self, *args, **kwargs):
+        if self._fast is not None:
             try:
-                return fast(*args, **kwargs)
+                return self._fast(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
-                works = False
+                self._fast = None
                 distributed.print0(f"--compile: goes on without ({str(error).strip().splitlines()[0]})")
-        return net(*args, **kwargs)
+        return self._net(*args, **kwargs)
 
-    return call
+    def __getattr__(self, name: str):
+        return getattr(self._net, name)

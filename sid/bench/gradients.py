@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sid.distillation import Distillation
 
+
 TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the schedule karras, whatever the run's own: tables have one set of levels
 
 HALF = {"bf16", "fp16"}
@@ -53,7 +54,7 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
 
     from edm import run_folder, zoo
     from sid.config import DistillationConfig
-    from sid.distillation import Distillation
+    from sid.prepare import prepare
     from sid.run import load_start
     from torch_utils import checkpoint
 
@@ -67,16 +68,16 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     config = DistillationConfig(**{**{name: options[name] for name in names}, **changes})
     teacher = zoo.load_network(options["edm_model"])
     start = load_start(options["transfer"], teacher) if options.get("transfer") else None
-    return Distillation(teacher, config, device, start, state)
+    return prepare(teacher, config, device, start, state)
 
 
 def gradients(
-    distillation: "Distillation", name: str, t: float, batch: int, seed: int = 0
+    distillation: "Distillation", name: str, t: float, batch: int, seed: int = 0, score_gradient: bool | None = None
 ) -> tuple[float, list["torch.Tensor"]]:
     """(sigma, gradients of the loss by the images and by theta, one vector each), all images at one noise level."""
     import torch
 
-    from sid.loss import karras_sigma
+    from sid.schedules import Karras
     from torch_utils import misc
     from torch_utils.precision import DTYPES, set_compute_dtype
 
@@ -86,13 +87,14 @@ def gradients(
     state.fake_score.eval().requires_grad_(False)
     state.generator.eval().zero_grad()
     misc.seed_at(seed)
-    labels = distillation.draw_labels(batch)
+    labels = distillation.draw_conditions(batch)
     images = distillation.generate(labels)
     x_g = images.detach().requires_grad_()
     time = torch.full([batch, 1, 1, 1], t, device=x_g.device)
-    sigma = karras_sigma(time, loss.sigma_min, loss.sigma_max, loss.rho)
+    sigma = Karras().sigma(time)
     noise = (sigma, torch.randn(x_g.shape, device=x_g.device))
-    loss.generator_loss(distillation.teacher, state.fake_score, x_g, labels, noise).sum().backward()
+    networks = distillation.teacher, state.fake_score
+    loss.generator_loss(*networks, x_g, labels, noise, score_gradient=score_gradient).sum().backward()
     images.backward(x_g.grad)
     theta = [p.grad.flatten() for p in state.generator.parameters() if p.grad is not None]
     return sigma.mean().item(), [x_g.grad.flatten(), torch.cat(theta)]

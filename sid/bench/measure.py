@@ -16,7 +16,7 @@ import torch._dynamo.utils
 from torch.utils.flop_counter import FlopCounterMode
 
 from sid.config import DistillationConfig
-from sid.distillation import Distillation
+from sid.prepare import prepare
 
 from .published_step import explicit_attention
 
@@ -119,7 +119,7 @@ def count_flops(teacher: torch.nn.Module, config: DistillationConfig, device: to
     Only convolutions and products of matrices count, as usual.
     """
     config = dataclasses.replace(config, batch=COUNTED_IMAGES, batch_gpu=COUNTED_IMAGES)
-    step = Distillation(teacher, config, device)
+    step = prepare(teacher, config, device)
     for net in (step.teacher, step.state.generator, step.state.fake_score):
         explicit_attention(net)  # torch counts no operations of some fused kernels
     with FlopCounterMode(display=False) as counter:

@@ -35,7 +35,7 @@ def main(run: str, batch: int, batches: int, device: str | None) -> None:
 
 def report(run_dir: Path, batch: int, batches: int, device: str | None) -> None:
     """Prints the table: one row per noise level."""
-    from sid.config import PROJECTED
+    from sid.objectives import PROJECTED
     from torch_utils import distributed
 
     distillation = load(run_dir, batch, distributed.init(device))
@@ -44,9 +44,8 @@ def report(run_dir: Path, batch: int, batches: int, device: str | None) -> None:
     print(f"{'sigma':>9s}" + "".join(f"{head:>13s}" for head in heads))
     for t in TIMES:
         cells = []
-        for through_scores in modes.values():
-            distillation.loss.score_gradient = through_scores
-            sigma, vectors = _scaled_gradients(distillation, t, batch, batches)
+        for score_gradient in modes.values():
+            sigma, vectors = _scaled_gradients(distillation, t, batch, batches, score_gradient)
             signal, noise = signal_and_noise(vectors)
             cells += [signal, noise, signal / noise]
         print(f"{sigma:9.3f}" + "".join(f"{cell:13.4g}" for cell in cells), flush=True)
@@ -59,14 +58,16 @@ def signal_and_noise(vectors: "torch.Tensor") -> tuple[float, float]:
     return float(mean.square().sum() - noise / len(vectors)), float(noise)
 
 
-def _scaled_gradients(distillation: "Distillation", t: float, batch: int, batches: int) -> tuple[float, "torch.Tensor"]:
+def _scaled_gradients(
+    distillation: "Distillation", t: float, batch: int, batches: int, score_gradient: bool
+) -> tuple[float, "torch.Tensor"]:
     """(sigma, theta's gradients [batches, n], float64) as Adam scales them."""
     import torch
 
     moments = distillation.state.generator_updater.optimizer.state
     weights = [p for p in distillation.state.generator.parameters() if p in moments]
     scale = torch.cat([moments[p]["exp_avg_sq"].flatten().float().sqrt() for p in weights]).clamp(min=1e-8)
-    draws = [gradients(distillation, "fp32", t, batch, seed) for seed in range(batches)]
+    draws = [gradients(distillation, "fp32", t, batch, seed, score_gradient) for seed in range(batches)]
     return draws[0][0], torch.stack([(theta / scale).double().cpu() for _, (_, theta) in draws])
 
 

@@ -60,7 +60,7 @@ def pull(distillation: "Distillation", sigma: float, class_idx: int | None = Non
     for net in (state.fake_score, state.generator):
         net.eval().requires_grad_(False)
     misc.seed_at(0)
-    labels = distillation.draw_labels(distillation.batch_gpu)
+    labels = distillation.draw_conditions(distillation.batch_gpu)
     if class_idx is not None:
         labels = torch.eye(labels.shape[1], device=labels.device)[[class_idx] * len(labels)]
     x_g = distillation.generate(labels).requires_grad_()
@@ -72,7 +72,8 @@ def pull(distillation: "Distillation", sigma: float, class_idx: int | None = Non
 
     def descent(**options) -> "torch.Tensor":
         """By the images, along f_phi - f_psi."""
-        loss = SiDLoss(weighting=config.weighting, guidance=distillation.loss.guidance, **options)
+        shared = {"guidance": config.guidance, "conditions": distillation.conditions}
+        loss = SiDLoss(weighting=config.weighting, **shared, **options)
         value = loss.generator_loss(*networks, x_g, labels, noise).sum()
         (gradient,) = torch.autograd.grad(value, x_g)
         return -(gradient * (f_phi - f_psi)).double().sum()

@@ -12,7 +12,7 @@ from edm.metrics.detector import Detector, load_detector, save_detector
 from edm.metrics.small_classifier import SmallClassifier
 from edm.sampler import generate_images
 from sid.config import DistillationConfig
-from sid.distillation import Distillation
+from sid.prepare import prepare
 
 from .measure import PhaseClock
 from .modes import Mode
@@ -53,7 +53,7 @@ class StepTask(Task):
         if mode.published:
             self.step = PublishedStep(teacher, config, device)
         else:
-            self.step = Distillation(teacher, config, device)
+            self.step = prepare(teacher, config, device)
         self.precision = self.step.config.precision
         for name, method in PHASES.items():
             self.clock.watch(name, self.step, method)

@@ -1,11 +1,9 @@
 """What a sweep file asks for: settings, seeds, and the options of each run. docs/sweeps.md has the format."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import re
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +12,14 @@ from typing import Any
 import click
 
 from dnnlib import UserError, user_path, without_passwords
+from sid.options import SECTIONS, parse
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PROGRAM = Path(__file__).resolve().parents[2] / "sid_train.py"  # what the runs execute; its options are asked of it
+PROGRAM = Path(__file__).resolve().parents[2] / "sid_train.py"  # what the runs execute
 KEYS = {"title", "include", "seeds", "common", "settings"}  # of a sweep file
 OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  # options that the sweep gives itself
 NAME = re.compile(r"[A-Za-z0-9_][\w.=+-]{0,99}", re.ASCII)  # of a setting: becomes part of a folder's name
@@ -170,7 +169,8 @@ def command_line(common: dict[str, Any], own: dict[str, Any], seed: int) -> tupl
 
 def _arguments(options: dict[str, Any]) -> Iterator[str]:
     """Options of sid_train.py as on its command line."""
-    known = {name.lstrip("-"): p for p in _program()["main"].params for name in p.opts if name.startswith("--")}
+    parameters = [parameter for section in SECTIONS.values() for parameter in section]
+    known = {name.lstrip("-"): p for p in parameters for name in p.opts if name.startswith("--")}
     for name, value in options.items():
         if name in OWN:
             raise UserError(f"{name}: the sweep gives it itself: leave it out")
@@ -189,13 +189,5 @@ def recorded_options(arguments: tuple[str, ...]) -> dict[str, Any]:
 
     Errors: click.ClickException when sid_train.py wouldn't take it.
     """
-    program = _program()
-    options = program["main"].make_context(PROGRAM.name, list(arguments)).params
-    config = program["build_config"](options)
-    return without_passwords(json.loads(json.dumps({**vars(config), **options})))
-
-
-@functools.cache
-def _program() -> dict[str, Any]:
-    """The names in sid_train.py. It stands above this package, which drives it as a program and doesn't import it."""
-    return runpy.run_path(str(PROGRAM))
+    config, options = parse(arguments)
+    return without_passwords(json.loads(json.dumps({**config.options(), **options})))

@@ -1,0 +1,107 @@
+"""The family of objectives that the generator may follow: one row of a table each.
+
+docs/method.md derives them. They are the forms in noise predictions times sigma^2, with sigma eps = x_t - f and
+sigma n = x_t - x_g: x_g is what the generator made, x_t = x_g + sigma n, and f_phi, f_psi are what the teacher and the
+fake score predict for it. Every tensor is [N, C, H, W], and so is the result, per pixel and before weighting.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dnnlib import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTINGS = ("omega", "sigma", "none")
+
+
+def l1(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+    """|f_phi - f_psi|^2: the Fisher divergence itself."""
+    return (f_phi - f_psi).square()
+
+
+def l2(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+    """(f_phi - f_psi)(f_phi - x_g): one factor projected."""
+    return (f_phi - f_psi) * (f_phi - x_g)
+
+
+def sid(x_g, x_t, f_phi, f_psi, alpha) -> "torch.Tensor":
+    """L2 - alpha L1 (SiD eq. 23; its weight is eq. 24)."""
+    difference = f_phi - f_psi
+    return difference * ((f_phi - x_g) - alpha * difference)
+
+
+def cross(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+    """|eps_phi - n|^2 + |eps_psi|^2 - |n|^2: only the cross term of L1 projected."""
+    return (f_phi - x_g).square() + (x_t - f_psi).square() - (x_t - x_g).square()
+
+
+def full(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+    """|eps_phi|^2 - 2 eps_phi n + eps_psi n: every term with psi projected."""
+    noise = x_t - x_g
+    return (x_t - f_phi).square() - 2 * (x_t - f_phi) * noise + (x_t - f_psi) * noise
+
+
+def diff_instruct(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+    """(f_psi - f_phi) x_g, both stopped: the reverse KL divergence's direction (Diff-Instruct, arXiv:2305.18455)."""
+    return (f_psi - f_phi).detach() * x_g
+
+
+def less_l1(terms: Callable) -> Callable:
+    """An objective from which alpha L1 is taken, as SiD's is L2 - alpha L1."""
+
+    def difference(x_g, x_t, f_phi, f_psi, alpha) -> "torch.Tensor":
+        return terms(x_g, x_t, f_phi, f_psi) - alpha * l1(x_g, x_t, f_phi, f_psi)
+
+    return difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """terms            called as terms(x_g, x_t, f_phi, f_psi, alpha)
+    weighting        the weighting that it was published with, one of WEIGHTINGS
+    passes_scores    whether its gradient passes through both score networks
+    projected        u(x_t) times a projected factor, so that u may have no gradient or be another distance's
+    for_study        it destroys a generator, as its closed form says (docs/method.md, table of gradients)
+    """
+
+    terms: Callable
+    weighting: str = "omega"
+    passes_scores: bool = True
+    projected: bool = False
+    for_study: bool = False
+
+
+OBJECTIVES = {
+    "sid": Objective(sid, projected=True),
+    "l2": Objective(l2, projected=True),
+    "diff-instruct": Objective(diff_instruct, weighting="none", passes_scores=False),
+    "diff-instruct-l1": Objective(less_l1(diff_instruct)),
+    "dmd": Objective(diff_instruct, passes_scores=False),
+    "l1": Objective(l1, for_study=True),
+    "cross": Objective(cross, for_study=True),
+    "full": Objective(full, for_study=True),
+    "cross-l1": Objective(less_l1(cross), for_study=True),
+    "full-l1": Objective(less_l1(full), for_study=True),
+}
+PROJECTED = [name for name, objective in OBJECTIVES.items() if objective.projected]
+
+
+def check_objective(name: str, weighting: str | None, huber: float | None, score_gradient: bool) -> Objective:
+    """The row of the table, with the weighting that is given.
+
+    Errors: UserError naming the option that doesn't fit.
+    """
+    for option, value, known in (("objective", name, OBJECTIVES), ("weighting", weighting, (None, *WEIGHTINGS))):
+        if value not in known:
+            raise UserError(f"--{option}={value}: not one of {', '.join(filter(None, known))}")
+    if name == "dmd" and weighting not in (None, "omega"):
+        raise UserError(f"--weighting={weighting}: dmd has its own, omega; --objective=diff-instruct takes others")
+    objective = OBJECTIVES[name]
+    if not objective.projected and huber is not None:
+        raise UserError(f"--huber={huber:g}: {name} has no such form; use --objective={' or '.join(PROJECTED)}")
+    if not objective.projected and not score_gradient:
+        raise UserError(f"--score-gradient: {name} needs on; --objective={' or '.join(PROJECTED)} can do without")
+    return dataclasses.replace(objective, weighting=weighting or objective.weighting)

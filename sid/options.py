@@ -1,0 +1,216 @@
+"""The options of sid_train.py, by section of its --help, and the config that they make.
+
+torch is not imported: a command line is checked before anything heavy loads.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from dnnlib import Command, FiniteRange, IntList, WholeRange
+
+from . import recipes
+from .config import ADAM_STATES, DROP_LABELS, DistillationConfig
+from .objectives import OBJECTIVES, WEIGHTINGS
+
+D = DistillationConfig  # its class attributes are the defaults
+POSITIVE = FiniteRange(0, min_open=True)
+NOT_NEGATIVE = FiniteRange(0)
+COUNT = WholeRange(1)
+FLAG = object()  # the type of an option that takes no value
+
+
+def option(name: str, text: str, kind: Any = None, default: Any = None, **attributes: Any) -> click.Option:
+    """An option with its help text, type and default; a text that says [default: ...] itself hides the latter."""
+    if kind is FLAG:
+        return click.Option(name.split("/"), help=text, is_flag=True, **attributes)
+    if isinstance(kind, tuple | list):
+        kind = click.Choice(kind)
+    shown = {} if default is not None or "[default:" in text else {"show_default": False}
+    return click.Option([name], help=text, type=kind, default=default, **shown, **attributes)
+
+
+USUAL = [name for name, objective in OBJECTIVES.items() if not objective.for_study]
+
+SECTIONS: dict[str, list[click.Parameter]] = {
+    "Where": [
+        option(
+            "--recipe",
+            f"Settings by name, which options given beside it change: {', '.join(recipes.RECIPES)}",
+            click.Choice(list(recipes.RECIPES)),
+            metavar="NAME",
+            callback=recipes.use,
+            is_eager=True,
+            expose_value=False,
+        ),
+        option("--edm_model", "Teacher: short name, path, URL or run folder", str, "edm-cifar10-32x32-uncond-vp"),
+        option("--outdir", "Where to make the run folder", str, "training-runs"),
+        option("--data", "Real images, used only for a picture, metrics and --gan"),
+        option("--data_stat", "Reference statistics (.npz) for FID  [default: the published teacher's]"),
+        option("--detector", "Detector for metrics  [default: the one that made --data_stat]"),
+        option("--metrics", "fid50k_full,is50k,kid50k_full,pr50k3_full or none  [default: fid50k_full]"),
+        option("--transfer", "Network whose weights the generator starts from  [default: the teacher]"),
+        option(
+            "--resume",
+            "Training state or run folder to continue, or auto for this command's own run folder if it exists"
+            "  [default: auto with --nosubdir]",
+        ),
+        option("--override", "Let --resume change options of the method", FLAG),
+    ],
+    "Method": [
+        option(
+            "--objective",
+            f"The generator's loss: {', '.join(USUAL)} (sid is L2 - alpha L1; diff-instruct-l1 takes alpha L1 from"
+            " diff-instruct); docs/method.md lists others, for study",
+            click.Choice(list(OBJECTIVES)),
+            D.objective,
+            metavar="NAME",
+        ),
+        option("--alpha", "Weight of L1 in L2 - alpha L1", FiniteRange(), D.alpha),
+        option(
+            "--weighting",
+            "Divides the loss by omega, sigma^2 or nothing  [default: none for diff-instruct, otherwise omega]",
+            WEIGHTINGS,
+        ),
+        option("--huber", "Pseudo-Huber distance with this c, in pixels of [-1, 1]  [default: squared]", POSITIVE),
+        option(
+            "--score-gradient",
+            "Whether gradients pass through both score networks: on, off or from=KIMG",
+            str,
+            str(D.score_gradient),
+        ),
+        option(
+            "--sigma-schedule",
+            "Noise levels of the generator's loss: karras, lognormal[=MEAN,STD] or single=SIGMA",
+            str,
+            str(D.sigma_schedule),
+        ),
+        option("--fake-sigma-schedule", "Noise levels of the fake score's loss", str, str(D.fake_sigma_schedule)),
+        option("--tmax", "Highest time of karras schedules, of 1000", FiniteRange(0, 1000), D.tmax),
+        option("--fake-score-updates", "Updates of the fake score per update of the generator", COUNT, 1),
+        option("--init_sigma", "Noise level at which the generator starts", POSITIVE, D.init_sigma),
+        option("--lr", "Learning rate of the fake score network", POSITIVE, D.lr),
+        option("--glr", "Learning rate of the generator", POSITIVE, D.glr),
+        option("--g_beta1", "Adam's beta1 for the generator", FiniteRange(0, 1, max_open=True), D.g_beta1),
+        option("--lr-rampup", "Warm-up of both learning rates in kimg", NOT_NEGATIVE, 0.0),
+        option("--lr-decay", "Decay of both learning rates over --duration", ["none", "linear", "cosine"], D.lr_decay),
+        option("--ls", "Scale of the fake score's loss", POSITIVE, D.ls),
+        option("--lsg", "Scale of the generator's loss", POSITIVE, D.lsg),
+        option("--ema", "Half-life of the generator's moving average in Mimg", NOT_NEGATIVE, 0.5),
+        option(
+            "--ema-rampup",
+            "Limits the half-life to this share of the images that the generator has learnt from",
+            NOT_NEGATIVE,
+            D.ema_rampup_ratio,
+        ),
+        option(
+            "--spike-guard",
+            "Skip updates whose gradient norm is this many times the usual one, such as 10  [default: never]",
+            FiniteRange(1, min_open=True),
+        ),
+        option(
+            "--augment",
+            "Augmentation probability, 0 for none  [default: 0.12, or 0 for a teacher trained without]",
+            FiniteRange(0, 1),
+        ),
+        option("--dropout", "Dropout probability  [default: the teacher's]", FiniteRange(0, 1, max_open=True)),
+        option("--duration", "Length of the training in Mimg", POSITIVE, 500.0),
+        option("--batch", "Images per update, all processes together", COUNT, D.batch),
+    ],
+    "Guidance and real images": [
+        option("--guidance", "Guides a class-conditional teacher: long=K, short=K or long-short=K"),
+        option(
+            "--drop-labels",
+            "Whether guidance drops labels before generating, as published, or after",
+            DROP_LABELS,
+            D.drop_labels,
+        ),
+        option("--gan", "SiDA: an adversarial loss from the images of --data", FLAG),
+        option("--gan-freeze", "With --gan, kimg until the generator learns", NOT_NEGATIVE, D.gan_freeze_kimg),
+        option("--gan-start", "With --gan, kimg until its adversarial loss begins", NOT_NEGATIVE, D.gan_start_kimg),
+        option("--lsd", "Scale of the discriminator's loss", POSITIVE, D.lsd),
+        option("--lsg_gan", "Scale of the generator's adversarial loss", POSITIVE, D.lsg_gan),
+        option("--xflip", "Add the mirror images of --data", bool, False),
+        option("--cache", "Keep the images of --gan in memory", bool, True),
+    ],
+    "Speed and memory (docs/performance.md)": [
+        option("--batch-gpu", "Images per process and round  [default: the most that fits]", COUNT),
+        option(
+            "--precision",
+            "Precision of the layers  [default: fp32, or fp16 with --fp16 on a GPU]",
+            ["fp32", "tf32", "bf16", "fp16"],
+        ),
+        option("--fp16", "Half precision on a GPU  [default: the teacher's]", bool),
+        option("--compile", "Compile the networks: a slow start, faster steps", bool, D.compile),
+        option("--channels-last", "Store images with their channels last", bool, D.channels_last),
+        option(
+            "--chunk",
+            "Images per pass through teacher and fake score in the generator's phase  [default: all of a round]",
+            COUNT,
+        ),
+        option("--checkpoint", "Recompute activations instead of keeping them", bool, D.checkpoint),
+        option("--share-images", "Use one batch of generated images for both phases", bool, D.share_images),
+        option("--share-noise", "Share the noisy images, too: one answer of the fake score", bool, D.share_noise),
+        option("--adam-state", "Adam's second moments; bf16 is rounded at random", ADAM_STATES, D.adam_state),
+        option("--lora-rank", "Learn updates of this rank of one shared copy of the weights  [default: all]", COUNT),
+        option("--bench", "cuDNN benchmarking", bool, True),
+        option("--metrics-batch", "Images per step of the metrics", COUNT, 64),
+    ],
+    "Run": [
+        option("--tick", "Report every so many kimg", POSITIVE, D.kimg_per_tick),
+        option("--snap", "Snapshot, picture and metrics every so many ticks", COUNT, D.snapshot_ticks),
+        option("--dump", "Training state every so many ticks", COUNT, D.state_ticks),
+        option("--save-every", "Training state every so many minutes, 0 for --dump only", NOT_NEGATIVE, D.save_minutes),
+        option("--keep", "How many training states to keep, 0 for all", WholeRange(0), D.keep_states),
+        option(
+            "--timeout",
+            "End the run when its processes make no progress for so many minutes",
+            FiniteRange(0, 1e5, min_open=True),
+            30.0,
+        ),
+        option("--seed", "Seed of all random draws", WholeRange(0), D.seed),
+        option("--device", "Where to run  [default: the first of these that is there]", ["cuda", "mps", "cpu"]),
+        option("--desc", "Description in the run folder's name"),
+        option("--nosubdir", "Use --outdir itself as the run folder", FLAG),
+        option("-n/--dry-run", "Print the options and the memory they take, and stop", FLAG),
+    ],
+    "Compatibility: checked against the teacher, or without effect": [
+        option("--cond", "Whether the teacher is class-conditional", bool),
+        option("--arch", "The teacher's architecture", ["ddpmpp", "ncsnpp", "adm"]),
+        option("--precond", "The teacher's preconditioning", ["vp", "ve", "edm"]),
+        option("--cbase", "The teacher's channels at full resolution", COUNT),
+        option("--cres", "The teacher's channel multiplier per resolution", IntList()),
+        option("--workers", "Accepted for EDM's command lines; images are read in the process", WholeRange(0), 1),
+    ],
+}
+
+
+def parse(arguments: Sequence[str]) -> tuple[DistillationConfig, dict[str, Any]]:
+    """(config, the other options by name) of a command line of sid_train.py.
+
+    Errors: click.ClickException when sid_train.py wouldn't take it.
+    """
+    options = Command(name="sid_train.py", sections=SECTIONS).make_context("sid_train.py", list(arguments)).params
+    return build_config(options), options
+
+
+def build_config(options: dict[str, Any]) -> DistillationConfig:
+    """Moves the settings of the training out of `options` into a DistillationConfig."""
+    same = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
+    return DistillationConfig(
+        total_kimg=options.pop("duration") * 1000,
+        lr_rampup_kimg=options.pop("lr_rampup"),
+        ema_halflife_kimg=options.pop("ema") * 1000,
+        ema_rampup_ratio=options.pop("ema_rampup"),
+        use_fp16=options.pop("fp16"),
+        gan_freeze_kimg=options.pop("gan_freeze"),
+        gan_start_kimg=options.pop("gan_start"),
+        kimg_per_tick=options.pop("tick"),
+        snapshot_ticks=options.pop("snap"),
+        state_ticks=options.pop("dump"),
+        save_minutes=options.pop("save_every"),
+        keep_states=options.pop("keep"),
+        **{name: options.pop(name) for name in same},
+    )

@@ -1,0 +1,103 @@
+"""From a teacher and a config to a distillation that is ready for its next iteration."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from torch_utils import checkpoint, distributed, misc, precision
+from training.augment import EDM_MULTIPLIERS, AugmentPipe
+
+from . import memory
+from .adversarial import RealImages, make_loss
+from .config import DistillationConfig, resolve
+from .distillation import Distillation, Networks
+from .guidance import check_guidance
+from .state import DistillationState
+
+
+def prepare(
+    teacher: torch.nn.Module,
+    config: DistillationConfig,
+    device: torch.device,
+    start: torch.nn.Module | None = None,
+    resume: checkpoint.StateFile | Path | None = None,
+    reals: RealImages | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> Distillation:
+    """A distillation that is ready for its next iteration, on any number of processes.
+
+    teacher: phi, a denoiser (`training.denoiser`) of any class. It is moved to `device`, set to eval mode and frozen;
+             in half precision, weights that it only casts are kept in it from then on.
+    start:   another denoiser whose weights theta starts from.
+    resume:  a training state to go on from, or its path. check: called with the options of the run that saved it.
+    reals:   real images for the discriminator of `config.gan`.
+    Errors: UserError when options don't fit the teacher, the processes or the state.
+    """
+    config = resolve(config, teacher, device)
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    warning = check_guidance(config.guidance, teacher)
+    if warning:
+        distributed.print0(f"Warning: {warning}")
+    loss = make_loss(config, teacher, reals)
+    if config.augment and getattr(teacher, "augment_dim", 0) != AugmentPipe(**EDM_MULTIPLIERS).augment_dim:
+        raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
+    state = DistillationState(teacher, config, device, start)
+    networks = set_up_networks(teacher, state, config, device)
+    if resume is not None:
+        state.load(resume, check)
+    parts = (teacher, config, device, loss, state, networks)
+    batch_gpu = config.batch_gpu or former_batch_gpu(state, config)
+    if batch_gpu is not None:
+        return Distillation(*parts, batch_gpu)
+    distillation = Distillation(*parts, estimated_batch_gpu(teacher, config, device))
+    while not distillation.fits():
+        smaller = next_smaller(distillation.batch_gpu, config.chunk)
+        if smaller is None:
+            break
+        distillation = Distillation(*parts, smaller)
+    return distillation
+
+
+def next_smaller(batch_gpu: int, chunk: int | None) -> int | None:
+    """The largest proper divisor of --batch-gpu that --chunk divides; None if there is none."""
+    fitting = [n for n in range(1, batch_gpu) if batch_gpu % n == n % (chunk or 1) == 0]
+    return max(fitting, default=None)
+
+
+def set_up_networks(
+    teacher: torch.nn.Module, state: DistillationState, config: DistillationConfig, device: torch.device
+) -> Networks:
+    """Sets precision, memory layout and compilation of the three networks; none of it is part of the state."""
+    networks = {"teacher": teacher, "fake_score": state.fake_score, "generator": state.generator}
+    precision.set_up(config.precision, device)
+    dtype = precision.DTYPES[config.precision]
+    autocast_dtype = precision.compute_in(dtype, networks.values())
+    for net in networks.values():
+        if config.channels_last:  # of the weights: the activations follow
+            net.to(memory_format=torch.channels_last)
+        if config.checkpoint:
+            precision.checkpoint_blocks(net)
+    if dtype != torch.float32 and not config.lora_rank:  # whose updates need the weights in full
+        memory.store_teacher(teacher, dtype, lambda: precision.autocast(device, autocast_dtype))
+    listened_to = {"fake_score"} if config.gan else set()  # a compiled network's encoder can't be
+    calls = {
+        name: precision.Compiled(net, config.share_noise) if config.compile and name not in listened_to else net
+        for name, net in networks.items()
+    }
+    return Networks(**calls, autocast_dtype=autocast_dtype)
+
+
+def former_batch_gpu(state: DistillationState, config: DistillationConfig) -> int | None:
+    """--batch-gpu of the run in the loaded state, which its random draws depend on; None if it doesn't fit here."""
+    former = state.setting.get("options", {}).get("batch_gpu")
+    sound = type(former) is int and former > 0
+    return former if sound and config.batch % (former * distributed.world_size()) == 0 else None
+
+
+def estimated_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> int:
+    """The most images per process and round that fit into every process's memory by the estimate."""
+    share = misc.split_batch(config.batch, None, distributed.world_size())[0]
+    return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device))

@@ -1,0 +1,50 @@
+"""The denoiser: what a network must offer to be trained, sampled or distilled here.
+
+A denoiser is called as `net(x, sigma, condition, augment_labels=None)` and predicts the clean image.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+
+class Denoiser(Protocol):
+    """D(x; sigma) of images x [N, C, H, W] at noise levels sigma [N, 1, 1, 1], both float32.
+
+    img_resolution, img_channels   H = W, and C
+    label_dim                      how many classes its condition names; 0 for an unconditional network
+    sigma_min, sigma_max           between which its answers make sense; 0 and infinity where they are missing
+    round_sigma                    gives the nearest noise levels that it knows; the identity where it is missing
+    sigma_data                     standard deviation of the images; 0.5 where it is missing
+    """
+
+    img_resolution: int
+    img_channels: int
+    label_dim: int
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
+SIGMA_DATA = 0.5  # of images in [-1, 1] (EDM, Table 1)
+
+
+def sigma_data(net: Any) -> float:
+    """Standard deviation of the images that a denoiser was trained on, by its own account."""
+    return float(getattr(net, "sigma_data", SIGMA_DATA))
+
+
+def known_sigma(net: Any, sigma: torch.Tensor) -> torch.Tensor:
+    """The noise levels nearest to `sigma` that a denoiser knows, in the same shape and dtype.
+
+    Levels outside [sigma_min, sigma_max] move to the nearer end, then `round_sigma` rounds them. A level is never 0.
+    """
+    low, high = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
+    sigma = sigma.clamp(float(low), float(high))
+    round_sigma = getattr(net, "round_sigma", None)
+    return sigma if round_sigma is None else round_sigma(sigma).to(sigma)
