@@ -13,24 +13,24 @@ import torch
 from dnnlib import UserError
 from torch_utils.misc import first_non_finite
 from torch_utils.persistence import one_line
-
-from .sampler import one_step_sampler, to_uint8
+from training.decoder import PixelDecoder
+from training.generator import Generator
 
 SIGMA_MIN, SIGMA_MAX, PROBED_LEVELS = 0.002, 80.0, 8
 EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
 
 
-class _Generator(torch.nn.Module):
+class _OneStep(torch.nn.Module):
     """All that a one-step generator does, from standard normal noise to 8-bit images."""
 
     inputs, output = ("z",), "images"
 
     def __init__(self, net: torch.nn.Module, init_sigma: float):
         super().__init__()
-        self.net, self.init_sigma = net, init_sigma
+        self.net, self._generator = net, Generator(net, [init_sigma])
 
     def forward(self, z: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        return to_uint8(one_step_sampler(self.net, z, class_labels, init_sigma=self.init_sigma))
+        return PixelDecoder.to_images(self._generator.sample(z, class_labels))
 
 
 class _Denoiser(torch.nn.Module):
@@ -86,7 +86,7 @@ def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
     except ImportError:
         raise UserError(".onnx needs packages that are missing: pip install onnx onnxscript") from None
     init_sigma = header["metadata"].get("init_sigma")
-    function = _Denoiser(net) if init_sigma is None else _Generator(net, init_sigma)
+    function = _Denoiser(net) if init_sigma is None else _OneStep(net, init_sigma)
     arguments = [torch.zeros([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution])]
     arguments += [torch.ones([EXAMPLES])] * (len(function.inputs) - 1)
     names = list(function.inputs)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dnnlib import UserError
 from training.conditions import Classes, check_class
+from training.decoder import PixelDecoder
+from training.generator import INIT_SIGMA, Generator, start_levels
 from training.networks import iddpm_sigmas
 
 Function = Callable[[Tensor], Tensor]
@@ -29,12 +31,10 @@ def one_step_sampler(
     latents: Tensor,
     class_labels: Tensor | None = None,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
-    init_sigma: float = 2.5,
+    init_sigma: float = INIT_SIGMA,
 ) -> Tensor:
     """One network evaluation at noise level `init_sigma` (SiD, arXiv:2404.04057)."""
-    latents = latents.to(torch.float32)
-    sigma = torch.full([latents.shape[0], 1, 1, 1], init_sigma, dtype=torch.float32, device=latents.device)
-    return net(init_sigma * latents, sigma, class_labels)
+    return Generator(net, [init_sigma]).sample(latents.to(torch.float32), class_labels)
 
 
 @torch.no_grad()
@@ -261,14 +261,9 @@ class SeededDraws:
         return torch.cat([torch.randint(high, [1], generator=g) for g in self._generators]).to(self._device)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8, of the same shape; values beyond are clipped."""
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
-
-
 def default_sampler(net: torch.nn.Module) -> str:
     """'one-step' for a generator, whose metadata holds its start noise level; 'heun' for other denoisers."""
-    return "one-step" if "init_sigma" in getattr(net, "metadata", {}) else "heun"
+    return "heun" if start_levels(net) is None else "one-step"
 
 
 def sample(
@@ -289,7 +284,7 @@ def sample(
         labels = Classes.of(net).one_hot(torch.full([len(latents)], class_idx, device=device))
     name = sampler or default_sampler(net)
     if name == "one-step" and "init_sigma" not in options:
-        options["init_sigma"] = getattr(net, "metadata", {}).get("init_sigma", 2.5)
+        (options["init_sigma"],) = start_levels(net) or [INIT_SIGMA]
     return SAMPLERS[name](net, latents, labels, randn_like=draws.randn_like, **options)
 
 
@@ -334,4 +329,4 @@ def generate_images(
         part = seeds[start : start + batch]
         images = sample(net, part, sampler, class_idx, **options)
         check_finite(images, part)
-        yield to_uint8(images).cpu()
+        yield PixelDecoder.to_images(images).cpu()

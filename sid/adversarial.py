@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 from dnnlib import UserError
 from training.conditions import Classes
 from training.dataset import ImageFolderDataset
+from training.decoder import PixelDecoder
 from training.denoiser import known_sigma, sigma_data
 
 from .config import DistillationConfig
@@ -78,7 +79,7 @@ class RealImages:
         """(images [n, C, H, W] float32 in [-1, 1], one-hot labels [n, label_dim] or None), with replacement."""
         indices = torch.randint(len(self._dataset), [n]).tolist()
         images, labels = zip(*(self._dataset[index] for index in indices))
-        x = self._on_device(images).to(torch.float32) / 127.5 - 1
+        x = PixelDecoder.from_images(self._on_device(images))
         if not self._label_dim:
             return x, None
         labels = self._on_device(labels)

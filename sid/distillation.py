@@ -10,6 +10,7 @@ from torch_utils import distributed, misc, precision
 from torch_utils.training_stats import Collector
 from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
+from training.generator import Generator
 
 from .config import DistillationConfig
 from .loss import SiDLoss
@@ -116,12 +117,11 @@ class Distillation:
             updater.check(self.state.nimg)
 
     def generate(self, condition: torch.Tensor | None) -> torch.Tensor:
-        """x_g = f_theta(init_sigma z; init_sigma), [batch_gpu, C, H, W]."""
-        net, sigma = self.state.generator, self.config.init_sigma
-        z = torch.randn([self.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=self.device)
-        levels = torch.full([self.batch_gpu, 1, 1, 1], sigma, dtype=torch.float32, device=self.device)
+        """x_g, what theta makes of fresh noise, [batch_gpu, C, H, W]."""
+        generator = Generator(self.networks.generator, [self.config.init_sigma])
+        z = generator.latents(self.batch_gpu, self.device)
         with self.autocast():
-            return self.networks.generator(sigma * z, levels, condition).contiguous()
+            return generator.sample(z, condition).contiguous()
 
     def image_gradient(self, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         """The gradient of theta's loss by its images, [N, C, H, W].

@@ -7,6 +7,7 @@ import torch
 from dnnlib import UserError
 from edm import zoo
 from edm.sampler import generate_images
+from training.generator import start_levels
 
 
 class OneStepGenerator:
@@ -17,7 +18,7 @@ class OneStepGenerator:
     """
 
     def __init__(self, net: torch.nn.Module):
-        if "init_sigma" not in getattr(net, "metadata", {}):
+        if start_levels(net) is None:
             what = "is a diffusion model (use python -m edm.generate) or a renamed generator (give init_sigma=2.5)"
             raise UserError(f"this network records no init_sigma: it {what}")
         self.net = net

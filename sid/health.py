@@ -8,6 +8,7 @@ import torch
 from torch_utils import distributed, misc
 from torch_utils.precision import same_dtype
 from training.denoiser import known_sigma
+from training.generator import Generator
 
 from .distillation import Distillation
 from .loss import divergence
@@ -86,20 +87,20 @@ class Health:
     def _measure_round(self, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sums over one batch: [bands, 6] of per-image values, [2, pixels] of images, [4] of squares of images."""
         d, n = self._distillation, self._size
-        net, init_sigma = d.state.generator, d.config.init_sigma
+        levels = [d.config.init_sigma]
+        theta, ema, start = (Generator(net, levels) for net in (d.state.generator, d.state.ema, d.teacher))
         first = (r * distributed.world_size() + distributed.rank()) * n
         misc.seed_at(d.config.seed, HEALTH_PHASE, first)
-        z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], device=d.device)
+        z = theta.latents(n, d.device)
         labels = d.draw_conditions(n)
         bands = len(self._bands)
         band = (first + torch.arange(n, device=d.device)) % bands
         quantiles = ((band + torch.rand([n], device=d.device)) / bands).clamp(EDGE, 1 - EDGE)
         sigma = known_sigma(d.teacher, d.loss.sigma_schedule.quantile(quantiles)).reshape(n, 1, 1, 1)
         with d.autocast():
-            latents = init_sigma * z, torch.full_like(sigma, init_sigma), labels
             if len(self._start) == r:
-                self._start.append(d.teacher(*latents))
-            x_g, averaged = net(*latents), d.state.ema(*latents)
+                self._start.append(start.sample(z, labels))
+            x_g, averaged = theta.sample(z, labels), ema.sample(z, labels)
             x_t = x_g + sigma * torch.randn_like(x_g)
             f_phi, f_psi = (f(x_t, sigma, labels) for f in d.loss.score_networks(d.teacher, d.state.fake_score))
         weight = d.loss.denoising.weight(sigma)

@@ -14,6 +14,7 @@ from sid.config import resolve
 from sid.health import Health
 from sid.prepare import prepare
 from torch_utils import distributed, precision
+from training.decoder import PixelDecoder
 
 SHAPE = (3, 8, 8)
 
@@ -133,10 +134,10 @@ def test_a_distillation(changes):
     distillation = tiny_distillation(strict_denoiser(label_dim), augment=0, **changes)
     for _ in range(2):
         distillation.iteration()
-    images = distillation.generate(distillation.draw_labels(distillation.batch_gpu))
+    images = distillation.generate(distillation.draw_conditions(distillation.batch_gpu))
     assert images.dtype == torch.float32
     assert Health(distillation).measure()
-    assert memory.estimate(distillation.teacher, distillation.config, 2)["peak"] > 0
+    assert memory.estimate(distillation.teacher, distillation.config, 2).peak > 0
 
 
 def test_half_precision_ends_at_the_network():
@@ -169,7 +170,7 @@ def test_onnx(tmp_path, metadata):
     x = torch.randn(3, *SHAPE)
     if metadata:
         (found,) = model.run(None, {"z": x.numpy()})
-        expected = sampler.to_uint8(net(2 * x, torch.full([3], 2.0)))
+        expected = PixelDecoder.to_images(net(2 * x, torch.full([3], 2.0)))
         assert np.abs(found.astype(int) - expected.numpy()).max() <= 1
     else:
         (found,) = model.run(None, {"x": x.numpy(), "sigma": np.ones(3, np.float32)})

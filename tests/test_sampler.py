@@ -6,6 +6,7 @@ import torch
 
 from dnnlib import UserError
 from edm import sampler
+from training.decoder import PixelDecoder
 
 SAMPLES = parity.arrays("samplers.npz")
 NETWORKS = sorted({key.split("/")[0] for key in SAMPLES})
@@ -93,8 +94,15 @@ def test_classes():
         next(sampler.generate_images(parity.seeded_network("edm-ddpmpp-gray"), [0], class_idx=0))
 
 
-def test_to_uint8():
-    assert sampler.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
+def test_images_are_rounded_and_clipped():
+    assert PixelDecoder.to_images(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+        255,
+    ]
 
 
 @pytest.mark.parametrize("discretization", ["vp", "ve", "iddpm", "edm"])

@@ -16,6 +16,8 @@ from torch_utils.training_stats import Collector, TickLog
 from torch_utils.updates import DivergenceError, Updater, check_finite, ema_beta, lr_factor, update_ema
 from torch_utils.watchdog import check_equal_weights
 
+from .decoder import PixelDecoder
+
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
 ROUNDING = {"batch_gpu"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states", "workers"}
@@ -232,4 +234,4 @@ def _endless_batches(
         worker_init_fn=ignore_signals,
     )
     for images, labels in loader:
-        yield images.to(device, non_blocking=True).to(torch.float32) / 127.5 - 1, labels.to(device, non_blocking=True)
+        yield PixelDecoder.from_images(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
