@@ -59,7 +59,7 @@ def _check_finite(net: torch.nn.Module, init_sigma: float | None) -> None:
     z = torch.randn([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
     labels = torch.eye(net.label_dim)[[0] * EXAMPLES] if net.label_dim else None
     for sigma in _noise_levels(net) if init_sigma is None else [init_sigma]:
-        if not net(sigma * z, torch.full([EXAMPLES], sigma), labels).isfinite().all():
+        if not net(sigma * z, torch.full([EXAMPLES], float(sigma)), labels).isfinite().all():
             raise UserError(f".onnx: the network's answer at noise level {sigma:g} is NaN or infinite; export another")
 
 
