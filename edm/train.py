@@ -82,8 +82,8 @@ def main(**options):
 
     import torch
 
-    from edm import run_folder, zoo
-    from torch_utils import checkpoint, distributed, misc
+    from edm import zoo
+    from torch_utils import checkpoint, distributed, misc, run_folder
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment, loss
     from training.conditions import metadata_of

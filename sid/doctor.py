@@ -8,8 +8,8 @@ import click
 from dnnlib import Command, UserError
 
 from .config import DistillationConfig
-from .diagnosis import LATER_OPTIONS, MAY_BE_NONE, OPTIONS, diagnose
-from .records import OPTIONS_FILE, STATS_FILE, is_figure, measured_value, read_records, read_run_options
+from .monitor.records import OPTIONS_FILE, STATS_FILE, is_figure, measured_value, read_records, read_run_options
+from .monitor.rules import LATER_OPTIONS, MAY_BE_NONE, OPTIONS, diagnose
 
 
 def read_options(run_dir: Path) -> dict[str, Any]:

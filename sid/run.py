@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from dnnlib import UserError, without_passwords
-from edm import published, run_folder, zoo
+from edm import published, zoo
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import checkpoint, distributed, misc, run_folder
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
@@ -21,7 +21,7 @@ from . import memory
 from .adversarial import RealImages
 from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .prepare import prepare
-from .report import GRID_COLUMNS, GRID_ROWS, Report
+from .report.progress import GRID_COLUMNS, GRID_ROWS, Report
 from .schedules import Single
 from .training_loop import training_loop
 

@@ -16,10 +16,10 @@ from training.training_loop import advised, milestones
 
 from . import lora
 from .config import DistillationConfig
-from .diagnosis import Watch
 from .distillation import Distillation
-from .health import EDGE, PER_CLASS, Health, worst_class
-from .report import Report
+from .monitor.measure import EDGE, PER_CLASS, Health, worst_class
+from .monitor.rules import Watch
+from .report.progress import Report
 from .state import DistillationState
 
 

@@ -26,12 +26,12 @@ from tiny import (
 
 import sid_train
 from dnnlib import UserError
-from edm import run_folder, zoo
+from edm import zoo
 from sid import adversarial, doctor, lora, memory
 from sid.config import FREE_ON_RESUME, ROUNDING
 from sid.prepare import prepare
 from sid.training_loop import training_loop
-from torch_utils import checkpoint, misc
+from torch_utils import checkpoint, misc, run_folder
 
 # --- runs
 

@@ -14,13 +14,13 @@ from dnnlib import UserError
 from edm import zoo
 from sid.bench import measure, modes, profile, results, tasks
 from sid.bench.__main__ import main
-from sid.bench.noise import signal_and_noise
 from sid.bench.published_step import PublishedStep, plain_network
 from sid.bench.recipes import RECIPES, build_network
 from sid.bench.worker import Worker, WorkerFailed
 from sid.config import DistillationConfig
 from sid.options import parse
 from sid.prepare import prepare
+from sid.probe.noise import signal_and_noise
 from training.networks import EDMPrecond
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,10 +22,11 @@ from edm import dataset_tool, generate, train, zoo
 from edm.metrics import data_reference, evaluate, train_detector
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
-from sid import doctor, report
+from sid import doctor
 from sid.bench import __main__ as bench
-from sid.bench import gradients, noise, pull
 from sid.config import DistillationConfig
+from sid.probe import gradients, noise, pull
+from sid.report import progress as report
 from sid.sweep import __main__ as sweep
 from training.networks import EDMPrecond
 
@@ -47,9 +48,9 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "edm.zoo convert": (zoo.main, ["convert", "{made}/net.safetensors", "new.pkl"]),
     "sid.report": (report.main, ["{made}/run"]),
     "sid.doctor": (doctor.main, ["{made}/run"]),
-    "sid.bench.gradients": (gradients.main, ["{made}/run"]),
-    "sid.bench.noise": (noise.main, ["{made}/run"]),
-    "sid.bench.pull": (pull.main, ["{made}/run"]),
+    "sid.probe.gradients": (gradients.main, ["{made}/run"]),
+    "sid.probe.noise": (noise.main, ["{made}/run"]),
+    "sid.probe.pull": (pull.main, ["{made}/run"]),
     "sid.bench": (bench.main, ["--recipe=micro", "--steps=1", "--rounds=1", "--device=cpu"]),
     "sid.sweep": (sweep.main, ["--outdir=new", "{made}/sweep.toml"]),
     "edm.metrics.train_detector": (

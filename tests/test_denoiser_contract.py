@@ -11,7 +11,7 @@ from edm import onnx_file, sampler, zoo
 from edm.metrics.sources import NetworkSource
 from sid import OneStepGenerator, memory
 from sid.config import resolve
-from sid.health import Health
+from sid.monitor.measure import Health
 from sid.prepare import prepare
 from torch_utils import distributed, precision
 from training.decoder import PixelDecoder

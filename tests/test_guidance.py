@@ -18,13 +18,13 @@ from tiny import (
 )
 
 from dnnlib import UserError
-from edm import run_folder, zoo
+from edm import zoo
 from sid.config import FREE_ON_RESUME, ROUNDING, DistillationConfig
 from sid.guidance import LABEL_DROPOUT, Guidance, guided, parse_guidance
 from sid.loss import SiDLoss, omega
 from sid.prepare import prepare
 from sid.training_loop import training_loop
-from torch_utils import checkpoint
+from torch_utils import checkpoint, run_folder
 from training.conditions import Classes
 from training.networks import EDMPrecond
 

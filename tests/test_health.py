@@ -10,8 +10,8 @@ from tiny import BATCH_GPU, CPU, NoReport, Spy, equal, on_two_processes, tiny_co
 
 from sid import doctor
 from sid.config import DistillationConfig
-from sid.diagnosis import diagnose
-from sid.health import Health
+from sid.monitor.measure import Health
+from sid.monitor.rules import diagnose
 from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import spike_guard

@@ -63,8 +63,8 @@ COMMANDS = [
             "sid.report",
             "sid.doctor",
             "sid.bench",
-            "sid.bench.gradients",
-            "sid.bench.pull",
+            "sid.probe.gradients",
+            "sid.probe.pull",
             "sid.sweep",
         )
     ),

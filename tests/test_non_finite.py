@@ -23,7 +23,7 @@ from edm.metrics.small_classifier import SmallClassifier
 from edm.metrics.sources import NetworkSource, TensorSource
 from edm.sampler import NonFiniteImagesError, generate_images
 from sid import OneStepGenerator
-from sid.report import Report
+from sid.report.progress import Report
 from sid.training_loop import training_loop
 from torch_utils import checkpoint
 from torch_utils.updates import DivergenceError

@@ -8,9 +8,12 @@ import pytest
 from click.testing import CliRunner
 from tiny import tiny_teacher
 
-from edm import run_folder, zoo
-from sid import doctor, records, report
+from edm import zoo
+from sid import doctor
 from sid.config import DistillationConfig
+from sid.monitor import records
+from sid.report import progress as report
+from torch_utils import run_folder
 
 HUGE = "1" + "0" * 4000
 STATS = [{"Progress/kimg": k, "Progress/tick": k, "Health/divergence": 1.0 / k} for k in range(1, 15)]
@@ -34,7 +37,7 @@ def run(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr(report, "compare", lambda teacher, generator, path: path.write_bytes(b"picture"))
     folder = tmp_path / "run"
     folder.mkdir()
-    options = {**vars(DistillationConfig()), "edm_model": str(teacher), "transfer": None}
+    options = {**DistillationConfig().options(), "edm_model": str(teacher), "transfer": None}
     (folder / "training_options.json").write_text(json.dumps(options))
     (folder / "stats.jsonl").write_text(lines(STATS))
     (folder / "metric-fid8.jsonl").write_text(lines(METRIC))

@@ -22,12 +22,12 @@ from tiny import NoReport, equal, on_two_processes, save, tiny_distillation, wei
 
 import sid_train
 from dnnlib import UserError
-from edm import run_folder, train
-from edm.run_folder import check_setting
+from edm import train
 from sid.distillation import Distillation
 from sid.training_loop import training_loop
-from torch_utils import checkpoint, distributed, interruption, training_stats, watchdog
+from torch_utils import checkpoint, distributed, interruption, run_folder, training_stats, watchdog
 from torch_utils.interruption import EXIT_CODE, Interruption
+from torch_utils.run_folder import check_setting
 from training.training_loop import Training
 
 CPU = torch.device("cpu")
@@ -254,7 +254,9 @@ def test_a_decay_fixes_the_duration(tmp_path):
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
-    code = "import sys; from edm import run_folder\nwith run_folder.create(sys.argv[1], '', True, {}, None): pass"
+    code = (
+        "import sys; from torch_utils import run_folder\nwith run_folder.create(sys.argv[1], '', True, {}, None): pass"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with run_folder.create(str(tmp_path), "", True, {}, None):
         second = subprocess.run(command, cwd=kill.ROOT, capture_output=True, text=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edm.published import FILES
-from sid.report import Report, read_metrics, summarise
+from sid.report.progress import Report, read_metrics, summarise
 from sid.run import published_reference
 
 

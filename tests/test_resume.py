@@ -7,10 +7,9 @@ import torch
 from tiny import CPU, equal, save, smoothed, tiny_config, tiny_distillation, tiny_teacher, weights
 
 from dnnlib import UserError
-from edm import run_folder
 from sid.distillation import Distillation
 from sid.prepare import prepare
-from torch_utils import checkpoint
+from torch_utils import checkpoint, run_folder
 
 
 def after_one_more(path, **changes):

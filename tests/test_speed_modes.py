@@ -10,11 +10,11 @@ from torch._functorch import config as functorch_config
 from torch.overrides import TorchFunctionMode
 
 from edm import zoo
-from sid.bench.gradients import compare, load
-from sid.bench.gradients import gradients as found_gradients
 from sid.distillation import Distillation
 from sid.loss import SiDLoss
 from sid.prepare import prepare
+from sid.probe.gradients import compare, load
+from sid.probe.gradients import gradients as found_gradients
 from sid.schedules import Karras
 from sid.training_loop import training_loop
 from torch_utils import adam, precision
@@ -218,7 +218,7 @@ def test_half_precision_gradients_point_where_those_of_fp32_do_at_every_noise_le
 
 
 def test_gradients_of_a_run_under_way(tmp_path, capsys):
-    """`python -m sid.bench.gradients` on a real run folder: precision shows, and fp32 against itself is exact.
+    """`python -m sid.probe.gradients` on a real run folder: precision shows, and fp32 against itself is exact.
 
     At the same noise levels for every run, one with lognormal levels, which have no highest, too.
     """

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from dnnlib import UserError
-from edm import run_folder
 from sid.sweep import __main__ as sweep
 from sid.sweep import folders, results, runner, table
 from sid.sweep.folders import DIVERGED, REFUSED, STOPPED, status
 from sid.sweep.plan import load_plan
+from torch_utils import run_folder
 from torch_utils.checkpoint import snapshot_path
 from torch_utils.interruption import EXIT_CODE
 from torch_utils.updates import DivergenceError

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dnnlib import UserError
-from sid.records import read_records
+from sid.monitor.records import read_records
 
 from .folders import FREE
 from .plan import Plan, Run, command_line, recorded_options

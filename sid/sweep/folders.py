@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError, kimg_name, write_atomically
-from sid.records import OPTIONS_FILE, STATS_FILE, read_records
+from sid.monitor.records import OPTIONS_FILE, STATS_FILE, read_records
 
 from .plan import Run, recorded_options
 

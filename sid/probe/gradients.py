@@ -1,6 +1,6 @@
 """How far half precision turns the generator's gradient, by noise level, in a distillation that is under way.
 
-python -m sid.bench.gradients RUN_FOLDER    needs a training state there: late in a run psi is close to phi, and
+python -m sid.probe.gradients RUN_FOLDER    needs a training state there: late in a run psi is close to phi, and
 rounding tells most where the two differ least
 """
 
@@ -52,11 +52,11 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     """The distillation of a run folder at its newest state. Errors: UserError when there is none."""
     import dataclasses
 
-    from edm import run_folder, zoo
+    from edm import zoo
     from sid.config import DistillationConfig
     from sid.prepare import prepare
     from sid.run import load_start
-    from torch_utils import checkpoint
+    from torch_utils import checkpoint, run_folder
 
     state = checkpoint.newest_good_state(run_dir)
     file = run_dir / run_folder.OPTIONS_FILE

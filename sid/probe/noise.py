@@ -1,6 +1,6 @@
 """Signal and noise of the generator's gradient, by noise level, in a distillation that is under way.
 
-python -m sid.bench.noise RUN_FOLDER    needs a training state there; it says where the gradient of one batch has a
+python -m sid.probe.noise RUN_FOLDER    needs a training state there; it says where the gradient of one batch has a
 direction, and what passing it through the score networks costs in noise
 """
 

@@ -10,9 +10,9 @@ from torch_utils.precision import same_dtype
 from training.denoiser import known_sigma
 from training.generator import Generator
 
-from .distillation import Distillation
-from .loss import divergence
-from .schedules import Single
+from ..distillation import Distillation
+from ..loss import divergence
+from ..schedules import Single
 
 HEALTH_PHASE = 3  # keeps these random draws apart from those of the training's phases
 BANDS = 4  # of noise levels, each with as many of the training's draws; a single level is one band

@@ -1,6 +1,6 @@
 """How far the generator's loss pulls its images towards the teacher, by noise level, in a distillation under way.
 
-python -m sid.bench.pull RUN_FOLDER --class=7    needs a training state there; it says whether the loss brings back a
+python -m sid.probe.pull RUN_FOLDER --class=7    needs a training state there; it says whether the loss brings back a
 class that the generator has lost, and with which alpha and noise levels it would
 """
 

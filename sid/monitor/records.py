@@ -9,7 +9,7 @@ from typing import Any
 from dnnlib import UserError
 from dnnlib.util import MAX_NUMBER
 
-OPTIONS_FILE = "training_options.json"  # edm.run_folder.OPTIONS_FILE, which loads torch; a test compares
+OPTIONS_FILE = "training_options.json"  # torch_utils.run_folder.OPTIONS_FILE, which loads torch; a test compares
 STATS_FILE = "stats.jsonl"
 MAX_BYTES = 256 << 20
 WANTED = "name a run folder of sid_train.py"

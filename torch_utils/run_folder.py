@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import Logger, UserError, locked_folder, remove_unfinished, write_atomically
-from torch_utils import checkpoint, distributed
+
+from . import checkpoint, distributed
 
 MAX_NAME_BYTES = 255  # on all usual disks
 OPTIONS_FILE = "training_options.json"

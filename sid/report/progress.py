@@ -14,7 +14,7 @@ import click
 
 from dnnlib import Command, UserError, kimg_name, write_atomically
 
-from .records import OPTIONS_FILE, measured_value, read_records, read_run_options, sound_records
+from ..monitor.records import OPTIONS_FILE, measured_value, read_records, read_run_options, sound_records
 
 if TYPE_CHECKING:
     import torch

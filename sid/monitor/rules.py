@@ -8,8 +8,8 @@ import statistics
 from collections import deque
 from typing import Any
 
-from .config import parse_score_gradient
-from .objectives import OBJECTIVES, PROJECTED
+from ..config import parse_score_gradient
+from ..objectives import OBJECTIVES, PROJECTED
 
 OPTIONS = (
     "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
