@@ -6,7 +6,8 @@ if TYPE_CHECKING:
     from .generator import OneStepGenerator
     from .loss import SiDLoss
 
-__all__ = ["OneStepGenerator", "SiDLoss"]
+__version__ = "0.1.0"
+__all__ = ["OneStepGenerator", "SiDLoss", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,9 @@ wins over the defaults. The trainings of the published recipes haven't been reru
 from pathlib import Path
 from typing import Any
 
-DEMO = Path(__file__).resolve().parents[1] / "assets" / "fashion-mnist-16"  # the folder of the embedded teacher
+_HERE = Path(__file__).resolve().parent
+_ASSETS = _HERE / "assets" if (_HERE / "assets").is_dir() else _HERE.parent / "assets"  # a wheel's, a checkout's
+DEMO = _ASSETS / "fashion-mnist-16"  # the folder of the embedded teacher
 
 # What the published trainings of SiD (arXiv:2404.04057) have in common.
 _SID: dict[str, Any] = {

@@ -32,7 +32,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, pr
         "print('working', os.environ['OMP_NUM_THREADS'], flush=True)\n"
         "sys.exit(print('Error: theta diverged', file=sys.stderr) or 3 if 'one' in folder else 1)\n"
     )
-    monkeypatch.setattr(runner, "PROGRAM", program)
+    monkeypatch.setattr(runner, "PROGRAM", [str(program)])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     path, out = write(tmp_path, TWO.replace("[0, 1]", "[0]")), tmp_path / "out"
     command = [path, f"--outdir={out}", f"--nproc={processes}"]
@@ -60,7 +60,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, pr
 def test_a_run_whose_source_failed_is_not_started(tmp_path, monkeypatch):
     program = tmp_path / "program.py"
     program.write_text("import sys\nsys.exit(3 if 'two' in str(sys.argv) else 1)\n")
-    monkeypatch.setattr(runner, "PROGRAM", program)
+    monkeypatch.setattr(runner, "PROGRAM", [str(program)])
     path, out = write(tmp_path, AFTER), tmp_path / "out"
     for options, place in (([], "[3/6] after-seed0"), (["--only=after"], "[1/2] after-seed0")):
         result = CliRunner().invoke(sweep.main, [path, f"--outdir={out}", *options])

@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROGRAM = Path(__file__).resolve().parents[2] / "sid_train.py"  # what the runs execute
+PROGRAM = ("-m", "sid_train")  # what the runs execute: a file of a checkout or of an installed package
 KEYS = {"title", "include", "seeds", "common", "settings"}  # of a sweep file
 OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  # options that the sweep gives itself
 NAME = re.compile(r"[A-Za-z0-9_][\w.=+-]{0,99}", re.ASCII)  # of a setting: becomes part of a folder's name

@@ -117,7 +117,7 @@ def command(run: Run, folder: Path, processes: int) -> list[str]:
     network = last_snapshot(folder.parent / run.source) if run.source else None
     given = f"--transfer={run.recorded['transfer']}"
     arguments = [f"--transfer={network}" if network and one == given else one for one in run.arguments]
-    return [*start, str(PROGRAM), *arguments, f"--outdir={folder}", "--nosubdir"]
+    return [*start, *PROGRAM, *arguments, f"--outdir={folder}", "--nosubdir"]
 
 
 def outcome(exit_code: int, output: str) -> tuple[int, str]:

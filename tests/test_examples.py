@@ -1,0 +1,83 @@
+"""The examples run, at tiny length, and the toy one learns."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from tiny import tiny_teacher
+
+from edm import zoo
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(folder, name, *arguments):
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_step(tmp_path):
+    zoo.save_network(tiny_teacher(), tmp_path / "generator.safetensors", kind="sid-generator", init_sigma=2.5)
+    run(tmp_path, "one_step.py", "generator.safetensors", "grid.png")
+    assert PIL.Image.open(tmp_path / "grid.png").size == (64, 64)  # 8 x 8 images of 8 x 8 pixels
+
+
+def test_own_denoiser(tmp_path):
+    run(tmp_path, "own_denoiser.py", "--out=RUN", "--teacher-steps=2", "--kimg=0.128")
+    assert list((tmp_path / "RUN").glob("network-snapshot-*.safetensors"))
+    assert PIL.Image.open(tmp_path / "RUN" / "generated.png").size == (8 * 8 * 4, 8 * 8 * 4)
+
+
+def load(name):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.pop(0)
+
+
+def test_own_denoiser_is_right_for_an_exact_network():
+    """For data N(0, 1/4) the best noise predictor is linear, and the denoiser must be x / (1 + 4 sigma^2)."""
+    example = load("own_denoiser")
+
+    class Exact(example.NoiseNet):
+        def forward(self, x, t):
+            a = self.a[t].reshape(-1, 1, 1, 1)
+            return x * (1 - a).sqrt() / (a / 4 + 1 - a)
+
+    denoiser = example.NoiseNetDenoiser(Exact())
+    sigma = denoiser.round_sigma(torch.tensor([0.02, 0.5, 2.5, 80.0])).reshape(-1, 1, 1, 1)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(denoiser(x, sigma), x / (1 + 4 * sigma**2), rtol=1e-3, atol=1e-5)
+
+
+def test_toy_teacher_is_the_conditional_mean():
+    """By importance sampling: the mean of clean points, weighted by the likelihood of the noisy one."""
+    toy = load("toy_2d")
+    torch.manual_seed(0)
+    clean, x = toy.data(200_000), torch.tensor([0.3, -0.2]).reshape(1, 2, 1, 1)
+    for sigma in (0.2, 1.0):
+        weights = (-(clean - x).square().sum(dim=[1, 2, 3]) / (2 * sigma**2)).softmax(dim=0)
+        mean = (weights[:, None, None, None] * clean).sum(dim=0)
+        answer = toy.teacher(x, torch.full([1, 1, 1, 1], sigma))[0]
+        torch.testing.assert_close(answer, mean, rtol=0, atol=0.01)
+
+
+def test_toy_learns(tmp_path):
+    toy = load("toy_2d")
+    near, rarest = toy.main(steps=300, batch=128, out=None)
+    assert near > 0.5
+    assert rarest > 0.3
+
+
+def test_toy_saves_its_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    run(tmp_path, "toy_2d.py", "--steps=2", "--out=toy.png")
+    assert PIL.Image.open(tmp_path / "toy.png").width > 500
