@@ -149,7 +149,7 @@ def main(steps: int, batch: int, out: str | None) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Distils a mixture of Gaussians in the plane.")
-    parser.add_argument("--steps", type=int, default=4000, help="iterations of both trainings")
+    parser.add_argument("--steps", type=int, default=2000, help="iterations of both trainings")
     parser.add_argument("--batch", type=int, default=256, help="points per iteration")
     parser.add_argument("--out", help="where to save a picture (.png)")
     arguments = parser.parse_args()
