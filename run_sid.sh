@@ -32,7 +32,7 @@ demo)                  teacher=assets/fashion-mnist-16/teacher.safetensors  dura
 *) usage ;;
 esac
 
-source ./setup_env.sh "" "import torch, numpy, scipy, PIL, click, requests, psutil, tqdm, safetensors"
+source ./setup_env.sh "" "import torch, numpy, PIL, click, requests, psutil, tqdm, safetensors"
 if [ -z "${NPROC:-}" ]; then
     NPROC=$("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count() or 1))')
 fi

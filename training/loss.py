@@ -1,16 +1,28 @@
 """Denoising losses that train diffusion models (arXiv:2206.00364, Table 1). Per-pixel, [N, C, H, W].
 
 Snapshots embed this file's source, so it imports nothing but torch, numpy, the standard library and
-torch_utils.persistence. Random draws come in this order: noise level [N, 1, 1, 1], augmentation, noise.
+torch_utils.persistence. Random numbers are drawn in this order: noise level [N, 1, 1, 1], augmentation, noise.
 """
+
+from __future__ import annotations  # EDM's tools may run the embedded source on an older Python
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from torch_utils import persistence
 
 
-def _denoising_loss(net, images, sigma, weight, labels, augment_pipe):
-    """weight * (D(y + sigma n; sigma) - y)^2 with y the augmented images."""
+def _denoising_loss(
+    net: Callable[..., torch.Tensor],
+    images: torch.Tensor,
+    sigma: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor | None,
+    augment_pipe: Callable[..., Any] | None,
+) -> torch.Tensor:
+    """weight * (D(y + sigma n; sigma) - y)^2, where y are the augmented images."""
     y, augment_labels = augment_pipe(images) if augment_pipe is not None else (images, None)
     noise = torch.randn_like(y) * sigma
     return weight * (net(y + noise, sigma, labels, augment_labels=augment_labels) - y) ** 2
@@ -20,12 +32,18 @@ def _denoising_loss(net, images, sigma, weight, labels, augment_pipe):
 class VPLoss:
     """Variance preserving: t uniform on [epsilon_t, 1], weight 1/sigma^2."""
 
-    def __init__(self, beta_d=19.9, beta_min=0.1, epsilon_t=1e-5):
+    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5):
         self.beta_d = beta_d
         self.beta_min = beta_min
         self.epsilon_t = epsilon_t
 
-    def __call__(self, net, images, labels=None, augment_pipe=None):
+    def __call__(
+        self,
+        net: Callable[..., torch.Tensor],
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        augment_pipe: Callable[..., Any] | None = None,
+    ) -> torch.Tensor:
         t = 1 + torch.rand([images.shape[0], 1, 1, 1], device=images.device) * (self.epsilon_t - 1)
         sigma = ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
         return _denoising_loss(net, images, sigma, 1 / sigma**2, labels, augment_pipe)
@@ -35,11 +53,17 @@ class VPLoss:
 class VELoss:
     """Variance exploding: sigma log-uniform on [sigma_min, sigma_max], weight 1/sigma^2."""
 
-    def __init__(self, sigma_min=0.02, sigma_max=100.0):
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0):
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
 
-    def __call__(self, net, images, labels=None, augment_pipe=None):
+    def __call__(
+        self,
+        net: Callable[..., torch.Tensor],
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        augment_pipe: Callable[..., Any] | None = None,
+    ) -> torch.Tensor:
         u = torch.rand([images.shape[0], 1, 1, 1], device=images.device)
         sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** u
         return _denoising_loss(net, images, sigma, 1 / sigma**2, labels, augment_pipe)
@@ -49,18 +73,27 @@ class VELoss:
 class EDMLoss:
     """EDM: sigma log-normal, weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
 
-    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5):
         self.P_mean = P_mean
         self.P_std = P_std
         self.sigma_data = sigma_data
 
-    def weight(self, sigma):
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The weight of the squared error at noise levels sigma, in their shape."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
-    def draw_sigma(self, images):
+    def draw_sigma(self, images: torch.Tensor) -> torch.Tensor:
+        """Random noise levels [N, 1, 1, 1] for images [N, C, H, W]."""
         return (torch.randn([images.shape[0], 1, 1, 1], device=images.device) * self.P_std + self.P_mean).exp()
 
-    def __call__(self, net, images, labels=None, augment_pipe=None, sigma=None):
-        """sigma: the noise levels [N, 1, 1, 1]; None draws them."""
+    def __call__(
+        self,
+        net: Callable[..., torch.Tensor],
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        augment_pipe: Callable[..., Any] | None = None,
+        sigma: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss per pixel, [N, C, H, W]. sigma: the noise levels [N, 1, 1, 1]; None draws them."""
         sigma = self.draw_sigma(images) if sigma is None else sigma
         return _denoising_loss(net, images, sigma, self.weight(sigma), labels, augment_pipe)

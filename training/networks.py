@@ -14,8 +14,11 @@ Parameter names and shapes are those of the published EDM snapshots. Snapshots e
 imports nothing but torch, numpy, the standard library and torch_utils.persistence.
 """
 
+from __future__ import annotations  # EDM's tools may run the embedded source on an older Python
+
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +49,13 @@ class Linear(torch.nn.Module):
     """Fully connected layer, [N, in_features] -> [N, out_features]."""
 
     def __init__(
-        self, in_features, out_features, bias=True, init_mode="kaiming_normal", init_weight=1.0, init_bias=0.0
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        init_mode: str = "kaiming_normal",
+        init_weight: float = 1.0,
+        init_bias: float = 0.0,
     ):
         super().__init__()
         self.in_features = in_features
@@ -55,7 +64,7 @@ class Linear(torch.nn.Module):
         self.weight = torch.nn.Parameter(_init_tensor([out_features, in_features], **init) * init_weight)
         self.bias = torch.nn.Parameter(_init_tensor([out_features], **init) * init_bias) if bias else None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -64,19 +73,21 @@ class Linear(torch.nn.Module):
 class Conv2d(torch.nn.Module):
     """Convolution with optional resampling by 2, up before it or down after it; kernel 0 only resamples."""
 
+    resample_filter: torch.Tensor | None
+
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel,
-        bias=True,
-        up=False,
-        down=False,
-        resample_filter=(1, 1),
-        fused_resample=False,
-        init_mode="kaiming_normal",
-        init_weight=1.0,
-        init_bias=0.0,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        bias: bool = True,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: Sequence[int] = (1, 1),
+        fused_resample: bool = False,
+        init_mode: str = "kaiming_normal",
+        init_weight: float = 1.0,
+        init_bias: float = 0.0,
     ):
         assert not (up and down)
         super().__init__()
@@ -94,7 +105,7 @@ class Conv2d(torch.nn.Module):
         taps = taps.outer(taps)[None, None] / taps.sum().square()  # [1, 1, k, k]
         self.register_buffer("resample_filter", taps if up or down else None)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight  # read once: it may be computed
         weight = weight.to(x.dtype) if weight is not None else None
         bias = self.bias.to(x.dtype) if self.bias is not None else None
@@ -115,15 +126,17 @@ class Conv2d(torch.nn.Module):
             x = F.conv2d(x, weight, bias, padding=weight_pad)
         return x
 
-    def _upsample(self, x, padding):
+    def _upsample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         if self.box_filter and padding == 0:
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        assert self.resample_filter is not None
         taps = self.resample_filter.to(x.dtype).mul(4).tile([x.shape[1], 1, 1, 1])
         return F.conv_transpose2d(x, taps, groups=x.shape[1], stride=2, padding=padding)
 
-    def _downsample(self, x, padding):
+    def _downsample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         if self.box_filter and padding == 0:
             return F.avg_pool2d(x, 2)
+        assert self.resample_filter is not None
         taps = self.resample_filter.to(x.dtype).tile([x.shape[1], 1, 1, 1])
         return F.conv2d(x, taps, groups=x.shape[1], stride=2, padding=padding)
 
@@ -132,20 +145,20 @@ class Conv2d(torch.nn.Module):
 class GroupNorm(torch.nn.Module):
     """Group normalisation with at most `num_groups` groups of at least `min_channels_per_group` channels."""
 
-    def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
+    def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5):
         super().__init__()
         self.num_groups = min(num_groups, num_channels // min_channels_per_group)
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(num_channels))
         self.bias = torch.nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def attention(q, k, v):
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(C)) v for q, k, v of shape [..., positions, C], the softmax in float32."""
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):  # where the fused one is slow
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):  # where the fused kernel is slow
         weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1, dtype=torch.float32)
         return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -159,23 +172,23 @@ class UNetBlock(torch.nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        emb_channels,
-        up=False,
-        down=False,
-        attention=False,
-        num_heads=None,
-        channels_per_head=64,
-        dropout=0.0,
-        skip_scale=1.0,
-        eps=1e-5,
-        resample_filter=(1, 1),
-        resample_proj=False,
-        adaptive_scale=True,
-        init=None,
-        init_zero=None,
-        init_attn=None,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+        num_heads: int | None = None,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_filter: Sequence[int] = (1, 1),
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+        init: dict[str, Any] | None = None,
+        init_zero: dict[str, Any] | None = None,
+        init_attn: dict[str, Any] | None = None,
     ):
         super().__init__()
         init = init or {}
@@ -203,12 +216,12 @@ class UNetBlock(torch.nn.Module):
             self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, **attn)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
 
-    def forward(self, x, emb):
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         if self.checkpoint and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
 
-    def _forward(self, x, emb):
+    def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb)[:, :, None, None].to(x.dtype)  # [N, C or 2C, 1, 1]
         if self.adaptive_scale:
@@ -222,12 +235,12 @@ class UNetBlock(torch.nn.Module):
             x = (self.proj(self._attend(self.norm2(x))) + x) * self.skip_scale
         return x
 
-    def _attend(self, x):
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
         n, c, height, width = x.shape
         qkv = self.qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
         q, k, v = (t.transpose(-1, -2).contiguous() for t in qkv.unbind(3))  # [N, heads, H*W, C/heads]
         attended = attention(q, k, v).transpose(-1, -2)
-        if x.is_contiguous():  # with one head it would else be a view that turns all that follows to channels last
+        if x.is_contiguous():  # with one head it would be a view that makes all later layers channels last
             attended = attended.contiguous()
         return attended.reshape(n, c, height, width)
 
@@ -236,13 +249,13 @@ class UNetBlock(torch.nn.Module):
 class PositionalEmbedding(torch.nn.Module):
     """Cosines and sines of a scalar at geometrically spaced frequencies, [N] -> [N, num_channels]."""
 
-    def __init__(self, num_channels, max_positions=10000, endpoint=False):
+    def __init__(self, num_channels: int, max_positions: int = 10000, endpoint: bool = False):
         super().__init__()
         self.num_channels = num_channels
         self.max_positions = max_positions
         self.endpoint = endpoint
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = self.num_channels // 2
         exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - (1 if self.endpoint else 0))
         angles = x.outer((1 / self.max_positions) ** exponents)
@@ -253,11 +266,13 @@ class PositionalEmbedding(torch.nn.Module):
 class FourierEmbedding(torch.nn.Module):
     """Cosines and sines of a scalar at random frequencies, [N] -> [N, num_channels]."""
 
-    def __init__(self, num_channels, scale=16):
+    freqs: torch.Tensor
+
+    def __init__(self, num_channels: int, scale: float = 16):
         super().__init__()
         self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = x.outer(2 * np.pi * self.freqs)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -276,23 +291,23 @@ class SongUNet(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution,
-        in_channels,
-        out_channels,
-        label_dim=0,
-        augment_dim=0,
-        model_channels=128,
-        channel_mult=(1, 2, 2, 2),
-        channel_mult_emb=4,
-        num_blocks=4,
-        attn_resolutions=(16,),
-        dropout=0.10,
-        label_dropout=0,
-        embedding_type="positional",
-        channel_mult_noise=1,
-        encoder_type="standard",
-        decoder_type="standard",
-        resample_filter=(1, 1),
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[int] = (1, 1),
     ):
         if embedding_type not in ("positional", "fourier"):
             raise ValueError(f"embedding_type must be positional or fourier, not {embedding_type!r}")
@@ -331,7 +346,7 @@ class SongUNet(torch.nn.Module):
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
 
-        # Encoder. aux is the network's input, carried down beside the features by encoders residual and skip.
+        # Encoder. aux is the network's input, carried down alongside the features by encoders residual and skip.
         self.enc = torch.nn.ModuleDict()
         channels, aux_channels, skip_channels = in_channels, in_channels, []
         for level, mult in enumerate(channel_mult):
@@ -380,7 +395,9 @@ class SongUNet(torch.nn.Module):
                 self.dec[f"{res}_aux_norm"] = GroupNorm(channels, eps=1e-6)
                 self.dec[f"{res}_aux_conv"] = Conv2d(channels, out_channels, kernel=3, **init_zero)
 
-    def _embed(self, noise_labels, class_labels, augment_labels):
+    def _embed(
+        self, noise_labels: torch.Tensor, class_labels: torch.Tensor | None, augment_labels: torch.Tensor | None
+    ) -> torch.Tensor:
         emb = torch.cat(self.map_noise(noise_labels).chunk(2, dim=1)[::-1], dim=1)  # sines first
         if self.map_label is not None:
             class_labels = _drop_labels(class_labels, self.label_dropout if self.training else 0)
@@ -389,7 +406,13 @@ class SongUNet(torch.nn.Module):
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         emb = self._embed(noise_labels, class_labels, augment_labels)
 
         skips, aux = [], x
@@ -426,18 +449,18 @@ class DhariwalUNet(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution,
-        in_channels,
-        out_channels,
-        label_dim=0,
-        augment_dim=0,
-        model_channels=192,
-        channel_mult=(1, 2, 3, 4),
-        channel_mult_emb=4,
-        num_blocks=3,
-        attn_resolutions=(32, 16, 8),
-        dropout=0.10,
-        label_dropout=0,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0,
     ):
         super().__init__()
         self.label_dropout = label_dropout
@@ -499,7 +522,9 @@ class DhariwalUNet(torch.nn.Module):
         self.out_norm = GroupNorm(channels)
         self.out_conv = Conv2d(channels, out_channels, kernel=3, **init_zero)
 
-    def _embed(self, noise_labels, class_labels, augment_labels):
+    def _embed(
+        self, noise_labels: torch.Tensor, class_labels: torch.Tensor | None, augment_labels: torch.Tensor | None
+    ) -> torch.Tensor:
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -509,7 +534,13 @@ class DhariwalUNet(torch.nn.Module):
             emb = emb + self.map_label(class_labels)
         return F.silu(emb)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         emb = self._embed(noise_labels, class_labels, augment_labels)
         skips = []
         for key, module in self.enc.items():
@@ -520,7 +551,7 @@ class DhariwalUNet(torch.nn.Module):
         return self.out_conv(F.silu(self.out_norm(x)))
 
 
-def _check_resolution(img_resolution, levels):
+def _check_resolution(img_resolution: int, levels: int) -> None:
     """Errors: ValueError when images of this size can't be halved between all levels and doubled again."""
     multiple = 2 ** (levels - 1)
     if img_resolution % multiple:
@@ -530,7 +561,7 @@ def _check_resolution(img_resolution, levels):
         )
 
 
-def _drop_labels(class_labels, probability):
+def _drop_labels(class_labels: torch.Tensor, probability: float) -> torch.Tensor:
     """Zeroes the labels of an image with the given probability."""
     if not probability:
         return class_labels
@@ -538,7 +569,7 @@ def _drop_labels(class_labels, probability):
     return class_labels * keep.to(class_labels.dtype)
 
 
-def _with_skip(x, skips, in_channels):
+def _with_skip(x: torch.Tensor, skips: list[torch.Tensor], in_channels: int) -> torch.Tensor:
     """x, joined with the next skip connection when the coming block has channels for it."""
     return x if x.shape[1] == in_channels else torch.cat([x, skips.pop()], dim=1)
 
@@ -550,12 +581,20 @@ _UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 class _Preconditioner(torch.nn.Module):
-    """What the four preconditioners share; a subclass gives `coefficients`, `sigma_min` and `sigma_max`."""
+    """What the four preconditioners share; a subclass defines `coefficients`, `sigma_min` and `sigma_max`."""
 
-    compute_dtype = None  # of the U-Net's layers; None: float16 with use_fp16 on a GPU, else float32
+    # Of the U-Net's layers; None means float16 with use_fp16 on a GPU, else float32.
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
-        self, img_resolution, img_channels, label_dim, use_fp16, model_type, out_channels=None, **model_kwargs
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        use_fp16: bool,
+        model_type: str,
+        out_channels: int | None = None,
+        **model_kwargs: Any,
     ):
         if model_type not in _UNETS:
             raise ValueError(f"model_type must be one of {', '.join(_UNETS)}, not {model_type!r}")
@@ -573,15 +612,25 @@ class _Preconditioner(torch.nn.Module):
         )
 
     @property
-    def augment_dim(self):
+    def augment_dim(self) -> int:
         """Length of the augmentation labels, 0 if the network takes none."""
         return self.model.map_augment.in_features if self.model.map_augment is not None else 0
 
-    def coefficients(self, sigma):
+    def coefficients(
+        self, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]."""
         raise NotImplementedError
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None, force_fp32=False, **model_kwargs):
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+        force_fp32: bool = False,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
         if self.label_dim == 0:
@@ -603,8 +652,8 @@ class _Preconditioner(torch.nn.Module):
         )
         return c_skip * x + c_out * out[:, : self.img_channels].to(torch.float32)
 
-    def round_sigma(self, sigma):
-        """The nearest noise level that the network knows."""
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """The nearest noise levels that the network knows, in the shape of `sigma`."""
         return torch.as_tensor(sigma)
 
 
@@ -614,16 +663,16 @@ class VPPrecond(_Preconditioner):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        beta_d=19.9,
-        beta_min=0.1,
-        M=1000,
-        epsilon_t=1e-5,
-        model_type="SongUNet",
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        beta_d: float = 19.9,
+        beta_min: float = 0.1,
+        M: int = 1000,
+        epsilon_t: float = 1e-5,
+        model_type: str = "SongUNet",
+        **model_kwargs: Any,
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
         self.beta_d = beta_d
@@ -633,15 +682,19 @@ class VPPrecond(_Preconditioner):
         self.sigma_min = float(self.sigma(epsilon_t))
         self.sigma_max = float(self.sigma(1.0))
 
-    def sigma(self, t):
+    def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
+        """The noise level at time t, in the shape of t."""
         t = torch.as_tensor(t)
         return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
 
-    def sigma_inv(self, sigma):
+    def sigma_inv(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """The time at which the noise level is sigma, in the shape of sigma."""
         sigma = torch.as_tensor(sigma)
         return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
 
-    def coefficients(self, sigma):
+    def coefficients(
+        self, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor, torch.Tensor, torch.Tensor]:
         return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
 
 
@@ -651,20 +704,22 @@ class VEPrecond(_Preconditioner):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        sigma_min=0.02,
-        sigma_max=100.0,
-        model_type="SongUNet",
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        sigma_min: float = 0.02,
+        sigma_max: float = 100.0,
+        model_type: str = "SongUNet",
+        **model_kwargs: Any,
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
 
-    def coefficients(self, sigma):
+    def coefficients(
+        self, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor, torch.Tensor, torch.Tensor]:
         return 1, sigma, torch.ones_like(sigma), (0.5 * sigma).log()
 
 
@@ -681,17 +736,19 @@ def iddpm_sigmas(C_1: float, C_2: float, M: int, dtype: torch.dtype = torch.floa
 class iDDPMPrecond(_Preconditioner):
     """Improved DDPM (arXiv:2102.09672): a discrete set of noise levels; the network's variance output is unused."""
 
+    u: torch.Tensor
+
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        C_1=0.001,
-        C_2=0.008,
-        M=1000,
-        model_type="DhariwalUNet",
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        C_1: float = 0.001,
+        C_2: float = 0.008,
+        M: int = 1000,
+        model_type: str = "DhariwalUNet",
+        **model_kwargs: Any,
     ):
         super().__init__(
             img_resolution, img_channels, label_dim, use_fp16, model_type, out_channels=img_channels * 2, **model_kwargs
@@ -702,22 +759,24 @@ class iDDPMPrecond(_Preconditioner):
         self.register_buffer("u", iddpm_sigmas(C_1, C_2, M))
 
     @property
-    def sigma_min(self):
+    def sigma_min(self) -> float:
         return float(self.u[self.M - 1])
 
     @property
-    def sigma_max(self):
+    def sigma_max(self) -> float:
         return float(self.u[0])
 
-    def coefficients(self, sigma):
+    def coefficients(
+        self, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor, torch.Tensor, torch.Tensor]:
         c_noise = self.M - 1 - self._nearest(sigma).to(torch.float32)
         return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
 
-    def round_sigma(self, sigma):
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
         sigma = torch.as_tensor(sigma)
         return self.u.to(sigma.device)[self._nearest(sigma)].to(sigma.dtype)
 
-    def _nearest(self, sigma):
+    def _nearest(self, sigma: torch.Tensor) -> torch.Tensor:
         """Index of the nearest noise level, same shape as sigma."""
         distance = (sigma.to(torch.float32).reshape(-1, 1) - self.u.to(sigma.device)).abs()
         return distance.argmin(1).reshape(sigma.shape)
@@ -729,21 +788,23 @@ class EDMPrecond(_Preconditioner):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        sigma_min=0,
-        sigma_max=float("inf"),
-        sigma_data=0.5,
-        model_type="DhariwalUNet",
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        sigma_min: float = 0,
+        sigma_max: float = float("inf"),
+        sigma_data: float = 0.5,
+        model_type: str = "DhariwalUNet",
+        **model_kwargs: Any,
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.sigma_data = sigma_data
 
-    def coefficients(self, sigma):
+    def coefficients(
+        self, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor, torch.Tensor, torch.Tensor]:
         total = (sigma**2 + self.sigma_data**2).sqrt()
         return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total, sigma.log() / 4
