@@ -29,6 +29,21 @@ ARCHITECTURES = {
 }
 PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
 
+# What the command line calls the options whose names differ there, and how many of our units its unit is.
+COMMAND_LINE = {
+    "total_kimg": ("duration", 1000),
+    "ema_halflife_kimg": ("ema", 1000),
+    "lr_rampup_kimg": ("lr-rampup", 1),
+    "loss_scaling": ("ls", 1),
+    "use_fp16": ("fp16", 1),
+    "images": ("data (images)", 1),
+    "img_resolution": ("data", 1),
+    "model_channels": ("cbase", 1),
+    "channel_mult": ("cres", 1),
+    "num_blocks": ("blocks", 1),
+    "attn_resolutions": ("attn", 1),
+}
+
 
 @click.command(cls=LongCommand)
 @click.option("--outdir", help="Where to make the run folder", required=True)
@@ -88,7 +103,7 @@ def main(**options):
     from training import augment, loss
     from training.conditions import metadata_of
     from training.dataset import ImageFolderDataset
-    from training.training_loop import FREE_ON_RESUME, ROUNDING, Training, check_state, training_loop
+    from training.training_loop import Training, check_state, training_loop
 
     dataset = ImageFolderDataset(
         options["data"], use_labels=options["cond"], xflip=options["xflip"], cache=options["cache"]
@@ -122,7 +137,7 @@ def main(**options):
         if resume is not None:
             check_state(resume, net)
             now = checkpoint.setting(asked, device)
-            run_folder.check_setting(resume.path, resume.read(), now, FREE_ON_RESUME, ROUNDING, options["override"])
+            run_folder.check_setting(resume.path, resume.read(), now, resume_rules(config, options["override"]))
         training = Training(config, net, loss_fn, pipe, device, asked, resume)
         with run_folder.create(*place, summary, resume and resume.path) as run_dir:
 
@@ -134,6 +149,16 @@ def main(**options):
             training_begins.set()
             training_loop(training, dataset, run_dir, save_snapshot)
     distributed.shutdown()
+
+
+def resume_rules(config, override=False):
+    """What a resumed training may change (`run_folder.ResumeRules`)."""
+    from torch_utils.run_folder import ResumeRules
+    from training.training_loop import FREE_ON_RESUME, ROUNDING
+
+    # Without a decay the end changes nothing before it.
+    free = FREE_ON_RESUME | ({"total_kimg"} if config.lr_decay == "none" else set())
+    return ResumeRules(free, ROUNDING, override, COMMAND_LINE)
 
 
 def check_sizes(precond, network_kwargs):

@@ -15,6 +15,20 @@ AUGMENT = 0.12  # EDM's probability for CIFAR-10
 ROUNDING = {"batch_gpu", "compile", "channels_last", "chunk", "checkpoint"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states"}
 FREE_ON_RESUME |= {"use_fp16"}  # `precision` says what came of it
+# What the command line calls the options whose names differ there, and how many of our units its unit is.
+COMMAND_LINE = {
+    "total_kimg": ("duration", 1000),
+    "ema_halflife_kimg": ("ema", 1000),
+    "ema_rampup_ratio": ("ema-rampup", 1),
+    "lr_rampup_kimg": ("lr-rampup", 1),
+    "use_fp16": ("fp16", 1),
+    "init_sigma": ("init_sigma", 1),
+    "g_beta1": ("g_beta1", 1),
+    "lsg_gan": ("lsg_gan", 1),
+    "gan_freeze_kimg": ("gan-freeze", 1),
+    "gan_start_kimg": ("gan-start", 1),
+    "real_images": ("data (images)", 1),
+}
 ADAM_STATES = ("fp32", "bf16")
 DROP_LABELS = ("before", "after")
 

@@ -19,9 +19,10 @@ from training.dataset import ImageFolderDataset
 
 from . import memory
 from .adversarial import RealImages
-from .config import FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
+from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .prepare import prepare
-from .report.progress import GRID_COLUMNS, GRID_ROWS, Report
+from .report.pictures import GRID_COLUMNS, GRID_ROWS
+from .report.progress import Report
 from .schedules import Single
 from .training_loop import training_loop
 
@@ -80,23 +81,33 @@ def _distil_on(
     place = (options["outdir"], options["desc"] or describe(teacher, config), options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
     config = resolve(config, teacher, device)
-    rounding = ROUNDING - {"batch_gpu"} if config.gan else ROUNDING  # whose loss is a mean over --batch-gpu
-    rules = {"free": FREE_ON_RESUME, "rounding": rounding, "override": options["override"]}
+    rules = resume_rules(config, options["override"])
 
     def check(was: dict[str, Any]) -> None:
         now = config.options()
         del now["batch_gpu"]  # which may come from `was`
-        run_folder.refuse_changes(resume.path, saved_options(was, teacher, device), now, **rules)
+        run_folder.refuse_changes(resume.path, saved_options(was, teacher, device), now, rules)
 
     distillation = prepare(teacher, config, device, start, resume, reals, check)  # may refuse: before the folder
     if resume is not None:
         was, now = distillation.state.setting, checkpoint.setting(distillation.config.options(), device)
         was = {**was, "options": saved_options(was["options"], teacher, device)}
-        run_folder.check_setting(resume.path, was, now, **rules)
+        run_folder.check_setting(resume.path, was, now, rules)
     with run_folder.create(*place, summary, resume and resume.path) as run_dir:
         distributed.print0(f"Run folder: {run_dir}")
         training.set()
         training_loop(distillation, run_dir, Report(run_dir, evaluator, picture, config.batch))
+
+
+def resume_rules(config: DistillationConfig, override: bool = False) -> run_folder.ResumeRules:
+    """What a resumed distillation may change."""
+    free = FREE_ON_RESUME
+    if config.lr_decay == "none":  # without a decay the end changes nothing before it
+        free = free | {"total_kimg"}
+    rounding = ROUNDING
+    if config.gan:  # its loss is a mean over --batch-gpu
+        rounding = rounding - {"batch_gpu"}
+    return run_folder.ResumeRules(free, rounding, override, COMMAND_LINE)
 
 
 def make_evaluator(

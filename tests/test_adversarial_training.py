@@ -28,8 +28,8 @@ import sid_train
 from dnnlib import UserError
 from edm import zoo
 from sid import adversarial, doctor, lora, memory
-from sid.config import FREE_ON_RESUME, ROUNDING
 from sid.prepare import prepare
+from sid.run import resume_rules
 from sid.training_loop import training_loop
 from torch_utils import checkpoint, misc, run_folder
 
@@ -130,7 +130,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, data, stop, rank):
     ):
         now = checkpoint.setting({**resumed.config.options(), **changes}, CPU)
         with pytest.raises(UserError, match=f"^{said}: the run in "):
-            run_folder.check_setting(path, was, now, FREE_ON_RESUME, ROUNDING)
+            run_folder.check_setting(path, was, now, resume_rules(resumed.config))
 
 
 def test_memory_counts_the_real_images():

@@ -26,7 +26,7 @@ from sid import doctor
 from sid.bench import __main__ as bench
 from sid.config import DistillationConfig
 from sid.probe import gradients, noise, pull
-from sid.report import progress as report
+from sid.report import __main__ as report
 from sid.sweep import __main__ as sweep
 from training.networks import EDMPrecond
 

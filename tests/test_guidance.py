@@ -19,10 +19,11 @@ from tiny import (
 
 from dnnlib import UserError
 from edm import zoo
-from sid.config import FREE_ON_RESUME, ROUNDING, DistillationConfig
+from sid.config import DistillationConfig
 from sid.guidance import LABEL_DROPOUT, Guidance, guided, parse_guidance
 from sid.loss import SiDLoss, omega
 from sid.prepare import prepare
+from sid.run import resume_rules
 from sid.training_loop import training_loop
 from torch_utils import checkpoint, run_folder
 from training.conditions import Classes
@@ -232,7 +233,7 @@ def test_a_resumed_run_is_bit_equal_and_keeps_its_guidance(tmp_path):
     other = tiny_distillation(guidance="long=2", resume=path)
     now = checkpoint.setting(other.config.options(), CPU)
     with pytest.raises(UserError, match=r"--guidance=long=2: the run in .* has --guidance=long-short=2"):
-        run_folder.check_setting(path, other.state.setting, now, FREE_ON_RESUME, ROUNDING)
+        run_folder.check_setting(path, other.state.setting, now, resume_rules(other.config))
 
 
 def test_snapshots_say_how_they_were_guided(tmp_path):

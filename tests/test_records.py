@@ -12,7 +12,8 @@ from edm import zoo
 from sid import doctor
 from sid.config import DistillationConfig
 from sid.monitor import records
-from sid.report import progress as report
+from sid.report import __main__ as report
+from sid.report.progress import read_metrics
 from torch_utils import run_folder
 
 HUGE = "1" + "0" * 4000
@@ -167,7 +168,7 @@ def test_a_metric_that_is_not_a_number_is_no_best_one(run):
 
 def test_a_run_goes_on_over_damaged_records(run):
     write(run / "metric-fid8.jsonl", "null\n{}\n[]\n" + lines(METRIC) + '{"kimg": 1, "value": "x"}\n{"ki')
-    assert report.read_metrics(run, "fid8") == METRIC
+    assert read_metrics(run, "fid8") == METRIC
 
 
 @pytest.mark.parametrize("command", [doctor.main, report.main], ids=["doctor", "report"])

@@ -28,7 +28,7 @@ from sid.training_loop import training_loop
 from torch_utils import checkpoint, distributed, interruption, run_folder, training_stats, watchdog
 from torch_utils.interruption import EXIT_CODE, Interruption
 from torch_utils.run_folder import check_setting
-from training.training_loop import Training
+from training.training_loop import Training, TrainingConfig
 
 CPU = torch.device("cpu")
 BATCH = 2
@@ -247,10 +247,10 @@ def test_a_decay_fixes_the_duration(tmp_path):
     was = checkpoint.setting({"total_kimg": 10.0, "lr_decay": "cosine"}, CPU)
     now = checkpoint.setting({"total_kimg": 20.0, "lr_decay": "cosine"}, CPU)
     with pytest.raises(UserError, match=r"--duration=0.02: .* --duration=0.01"):
-        check_setting(tmp_path, was, now, set(), set())
+        check_setting(tmp_path, was, now, train.resume_rules(TrainingConfig(lr_decay="cosine")))
     for setting in (was, now):
         setting["options"]["lr_decay"] = "none"
-    check_setting(tmp_path, was, now, set(), set())
+    check_setting(tmp_path, was, now, train.resume_rules(TrainingConfig()))
 
 
 def test_two_runs_never_share_a_folder(tmp_path):

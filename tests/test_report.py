@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from edm.published import FILES
-from sid.report.progress import Report, read_metrics, summarise
+from sid.report.progress import Report, read_metrics
+from sid.report.summary import summarise
 from sid.run import published_reference
 
 

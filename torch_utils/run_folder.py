@@ -1,11 +1,12 @@
 """Run folders: `00003-description/` with training_options.json and log.txt, each of one run at a time."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,34 @@ MAX_NAME_BYTES = 255  # on all usual disks
 OPTIONS_FILE = "training_options.json"
 LOG_FILE = "log.txt"
 LAUNCH = "launch"  # in OPTIONS_FILE: what `_launch` says
-# How the command lines name an option that has another name here, and in which unit they take it.
-OPTION_NAMES: dict[str, tuple[str, float]] = {
-    "total_kimg": ("duration", 1000),
-    "ema_halflife_kimg": ("ema", 1000),
-    "ema_rampup_ratio": ("ema-rampup", 1),
-    "lr_rampup_kimg": ("lr-rampup", 1),
-    "loss_scaling": ("ls", 1),
-    "use_fp16": ("fp16", 1),
-    "init_sigma": ("init_sigma", 1),
-    "g_beta1": ("g_beta1", 1),
-    "lsg_gan": ("lsg_gan", 1),
-    "gan_freeze_kimg": ("gan-freeze", 1),
-    "gan_start_kimg": ("gan-start", 1),
-    "real_images": ("data (images)", 1),
-    "images": ("data (images)", 1),
-    "img_resolution": ("data", 1),
-    "model_channels": ("cbase", 1),
-    "channel_mult": ("cres", 1),
-    "num_blocks": ("blocks", 1),
-    "attn_resolutions": ("attn", 1),
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeRules:
+    """What a resumed run may change, and what its command line calls the options.
+
+    free            names of options that may change
+    rounding        names of options that change how sums are rounded or how draws are split, which may change too
+    override        whether every other option may change as well
+    command_line    {name: (its option on the command line, how many units one of the option's units is)}; other
+                    options have the same name there
+    """
+
+    free: Collection[str] = ()
+    rounding: Collection[str] = ()
+    override: bool = False
+    command_line: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+
+    def text(self, name: str, value: Any) -> str:
+        """An option as it would be typed."""
+        option, unit = self.command_line.get(name, (name.replace("_", "-"), 1))
+        if value is None or value is False:
+            return f"no --{option}"
+        if isinstance(value, list | tuple):
+            value = ",".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value / unit:g}"
+        return f"--{option}={value}"
 
 
 def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
@@ -136,69 +144,42 @@ def _belongs(folder: Path, outdir: Path, nosubdir: bool) -> bool:
     return folder == outdir or (not nosubdir and folder.parent == outdir)
 
 
-def refuse_changes(
-    path: Path,
-    old: dict[str, Any],
-    new: dict[str, Any],
-    free: Collection[str],
-    rounding: Collection[str],
-    override: bool = False,
-) -> list[str]:
-    """The names of what differs between the options `old`, of the state at `path`, and `new`, of this run.
+def refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any], rules: ResumeRules) -> list[str]:
+    """The names of the options that differ between `old`, of the state at `path`, and `new`, of this run.
 
-    free, rounding: names of options that may change; the latter change how sums are rounded, or how draws are split.
-    override: other options may change too.
-    Errors: UserError naming the first option that differs, both values, and the way out.
+    Errors: UserError naming the first option that differs but must not, both values, and the way out.
     """
-    changed = [name for name in old if name in new and new[name] != old[name] and name not in free]
-    if "total_kimg" in changed and new["lr_decay"] == "none":
-        changed.remove("total_kimg")  # without a decay the end changes nothing before it
-    refused = [] if override else [name for name in changed if name not in rounding]
+    changed = [name for name in old if name in new and new[name] != old[name] and name not in rules.free]
+    refused = [] if rules.override else [name for name in changed if name not in rules.rounding]
     if refused:
         name = refused[0]
-        here, there = (_option(name, options[name]) for options in (new, old))
+        here, there = (rules.text(name, options[name]) for options in (new, old))
         remedy = "leave it out" if old[name] is None or old[name] is False else "give that"
         raise UserError(f"{here}: the run in {path} has {there}; {remedy}, or --override to change it")
     return changed
 
 
 def check_setting(
-    path: Path,
-    was: dict[str, dict[str, Any]],
-    now: dict[str, dict[str, Any]],
-    free: Collection[str],
-    rounding: Collection[str],
-    override: bool = False,
+    path: Path, saved: dict[str, dict[str, Any]], current: dict[str, dict[str, Any]], rules: ResumeRules
 ) -> None:
-    """Holds the options of a resumed run against those in its state; tells when it can't be bit-equal any more.
+    """Compares a resumed run's options with those in its state, and prints what it changes.
 
-    was, now: 'options' and 'surroundings' (`checkpoint.setting`) of the state at `path` and of this run. The other
-    arguments, and errors, are those of `refuse_changes`.
+    saved, current: 'options' and 'surroundings' (`checkpoint.setting`) of the state at `path` and of this run.
+    Errors: as for `refuse_changes`.
     """
-    old, new = was["options"], now["options"]
-    changed = refuse_changes(path, old, new, free, rounding, override)
+    old, new = saved["options"], current["options"]
+    changed = refuse_changes(path, old, new, rules)
     for name in changed:
-        if name not in rounding:
-            distributed.print0(f"{_option(name, new[name])} from here on, instead of {_option(name, old[name])}")
-    differing = [f"{_option(name, new[name])} instead of {old[name]}" for name in changed if name in rounding]
+        if name not in rules.rounding:
+            distributed.print0(f"{rules.text(name, new[name])} from here on, instead of {rules.text(name, old[name])}")
+    differing = [f"{rules.text(name, new[name])} instead of {old[name]}" for name in changed if name in rules.rounding]
     differing += [
-        f"{name} {now['surroundings'].get(name)} instead of {value}"
-        for name, value in was["surroundings"].items()
-        if now["surroundings"].get(name) != value
+        f"{name} {current['surroundings'].get(name)} instead of {value}"
+        for name, value in saved["surroundings"].items()
+        if current["surroundings"].get(name) != value
     ]
     if differing:
         distributed.print0(f"Resumed with {', '.join(differing)}: as good, but no longer bit-equal to an unbroken run")
-
-
-def _option(name: str, value: Any) -> str:
-    option, unit = OPTION_NAMES.get(name, (name.replace("_", "-"), 1))
-    if value is None or value is False:
-        return f"no --{option}"
-    if isinstance(value, list | tuple):
-        value = ",".join(map(str, value))
-    elif isinstance(value, float):
-        value = f"{value / unit:g}"
-    return f"--{option}={value}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,34 @@
+"""FID before and after a distillation, from a run's records."""
+
+from pathlib import Path
+
+import torch
+
+from dnnlib import UserError
+
+from ..monitor.records import read_records
+from .pictures import TEACHER_EVALUATIONS
+
+
+def summarise(run_dir: Path, teacher: torch.nn.Module, transfer: str | None = None) -> list[tuple[str, int, float]]:
+    """Rows (network, evaluations per image, FID) of a run: what it measured, what the teacher's file records.
+
+    transfer: the network that it started from, if that isn't the teacher.
+    """
+    files = sorted(run_dir.glob("metric-fid*.jsonl"))
+    if not files:
+        raise UserError(f"{run_dir}: no metric-fid*.jsonl; distil with --metrics=fid50k to have FID in the summary")
+    records = read_records(files[0], "kimg", "value")
+    if not records:
+        raise UserError(f"{files[0]}: holds no record; wait for the first snapshot of the run")
+    rows, evaluations = [], TEACHER_EVALUATIONS
+    recorded = getattr(teacher, "metadata", {}).get("fid")
+    if isinstance(recorded, dict) and recorded.get("detector_sha256") == records[0].get("detector_sha256"):
+        value = recorded.get(f"evaluations_{evaluations}")
+        if isinstance(value, int | float):
+            rows.append(("teacher", evaluations, float(value)))
+    if records[0]["kimg"] == 0:
+        before = "generator before (--transfer)" if transfer else "teacher = generator before"
+        rows.append((before, 1, records[0]["value"]))
+    rows.append(("generator after", 1, records[-1]["value"]))
+    return rows
