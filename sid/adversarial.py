@@ -1,8 +1,8 @@
-"""SiD with an adversarial loss (SiDA, arXiv:2410.14919): psi's encoder tells real images from generated ones.
+"""SiD with an adversarial loss (SiDA, arXiv:2410.14919): psi's encoder separates real images from generated ones.
 
-The discriminator has no parameters of its own. Its logits are the mean over channels of what psi's last encoder block
-gives, one per position, in the very pass that gives f_psi. Functions on tensors come first, then the loss around the
-networks and the real images that it draws.
+The discriminator has no parameters of its own. Its logits are the channel means of the output of psi's last encoder
+block, one per position, from the same pass that gives f_psi. Functions on tensors come first, then the real images,
+then the loss around the networks.
 """
 
 import contextlib
@@ -22,36 +22,38 @@ from .config import DistillationConfig
 from .guidance import guided
 from .loss import SiDLoss, divergence
 
-LOGIT_LIMIT = 10.0  # of the generator's logits, published value
-SHARE = 0.5  # of each of theta's two losses
+LOGIT_LIMIT = 10.0  # the generator's logits are clamped to it (SiDA's value)
+SHARE = 0.5  # weight of each of theta's two losses
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(BCE(real, 1) + BCE(fake, 0)) / 2 of logits [N, h, w], mean over images and positions: one number."""
+    """(BCE(real, 1) + BCE(fake, 0)) / 2 of logits [N, h, w], averaged over images and positions to one number."""
     return (softplus(-real).mean() + softplus(fake).mean()) / 2
 
 
 def adversarial_loss(fake: torch.Tensor) -> torch.Tensor:
-    """BCE(fake, 1) of limited logits [N, h, w], mean over images and positions: one number."""
+    """BCE(fake, 1) of clamped logits [N, h, w], averaged over images and positions to one number."""
     return softplus(-fake.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)).mean()
 
 
 def accuracy(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Share of the positions whose logit has the right sign, [N]; 0.5 is chance."""
+    """Share of positions whose logit has the right sign, [N]; 0.5 is chance."""
     return ((real > 0).float() + (fake < 0).float()).mean(dim=[1, 2]) / 2
 
 
 def last_encoder_block(net: torch.nn.Module) -> torch.nn.Module:
-    """Of a denoiser around a U-Net of training/networks.py. Errors: UserError when `net` is none."""
+    """The last encoder block of a denoiser built on a U-Net of training/networks.py. Errors: UserError for others."""
     encoder = getattr(getattr(net, "model", None), "enc", None)
     if not isinstance(encoder, torch.nn.ModuleDict) or not len(encoder):
-        raise UserError(f"--gan: {type(net).__name__} has no encoder net.model.enc to tell images by; leave --gan out")
+        raise UserError(
+            f"--gan: {type(net).__name__} has no encoder net.model.enc to discriminate with; leave --gan out"
+        )
     return list(encoder.values())[-1]
 
 
 @contextlib.contextmanager
 def logits_of(net: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the logits [N, h, w] of every call of a denoiser while open; what it returns is the same."""
+    """Collects the logits [N, h, w] of every call of a denoiser while open, without changing what the calls return."""
     collected: list[torch.Tensor] = []
 
     def collect(module: torch.nn.Module, args: tuple, features: torch.Tensor) -> None:  # features: [N, channels, h, w]
@@ -65,11 +67,11 @@ def logits_of(net: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 class RealImages:
-    """Real images at random. Which ones is a draw of torch's default generator, so it follows `misc.seed_at`.
+    """Draws real images at random from torch's default generator, so that `misc.seed_at` determines them.
 
     dataset:    square images; with labels if `label_dim` isn't 0
-    label_dim:  of the networks; classes that the data set lacks get columns of zeros
-    Errors: DatasetError, also from `draw`, when a file is broken.
+    label_dim:  number of classes of the networks; classes that the data set lacks get columns of zeros
+    Errors: DatasetError, also from `draw`, when a file can't be read.
     """
 
     def __init__(self, dataset: ImageFolderDataset, label_dim: int, device: torch.device):
@@ -88,20 +90,19 @@ class RealImages:
     def _on_device(self, arrays: Sequence[np.ndarray]) -> torch.Tensor:
         batch = torch.as_tensor(np.stack(arrays))
         if self._device.type == "cuda":
-            batch = batch.pin_memory()  # else the host would wait for the GPU
+            batch = batch.pin_memory()  # otherwise the host would wait for the GPU
         return batch.to(self._device, non_blocking=True)
 
 
 class SiDALoss(SiDLoss):
-    """Both losses of SiDA. The networks must be the modules themselves, not compiled: their encoders are listened to.
+    """Both losses of SiDA. The networks must not be compiled, since hooks read the outputs of their encoders.
 
-    reals        real images, `draw` as RealImages has it
+    reals        real images; has the method `RealImages.draw`
     lsd          weight of the discriminator's loss relative to psi's
     lsg_gan      weight of the adversarial loss relative to theta's
-    options      those of SiDLoss
+    options      arguments of SiDLoss
 
-    Each binary cross-entropy is one number for all the images that a method gets at once: how many those are
-    (--batch-gpu) is part of the loss.
+    Each binary cross-entropy is one mean over all images of a call, so their number (--batch-gpu) is part of the loss.
     """
 
     def __init__(self, reals: RealImages, lsd: float = 1.0, lsg_gan: float = 1e-4, **options):
@@ -116,10 +117,10 @@ class SiDALoss(SiDLoss):
         augment_pipe: Callable | None = None,
         report: Callable | None = None,
     ) -> torch.Tensor:
-        """SiD's loss of psi, per pixel, plus lsd lambda(sigma) times the discriminator's, shared out over the pixels.
+        """psi's loss in SiD, per pixel, plus lsd lambda(sigma) times the discriminator's loss, spread over the pixels.
 
-        Each real image gets the noise level and the noise of the generated one at its place, and augmentations of its
-        own from the same pipe. The draws begin with those of SiD.
+        The i-th real image gets the noise level and the noise of the i-th generated one, and its own augmentations
+        from the same pipe. The first draws are the same as in SiD.
         """
         augment = augment_pipe or (lambda x: (x, None))
         sigma = known_sigma(fake_score, self.fake_sigma_schedule.draw(len(images), images.device))
@@ -132,7 +133,7 @@ class SiDALoss(SiDLoss):
             labels = self.conditions.drop(labels, self.guidance.label_dropout)
             real, augment_labels = augment(real)
             fake_score(real + noise, sigma, labels, augment_labels=augment_labels)
-        of_fake, of_real = logits[0], logits[-1]  # guidance asks with labels first
+        of_fake, of_real = logits[0], logits[-1]  # guidance calls with labels first
         discrimination = discriminator_loss(of_real, of_fake)
         if report is not None:
             report("Loss/discriminator", discrimination)
@@ -153,9 +154,9 @@ class SiDALoss(SiDLoss):
         score_gradient: bool | None = None,
         adversarial: bool = True,
     ) -> torch.Tensor:
-        """Half of SiD's loss plus, weighted as it is, half of lsg_gan times the adversarial loss at every pixel.
+        """Half of SiD's loss plus half of lsg_gan times the adversarial loss at every pixel, both weighted alike.
 
-        adversarial: whether that second half is there.
+        adversarial: whether to add the second half.
         """
         sigma, n = noise or self.draw_noise(images)
         sigma = known_sigma(teacher, sigma)
@@ -173,7 +174,7 @@ class SiDALoss(SiDLoss):
 
 
 def make_loss(config: DistillationConfig, teacher: torch.nn.Module, reals: RealImages | None) -> SiDLoss:
-    """The losses of a config. Errors: UserError when --gan has no real images or a network that it can't work with."""
+    """The losses of a config. Errors: UserError when --gan has no real images or doesn't work with the network."""
     names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule", "guidance")
     options = {name: getattr(config, name) for name in names}
     options |= {"sigma_data": sigma_data(teacher), "conditions": Classes.of(teacher)}

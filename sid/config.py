@@ -1,4 +1,4 @@
-"""The settings of a distillation run, as values. torch is not imported: command lines read this before it loads."""
+"""The settings of a distillation run, as values. Importing it doesn't load torch, for the command lines' sake."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ from .objectives import OBJECTIVES, Objective, check_objective
 from .schedules import TMAX, Karras, LogNormal, Schedule, Single, parse_schedule
 
 AUGMENT = 0.12  # EDM's probability for CIFAR-10
-# What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
+# What a resumed run may change. ROUNDING affects how sums are rounded or draws are split, FREE_ON_RESUME nothing.
 ROUNDING = {"batch_gpu", "compile", "channels_last", "chunk", "checkpoint"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states"}
-FREE_ON_RESUME |= {"use_fp16"}  # `precision` says what came of it
+FREE_ON_RESUME |= {"use_fp16"}  # `precision` records the outcome
 # What the command line calls the options whose names differ there, and how many of our units its unit is.
 COMMAND_LINE = {
     "total_kimg": ("duration", 1000),
@@ -35,12 +35,12 @@ DROP_LABELS = ("before", "after")
 
 @dataclasses.dataclass(frozen=True)
 class GradientFrom:
-    """How many kimg have gone by when gradients begin to pass through the score networks: 0 for all, inf for none."""
+    """When gradients begin to pass through the score networks, in kimg: 0 for always, inf for never."""
 
     kimg: float = 0.0
 
     def passes(self, nimg: int) -> bool:
-        """Whether they pass after `nimg` images."""
+        """Whether gradients pass after `nimg` images."""
         return nimg >= self.kimg * 1000
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class GradientFrom:
 
 
 def parse_score_gradient(value: str | GradientFrom) -> GradientFrom:
-    """What 'on', 'off' or 'from=KIMG' names. Errors: UserError naming --score-gradient."""
+    """Parses 'on', 'off' or 'from=KIMG'. Errors: UserError naming --score-gradient."""
     if not isinstance(value, str):
         return value
     if value in ("on", "off"):
@@ -81,7 +81,7 @@ class DistillationConfig:
     sigma_schedule: Schedule = Karras()  # noise levels of the generator's loss
     fake_sigma_schedule: Schedule = LogNormal()  # noise levels of the fake score's loss
     tmax: float = TMAX  # Karras schedules reach up to t = tmax / 1000
-    fake_score_updates: int = 1  # of the fake score for every one of the generator
+    fake_score_updates: int = 1  # updates of the fake score per update of the generator
     init_sigma: float = 2.5  # noise level at which the generator starts
     lr: float = 1e-5  # fake score network
     glr: float = 1e-5  # generator
@@ -101,23 +101,23 @@ class DistillationConfig:
     chunk: int | None = None  # images per pass through teacher and fake score in the generator's phase; None: all
     checkpoint: bool = False  # recompute activations instead of keeping them
     share_images: bool = False  # one batch of generated images for both phases
-    share_noise: bool = False  # and of noise for them: the fake score is asked once
+    share_noise: bool = False  # and one draw of noise for them: the fake score is called once
     adam_state: str = "fp32"  # Adam's second moments, one of ADAM_STATES
-    lora_rank: int | None = None  # of the updates that generator and fake score learn; None: they learn all weights
-    guidance: Guidance | None = None  # of the score networks by their labels
+    lora_rank: int | None = None  # rank of the updates that generator and fake score learn; None: all weights
+    guidance: Guidance | None = None  # classifier-free guidance of the score networks
     drop_labels: str = "before"  # where guidance drops labels: before generating, as published, or after
-    gan: bool = False  # SiDA: an adversarial loss beside the generator's, from real images
-    gan_freeze_kimg: float = 100  # with gan, the generator stays as it starts for so long
-    gan_start_kimg: float = 200  # with gan, the generator's loss gets its adversarial part then
+    gan: bool = False  # SiDA: an additional adversarial loss, from real images
+    gan_freeze_kimg: float = 100  # with gan, how long the generator isn't updated
+    gan_start_kimg: float = 200  # with gan, when the generator's loss gets its adversarial part
     lsd: float = 1.0  # scales the discriminator's loss, as ls does the fake score's
     lsg_gan: float = 0.01  # scales the adversarial loss, as lsg does the generator's
-    real_images: int = 0  # how many `gan` draws from; a resumed run must have as many
-    spike_guard: float | None = None  # skip updates with a gradient norm so many times the usual; None: never
+    real_images: int = 0  # number of images that `gan` draws from; the same in a resumed run
+    spike_guard: float | None = None  # skip updates whose gradient norm is this many times the usual; None: never
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
     state_ticks: int = 500
-    save_minutes: float = 10  # a state at least so often; 0: by ticks only
-    keep_states: int = 2  # older ones are removed; 0: none is
+    save_minutes: float = 10  # the longest time between states; 0: by ticks only
+    keep_states: int = 2  # older ones are removed; 0: keep all
     seed: int = 0
 
     def __post_init__(self):
@@ -151,11 +151,11 @@ class DistillationConfig:
 
     @property
     def generator_objective(self) -> Objective:
-        """The row of the table of objectives."""
+        """The objective's row in `sid.objectives.OBJECTIVES`."""
         return OBJECTIVES[self.objective]
 
     def options(self) -> dict[str, Any]:
-        """The settings as plain values: what records, states and messages hold. The constructor takes them again."""
+        """The settings as plain values, for records, states and messages. The constructor accepts them."""
         plain = (type(None), bool, int, float, str)
         return {name: value if isinstance(value, plain) else str(value) for name, value in vars(self).items()}
 
@@ -164,13 +164,13 @@ class DistillationConfig:
             raise UserError("--gan: its gradient comes through the fake score; use --score-gradient=on")
         if not self.generator_objective.passes_scores:
             raise UserError(
-                f"--gan: its gradient comes through the fake score, but none with {self.objective}; use sid"
+                f"--gan: its gradient comes through the fake score, but {self.objective} passes none; use sid"
             )
         if self.chunk:
             raise UserError("--gan: its loss is a mean over --batch-gpu, which --chunk would split; use --checkpoint=1")
 
     def _check_share_noise(self) -> None:
-        """The fake score's one answer must do for both losses."""
+        """Both losses must be able to use the same output of the fake score."""
         if self.gan:
             raise UserError("--share-noise: --gan shows the fake score real images, too; use --share-images=1")
         if self.guidance is not None and self.guidance != Guidance(teacher=self.guidance.teacher):
@@ -181,12 +181,12 @@ class DistillationConfig:
         if not self.tmax:
             raise UserError("--share-noise: --tmax=0 leaves no range of noise levels; use --tmax=800")
         if self.augment:
-            raise UserError("--share-noise: the generator's loss knows no augmentation; use --augment=0")
+            raise UserError("--share-noise: the generator's loss has no augmentation; use --augment=0")
 
     def network_overrides(self, teacher: Any) -> dict[str, Any]:
         """Constructor arguments in which generator and fake score differ from the teacher.
 
-        A teacher that dropped labels in its training passes that on to neither: here only guidance drops labels.
+        They don't inherit label dropout from the teacher's training: here only guidance drops labels.
         """
         wanted = {"dropout": self.dropout, "use_fp16": self.use_fp16}
         if getattr(teacher, "init_kwargs", {}).get("label_dropout"):
@@ -198,7 +198,7 @@ class DistillationConfig:
         return self.generator_images(nimg) >= 0
 
     def generator_images(self, nimg: int) -> float:
-        """How many of `nimg` images came since the generator began to learn; below 0 before."""
+        """Images since the generator began to learn, out of `nimg`; negative before that."""
         return nimg - (self.gan_freeze_kimg * 1000 if self.gan else 0)
 
     def is_adversarial(self, nimg: int) -> bool:
@@ -212,7 +212,7 @@ class DistillationConfig:
 
 
 def resolve(config: DistillationConfig, teacher: Any, device: Any) -> DistillationConfig:
-    """The config with weighting, augmentation and precision chosen, where it leaves them to the objective, the teacher
+    """Fills in weighting, augmentation and precision where the config leaves them open, from the objective, the teacher
     and the device.
     """
     if config.weighting is None:
@@ -227,9 +227,9 @@ def resolve(config: DistillationConfig, teacher: Any, device: Any) -> Distillati
 
 
 def saved_options(options: dict[str, Any], teacher: Any, device: Any) -> dict[str, Any]:
-    """The options of a saved run as those of a `resolve`d config: at their defaults where its version lacked them."""
+    """The options of a saved run, resolved as `resolve` does; options that its version lacked have their defaults."""
     fields = {field.name for field in dataclasses.fields(DistillationConfig)}
     if options.get("guidance"):
-        options = {"drop_labels": "after", **options}  # before the option was there
+        options = {"drop_labels": "after", **options}  # before the option existed
     known = DistillationConfig(**{name: value for name, value in options.items() if name in fields})
     return {**options, **resolve(known, teacher, device).options()}

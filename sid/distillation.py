@@ -1,4 +1,4 @@
-"""One iteration of Score identity Distillation: psi learns to denoise what theta makes, theta follows L2 - alpha L1."""
+"""One iteration of Score identity Distillation: psi learns to denoise theta's images, theta descends L2 - alpha L1."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from .config import DistillationConfig
 from .loss import SiDLoss
 from .state import DistillationState
 
-FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # keep the random draws of the two phases apart
+FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # give the two phases different random draws
 
 
 @dataclasses.dataclass
 class Networks:
-    """The three networks as the training calls them: compiled or not, inside `autocast`."""
+    """The three networks as training calls them, possibly compiled, inside `autocast`."""
 
     teacher: Callable
     fake_score: Callable
@@ -36,7 +36,7 @@ class Distillation:
     config      the settings, without open choices (`sid.config.resolve`)
     loss        both losses
     state       theta, psi, theta's moving average, the optimisers and counters
-    networks    phi, psi and theta as they are called
+    networks    phi, psi and theta as training calls them
     batch_gpu   images per process and round
     """
 
@@ -89,14 +89,14 @@ class Distillation:
         self._update("fake_score", factor)
 
     def generator_phase(self, factor: float) -> None:
-        """theta follows its loss on fresh images of its own."""
+        """theta descends its loss on fresh images."""
         self.state.generator.train()
         for condition in self._rounds(GENERATOR_PHASE):
             self._backward_generator(self.generate(condition), condition)
         self._update("generator", factor)
 
     def shared_phase(self, factor: float) -> None:
-        """Both phases on the same images, which saves generating them twice; theta follows psi before its update."""
+        """Both phases on the same images, which saves generating them twice; theta's loss sees psi as it was."""
         self.state.generator.train()
         for condition in self._rounds(FAKE_SCORE_PHASE):
             self._backward_shared(self.generate(condition), condition)
@@ -104,9 +104,9 @@ class Distillation:
         self._update("generator", factor)
 
     def average(self) -> None:
-        """Moves theta's moving average on."""
+        """Updates theta's moving average."""
         state, config = self.state, self.config
-        # Counted from the run's start, the ramp-up would keep much of the frozen generator long after it moves.
+        # Counting from the run's start would leave much of the frozen generator in the average long after it moves.
         seen = max(config.generator_images(state.nimg), 0)
         beta = ema_beta(config.batch, seen, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
         update_ema(state.ema, state.generator, beta)
@@ -124,10 +124,11 @@ class Distillation:
             return generator.sample(z, condition).contiguous()
 
     def image_gradient(self, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of theta's loss by its images, [N, C, H, W].
+        """The gradient of theta's loss with respect to its images, [N, C, H, W].
 
-        The loss splits over images, so small chunks pass through phi and psi one after the other, and the activations
-        of one are gone before the next. One backward pass through theta follows: exact, in the memory of a chunk.
+        The loss is a sum over images, so small chunks pass through phi and psi one after the other, and the activations
+        of one are freed before the next. One backward pass through theta follows. This is exact and needs the memory
+        of a single chunk.
         """
         self.state.fake_score.eval()
         x_g = images.detach().requires_grad_()
@@ -140,7 +141,7 @@ class Distillation:
         return x_g.grad
 
     def shared_gradient(self, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        """As `image_gradient`; the same answers of psi give its own gradient, too, which is added to psi's weights."""
+        """As `image_gradient`; also adds psi's own gradient, from the same outputs of psi, to its weights."""
         self.state.fake_score.eval()
         x_g = images.detach().requires_grad_()
         noise = self.loss.draw_shared_noise(x_g)
@@ -153,7 +154,7 @@ class Distillation:
         return x_g.grad
 
     def _backward_fake_score(self, images: torch.Tensor, condition: torch.Tensor | None) -> None:
-        """Adds the gradient of psi's loss on `images` to psi's."""
+        """Accumulates the gradient of psi's loss on `images` in psi."""
         self.state.fake_score.train()
         inputs = (self.networks.fake_score, images, condition, self.augment_pipe, self.collector.report)
         with self.autocast():
@@ -161,11 +162,11 @@ class Distillation:
         self._backward_denoising(loss)
 
     def _backward_generator(self, x_g: torch.Tensor, condition: torch.Tensor | None) -> None:
-        """Adds the gradient of theta's loss on its images x_g, with their graph, to theta's."""
+        """Accumulates the gradient of theta's loss in theta, through the graph of its images x_g."""
         x_g.backward(self.image_gradient(x_g, condition))
 
     def _backward_shared(self, x_g: torch.Tensor, condition: torch.Tensor | None) -> None:
-        """Adds the gradients of both losses on the same images."""
+        """Accumulates the gradients of both losses on the same images."""
         if self.config.share_noise:
             x_g.backward(self.shared_gradient(x_g, condition))
         else:
@@ -180,18 +181,18 @@ class Distillation:
     def _loss_inputs(
         self, x_g: torch.Tensor, condition: torch.Tensor | None, noise: tuple[torch.Tensor, ...], part: slice
     ) -> tuple:
-        """What theta's losses are called with for some of the images."""
+        """The arguments of theta's losses for one chunk of the images."""
         chosen = self.conditions.select(condition, part), tuple(draw[part] for draw in noise)
         return self.networks.teacher, self.networks.fake_score, x_g[part], *chosen, self.collector.report
 
     def _stage(self) -> dict[str, bool]:
-        """What of theta's loss depends on the images seen."""
+        """The arguments of theta's loss that depend on the progress of the training."""
         config, nimg = self.config, self.state.nimg
         stage = {"score_gradient": config.score_gradient.passes(nimg)}
         return {**stage, "adversarial": config.is_adversarial(nimg)} if config.gan else stage
 
     def _backward_to(self, x_g: torch.Tensor, loss: torch.Tensor, keep: bool = False) -> None:
-        """Adds the gradient of theta's loss to that of x_g. keep: the graph, for another loss."""
+        """Accumulates the gradient of theta's loss in x_g.grad. keep: keeps the graph for another loss."""
         self.collector.report("Loss/generator", loss)
         loss = loss.sum() * (self.config.lsg / self.config.batch)
         self.state.generator_updater.backward(loss, only=[x_g], keep=keep)
@@ -210,7 +211,7 @@ class Distillation:
     def _rounds(self, phase: int, repeat: int = 0) -> Iterator[torch.Tensor | None]:
         """Seeds each round by its place in the global batch, then gives the conditions of its images.
 
-        repeat: the number of an update of psi among those between two of theta.
+        repeat: counts the updates of psi between two updates of theta.
         """
         for r in range(self.rounds):
             first_image = self.state.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
@@ -222,11 +223,11 @@ class Distillation:
         return self.conditions.draw(n, self.device)
 
     def fits(self) -> bool:
-        """Whether both phases have memory enough for one round on every process, tried on a GPU as at the run's end."""
+        """Whether one round of both phases fits into every process's memory, tried on a GPU with all losses."""
         if self.device.type != "cuda":
             return True
         fits, now = torch.ones([], device=self.device), self.state.nimg
-        self.state.nimg = int(self.config.total_kimg * 1000)  # when every part of the losses is there
+        self.state.nimg = int(self.config.total_kimg * 1000)  # when every part of the losses is active
         try:
             condition = next(self._rounds(FAKE_SCORE_PHASE))
             self._backward_shared(self.generate(condition), condition)

@@ -1,4 +1,4 @@
-"""Says in plain words how a distillation fares, from what it recorded: python -m sid.doctor RUN_FOLDER"""
+"""Explains in plain words how a distillation is doing, from its records: python -m sid.doctor RUN_FOLDER"""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from .monitor.rules import LATER_OPTIONS, MAY_BE_NONE, OPTIONS, diagnose
 
 
 def read_options(run_dir: Path) -> dict[str, Any]:
-    """The options of a distillation that its diagnosis needs. Errors: UserError when one is missing or damaged."""
+    """The options of a distillation that the rules need. Errors: UserError when one is missing or damaged."""
     options = read_run_options(run_dir)
     newer = {name: options.get(name, getattr(DistillationConfig, name)) for name in LATER_OPTIONS}
     found = {**{name: options.get(name) for name in OPTIONS}, **newer}
@@ -36,7 +36,7 @@ def _is_sound(name: str, value: Any) -> bool:
 
 
 def best_metric(run_dir: Path) -> str | None:
-    """A sentence about the first FID that was measured: the best and the last."""
+    """A sentence about the first FID metric: its best and its last value. None if there is none."""
     for path in sorted(run_dir.glob("metric-fid*.jsonl")):
         records = read_records(path, "kimg", "value")
         if not records:
@@ -52,7 +52,7 @@ def best_metric(run_dir: Path) -> str | None:
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True))
 def main(run: str) -> None:
-    """Say what the distillation in the folder RUN suffers from, and which option would help."""
+    """Say what is wrong with the distillation in the folder RUN, if anything, and which option would help."""
     run_dir = Path(run)
     options, stats = read_options(run_dir), run_dir / STATS_FILE
     records = read_records(stats, "Progress/kimg")

@@ -1,4 +1,4 @@
-"""The product of a distillation: noise in, images out, one network evaluation."""
+"""The result of a distillation: noise in, images out, one network evaluation."""
 
 import os
 
@@ -30,7 +30,9 @@ class OneStepGenerator:
         device: torch.device | str | None = None,
         init_sigma: float | None = None,
     ) -> "OneStepGenerator":
-        """source: short name, path or URL of a generator (`edm.zoo.load_network`); published SiD files included.
+        """Loads a generator.
+
+        source: short name, path or URL of a generator (`edm.zoo.load_network`); published SiD files included.
 
         device: None takes a GPU if there is one. init_sigma: only for a file that doesn't record it.
         Errors: UserError when it can't be loaded or is no one-step generator.
@@ -45,7 +47,7 @@ class OneStepGenerator:
         return self
 
     def __call__(self, n: int, seed: int = 0, class_idx: int | None = None, batch: int = 64) -> torch.Tensor:
-        """uint8 [n, C, H, W] on the CPU: image i is that of seed `seed + i`, whatever n, the batch and the device.
+        """uint8 [n, C, H, W] on the CPU. Image i depends on the seed `seed + i` alone, not on n, batch or device.
 
         class_idx: the class of all images; None draws one per image. Errors: UserError when there's no such class.
         """

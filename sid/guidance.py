@@ -1,6 +1,6 @@
 """Classifier-free guidance of the score networks in a distillation (SiD-LSG, arXiv:2406.01561).
 
-torch is not imported, so that command lines can read a guidance without waiting for it.
+It doesn't import torch, so that command lines can check options at once.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from training.conditions import Classes
 
-LABEL_DROPOUT = 0.1  # SiD-LSG's
+LABEL_DROPOUT = 0.1  # SiD-LSG's value
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Weights kappa of guidance in the places where a score network is asked; 1 leaves its answer as it is."""
+    """Guidance weights kappa for each place where a score network is called; 1 means no guidance."""
 
     fake_score_step: float = 1.0  # kappa1: psi in its own loss
     fake_score: float = 1.0  # kappa2 = kappa3: psi in the generator's loss
@@ -28,7 +28,7 @@ class Guidance:
 
     @property
     def label_dropout(self) -> float:
-        """Probability that an image of psi's own phase loses its label, so that psi can answer without one."""
+        """Probability that an image of psi's own phase loses its label, so that psi learns to do without."""
         return LABEL_DROPOUT if self.fake_score_step != 1 or self.fake_score != 1 else 0.0
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Guidance:
 
 
 def parse_guidance(value: "str | Guidance | None") -> Guidance | None:
-    """The guidance that a text names: long=K, short=K or long-short=K. None, for none, and a guidance come back.
+    """Parses long=K, short=K or long-short=K; None and a Guidance are returned unchanged.
 
     Errors: UserError naming --guidance.
     """
@@ -61,10 +61,10 @@ def parse_guidance(value: "str | Guidance | None") -> Guidance | None:
 
 
 def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
-    """f_kappa = f_null + kappa (f_cond - f_null) of a denoiser; with kappa = 1 the denoiser itself.
+    """f_kappa = f_null + kappa (f_cond - f_null) for a denoiser; with kappa = 1 the denoiser itself.
 
     The network is called once with the images' conditions and then once with null conditions. Each call has as many
-    images as one without guidance, so --batch-gpu and --chunk mean what they mean without.
+    images as without guidance, so --batch-gpu and --chunk keep their meaning.
     """
     if kappa == 1:
         return net
@@ -78,17 +78,17 @@ def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
 
 
 def check_guidance(guidance: Guidance | None, teacher: "torch.nn.Module") -> str | None:
-    """A warning about a teacher that never learnt to answer without labels, if it is one.
+    """A warning if the teacher was never trained without labels, otherwise None.
 
-    Errors: UserError for a teacher that knows no classes.
+    Errors: UserError for a teacher without classes.
     """
     if guidance is None:
         return None
     if not teacher.label_dim:
-        raise UserError(f"--guidance={guidance}: the teacher has no classes to guide by; leave the option out")
+        raise UserError(f"--guidance={guidance}: the teacher has no classes to guide with; leave the option out")
     if getattr(getattr(teacher, "model", None), "label_dropout", None) == 0:
         return (
-            "--guidance asks the teacher without labels, which it never saw in training;"
+            "--guidance calls the teacher without labels, which it was never trained for;"
             " edm.train --label-dropout=0.1 makes one that did"
         )
     return None

@@ -1,15 +1,15 @@
 """Low-rank training (LoRA, arXiv:2106.09685): networks that share one frozen copy of the large weights.
 
 A weight of shape [out, ...], seen as a matrix [out, in], becomes W + s B A with W frozen and shared, A [r, in] and
-B [out, r] trained. A starts as N(0, 1/in), B as zero, so the network starts as it was. Biases and norms are trained
-whole, and so is a matrix whose two factors would hold no fewer numbers than it does itself: a rank that is large enough
-is ordinary training.
+B [out, r] trained. A starts as N(0, 1/in), B as zero, so the network starts unchanged. Biases and norms are trained
+whole, and so is a matrix whose two factors would hold at least as many numbers as the matrix itself: with a large
+enough rank, this is ordinary training.
 
-The scale s = sqrt(in/r), in LoRA's terms alpha = sqrt(in r), makes learning rates mean what they mean without: Adam's
-first step moves every number in B by lr, hence those in s B A by lr, root mean square, whatever the rank.
+The scale s = sqrt(in/r), in LoRA's terms alpha = sqrt(in r), keeps the meaning of learning rates: Adam's first
+step moves every number in B by lr, hence every number in s B A by lr in root mean square, whatever the rank.
 
-Not peft: it replaces layers of the classes that it knows (torch.nn.Linear, Conv2d, ...), and those of
-training/networks.py or of a foreign denoiser are others; nor would its networks keep their class and names.
+peft isn't used: it replaces layers of classes that it knows (torch.nn.Linear, Conv2d, ...), but training/networks.py
+and foreign denoisers have their own layers. Its networks wouldn't keep their class and names either.
 """
 
 import copy
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-SUFFIX = "_update"  # the module that makes `weight` is called `weight_update`
+SUFFIX = "_update"  # `weight` is computed by the module `weight_update`
 
 
 class _Shared:
-    """Holds a tensor that belongs to another network: not among a module's parameters, and not copied with it."""
+    """Holds a tensor that belongs to another network. It is no parameter of the module and isn't copied with it."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -55,7 +55,7 @@ class LowRank(torch.nn.Module):
 
 
 def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None) -> None:
-    """Makes the trainable matrices of `net` low-rank updates of those of `base`, in place.
+    """Turns the trainable matrices of `net` into low-rank updates of the matrices of `base`, in place.
 
     net:  any module on the device where it stays; parameters that are frozen remain as they are.
     base: a network with the same parameter names, whose matrices are frozen and shared; None: the present weights of

@@ -1,6 +1,6 @@
 """The losses of Score identity Distillation (SiD, arXiv:2404.04057) and of its family. docs/method.md derives them.
 
-Denoisers predict the clean image: f_phi (teacher), f_psi (fake score network); x_g is what the generator made and
+Denoisers predict the clean image: f_phi (teacher), f_psi (fake score network); x_g is the generator's image and
 x_t = x_g + sigma n. `sid.objectives` has the formulas; `SiDLoss` draws noise and calls the networks around them.
 """
 
@@ -16,7 +16,7 @@ from .guidance import Guidance, guided
 from .objectives import check_objective
 from .schedules import TMAX, Schedule, parse_schedule
 
-OMEGA_MIN = 1e-5  # clips the per-image weight, published value
+OMEGA_MIN = 1e-5  # lower limit of the per-image weight (SiD's value)
 
 
 def omega(x_g: torch.Tensor, f_phi: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def omega(x_g: torch.Tensor, f_phi: torch.Tensor) -> torch.Tensor:
 
 
 def pseudo_huber_factor(difference: torch.Tensor, c: float) -> torch.Tensor:
-    """1 / sqrt(1 + mean difference^2 / c^2) per image, [N, 1, 1, 1]; it keeps its gradient.
+    """1 / sqrt(1 + mean difference^2 / c^2) per image, [N, 1, 1, 1], not detached.
 
     It turns the gradient of a squared distance into that of the pseudo-Huber distance (Score Implicit Matching,
     arXiv:2410.16794). c: in units of pixels; far below c nothing changes, far above it only the direction counts.
@@ -42,20 +42,20 @@ def divergence(x_g: torch.Tensor, f_phi: torch.Tensor, f_psi: torch.Tensor) -> t
 
 
 class SiDLoss:
-    """Both losses of SiD around the networks. Every draw comes from torch's default generator, in a fixed order.
+    """Both losses of SiD around the networks. All draws come from torch's default generator, in a fixed order.
 
     alpha        weight of L1 in L2 - alpha L1: 1.2 for most data sets, 1.0 for AFHQ
     tmax         a Karras schedule reaches up to time tmax / 1000
     sigma_data   standard deviation of the images, in the weight of the fake score's loss (EDM's)
     objective    the generator's, one of `sid.objectives.OBJECTIVES`
-    weighting    'omega', 'sigma' (1/sigma^2) or 'none'; None: the one that the objective was published with
+    weighting    'omega', 'sigma' (1/sigma^2) or 'none'; None: the weighting the objective was published with
     huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2 only
-    score_gradient    whether gradients pass through f_phi and f_psi, unless a method is told; off: sid and l2 only
+    score_gradient    whether gradients pass through f_phi and f_psi; methods may override it; False: sid and l2 only
     sigma_schedule, fake_sigma_schedule    noise levels of the generator's and of the fake score's loss, or their names
-    guidance     of the score networks by their conditions; None: none
+    guidance     classifier-free guidance of the score networks; None: none
     conditions   what the networks are conditioned on
 
-    The noise levels that are drawn become those that the network knows (`training.denoiser.known_sigma`).
+    Noise levels are limited and rounded to levels that the network knows (`training.denoiser.known_sigma`).
     Errors: UserError when these don't fit together.
     """
 
@@ -92,8 +92,8 @@ class SiDLoss:
     def draw_shared_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(sigma, n, theta's weight, psi's weight) of both losses on the same images; weights and sigma [N, 1, 1, 1].
 
-        The noise level of each image comes from either loss's schedule, at even odds. Each loss is weighted by the
-        density of its own schedule over that of the mixture, which leaves its mean as it is (the balance heuristic of
+        The noise level of each image comes from one of the two schedules, with equal probability. Each loss is weighted
+        by the density of its own schedule over the mixture's, which leaves its mean unchanged (the balance heuristic of
         multiple importance sampling, Veach and Guibas 1995). A weight is at most 2, and the two add up to 2.
         """
         n = len(images)
@@ -119,7 +119,7 @@ class SiDLoss:
         """The generator's loss on its images x_g [N, C, H, W], per pixel; gradients reach x_g through both networks.
 
         labels: the images' conditions. noise: from `draw_noise`; None draws it. report: called as report(name,
-        values [N], groups=labels) with what shows convergence. score_gradient: instead of the constructor's.
+        values [N], groups=labels) with measures of convergence. score_gradient: overrides the constructor's.
         """
         sigma, n = noise or self.draw_noise(images)
         sigma = known_sigma(teacher, sigma)
@@ -138,7 +138,7 @@ class SiDLoss:
         labels: torch.Tensor | None,
         score_gradient: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x_t, f_phi, f_psi) at noise levels sigma and noise n, guided, and with gradients where they are to pass."""
+        """(x_t, f_phi, f_psi) at noise levels sigma and noise n, guided, with gradients where they should pass."""
         x_t = images + sigma * n
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.passes_scores(score_gradient)):
             f_phi, f_psi = (net(x_t, sigma, labels) for net in self.score_networks(teacher, fake_score))
@@ -154,10 +154,10 @@ class SiDLoss:
         report: Callable | None = None,
         score_gradient: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(theta's loss, psi's denoising loss), per pixel, from one answer of psi to the same noisy images.
+        """(theta's loss, psi's denoising loss), per pixel, from one output of psi for the same noisy images.
 
         They share a graph: the first reaches the images, the second psi's weights. noise: from `draw_shared_noise`. The
-        other arguments are those of `generator_loss`.
+        other arguments are as for `generator_loss`.
         """
         sigma, n, weight_theta, weight_psi = noise or self.draw_shared_noise(images)
         sigma = known_sigma(teacher, sigma)
@@ -175,12 +175,12 @@ class SiDLoss:
         return weight_theta * loss, weight_psi * denoising
 
     def passes_scores(self, score_gradient: bool | None = None) -> bool:
-        """Whether theta's gradient passes through phi and psi; None asks for the constructor's score_gradient."""
+        """Whether theta's gradient passes through phi and psi; None means the constructor's score_gradient."""
         wanted = self.score_gradient if score_gradient is None else score_gradient
         return wanted and self.objective.passes_scores
 
     def score_networks(self, teacher: Callable, fake_score: Callable) -> tuple[Callable, Callable]:
-        """(phi, psi) as the generator's loss asks them: guided where there is guidance."""
+        """(phi, psi) as the generator's loss calls them, guided if there is guidance."""
         kappas = self.guidance.teacher, self.guidance.fake_score
         phi, psi = (guided(net, kappa, self.conditions) for net, kappa in zip((teacher, fake_score), kappas))
         return phi, psi
@@ -195,7 +195,7 @@ class SiDLoss:
     ) -> torch.Tensor:
         """psi's denoising loss on generated images [N, C, H, W], per pixel; no gradient reaches the images.
 
-        labels: the images' conditions. report: not called here; the loss of SiDA calls it.
+        labels: the images' conditions. report: only called by SiDA's loss.
         """
         sigma = known_sigma(fake_score, self.fake_sigma_schedule.draw(len(images), images.device))
         net = guided(fake_score, self.guidance.fake_score_step, self.conditions)

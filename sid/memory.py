@@ -1,4 +1,4 @@
-"""The memory of a distillation: told before it starts, from shapes alone; and the teacher's share made smaller."""
+"""Estimates the memory of a distillation before it starts, from shapes alone, and shrinks the teacher's share."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from .config import DistillationConfig
 from .guidance import Guidance
 
 GB = 1 << 30
-USABLE = 0.8  # of the free memory; libraries and fragmentation take the rest
+USABLE = 0.8  # share of the free memory; libraries and fragmentation take the rest
 EXAMPLE_SIGMAS = (0.1, 10.0)
 CPU_BATCH = 32  # more images at once gain no speed on a CPU
 GAN_BATCH = 32  # SiDA's published batch per GPU for CIFAR-10 and ImageNet, which is part of its loss
@@ -36,12 +36,12 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        """The higher peak of the two phases."""
+        """The higher of the two phases' peaks."""
         kept = self.weights + self.gradients + self.adam
         return kept + max(self.fake_score_activations, self.generator_activations)
 
     def between(self, other: "Estimate", share: float) -> "Estimate":
-        """The estimate at a batch that is `share` of the way to another's: memory is affine in the images."""
+        """Interpolates to a batch that is `share` of the way to the other's: memory is affine in the images."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
         return Estimate(*(small + share * (large - small) for small, large in pairs))
 
@@ -64,13 +64,13 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     native = precision.set_compute_dtype(net, dtype)
     if config.checkpoint:
         precision.checkpoint_blocks(net)
-    # The device's own kernels, without memory or arithmetic.
+    # Runs the device's own kernels without memory or arithmetic.
     with FakeTensorMode(allow_non_fake_inputs=True), precision.autocast(device, torch.float32 if native else dtype):
         net.to_empty(device=device).requires_grad_(False)
         part = config.chunk or batch_gpu
         phi = psi = _kept_activations(net, part, device, input_gradient=True)
         stored = _bytes(net.parameters())
-        if config.lora_rank:  # psi keeps what it makes of phi's weights, too
+        if config.lora_rank:  # psi also keeps the weights that it computes from phi's
             lora.adapt(net.requires_grad_(True), config.lora_rank)
             psi = _kept_activations(net.requires_grad_(False), part, device, input_gradient=True)
         train = _kept_activations(net.requires_grad_(True), batch_gpu, device)
@@ -102,9 +102,9 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
 
 
 def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, images: int, device: torch.device) -> int:
-    """The largest divisor of `images` (per process and update) whose estimate fits into the free memory, or 1.
+    """The largest divisor of `images` (per process and update) whose estimate fits into the free memory.
 
-    Errors: UserError when none is a multiple of --chunk.
+    At least --chunk, or 1. Errors: UserError when --chunk doesn't divide `images`.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] / GB
@@ -126,9 +126,9 @@ def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, imag
 
 
 def store_teacher(teacher: torch.nn.Module, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager]) -> None:
-    """Keeps what it can of a frozen teacher's weights in `dtype`; its answers to two noisy images must stay equal.
+    """Stores as many of a frozen teacher's weights in `dtype` as leave its outputs for two noisy images equal.
 
-    autocast: opens the arithmetic in which training calls the networks.
+    autocast: opens the context in which training calls the networks.
     """
     device = next(teacher.parameters()).device
     sigma = torch.tensor(EXAMPLE_SIGMAS).reshape(-1, 1, 1, 1)
@@ -144,7 +144,7 @@ def store_teacher(teacher: torch.nn.Module, dtype: torch.dtype, autocast: Callab
 
 
 def _in_full(parameter: torch.Tensor) -> torch.Tensor:
-    """Its shape in float32, on no device: a teacher in use may be stored in half precision."""
+    """An empty float32 tensor of its shape, since a teacher in use may be stored in half precision."""
     return torch.empty_like(parameter, dtype=torch.float32, device="meta")
 
 

@@ -1,8 +1,8 @@
-"""The family of objectives that the generator may follow: one row of a table each.
+"""The generator's objectives, one row of a table each.
 
-docs/method.md derives them. They are the forms in noise predictions times sigma^2, with sigma eps = x_t - f and
-sigma n = x_t - x_g: x_g is what the generator made, x_t = x_g + sigma n, and f_phi, f_psi are what the teacher and the
-fake score predict for it. Every tensor is [N, C, H, W], and so is the result, per pixel and before weighting.
+docs/method.md derives them. They are written with denoisers: the forms in noise predictions times sigma^2, with
+sigma eps = x_t - f and sigma n = x_t - x_g. x_g is the generator's image, x_t = x_g + sigma n, and f_phi, f_psi are
+the predictions of teacher and fake score for x_t. All tensors are [N, C, H, W], and so is the result, before weighting.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def diff_instruct(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
 
 
 def less_l1(terms: Callable) -> Callable:
-    """An objective from which alpha L1 is taken, as SiD's is L2 - alpha L1."""
+    """The objective minus alpha L1, as SiD's is L2 - alpha L1."""
 
     def difference(x_g, x_t, f_phi, f_psi, alpha) -> "torch.Tensor":
         return terms(x_g, x_t, f_phi, f_psi) - alpha * l1(x_g, x_t, f_phi, f_psi)
@@ -60,11 +60,13 @@ def less_l1(terms: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """terms            called as terms(x_g, x_t, f_phi, f_psi, alpha)
-    weighting        the weighting that it was published with, one of WEIGHTINGS
+    """A row of the table.
+
+    terms            called as terms(x_g, x_t, f_phi, f_psi, alpha)
+    weighting        the weighting this objective was published with, one of WEIGHTINGS
     passes_scores    whether its gradient passes through both score networks
-    projected        u(x_t) times a projected factor, so that u may have no gradient or be another distance's
-    for_study        it destroys a generator, as its closed form says (docs/method.md, table of gradients)
+    projected        u(x_t) times a projected factor, so that u may be detached or come from another distance
+    for_study        it destroys a generator according to its closed form (docs/method.md, table of gradients)
     """
 
     terms: Callable
@@ -90,7 +92,7 @@ PROJECTED = [name for name, objective in OBJECTIVES.items() if objective.project
 
 
 def check_objective(name: str, weighting: str | None, huber: float | None, score_gradient: bool) -> Objective:
-    """The row of the table, with the weighting that is given.
+    """The objective with the given weighting, or its own for None.
 
     Errors: UserError naming the option that doesn't fit.
     """
@@ -98,10 +100,10 @@ def check_objective(name: str, weighting: str | None, huber: float | None, score
         if value not in known:
             raise UserError(f"--{option}={value}: not one of {', '.join(filter(None, known))}")
     if name == "dmd" and weighting not in (None, "omega"):
-        raise UserError(f"--weighting={weighting}: dmd has its own, omega; --objective=diff-instruct takes others")
+        raise UserError(f"--weighting={weighting}: dmd is defined with omega; --objective=diff-instruct takes others")
     objective = OBJECTIVES[name]
     if not objective.projected and huber is not None:
         raise UserError(f"--huber={huber:g}: {name} has no such form; use --objective={' or '.join(PROJECTED)}")
     if not objective.projected and not score_gradient:
-        raise UserError(f"--score-gradient: {name} needs on; --objective={' or '.join(PROJECTED)} can do without")
+        raise UserError(f"--score-gradient: {name} needs on; --objective={' or '.join(PROJECTED)} works without")
     return dataclasses.replace(objective, weighting=weighting or objective.weighting)

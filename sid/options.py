@@ -1,6 +1,6 @@
-"""The options of sid_train.py, by section of its --help, and the config that they make.
+"""The options of sid_train.py, by section of its --help, and the config built from them.
 
-torch is not imported: a command line is checked before anything heavy loads.
+It doesn't import torch, so that command lines are checked at once.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ FLAG = object()  # the type of an option that takes no value
 
 
 def option(name: str, text: str, kind: Any = None, default: Any = None, **attributes: Any) -> click.Option:
-    """An option with its help text, type and default; a text that says [default: ...] itself hides the latter."""
+    """An option with its help text, type and default; a help text with [default: ...] hides the latter."""
     if kind is FLAG:
         return click.Option(name.split("/"), help=text, is_flag=True, **attributes)
     if isinstance(kind, tuple | list):
@@ -38,7 +38,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
     "Where": [
         option(
             "--recipe",
-            f"Settings by name, which options given beside it change: {', '.join(recipes.RECIPES)}",
+            f"Settings by name, which other options override: {', '.join(recipes.RECIPES)}",
             click.Choice(list(recipes.RECIPES)),
             metavar="NAME",
             callback=recipes.use,
@@ -46,10 +46,10 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             expose_value=False,
         ),
         option("--edm_model", "Teacher: short name, path, URL or run folder", str, "edm-cifar10-32x32-uncond-vp"),
-        option("--outdir", "Where to make the run folder", str, "training-runs"),
+        option("--outdir", "Folder for run folders", str, "training-runs"),
         option("--data", "Real images, used only for a picture, metrics and --gan"),
         option("--data_stat", "Reference statistics (.npz) for FID  [default: the published teacher's]"),
-        option("--detector", "Detector for metrics  [default: the one that made --data_stat]"),
+        option("--detector", "Detector for metrics  [default: the one that --data_stat was made with]"),
         option("--metrics", "fid50k_full,is50k,kid50k_full,pr50k3_full or none  [default: fid50k_full]"),
         option("--transfer", "Network whose weights the generator starts from  [default: the teacher]"),
         option(
@@ -62,8 +62,8 @@ SECTIONS: dict[str, list[click.Parameter]] = {
     "Method": [
         option(
             "--objective",
-            f"The generator's loss: {', '.join(USUAL)} (sid is L2 - alpha L1; diff-instruct-l1 takes alpha L1 from"
-            " diff-instruct); docs/method.md lists others, for study",
+            f"The generator's loss: {', '.join(USUAL)} (sid is L2 - alpha L1; diff-instruct-l1 subtracts alpha L1"
+            " from diff-instruct); docs/method.md lists others, for study",
             click.Choice(list(OBJECTIVES)),
             D.objective,
             metavar="NAME",
@@ -128,12 +128,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             D.drop_labels,
         ),
         option("--gan", "SiDA: an adversarial loss from the images of --data", FLAG),
-        option("--gan-freeze", "With --gan, kimg until the generator learns", NOT_NEGATIVE, D.gan_freeze_kimg),
-        option("--gan-start", "With --gan, kimg until its adversarial loss begins", NOT_NEGATIVE, D.gan_start_kimg),
+        option("--gan-freeze", "With --gan, kimg before the generator learns", NOT_NEGATIVE, D.gan_freeze_kimg),
+        option("--gan-start", "With --gan, kimg before its adversarial loss begins", NOT_NEGATIVE, D.gan_start_kimg),
         option("--lsd", "Scale of the discriminator's loss", POSITIVE, D.lsd),
         option("--lsg_gan", "Scale of the generator's adversarial loss", POSITIVE, D.lsg_gan),
         option("--xflip", "Add the mirror images of --data", bool, False),
-        option("--cache", "Keep the images of --gan in memory", bool, True),
+        option("--cache", "Keep the images for --gan in memory", bool, True),
     ],
     "Speed and memory (docs/performance.md)": [
         option("--batch-gpu", "Images per process and round  [default: the most that fits]", COUNT),
@@ -152,29 +152,33 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         ),
         option("--checkpoint", "Recompute activations instead of keeping them", bool, D.checkpoint),
         option("--share-images", "Use one batch of generated images for both phases", bool, D.share_images),
-        option("--share-noise", "Share the noisy images, too: one answer of the fake score", bool, D.share_noise),
-        option("--adam-state", "Adam's second moments; bf16 is rounded at random", ADAM_STATES, D.adam_state),
-        option("--lora-rank", "Learn updates of this rank of one shared copy of the weights  [default: all]", COUNT),
+        option("--share-noise", "Share the noisy images, too, and one output of the fake score", bool, D.share_noise),
+        option(
+            "--adam-state", "Precision of Adam's second moments; bf16 rounds stochastically", ADAM_STATES, D.adam_state
+        ),
+        option(
+            "--lora-rank", "Learn updates of this rank to one shared copy of the weights  [default: all weights]", COUNT
+        ),
         option("--bench", "cuDNN benchmarking", bool, True),
         option("--metrics-batch", "Images per step of the metrics", COUNT, 64),
     ],
     "Run": [
-        option("--tick", "Report every so many kimg", POSITIVE, D.kimg_per_tick),
-        option("--snap", "Snapshot, picture and metrics every so many ticks", COUNT, D.snapshot_ticks),
-        option("--dump", "Training state every so many ticks", COUNT, D.state_ticks),
-        option("--save-every", "Training state every so many minutes, 0 for --dump only", NOT_NEGATIVE, D.save_minutes),
+        option("--tick", "Kimg between reports", POSITIVE, D.kimg_per_tick),
+        option("--snap", "Ticks between snapshots, with picture and metrics", COUNT, D.snapshot_ticks),
+        option("--dump", "Ticks between training states", COUNT, D.state_ticks),
+        option("--save-every", "Minutes between training states, 0 for --dump only", NOT_NEGATIVE, D.save_minutes),
         option("--keep", "How many training states to keep, 0 for all", WholeRange(0), D.keep_states),
         option(
             "--timeout",
-            "End the run when its processes make no progress for so many minutes",
+            "End the run after this many minutes without progress",
             FiniteRange(0, 1e5, min_open=True),
             30.0,
         ),
         option("--seed", "Seed of all random draws", WholeRange(0), D.seed),
-        option("--device", "Where to run  [default: the first of these that is there]", ["cuda", "mps", "cpu"]),
+        option("--device", "Where to run  [default: the first available]", ["cuda", "mps", "cpu"]),
         option("--desc", "Description in the run folder's name"),
         option("--nosubdir", "Use --outdir itself as the run folder", FLAG),
-        option("-n/--dry-run", "Print the options and the memory they take, and stop", FLAG),
+        option("-n/--dry-run", "Print the options and the memory they need, then stop", FLAG),
     ],
     "Compatibility: checked against the teacher, or without effect": [
         option("--cond", "Whether the teacher is class-conditional", bool),
@@ -182,7 +186,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--precond", "The teacher's preconditioning", ["vp", "ve", "edm"]),
         option("--cbase", "The teacher's channels at full resolution", COUNT),
         option("--cres", "The teacher's channel multiplier per resolution", IntList()),
-        option("--workers", "Accepted for EDM's command lines; images are read in the process", WholeRange(0), 1),
+        option("--workers", "Accepted for EDM's command lines, without effect", WholeRange(0), 1),
     ],
 }
 
@@ -190,7 +194,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
 def parse(arguments: Sequence[str]) -> tuple[DistillationConfig, dict[str, Any]]:
     """(config, the other options by name) of a command line of sid_train.py.
 
-    Errors: click.ClickException when sid_train.py wouldn't take it.
+    Errors: click.ClickException when sid_train.py would refuse it.
     """
     options = Command(name="sid_train.py", sections=SECTIONS).make_context("sid_train.py", list(arguments)).params
     return build_config(options), options

@@ -1,4 +1,4 @@
-"""From a teacher and a config to a distillation that is ready for its next iteration."""
+"""Builds a distillation from a teacher and a config, ready for its next iteration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def prepare(
     """A distillation that is ready for its next iteration, on any number of processes.
 
     teacher: phi, a denoiser (`training.denoiser`) of any class. It is moved to `device`, set to eval mode and frozen;
-             in half precision, weights that it only casts are kept in it from then on.
+             with a half precision, weights that it would only cast are then stored in it.
     start:   another denoiser whose weights theta starts from.
     resume:  a training state to go on from, or its path. check: called with the options of the run that saved it.
     reals:   real images for the discriminator of `config.gan`.
@@ -76,15 +76,15 @@ def set_up_networks(
     dtype = precision.DTYPES[config.precision]
     autocast_dtype = precision.compute_in(dtype, networks.values())
     for net in networks.values():
-        if config.channels_last:  # of the weights: the activations follow
+        if config.channels_last:  # set on the weights, which activations follow
             net.to(memory_format=torch.channels_last)
         if config.checkpoint:
             precision.checkpoint_blocks(net)
-    if dtype != torch.float32 and not config.lora_rank:  # whose updates need the weights in full
+    if dtype != torch.float32 and not config.lora_rank:  # LoRA's updates need the weights in full precision
         memory.store_teacher(teacher, dtype, lambda: precision.autocast(device, autocast_dtype))
-    listened_to = {"fake_score"} if config.gan else set()  # a compiled network's encoder can't be
+    hooked = {"fake_score"} if config.gan else set()  # the discriminator's hooks don't work on a compiled network
     calls = {
-        name: precision.Compiled(net, config.share_noise) if config.compile and name not in listened_to else net
+        name: precision.Compiled(net, config.share_noise) if config.compile and name not in hooked else net
         for name, net in networks.items()
     }
     return Networks(**calls, autocast_dtype=autocast_dtype)
@@ -98,6 +98,6 @@ def former_batch_gpu(state: DistillationState, config: DistillationConfig) -> in
 
 
 def estimated_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> int:
-    """The most images per process and round that fit into every process's memory by the estimate."""
+    """The most images per process and round that fit into every process's memory, by estimate."""
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
     return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device))

@@ -1,7 +1,7 @@
-"""Settings under names, written once: `sid_train.py --recipe=NAME` takes them, run_sid.sh and the benchmark read them.
+"""Named settings, for `sid_train.py --recipe=NAME`, run_sid.sh and the benchmark.
 
-A recipe is {option of sid_train.py, with _ for -: value}. Options that are given beside --recipe win over it, and it
-wins over the defaults. The trainings of the published recipes haven't been rerun by this project.
+A recipe is {option of sid_train.py, with _ for -: value}. It overrides the defaults, and options on the command line
+override the recipe. This project hasn't rerun the trainings of the published recipes.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ _HERE = Path(__file__).resolve().parent
 _ASSETS = _HERE / "assets" if (_HERE / "assets").is_dir() else _HERE.parent / "assets"  # a wheel's, a checkout's
 DEMO = _ASSETS / "fashion-mnist-16"  # the folder of the embedded teacher
 
-# What the published trainings of SiD (arXiv:2404.04057) have in common.
+# Common to the published trainings of SiD (arXiv:2404.04057).
 _SID: dict[str, Any] = {
     "precond": "edm",
     "tmax": 800,
@@ -52,7 +52,7 @@ _FACES: dict[str, Any] = {
     "tick": 10,
 }
 # SiDA (arXiv:2410.14919): SiD's settings with an adversarial loss from the images of --data, which the user names. Its
-# BCE is a mean over the images of a process, so the batch per GPU is part of the method. kimg: gan_freeze, gan_start.
+# BCE is a mean over the images of a process, so the batch per GPU is part of the method. gan_freeze, gan_start: kimg.
 _SIDA: dict[str, Any] = {
     "gan": True,
     "alpha": 1.0,

@@ -1,4 +1,4 @@
-"""From checked options to a finished run: loads the teacher, holds the options against it, trains."""
+"""From checked options to a finished run: loads the teacher, checks the options against it, trains."""
 
 import dataclasses
 import json
@@ -31,7 +31,11 @@ NETWORKS = ("edm_model", "transfer")  # options that name one
 
 
 def distil(options: dict[str, Any], config: DistillationConfig) -> None:
-    """options: those of sid_train.py that aren't in the config, by name. Errors: UserError naming the option."""
+    """Runs a distillation from its options to its end.
+
+    options: the options of sid_train.py that aren't part of the config, by name.
+    Errors: UserError naming the option.
+    """
     if config.gan and not options["data"]:
         raise UserError("--gan learns from real images; name them with --data")
     reference = options["data_stat"] or published_reference(options["edm_model"])
@@ -50,9 +54,9 @@ def _distil_on(
     metrics: list[str],
     training: threading.Event,
 ) -> None:
-    """The rest of `distil`, watched by the other processes. training: to be set when it begins."""
+    """The rest of `distil`, watched by the other processes. training: is set when training begins."""
     misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
-    for name in NETWORKS:  # the snapshot of a run folder is chosen once: later there may be a better one
+    for name in NETWORKS:  # a run folder's snapshot is chosen once, since a better one may appear later
         if options[name]:
             options = {**options, name: distributed.from_process_0(zoo.network_file(options[name]))}
     summary = {**config.options(), **options, "data_stat": reference, "metrics": metrics}
@@ -88,7 +92,9 @@ def _distil_on(
         del now["batch_gpu"]  # which may come from `was`
         run_folder.refuse_changes(resume.path, saved_options(was, teacher, device), now, rules)
 
-    distillation = prepare(teacher, config, device, start, resume, reals, check)  # may refuse: before the folder
+    distillation = prepare(
+        teacher, config, device, start, resume, reals, check
+    )  # may refuse, so it comes before the folder
     if resume is not None:
         was, now = distillation.state.setting, checkpoint.setting(distillation.config.options(), device)
         was = {**was, "options": saved_options(was["options"], teacher, device)}
@@ -113,9 +119,9 @@ def resume_rules(config: DistillationConfig, override: bool = False) -> run_fold
 def make_evaluator(
     metrics: list[str], reference: str | None, options: dict[str, Any], device: torch.device
 ) -> Evaluator:
-    """Measures `metrics` of a generator. Errors: UserError when the reference or the detector can't be had."""
+    """An evaluator of `metrics`. Errors: UserError when the reference or the detector isn't available."""
     needed = options["data_stat"] or any(m.startswith("fid") for m in metrics)
-    # A reference that is given names its detector. Where there is none, the evaluator makes it of --data.
+    # A given reference names its detector. Without one, the evaluator makes a reference from --data.
     loaded = load_reference(reference) if reference and needed else None
     return Evaluator(
         metrics, loaded, options["detector"], options["data"], batch=options["metrics_batch"], device=device
@@ -139,13 +145,13 @@ def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device
 
 
 def published_reference(teacher: str) -> str | None:
-    """The reference statistics published for a published teacher, by name; None for other teachers."""
+    """The name of the reference statistics of a published teacher; None for other teachers."""
     entry = zoo.published(teacher)
     return published.reference_of(entry) if entry is not None else None
 
 
 def choose_metrics(names: str | None, reference: str | None, data: str | None = None) -> list[str]:
-    """The metrics of --metrics; by default FID where there is something to compare with."""
+    """The metrics of --metrics; by default FID if there is a reference. Errors: UserError when FID has none."""
     if names is None:
         return [DEFAULT_METRIC] if reference else []
     if names == "none":
@@ -157,7 +163,7 @@ def choose_metrics(names: str | None, reference: str | None, data: str | None = 
 
 
 def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> None:
-    """The architecture is the teacher's; options that say otherwise are refused."""
+    """Errors: UserError when an option contradicts the teacher's architecture."""
     init = getattr(teacher, "init_kwargs", None)
     found = {"cond": bool(teacher.label_dim)}
     if init is not None:
@@ -173,7 +179,7 @@ def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> Non
 
 
 def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> None:
-    """The start must be a noise level that the teacher knows; one that was trained for a single level knows no other.
+    """Checks the start and the schedules against the noise levels that the teacher was trained for.
 
     Errors: UserError naming the option.
     """
@@ -196,7 +202,7 @@ def _text(value: Any) -> str:
 
 
 def load_start(source: str, teacher: torch.nn.Module) -> torch.nn.Module:
-    """The network of --transfer; its weights must fit the teacher's architecture."""
+    """The network of --transfer. Errors: UserError when its weights don't fit the teacher's architecture."""
     start = zoo.load_network(source)
     ours, theirs = teacher.state_dict(), start.state_dict()
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
@@ -207,7 +213,10 @@ def load_start(source: str, teacher: torch.nn.Module) -> torch.nn.Module:
 def load_dataset(
     path: str, teacher: torch.nn.Module, config: DistillationConfig, options: dict[str, Any]
 ) -> ImageFolderDataset:
-    """Real images for the picture beside the generated ones; training sees them with --gan only, then with classes."""
+    """Real images for the picture, metrics and --gan, with class labels only for --gan.
+
+    Errors: UserError when they don't fit the teacher.
+    """
     use_labels = config.gan and bool(teacher.label_dim)
     dataset = ImageFolderDataset(
         path, use_labels=use_labels, xflip=options["xflip"], cache=config.gan and options["cache"]
@@ -219,8 +228,8 @@ def load_dataset(
         )
     if dataset.label_dim > teacher.label_dim:
         raise UserError(
-            f"--data={path}: its classes go up to {dataset.label_dim - 1}, but the teacher has {teacher.label_dim} of"
-            " them; give the images that it was trained on"
+            f"--data={path}: its classes go up to {dataset.label_dim - 1}, but the teacher has only"
+            f" {teacher.label_dim}; give the images that it was trained on"
         )
     unknown = set(dataset.classes) - set(learnt_classes(teacher) or range(teacher.label_dim))
     if unknown:
@@ -232,11 +241,12 @@ def load_dataset(
 
 
 def first_images(dataset: ImageFolderDataset) -> torch.Tensor:
-    """Those for the picture, uint8 [N, C, H, W]."""
+    """The first images of the data set, for the picture, uint8 [N, C, H, W]."""
     return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(GRID_COLUMNS * GRID_ROWS, len(dataset)))])
 
 
 def describe(teacher: torch.nn.Module, config: DistillationConfig) -> str:
+    """The run folder's description when --desc isn't given."""
     cond = "cond" if teacher.label_dim else "uncond"
     size = f"{teacher.img_resolution}x{teacher.img_resolution}"
     return f"sid-{size}-{cond}-alpha{config.alpha:g}-glr{config.glr:g}-batch{config.batch}"

@@ -1,6 +1,6 @@
-"""Noise levels of a loss: where a schedule draws them, how they are distributed, and how options name them.
+"""Noise levels of a loss: how a schedule draws them, how they are distributed, and what options call them.
 
-torch is imported only where it is needed, so that command lines can read schedules without waiting for it.
+torch is imported only where it is needed, so that command lines can check options at once.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in EDM's training (arXiv:2206.00364, Table 1)
-TMAX = 800.0  # SiD's
+TMAX = 800.0  # SiD's value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Karras:
         return self.sigma(torch.rand([n, 1, 1, 1], device=device) * self.tmax / 1000)
 
     def quantile(self, q: "torch.Tensor") -> "torch.Tensor":
-        """The level below which a share q, in (0, 1), of the draws lies; same shape as q."""
+        """The level that a share q, in (0, 1), of the draws lies below; same shape as q."""
         return self.sigma(q * self.tmax / 1000)
 
     def density(self, sigma: "torch.Tensor") -> "torch.Tensor":
@@ -65,7 +65,7 @@ class LogNormal:
         return (torch.randn([n, 1, 1, 1], device=device) * self.std + self.mean).exp()
 
     def quantile(self, q: "torch.Tensor") -> "torch.Tensor":
-        """The level below which a share q, in (0, 1), of the draws lies; same shape as q."""
+        """The level that a share q, in (0, 1), of the draws lies below; same shape as q."""
         import torch
 
         return (torch.special.ndtri(q) * self.std + self.mean).exp()
@@ -98,7 +98,7 @@ class Single:
         return torch.full_like(q, self.level)
 
     def density(self, sigma: "torch.Tensor") -> "torch.Tensor":
-        """Errors: ValueError, as all draws are equal."""
+        """Errors: ValueError, since all draws are equal."""
         raise ValueError("a single noise level has no density")
 
     def __str__(self) -> str:
@@ -109,9 +109,9 @@ Schedule: TypeAlias = Karras | LogNormal | Single
 
 
 def parse_schedule(value: "str | Schedule", option: str, tmax: float = TMAX) -> Schedule:
-    """The schedule that an option's text names: karras, lognormal, lognormal=MEAN,STD or single=SIGMA.
+    """Parses an option's text: karras, lognormal, lognormal=MEAN,STD or single=SIGMA.
 
-    value: the text; a schedule comes back as it is, except that `tmax` always holds for Karras.
+    value: the text, or a schedule, which is returned unchanged except that Karras takes on `tmax`.
     Errors: UserError naming `option`.
     """
     if not isinstance(value, str):

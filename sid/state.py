@@ -1,4 +1,4 @@
-"""All that changes during a distillation: three networks, two optimisers, the counters."""
+"""Everything that changes during a distillation: three networks, two optimisers, the counters."""
 
 import copy
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from .config import DistillationConfig
 
 GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA)
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
-FACTORS_PHASE = 4  # keeps the random factors of low-rank updates apart from the draws of the training
-ROUNDING_PHASE = 5  # likewise the rounding of Adam's second moments
+FACTORS_PHASE = 4  # random stream of the initial low-rank factors, separate from training's draws
+ROUNDING_PHASE = 5  # random stream of the stochastic rounding of Adam's second moments
 
 
 class DistillationState:
     """Generator theta, fake score psi and theta's moving average, all starting as copies of the teacher phi.
 
-    teacher: the denoiser to distil, on `device` already. start: another denoiser whose weights theta starts from, if
-    given. With config.lora_rank the networks share the teacher's weights (theta, given a start, has those), and states
-    hold what is trained.
+    teacher: the denoiser to distil, already on `device`. start: another denoiser whose weights theta starts from, if
+    given. With config.lora_rank the networks share the teacher's weights (theta shares those of `start`, if given), and
+    states hold only what is trained.
     Errors: UserError when the teacher's weights are in half precision.
     """
 
@@ -39,11 +39,11 @@ class DistillationState:
         start: torch.nn.Module | None = None,
     ):
         if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in teacher.parameters()):
-            raise UserError("the teacher's weights are in half precision, maybe from another run; load it in float32")
+            raise UserError("the teacher's weights are in half precision, perhaps from another run; load it in float32")
         self.nimg = 0
         self.tick = 0
         self.elapsed_sec = 0.0
-        self.at_snapshot = False  # whether a snapshot and its metrics are due at this very iteration
+        self.at_snapshot = False  # whether this iteration ends with a snapshot and its metrics
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
         self._teacher_hash = zoo.network_hash(teacher)
@@ -81,11 +81,11 @@ class DistillationState:
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
-        """Those that are equal on all processes."""
+        """The networks that must be equal on all processes."""
         return {"generator": self.generator, "fake score": self.fake_score, "average": self.ema}
 
     def contents(self, config: DistillationConfig, statistics: dict[str, Any]) -> dict[str, Any]:
-        """What a state's file holds. statistics: what was collected since the last tick (`Collector.state_dict`)."""
+        """The contents of a state's file. statistics: collected since the last tick (`Collector.state_dict`)."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         counters = {name: getattr(self, name) for name in checkpoint.PROGRESS}
         setting = checkpoint.setting(config.options(), next(self.generator.parameters()).device)
@@ -93,9 +93,10 @@ class DistillationState:
         return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 
     def load(self, resume: checkpoint.StateFile | Path, check: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """check: is called with the options of the run that saved it, before anything is taken from it.
+        """Restores a saved state.
 
-        Errors: UserError when the file is no state of a distillation of this teacher.
+        check: called with the options of the run that saved it, before anything is restored.
+        Errors: UserError when the file isn't a state of a distillation of this teacher.
         """
         file = resume if isinstance(resume, checkpoint.StateFile) else checkpoint.StateFile(resume)
         path, state, parts = file.path, file.take(), self._parts()
@@ -113,14 +114,16 @@ class DistillationState:
         self.setting = {name: state[name] for name in ("options", "surroundings")}
 
     def _check_base(self, path: Path, state: dict[str, Any]) -> None:
-        """What a state holds means nothing on other weights than those it was learnt on."""
+        """Low-rank updates are only valid on the weights that they were learnt for. Errors: UserError on others."""
         rank = state["options"].get("lora_rank")
         if rank != self._rank:
             advice = f"has --lora-rank={rank!r}; give that" if rank else "has no --lora-rank; leave it out"
             raise UserError(f"--resume={path}: that run {advice}")
         if self._rank and state.get("base_hash") != self._base_hash:
-            raise UserError(f"--resume={path}: its generator has other weights below; give --transfer as at its start")
+            raise UserError(
+                f"--resume={path}: its generator started from other weights; give the --transfer it was started with"
+            )
 
-    def _parts(self):
+    def _parts(self) -> dict[str, Any]:
         names = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")
         return {name: getattr(self, name) for name in names}

@@ -26,7 +26,7 @@ from .state import DistillationState
 def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> torch.nn.Module:
     """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
-    run_dir: takes statistics, snapshots and states. report: makes pictures and metrics of the generator.
+    run_dir: takes statistics, snapshots and states. report: makes pictures of the generator and measures it.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     state, config = distillation.state, distillation.config
@@ -76,7 +76,7 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
 
 
 def publish(state: DistillationState, config: DistillationConfig, run_dir: Path, report: Report) -> None:
-    """The snapshot, its picture and its metrics; all of them again when a run is resumed here.
+    """Writes the snapshot, its picture and its metrics; all of them again when a run is resumed here.
 
     Errors: DivergenceError when the generator's images aren't finite.
     """
@@ -91,7 +91,7 @@ def publish(state: DistillationState, config: DistillationConfig, run_dir: Path,
 
 
 def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
-    """Counts of updates skipped for non-finite gradients and by the spike guard, where there are any."""
+    """Nonzero counts of updates skipped for non-finite gradients and by the spike guard."""
     updaters = {"generator": state.generator_updater, "fake_score": state.fake_score_updater}
     counts = {f"Health/{name}_skipped": updater.skipped for name, updater in updaters.items()}
     counts |= {f"Health/{name}_spikes": updater.spikes for name, updater in updaters.items()}
@@ -99,7 +99,7 @@ def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
 
 
 def save_snapshot(net: torch.nn.Module, nimg: int, config: DistillationConfig, path: Path) -> None:
-    """Saves the one-step generator with what it takes to use it and how it was made."""
+    """Saves the one-step generator, with the metadata needed to use it and the settings that made it."""
     recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": nimg / 1e3}
     if config.objective != "sid":
         recipe["objective"] = config.objective

@@ -13,6 +13,7 @@ from sid import doctor
 from sid.config import DistillationConfig
 from sid.monitor import records
 from sid.report import __main__ as report
+from sid.report import pictures
 from sid.report.progress import read_metrics
 from torch_utils import run_folder
 
@@ -35,7 +36,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, teacher, monkeypatch):
     """A sound run folder; pictures take no time."""
-    monkeypatch.setattr(report, "compare", lambda teacher, generator, path: path.write_bytes(b"picture"))
+    monkeypatch.setattr(pictures, "compare", lambda teacher, generator, path: path.write_bytes(b"picture"))
     folder = tmp_path / "run"
     folder.mkdir()
     options = {**DistillationConfig().options(), "edm_model": str(teacher), "transfer": None}
@@ -230,7 +231,7 @@ def test_a_picture_that_can_not_be_written_costs_no_table(run, monkeypatch):
     def refuse(teacher, generator, path):
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(report, "compare", refuse)
+    monkeypatch.setattr(pictures, "compare", refuse)
     result = CliRunner().invoke(report.main, [str(run)])
     assert result.exit_code == 0, result.output
     assert "generator after" in result.output

@@ -82,8 +82,8 @@ def test_a_file_expands_to_runs(tmp_path):
         ("[settings.a]\nalhpa = 1", "setting a: alhpa: not an option"),
         ("[settings.a]\nalpha = 'x'", "'--alpha'"),
         ("[settings.a]\nobjective = 'l1'\nhuber = 0.1", "setting a: --huber=0.1"),
-        ("[settings.a]\noutdir = 'x'", "outdir: the sweep gives it itself"),
-        ("[settings.a]\nseed = 3", "seed: the sweep gives it itself"),
+        ("[settings.a]\noutdir = 'x'", "outdir: the sweep sets it"),
+        ("[settings.a]\nseed = 3", "seed: the sweep sets it"),
         ("[settings.a]\nmetrics = 'none'", "metrics = none"),
         ("[settings.a]\nmetrics = 'kid8,is8'", "metrics = kid8,is8: a sweep compares FID"),
         (

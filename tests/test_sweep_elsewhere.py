@@ -77,7 +77,7 @@ def test_a_run_that_another_starts_from_is_made_here(tmp_path, results_elsewhere
     [
         ({"options": {"glr": 1.0}}, "setting one has glr = 1.0 there, here 1e-05: give the setting another name"),
         ({"options": {"batch": 128}}, "setting one has batch = 128 there, here 256: give the setting another name"),
-        ({"options": {"no-such": 1}}, "options that sid_train.py doesn't take now: no-such: not an option"),
+        ({"options": {"no-such": 1}}, "options that sid_train.py no longer accepts: no-such: not an option"),
         ({"common": None}, "sweep.jsonl: not the results of a sweep"),
         ({"seed": "0"}, "sweep.jsonl: not the results of a sweep; leave it out"),
         ({"metrics": [50]}, "sweep.jsonl: not the results of a sweep"),

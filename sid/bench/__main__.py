@@ -19,7 +19,7 @@ PEAKS = "matmul_flops_per_sec"
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
-@click.option("--recipe", help="Networks and settings of run_sid.sh; micro only tries the benchmark itself",
+@click.option("--recipe", help="Networks and settings of run_sid.sh; micro only tests the benchmark itself",
               type=click.Choice(list(RECIPES)), default="demo")  # fmt: skip
 @click.option("--what", help=f"Some of {','.join(WHAT)}", default="step")
 @click.option("--modes", default=f"{PUBLISHED},fp32",
@@ -31,13 +31,13 @@ PEAKS = "matmul_flops_per_sec"
 @click.option("--batch-gpu", help="Images at once  [default: the recipe's]", type=WholeRange(1))
 @click.option("--eval-batch", help="Images at once of sampling and metrics", type=WholeRange(1), default=64)
 @click.option("--detector", help="For metrics  [default: the demo's for the demo, else a small one of random weights]")
-@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first available]")
 @click.option("--json", "json_file", help="New file for all results, with machine and versions")
 def main(recipe: str, what: str, modes: str, rounds: int, seconds: float, steps: int | None, **options: Any) -> None:
     """Time and memory of the training step in several modes, side by side.
 
-    Each mode has a process of its own; they take turns, so what else the machine does hits all of them. Ratios are
-    taken within a round. Numbers are medians over the rounds with half the range behind.
+    Each mode has its own process; they take turns, so that other load on the machine affects all of them. Ratios are
+    taken within a round. Numbers are medians over the rounds, followed by half the range.
     """
     path = options.pop("json_file")
     if path is not None and (Path(path).exists() or not Path(path).absolute().parent.is_dir()):

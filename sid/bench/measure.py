@@ -1,4 +1,4 @@
-"""Time by phase, peak memory, number of operations, the machine's own speed at multiplying matrices."""
+"""Time by phase, peak memory, number of operations, and the machine's own speed at matrix products."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ GB = 2**30
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all it was told."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -74,9 +74,9 @@ class PhaseClock:
 
 
 class MemoryMeter:
-    """Peak memory in GB since `restart`: what tensors take on CUDA, elsewhere what the process has resident.
+    """Peak memory in GB since `restart`: memory of tensors on CUDA, resident memory of the process elsewhere.
 
-    baseline: what the process held before it built anything, of the same kind.
+    baseline: the same kind of memory before the process built anything.
     """
 
     def __init__(self, device: torch.device):
@@ -87,7 +87,7 @@ class MemoryMeter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif sys.platform == "linux":
-            with contextlib.suppress(OSError):  # where that's forbidden, the peak is that of the process's whole life
+            with contextlib.suppress(OSError):  # if that's forbidden, the peak covers the process's whole life
                 Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the highest resident size
 
     def peak(self) -> float:
@@ -107,7 +107,7 @@ class MemoryMeter:
 
 
 def all_compiled() -> bool:
-    """Whether torch.compile got through with all that it tried in this process."""
+    """Whether everything that torch.compile tried in this process succeeded."""
     frames = torch._dynamo.utils.counters["frames"]
     return frames["total"] > 0 and frames["ok"] == frames["total"]
 
@@ -115,8 +115,8 @@ def all_compiled() -> bool:
 def count_flops(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> float:
     """Floating-point operations (a multiply-add is two) that one step needs per generated image.
 
-    Counted by torch over one real step of `Distillation`, nothing recomputed, attention as products of matrices.
-    Only convolutions and products of matrices count, as usual.
+    Counted by torch over one real step of `Distillation`, without recomputation, attention as matrix products.
+    As usual, only convolutions and matrix products count.
     """
     config = dataclasses.replace(config, batch=COUNTED_IMAGES, batch_gpu=COUNTED_IMAGES)
     step = prepare(teacher, config, device)
@@ -139,12 +139,12 @@ def matmul_peaks(device: torch.device) -> dict[str, float]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """By the faster of the libraries that convolutions and products of matrices go to, which on a CPU may be two."""
+    """Operations per second with the faster of the libraries for matrix products, of which a CPU may have two."""
     size = MATMUL_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     products = [lambda: a @ b]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        with contextlib.suppress(RuntimeError):  # where it lacks the dtype
+        with contextlib.suppress(RuntimeError):  # if it doesn't support the dtype
             blocked = a.to_mkldnn(), b.to_mkldnn()
             torch.nn.functional.linear(*blocked)
             products.append(lambda: torch.nn.functional.linear(*blocked))

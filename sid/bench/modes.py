@@ -1,4 +1,4 @@
-"""Modes: ways to run the same training step, by name. No torch here: the command line reads it."""
+"""Named ways to run the same training step. It doesn't import torch, for the command line's sake."""
 
 import dataclasses
 from typing import Any, get_args
@@ -17,13 +17,13 @@ MODES: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16"},
     "share": {"share_images": True},
 }
-# These change how a step is computed, not which products of numbers it needs: the others count anew.
+# These change how a step is computed but not its operations; for other settings operations are counted again.
 TECHNICAL = {"precision", "compile", "channels_last", "chunk", "checkpoint", "use_fp16", "batch", "batch_gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """name: as the user wrote it. overrides: settings of DistillationConfig; those of `published` are empty."""
+    """A way to run the step. name: as the user wrote it. overrides: settings of DistillationConfig."""
 
     name: str
     overrides: dict[str, Any]
@@ -38,7 +38,7 @@ class Mode:
 
 
 def parse_modes(text: str) -> list[Mode]:
-    """Modes from `published,fp32,bf16+compile+chunk=4`. Errors: UserError naming the part that means nothing."""
+    """Modes from `published,fp32,bf16+compile+chunk=4`. Errors: UserError naming the part that isn't understood."""
     names = [name.strip() for name in text.split(",")]
     if len(set(names)) < len(names):
         raise UserError(f"--modes={text}: a mode is named twice; name each once")

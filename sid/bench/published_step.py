@@ -1,4 +1,4 @@
-"""The baseline: the training step as the paper's experiments ran it, with nothing done for speed.
+"""The baseline: the training step as the paper's experiments ran it, without optimisations for speed.
 
 float32 without TF32 (or the recipe's fp16 on a GPU), NCHW, attention as an explicit float32 softmax, resampling as
 depthwise convolutions, Adam and clean-up of gradients and averaging one parameter at a time, fresh images for each
@@ -26,9 +26,9 @@ P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5  # of the fake score's
 
 
 class PublishedStep:
-    """One iteration of SiD at a time, on one process; the attributes are those of `Distillation` and its state.
+    """One iteration of SiD at a time, on one process, with the attributes of `Distillation` and its state.
 
-    teacher: phi, a network of training/networks.py; it is copied. config: of its settings those of the method count.
+    teacher: phi, a network of training/networks.py; it is copied. config: only the method's settings are used.
     """
 
     def __init__(self, teacher: torch.nn.Module, config: DistillationConfig, device: torch.device):

@@ -1,4 +1,4 @@
-"""The networks of the recipes, to be built with random weights, and their settings. Names load no torch."""
+"""The networks of the recipes, built with random weights, and their settings. torch is imported only to build."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ from sid import recipes
 if TYPE_CHECKING:
     import torch
 
-PUBLISHED_GPUS = 4  # of the published results: a benchmark's process does the share of one
+PUBLISHED_GPUS = 4  # of the published results; the benchmark does the share of one
 WEIGHT_NOISE = 0.01
 # Options that a step of SiD depends on; the second group has other names in DistillationConfig.
 OPTIONS = (
@@ -31,7 +31,7 @@ RENAMED = {"fp16": "use_fp16", "ema_rampup": "ema_rampup_ratio"}
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """network: arguments of EDMPrecond. config: settings of the distillation, `batch` being that of all GPUs."""
+    """network: arguments of EDMPrecond. config: settings of the distillation; its `batch` is for all GPUs together."""
 
     network: dict[str, Any]
     config: dict[str, Any]
@@ -50,7 +50,7 @@ def _ddpmpp(resolution: int, mult: list[int], label_dim: int = 0) -> dict[str, A
 
 
 def _config(name: str) -> dict[str, Any]:
-    """The recipe's settings of the step, without those by which the demo leaves SiD's own step."""
+    """The recipe's settings of the step, without the demo's deviations from SiD's own step."""
     recipe = recipes.RECIPES[name]
     config = {option: recipe[option] for option in OPTIONS if option in recipe}
     config |= {field: recipe[option] for option, field in RENAMED.items() if option in recipe}
@@ -86,7 +86,7 @@ RECIPES = {
         gpus=1,
         detector=recipes.DEMO / "detector.safetensors",
     ),
-    # Too small to tell anything but that the benchmark itself works.
+    # Too small to show anything except that the benchmark itself works.
     "micro": Recipe(
         {
             **_SMALL,

@@ -58,7 +58,7 @@ def make_row(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per row: medians, and behind them half the range in percent; '-' where there is nothing to tell."""
+    """A line per row: medians with half the range in percent; '-' where there is no value."""
     shown = [["mode", *(heading for heading, _, _ in COLUMNS), "first sec"]]
     for row in rows:
         name = row["mode"] if row["what"] == "step" else row["what"]

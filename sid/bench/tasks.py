@@ -29,7 +29,7 @@ INIT_SIGMA = DistillationConfig.init_sigma
 
 
 class Task(ABC):
-    """One repeatable piece of work on `images` images. clock: what it tells beside the time of the whole."""
+    """One repeatable piece of work on `images` images. clock: measures the time of its phases."""
 
     images: int
     precision = "fp32"
@@ -77,7 +77,7 @@ class SamplingTask(Task):
 
 
 class MetricsTask(Task):
-    """Features of images by a detector."""
+    """Features of images from a detector."""
 
     def __init__(self, detector: Detector, shape: tuple[int, int, int], images: int):
         super().__init__(detector.device)

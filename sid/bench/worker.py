@@ -1,7 +1,7 @@
-"""One process per mode: asleep but for its turns, so that neither time nor memory of one sees another.
+"""One process per mode, asleep between its turns, so that modes don't affect each other's time and memory.
 
-The parent's side loads no torch. Each process builds its work once, does a first piece of it (compilation happens
-there), then serves turns.
+The parent's side doesn't load torch. Each process builds its work once, does a first piece of it, which includes
+compilation, and then takes turns.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class Worker:
     """The parent's side.
 
     job: as for `tasks.make_task`; with "machine" or "profile" as job["what"] there is `first` and no turns.
-    first: what the process told when it was ready.
+    first: what the process reported when it was ready.
     Errors: UserError when an option is at fault; WorkerFailed.
     """
 
@@ -48,7 +48,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self._connection.close()  # it ends when it finds nobody there
+        self._connection.close()  # the process ends when its connection closes
         self._process.join(CLOSE_SEC)
         if self._process.is_alive():
             self._process.kill()
@@ -60,7 +60,7 @@ class Worker:
         except (EOFError, ConnectionResetError):
             self.close()
             raise WorkerFailed(
-                f"its process ended with code {self._process.exitcode} (-9 is mostly a lack of memory)"
+                f"its process ended with code {self._process.exitcode} (-9 usually means a lack of memory)"
             ) from None
         if kind == "result":
             return content
@@ -73,7 +73,7 @@ class Worker:
 
 
 def _serve(connection: Any, job: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and takes its processes along
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its processes
     try:
         _work(connection, job)
     except (EOFError, BrokenPipeError):
@@ -92,8 +92,8 @@ def _work(connection: Any, job: dict[str, Any]) -> None:
 
     from torch_utils import distributed
 
-    os.environ.pop("WORLD_SIZE", None)  # a benchmark is one process, whoever started it
-    mode = job.get("mode")  # of the machine's own speed there is none
+    os.environ.pop("WORLD_SIZE", None)  # a benchmark is one process, whatever started it
+    mode = job.get("mode")  # measuring the machine's own speed has none
     device = distributed.init(job["device"], keep_memory=mode is None or not mode.published)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -153,7 +153,7 @@ class Runner:
     def turn(self, seconds: float, steps: int | None) -> dict[str, Any]:
         """{steps, sec (of one), phases_sec (of one), peak_GB}"""
         if self._device.type == "cuda":
-            self._run(1)  # takes from the driver again what was given back after the last turn
+            self._run(1)  # allocates again what was given back to the driver after the last turn
         if steps is None:
             steps = max(1, math.ceil(seconds / self._sec))
         self._memory.restart()
@@ -166,7 +166,7 @@ class Runner:
         return {"steps": steps, "sec": total / steps, "phases_sec": phases, "peak_GB": peak}
 
     def _give_back(self) -> None:
-        """Leaves room on the GPU for the others' turns."""
+        """Frees room on the GPU for the other processes' turns."""
         if self._device.type == "cuda":
             import torch
 

@@ -1,4 +1,4 @@
-"""How a distillation fares, measured once a tick on a few images. docs/method.md says how to read the figures."""
+"""Measures how a distillation is doing, once a tick on a few images. docs/method.md explains the figures."""
 
 import itertools
 import math
@@ -14,19 +14,19 @@ from ..distillation import Distillation
 from ..loss import divergence
 from ..schedules import Single
 
-HEALTH_PHASE = 3  # keeps these random draws apart from those of the training's phases
-BANDS = 4  # of noise levels, each with as many of the training's draws; a single level is one band
-EDGE = 1e-4  # quantiles keep off 0 and 1 so much: a lognormal's are infinite there
-# Images per measurement: a small share of the tick's, so that its four forward passes cost little beside the training.
+HEALTH_PHASE = 3  # random stream of the measurements, separate from training's draws
+BANDS = 4  # of noise levels, each with the same share of training's draws; a single level is one band
+EDGE = 1e-4  # distance of quantiles from 0 and 1, where a lognormal's are infinite
+# Images per measurement: a small share of the tick's, so that its four forward passes cost little.
 IMAGES_SHARE, MIN_IMAGES, MAX_IMAGES = 1 / 32, 16, 256
 DIVERGENCE = "Health/divergence"  # as the loss reports it
-PER_CLASS = 64  # images at least, which take several ticks where classes are many; fewer may be off by chance
+PER_CLASS = 64  # fewest images per class, collected over several ticks if necessary; fewer are too noisy
 
 
 def worst_class(moments: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Statistics of the class that the generator makes worst. moments: those by class, of `Collector.collect_groups`.
+    """Statistics of the class with the worst images. moments: by class, from `Collector.collect_groups`.
 
-    Health/worst_class              its number: the divergence of its images is highest
+    Health/worst_class              the class whose images have the highest divergence
     Health/worst_class_divergence   that divergence over the median class'
     """
     if DIVERGENCE not in moments:
@@ -40,7 +40,7 @@ def worst_class(moments: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]
 
 
 class Health:
-    """Measures theta, psi and the average on the same latents and noise every time: only training changes them."""
+    """Measures theta, psi and the average on the same latents and noise at every tick."""
 
     def __init__(self, distillation: Distillation):
         self._distillation = distillation
@@ -63,15 +63,15 @@ class Health:
 
         Health/divergence_sigmaA-B   mean (f_phi - f_psi)^2 / omega over the noise levels from A to B
         Health/fake_score_ratio      psi's denoising loss on theta's images over phi's on the same
-        Health/l2_per_l1             1 where psi is optimal, more where it lags behind theta
-        Health/diversity             root mean square distance of two of theta's images over that of the teacher's
-                                     one-step images, where theta starts
-        Health/ema_distance          of the average's images from theta's, over that of theta's from the teacher's
+        Health/l2_per_l1             1 if psi is optimal, more if it lags behind theta
+        Health/diversity             root mean square distance between two of theta's images, over the same of the
+                                     teacher's one-step images, from which theta starts
+        Health/ema_distance          distance of the average's images from theta's, over theta's from the teacher's
         """
         state = self._distillation.state
         for net in (state.generator, state.fake_score):
             net.eval()
-        with same_dtype(state.ema, state.generator):  # else rounding would count as their distance
+        with same_dtype(state.ema, state.generator):  # otherwise rounding would count as distance
             rounds = [self._measure_round(r) for r in range(self._rounds)]
         per_band, images, squares = (distributed.all_reduce_sum(sum(parts)) for parts in zip(*rounds))
         count = per_band[:, 0].sum()

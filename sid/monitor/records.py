@@ -1,4 +1,4 @@
-"""What a run folder records: its options, the statistics of its ticks, its metrics. Any of it may be damaged."""
+"""Reads the records in a run folder: options, statistics of the ticks, metrics. Any of them may be damaged."""
 
 import json
 import math
@@ -16,7 +16,7 @@ WANTED = "name a run folder of sid_train.py"
 
 
 def read_run_options(run: str | Path) -> dict[str, Any]:
-    """The options in the run folder of a distillation, as its file has them. Errors: UserError when it is none."""
+    """The recorded options of a distillation. Errors: UserError when the folder isn't a run of one."""
     path = Path(run) / OPTIONS_FILE
     if not Path(run).is_dir():
         raise UserError(f"{run}: is not a folder; {WANTED}")
@@ -27,7 +27,7 @@ def read_run_options(run: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"{path}: is damaged, since it doesn't hold options; restore it, or {WANTED}")
+        raise UserError(f"{path}: is damaged: it doesn't hold options; restore it, or {WANTED}")
     if isinstance(options.get("network"), dict):
         raise UserError(f"{run}: is a run of edm.train, which trains a teacher; {WANTED}")
     if not isinstance(options.get("edm_model", ""), str):
@@ -50,24 +50,24 @@ def read_records(path: Path, *needed: str) -> list[Any]:
 
 
 def sound_records(path: Path, *needed: str) -> list[dict[str, Any]]:
-    """As `read_records`, without the lines that are damaged; nothing where there is no such file."""
+    """As `read_records`, but skips damaged lines; empty if there is no such file."""
     if not path.is_file():
         return []
     return [record for _, record in _lines(path) if isinstance(record, dict) and _has_numbers(record, needed)]
 
 
 def is_figure(value: Any) -> bool:
-    """Whether `value` is a finite number of which a thousand times as much is finite too."""
+    """Whether `value` is a number small enough to compute with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def measured_value(record: dict[str, Any]) -> float:
-    """The value of a metric's record, to find the lowest: what isn't a number is infinite."""
+    """The value of a metric's record, for finding the lowest: NaN counts as infinite."""
     return math.inf if math.isnan(record["value"]) else record["value"]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number of the line, what it holds or None) of each whole line."""
+    """(line number, parsed content or None if damaged) of each complete line."""
     for number, line in enumerate(_read_text(path).split("\n")[:-1], start=1):
         try:
             yield number, json.loads(line)
@@ -82,19 +82,19 @@ def _has_numbers(record: Any, needed: tuple[str, ...]) -> bool:
 
 
 def _is_needed(name: str, value: Any) -> bool:
-    """A count of images is a figure; what was measured may be infinite, or not a number."""
+    """Counts of images must be finite; measured values may be infinite or NaN."""
     if name.endswith("kimg"):
         return is_figure(value) and value >= 0
     return isinstance(value, float) or is_figure(value)
 
 
 def _read_text(path: Path) -> str:
-    """Errors: UserError when the file can't be read, or is none of a reasonable size."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+    """Errors: UserError when the file can't be read or is too large."""
+    if path.exists() and not path.is_file():  # reading a pipe or a device might never end
         raise UserError(f"{path}: is not a plain file; remove it, or restore the file")
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MB, so not of a run; {WANTED}")
+            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MB, so it can't be a run's; {WANTED}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: is not there; {WANTED} that has finished a tick") from None

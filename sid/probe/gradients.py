@@ -1,7 +1,7 @@
-"""How far half precision turns the generator's gradient, by noise level, in a distillation that is under way.
+"""How much half precision changes the direction of the generator's gradient, by noise level.
 
-python -m sid.probe.gradients RUN_FOLDER    needs a training state there: late in a run psi is close to phi, and
-rounding tells most where the two differ least
+python -m sid.probe.gradients RUN_FOLDER    reads the newest training state there. Late in a run psi is close to phi,
+and rounding matters most where the two differ least.
 """
 
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sid.distillation import Distillation
 
 
-TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the schedule karras, whatever the run's own: tables have one set of levels
+TIMES = (0.02, 0.2, 0.4, 0.5, 0.6, 0.8)  # of the Karras schedule, whatever the run's own, so that tables are comparable
 
 HALF = {"bf16", "fp16"}
 
@@ -26,8 +26,8 @@ HALF = {"bf16", "fp16"}
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 @click.option("--precisions", help="Compared with fp32", default="bf16,fp16")
-@click.option("--batch", help="Images", type=WholeRange(1, 1 << 16), default=64)
-@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+@click.option("--batch", help="Images per gradient", type=WholeRange(1, 1 << 16), default=64)
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first available]")
 def main(run: str, precisions: str, batch: int, device: str | None) -> None:
     """Cosine between the generator's gradient in half precision and in fp32, for the state in the folder RUN."""
     names = precisions.split(",")
@@ -49,7 +49,7 @@ def compare(run_dir: Path, names: list[str], batch: int, device: str | None) -> 
 
 
 def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
-    """The distillation of a run folder at its newest state. Errors: UserError when there is none."""
+    """The distillation in a run folder at its newest training state. Errors: UserError when it has none."""
     import dataclasses
 
     from edm import zoo
@@ -74,7 +74,7 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
 def gradients(
     distillation: "Distillation", name: str, t: float, batch: int, seed: int = 0, score_gradient: bool | None = None
 ) -> tuple[float, list["torch.Tensor"]]:
-    """(sigma, gradients of the loss by the images and by theta, one vector each), all images at one noise level."""
+    """(sigma, [gradient with respect to the images, gradient with respect to theta]), flattened; one noise level."""
     import torch
 
     from sid.schedules import Karras
@@ -101,7 +101,7 @@ def gradients(
 
 
 def cosine(a: "torch.Tensor", b: "torch.Tensor") -> float:
-    """Of two vectors, in float64."""
+    """Cosine of the angle between two vectors, computed in float64."""
     a, b = a.double().cpu(), b.double().cpu()
     return (a @ b / (a.norm() * b.norm())).item()
 

@@ -1,7 +1,7 @@
-"""Signal and noise of the generator's gradient, by noise level, in a distillation that is under way.
+"""Signal and noise of the generator's gradient, by noise level.
 
-python -m sid.probe.noise RUN_FOLDER    needs a training state there; it says where the gradient of one batch has a
-direction, and what passing it through the score networks costs in noise
+python -m sid.probe.noise RUN_FOLDER    reads the newest training state there. It shows at which noise levels the
+gradient of one batch has a direction, and how much noise the path through the score networks adds.
 """
 
 from pathlib import Path
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
-@click.option("--batch", help="Images", type=WholeRange(1, 1 << 16), default=32)
-@click.option("--batches", help="How many to judge by", type=WholeRange(2, 1 << 16), default=16)
-@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+@click.option("--batch", help="Images per batch", type=WholeRange(1, 1 << 16), default=32)
+@click.option("--batches", help="Number of batches", type=WholeRange(2, 1 << 16), default=16)
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first available]")
 def main(run: str, batch: int, batches: int, device: str | None) -> None:
     """Squared signal over the noise of one batch in the generator's gradient, for the state in the folder RUN.
 
-    As Adam sees it: every weight's gradient over the root of its mean square so far. For the projected objectives, with
-    gradients through both score networks (on) and without (off).
+    Gradients are scaled as Adam scales them, by the root of each weight's mean square so far. Projected objectives are
+    measured with gradients through both score networks (on) and without (off).
     """
     report(Path(run), batch, batches, device)
 

@@ -1,7 +1,7 @@
-"""How far the generator's loss pulls its images towards the teacher, by noise level, in a distillation under way.
+"""How strongly the generator's loss pulls its images towards the teacher, by noise level.
 
-python -m sid.probe.pull RUN_FOLDER --class=7    needs a training state there; it says whether the loss brings back a
-class that the generator has lost, and with which alpha and noise levels it would
+python -m sid.probe.pull RUN_FOLDER --class=7    reads the newest training state there. It shows whether the loss can
+bring back a class that the generator has lost, and with which alpha and noise levels.
 """
 
 from pathlib import Path
@@ -25,12 +25,12 @@ ALPHAS = (0.0, 0.5, 1.0, 1.2)
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 @click.option("--class", "class_idx", help="Class of all images  [default: any]", type=WholeRange(0))
-@click.option("--images", help="How many to judge by", type=WholeRange(1, 1 << 16), default=256)
-@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
+@click.option("--images", help="Number of images", type=WholeRange(1, 1 << 16), default=256)
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first available]")
 def main(run: str, class_idx: int | None, images: int, device: str | None) -> None:
-    """SiD's loss over its direction without gradients through the scores, for the state in the folder RUN.
+    """The pull of SiD's loss towards the teacher, relative to --score-gradient=off, for the state in the folder RUN.
 
-    1: it pulls the images to the teacher as strongly as --score-gradient=off does; 0: neither way; below: away.
+    1: it pulls the images as strongly as --score-gradient=off does; 0: it does not; below 0: it pushes them away.
     """
     report(Path(run), class_idx, images, device)
 
@@ -71,7 +71,7 @@ def pull(distillation: "Distillation", sigma: float, class_idx: int | None = Non
         f_phi, f_psi = (net(x_t, noise[0], labels) for net in distillation.loss.score_networks(*networks))
 
     def descent(**options) -> "torch.Tensor":
-        """By the images, along f_phi - f_psi."""
+        """Descent of the loss along f_phi - f_psi, by its gradient with respect to the images."""
         shared = {"guidance": config.guidance, "conditions": distillation.conditions}
         loss = SiDLoss(weighting=config.weighting, **shared, **options)
         value = loss.generator_loss(*networks, x_g, labels, noise).sum()

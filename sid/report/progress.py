@@ -27,7 +27,7 @@ class Report:
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
-    What can't be written to a full disk is reported and left out.
+    Files that can't be written, to a full disk for instance, are reported and skipped.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Report:
         self._reals = reals
 
     def start(self, ema: torch.nn.Module) -> None:
-        """Before the first iteration: `ema` is the teacher used as a one-step generator."""
+        """Reports before the first iteration, when `ema` is the teacher used as a one-step generator."""
         if self._reals is not None and distributed.rank() == 0:
             attempt("saving reals.png", lambda: save_grid(self._reals, self._run_dir / "reals.png"))
         self._show(ema, 0, "fakes_init.png")
 
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
-        """Every process calls it with equal weights."""
+        """Reports a snapshot. Every process must call it, with equal weights."""
         self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
 
     def _show(self, ema: torch.nn.Module, nimg: int, name: str) -> None:
@@ -74,18 +74,20 @@ class Report:
             attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
 
     def _missing(self, sha256: str) -> list[str]:
-        """The metrics not yet recorded of the weights with this hash."""
+        """The metrics that are not yet recorded for the weights with this hash."""
         names = [metric.name for metric in self._evaluator.metrics]
         known = {name: {record.get("network_sha256") for record in read_metrics(self._run_dir, name)} for name in names}
         return [name for name in names if sha256 not in known[name]]
 
     def _remember_best(self) -> None:
-        """best.json and best.safetensors: the snapshot with the lowest value of the first FID asked for."""
+        """best.json and best.safetensors: the snapshot with the lowest value of the first requested FID."""
         name = next((metric.name for metric in self._evaluator.metrics if metric.kind == "fid"), None)
         trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
         if trained:
             best = min(trained, key=measured_value)
-            nimg = round(best["kimg"] * 1000)  # another --batch before, another name
+            nimg = round(
+                best["kimg"] * 1000
+            )  # the name depends on --batch, which an earlier part of the run may have had otherwise
             paths = [snapshot_path(self._run_dir, nimg, batch) for batch in (self._batch, 1, 1000)]
             snapshot = next((path for path in paths if path.exists()), paths[0]).name
             content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
@@ -95,7 +97,7 @@ class Report:
 
 
 def _link(path: Path, target: str) -> None:
-    """Makes `path` a link to the file `target` beside it, or a copy where links don't work, if that file is there."""
+    """Links `path` to the file `target` in the same folder, if it exists, or copies it where links don't work."""
     if not (path.parent / target).is_file() or (path.is_symlink() and os.readlink(path) == target):
         return
     new = path.with_name(f".{path.name}.part")

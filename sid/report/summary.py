@@ -11,9 +11,10 @@ from .pictures import TEACHER_EVALUATIONS
 
 
 def summarise(run_dir: Path, teacher: torch.nn.Module, transfer: str | None = None) -> list[tuple[str, int, float]]:
-    """Rows (network, evaluations per image, FID) of a run: what it measured, what the teacher's file records.
+    """Rows (network, evaluations per image, FID) from a run's records and the teacher's metadata.
 
-    transfer: the network that it started from, if that isn't the teacher.
+    transfer: the network that the generator started from, if it isn't the teacher.
+    Errors: UserError when the run has no FID.
     """
     files = sorted(run_dir.glob("metric-fid*.jsonl"))
     if not files:

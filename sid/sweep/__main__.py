@@ -18,13 +18,15 @@ from sid.sweep.runner import describe, run_all
 
 @click.command(cls=LongCommand, context_settings={"show_default": True})
 @click.argument("file")
-@click.option("--outdir", help="Where run folders and results are; several sweeps may share it", default="sweeps")
+@click.option("--outdir", help="Folder for run folders and results; several sweeps may share it", default="sweeps")
 @click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)
-@click.option("--only", help="Settings to run, with commas between")
-@click.option("--seeds", help="Those of FILE to run, with commas between", type=IntList())
-@click.option("--records", help="Folder with results of sweeps elsewhere, whose finished runs count", metavar="DIR")
-@click.option("--report", help="Run nothing: make records, table and plots from what is there", is_flag=True)
-@click.option("-n", "--dry-run", help="Print how far each run is, and its command; change nothing", is_flag=True)
+@click.option("--only", help="Settings to run, separated by commas")
+@click.option("--seeds", help="Seeds of FILE to run, separated by commas", type=IntList())
+@click.option(
+    "--records", help="Folder with results of other sweeps, whose finished runs are not repeated", metavar="DIR"
+)
+@click.option("--report", help="Run nothing; make records, table and plots from finished runs", is_flag=True)
+@click.option("-n", "--dry-run", help="Print the status and command of each run; change nothing", is_flag=True)
 def main(
     file: str,
     outdir: str,
@@ -35,10 +37,10 @@ def main(
     report: bool,
     dry_run: bool,
 ) -> None:
-    """Run the distillations that FILE describes, one after the other; make a table and plots of their FID.
+    """Run the distillations that FILE describes, one after the other, and make a table and plots of their FID.
 
-    The same command goes on after a break and repeats no finished run. Exit code 0: all finished; 1: some failed;
-    75: stopped by a signal, run it again. docs/sweeps.md has the format of FILE.
+    The same command continues after an interruption and repeats no finished run. Exit code 0: all finished;
+    1: some failed; 75: stopped by a signal, run it again. docs/sweeps.md has the format of FILE.
     """
     plan, folder = load_plan(file), Path(outdir)
     asked = choose(plan.runs, only, seeds)
@@ -50,7 +52,7 @@ def main(
         print(describe(chosen, folder, nproc))
         return
     if report and not records and not folder.is_dir():
-        raise UserError(f"--outdir={outdir}: no such folder; name that of a sweep")
+        raise UserError(f"--outdir={outdir}: no such folder; name the --outdir of a sweep")
     exit_code = 0
     folder.mkdir(parents=True, exist_ok=True)
     if report:
@@ -58,7 +60,7 @@ def main(
     else:
         with locked_folder(folder):
             for run in plan.runs:
-                status(run, folder / run.name)  # refuses what has changed now, not after hours of running
+                status(run, folder / run.name)  # refuses changed settings now, not after hours of running
             exit_code = run_all(chosen, folder, nproc)
     print(f"\n{write_results(plan, folder, elsewhere)}\n{folder / plan.stem}.md", flush=True)
     if exit_code == STOPPED:
@@ -80,9 +82,9 @@ def choose(runs: list[Run], only: str | None, seeds: list[int] | None) -> list[R
 
 
 def without(runs: list[Run], finished: Collection[str], folder: Path) -> list[Run]:
-    """`runs` less those `finished` elsewhere; one that is begun here or that another here starts from stays."""
+    """`runs` without the ones `finished` elsewhere, except runs that have begun here or that others here start from."""
     kept: list[Run] = []
-    for run in reversed(runs):  # a run stands after that which it starts from
+    for run in reversed(runs):  # a run comes after its source
         needed = run.name in {other.source for other in kept}
         if run.name not in finished or needed or (folder / run.name).exists():
             kept.insert(0, run)

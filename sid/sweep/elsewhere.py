@@ -1,4 +1,4 @@
-"""Runs that other sweeps made, on other machines or before: what their results (NAME.jsonl) say of them."""
+"""Runs of other sweeps, earlier or on other machines, read from their results (NAME.jsonl)."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ MEASURED = {"kimg": NUMBER, "total_kimg": NUMBER, "seconds": NUMBER | None, "met
 
 
 def runs_elsewhere(plan: Plan, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """{name: records} of the runs of `plan` that the results in `folder` have, broken off or not.
+    """{name: records} of the runs of `plan` that have results in `folder`, complete or not.
 
     Errors: UserError when there are none, they are damaged, or a run has other options there.
     """
@@ -68,11 +68,11 @@ def _of(run: Run, results: list[dict[str, Any]], folder: Path) -> list[dict[str,
 
 @functools.cache
 def _recorded(command: str) -> dict[str, Any]:
-    """`recorded_options` of [common options, a setting's own, seed] in JSON. Errors: UserError if not any more."""
+    """`recorded_options` of [common options, a setting's own, seed] in JSON. Errors: UserError if invalid."""
     try:
         return recorded_options(command_line(*json.loads(command)))
     except click.ClickException as error:
-        raise UserError(f"--records: options that sid_train.py doesn't take now: {error.format_message()}") from None
+        raise UserError(f"--records: options that sid_train.py no longer accepts: {error.format_message()}") from None
 
 
 def is_finished(run: list[dict[str, Any]]) -> bool:

@@ -1,4 +1,4 @@
-"""What a run folder tells: how far its run is, and its records. Nothing is kept elsewhere, so all can be rebuilt."""
+"""The progress and records of a run, read from its folder alone, so that results can always be rebuilt."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from .plan import Run, recorded_options
 
 FAILURE_FILE = "failure.json"
 REFUSED, DIVERGED, STOPPED = 2, 3, 75  # exit codes of sid_train.py: docs/reliability.md
-# What doesn't change a result, and what only the run itself finds out.
+# Options that don't change a result, and values that only the run itself knows.
 FREE = {"outdir", "nosubdir", "desc", "resume", "override", "dry_run", "state_ticks", "save_minutes", "keep_states"}
 FREE |= {"timeout", "cache", "workers", "real_images"}
 
 
 def status(run: Run, folder: Path) -> str:
-    """'new', 'begun', 'finished', 'diverged' (it would do so again) or 'failed'.
+    """'new', 'begun', 'finished', 'diverged' (and would again) or 'failed'.
 
     Errors: UserError when the folder holds a run with other options, or its records are damaged.
     """
@@ -36,14 +36,14 @@ def status(run: Run, folder: Path) -> str:
 
 def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
     """Errors: UserError naming an option in which the run in `folder` differs from the one asked for."""
-    there = {**recorded_options(()), **options}  # an older run lacks newer options, which then were as by default
+    there = {**recorded_options(()), **options}  # a run from before an option existed used its default
     for name, wanted in run.recorded.items():
         found = there[name]
         if name == "metrics":  # recorded as a list, and resolved where not given, as is data_stat
             found = wanted if wanted is None else ",".join(found or [])
             wanted = wanted and ",".join(part.strip() for part in wanted.split(","))
         if name in ("edm_model", "transfer") and found and wanted and Path(found).parent == Path(wanted):
-            found = wanted  # a run folder, of which one snapshot was taken
+            found = wanted  # a run folder stands for one of its snapshots
         if name == "transfer" and run.source and found:
             found = wanted if Path(found).parent.name == run.source else found
         if name not in FREE and found != wanted and not (name == "data_stat" and wanted is None):
@@ -81,7 +81,7 @@ def read_run_options(folder: Path) -> dict[str, Any] | None:
             return options
         raise ValueError
 
-    remedy = f"not that of a distillation; remove the folder {folder} to have the run made anew"
+    remedy = f"not a distillation's; remove the folder {folder} to start the run again"
     return _read_json(folder / OPTIONS_FILE, checked, remedy)
 
 
@@ -103,7 +103,7 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     def checked(failure: Any) -> dict[str, Any]:
         return {"exit_code": int(failure["exit_code"]), "message": str(failure["message"])}
 
-    return _read_json(folder / FAILURE_FILE, checked, "damaged; remove it to have the run tried again")
+    return _read_json(folder / FAILURE_FILE, checked, "damaged; remove it to try the run again")
 
 
 def _read_json(path: Path, checked: Callable[[Any], dict[str, Any]], remedy: str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ else:
 
 PROGRAM = ("-m", "sid_train")  # what the runs execute: a file of a checkout or of an installed package
 KEYS = {"title", "include", "seeds", "common", "settings"}  # of a sweep file
-OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  # options that the sweep gives itself
+OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  # options that the sweep sets
 NAME = re.compile(r"[A-Za-z0-9_][\w.=+-]{0,99}", re.ASCII)  # of a setting: becomes part of a folder's name
 SOURCE = re.compile(r"\{(.*)\}")  # transfer = "{NAME}": from the generator of setting NAME
 MAX_RUNS = 10_000
@@ -29,8 +29,12 @@ MAX_RUNS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One distillation. options, common: those of its setting and those of all, as in the file; arguments: all of
-    sid_train.py but the place; recorded: what its run folder's training_options.json will say of them."""
+    """One distillation.
+
+    options, common    options of its setting and options of all settings, as in the file
+    arguments          of sid_train.py, except the output folder
+    recorded           what the run folder's training_options.json will say about them
+    """
 
     setting: str
     seed: int
@@ -52,8 +56,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """runs: seed by seed, so that a sweep that is broken off has something of every setting; the first setting is the
-    baseline. stem: names the files of the results."""
+    """A sweep.
+
+    runs    ordered by seed, so that an interrupted sweep has results for every setting; the first is the baseline
+    stem    names the files with the results
+    """
 
     title: str
     stem: str
@@ -66,7 +73,7 @@ class Plan:
 
 
 def load_plan(path: str) -> Plan:
-    """Reads a sweep file and holds every run in it against the options of sid_train.py.
+    """Reads a sweep file and checks every run in it against the options of sid_train.py.
 
     Errors: UserError naming the file, the setting, and the option that is wrong.
     """
@@ -80,7 +87,7 @@ def load_plan(path: str) -> Plan:
     for name, table in tables.items():
         for full_name, options in _expand(path, name, table):
             if not NAME.fullmatch(full_name) or full_name in settings:
-                raise UserError(f"{path}: setting {full_name!r}: not a name of its own of letters, digits, _ . = + -")
+                raise UserError(f"{path}: setting {full_name!r}: give a unique name of letters, digits, _ . = + -")
             settings[full_name] = options
             if len(settings) * len(seeds) > MAX_RUNS:
                 raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
@@ -91,9 +98,9 @@ def load_plan(path: str) -> Plan:
 
 
 def _read(path: Path, may_include: bool = True) -> dict[str, Any]:
-    """The tables of a file over those of the file that it includes, if any, whose path is relative to its own."""
+    """The tables of a file, merged with the tables of the file that it includes, if any (relative to its own path)."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte-order mark
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a sweep file") from None
     except (ValueError, RecursionError) as error:
@@ -134,7 +141,7 @@ def source_setting(transfer: Any) -> str | None:
 
 
 def _check_sources(path: str, settings: dict[str, dict[str, Any]]) -> None:
-    """A setting may start from one above it only, so that its source has run before, and none from itself."""
+    """A setting may only start from one above it, so that its source has run before."""
     above: list[str] = []
     for name, options in settings.items():
         source = source_setting(options.get("transfer"))
@@ -173,21 +180,21 @@ def _arguments(options: dict[str, Any]) -> Iterator[str]:
     known = {name.lstrip("-"): p for p in parameters for name in p.opts if name.startswith("--")}
     for name, value in options.items():
         if name in OWN:
-            raise UserError(f"{name}: the sweep gives it itself: leave it out")
+            raise UserError(f"{name}: the sweep sets it; leave it out")
         if name not in known:
             raise UserError(f"{name}: not an option of sid_train.py, which --help lists")
         if not isinstance(value, bool | int | float | str) or value == "":
             raise UserError(f"{name} = {value!r}: give a text, a number, true or false")
         if getattr(known[name], "is_flag", False):
             yield from [f"--{name}"] if value else []
-        else:  # a float in full, not as in names
+        else:  # floats with all digits, unlike in names
             yield f"--{name}={_text(value) if isinstance(value, bool) else value}"
 
 
 def recorded_options(arguments: tuple[str, ...]) -> dict[str, Any]:
-    """What training_options.json says of a command line of sid_train.py, but for what is found out when it runs.
+    """What training_options.json will say about a command line of sid_train.py, without values known only at run time.
 
-    Errors: click.ClickException when sid_train.py wouldn't take it.
+    Errors: click.ClickException when sid_train.py would refuse it.
     """
     config, options = parse(arguments)
     return without_passwords(json.loads(json.dumps({**config.options(), **options})))

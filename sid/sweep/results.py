@@ -12,13 +12,13 @@ from .plan import Plan
 from .table import Curve, curve, fid_metric, markdown, traces
 
 INCHES, DOTS_PER_INCH, COLOURS = (8, 4.5), 100, 128
-LABELLED = "2357"  # first digits of numbers between powers of ten that have room at a long axis
-LONG = 5  # its highest value over its lowest
-STYLES = ("-", "--", ":", "-.")  # beside ten colours
+LABELLED = "2357"  # first digits of the minor ticks that are labelled on a long axis
+LONG = 5  # highest value over lowest value of a long axis
+STYLES = ("-", "--", ":", "-.")  # in combination with ten colours
 
 
 def write_results(plan: Plan, outdir: Path, elsewhere: dict[str, list[dict[str, Any]]] | None = None) -> str:
-    """Makes all files anew from the run folders of `plan`, whatever is there; returns the tables.
+    """Writes all files from the run folders of `plan`, replacing older ones; returns the tables.
 
     elsewhere: as `runs_elsewhere` gives it, for runs without a folder.
     Errors: UserError when a folder holds another run, or damaged records.

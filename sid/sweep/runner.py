@@ -1,4 +1,4 @@
-"""Runs what isn't finished, one after the other, each as a process of its own that signals reach."""
+"""Runs the unfinished distillations one after the other, each in its own process, and passes signals on."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from dnnlib.terminal import stop_signals
 from .folders import DIVERGED, FAILURE_FILE, REFUSED, STOPPED, last_snapshot, status, write_failure
 from .plan import PROGRAM, Run
 
-CONSOLE_FILE = "console.txt"  # all that a run's processes print, in its folder
+CONSOLE_FILE = "console.txt"  # in the run folder: everything that the run's processes print
 MEANING = {REFUSED: "an option or a file is wrong", DIVERGED: "diverged", 4: "weights differ", 5: "a process hangs"}
 ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:Error|[\w.]+Error|[\w.]+Exception): .+)")  # a traceback's last line too
 
 
 class Signals:
-    """While open, signals don't end this process: they are passed on to the run at work, and `stopped` is true."""
+    """While open, signals don't end this process but are passed on to the current run, and `stopped` becomes true."""
 
     def __init__(self):
         self.stopped = False
@@ -42,7 +42,7 @@ class Signals:
             self._process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
 
     def wait_for(self, process: subprocess.Popen) -> int:
-        """The exit code of the process; a signal that came before it was known here reaches it too."""
+        """The exit code of the process; an earlier signal is passed on to it, too."""
         self._process = process
         try:
             if self.stopped:
@@ -53,7 +53,7 @@ class Signals:
 
 
 def run_all(runs: list[Run], outdir: Path, processes: int) -> int:
-    """Runs what isn't finished and gives the exit code: 0, 1 if a run failed or diverged, STOPPED after a signal.
+    """Runs what isn't finished. Returns the exit code: 0, 1 if a run failed or diverged, STOPPED after a signal.
 
     Errors: UserError when a folder holds a run with other options.
     """
@@ -110,7 +110,7 @@ def run_one(run: Run, folder: Path, processes: int, signals: Signals) -> tuple[i
 def command(run: Run, folder: Path, processes: int) -> list[str]:
     """The command line of a run. One process needs no torchrun, which would hide its exit code.
 
-    The setting that it starts from, if any, is replaced by the network once that is there.
+    If the run starts from another setting's generator that is finished, its --transfer names that file.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     start = [sys.executable, *(torchrun if processes > 1 else [])]

@@ -59,7 +59,7 @@ def traces(records: list[dict[str, Any]], setting: str, metric: str | None) -> l
 
 
 def curve(runs: list[Trace]) -> Curve:
-    """Of the finished runs; of those under way as long as there are none."""
+    """The curve of the finished runs, or of unfinished ones if none is finished."""
     runs = [run for run in runs if run.is_finished] or [run for run in runs if run.points]
     fids, seconds = [dict(run.points) for run in runs], [dict(run.seconds) for run in runs]
     shared = sorted(set.intersection(*map(set, fids))) if fids else []
@@ -77,7 +77,7 @@ def curve(runs: list[Trace]) -> Curve:
 def kimg_to_reach(points: list[Point], level: float) -> float | None:
     """Where a curve first comes down to a FID, interpolated in log kimg and log FID; None if it never does.
 
-    A curve that begins below is there at its first point at the latest, and that is what is given.
+    For a curve that begins below the level, this is its first point.
     """
     before = None
     for kimg, fid in points:
@@ -91,7 +91,7 @@ def kimg_to_reach(points: list[Point], level: float) -> float | None:
 
 
 def summarise(records: list[dict[str, Any]], settings: list[str]) -> list[dict[str, Any]]:
-    """A row for each setting; the first is the baseline. A mean without a value is None, as is a sd of one run."""
+    """A row for each setting; the first is the baseline. Where there are no values, means are None."""
     metric = fid_metric(records)
     rows, level = [], None
     for setting in settings:
@@ -147,7 +147,7 @@ def markdown(records: list[dict[str, Any]], settings: list[str], seeds: list[int
 def fid_by_kimg(records: list[dict[str, Any]], settings: list[str]) -> list[list[str]]:
     """Cells: FID wherever a run of the first setting was measured, and where each seed ended; the head comes first.
 
-    Settings without any FID have no row. Runs that broke off count where they came to, but have no end.
+    Settings without any FID have no row. Interrupted runs count as far as they got, but have no end.
     """
     metric = fid_metric(records)
     of = {setting: [run for run in traces(records, setting, metric) if run.points] for setting in settings}
