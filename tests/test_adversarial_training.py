@@ -206,7 +206,7 @@ RUNS = {
     "gan-too-strong": ({"lsg_gan": 300.0, "lr": 3e-3, "glr": 1e-3}, "lower --lsg_gan (300)"),
     "psi-diverges": ({"lr": 1.0, "total_kimg": 0.256}, "lower --lr (1)"),
     "frozen": ({"total_kimg": 0.256}, "until 0.256 kimg"),
-    "too-early": ({"total_kimg": 0.32}, "2 ticks since --gan-freeze say nothing yet"),
+    "too-early": ({"total_kimg": 0.32}, "2 ticks since --gan-freeze are too few"),
 }
 
 

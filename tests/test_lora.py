@@ -292,7 +292,7 @@ def test_a_generator_that_starts_from_other_weights(tmp_path):
     path = save_after(d, 2, tmp_path)
     assert equal(weights(prepare(teacher, config, CPU, start, path)), weights(d))
     for other in (None, tiny_teacher()):
-        with pytest.raises(UserError, match="give --transfer as at its start"):
+        with pytest.raises(UserError, match="give the --transfer it was started with"):
             prepare(teacher, config, CPU, other, path)
 
 
