@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -22,7 +22,7 @@ DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com\d|lpt\d)(?!
 OWN_FOLDERS = ("references",)  # what else this project keeps in the cache
 
 
-def is_url(source: Any) -> bool:
+def is_url(source: Any) -> TypeGuard[str]:
     """Whether `source` is an http(s) or file address rather than a path."""
     return isinstance(source, str) and source.lower().startswith(("http://", "https://", "file://"))
 

@@ -60,12 +60,12 @@ def local_path(
 
     Errors: UserError when it can't be had.
     """
-    if not is_url(source):
-        path = user_path(source)
-    elif split(source).scheme == "file":
+    if is_url(source):
+        if split(source).scheme != "file":
+            return download(source, sha256, cache_dir)
         path = file_path(source)
     else:
-        return download(source, sha256, cache_dir)
+        path = user_path(source)
     if not path.is_file():
         raise UserError(f"{path}: no such file: check the file name")
     return path

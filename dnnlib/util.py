@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import io
 import math
 import os
 import re
@@ -146,8 +147,9 @@ class Command(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         terminal.open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+            reconfigure = getattr(stream, "reconfigure", None)  # which only streams that are files have
+            if reconfigure is not None:
+                reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -169,7 +171,7 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            error.message = printable(error.message)
+            error.message = printable(error.message)  # pyright: ignore[reportAttributeAccessIssue]
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -328,7 +330,7 @@ class _Tee:
         return getattr(self._stream, name)
 
 
-def open_plain(path: str | os.PathLike, max_bytes: int | None = None) -> BinaryIO:
+def open_plain(path: str | os.PathLike, max_bytes: int | None = None) -> io.BufferedReader:
     """Opens a plain file for reading, at most `max_bytes` of them; links to plain files are followed.
 
     A pipe would be waited for, and a device such as /dev/zero has no end.

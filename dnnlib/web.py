@@ -263,7 +263,8 @@ class _Attempt:
 
     def _receive(self, response: Any, start: int, stop: int | None) -> None:
         """Writes an answer's bytes to the part file from `start`; `stop` is where it must end, if anyone said so."""
-        if max(stop or 0, self.version.total or 0) > self._max_bytes:
+        total = self.version.total if self.version is not None else None
+        if max(stop or 0, total or 0) > self._max_bytes:
             self._refuse_size()
         with self._changing():
             file = open_own(self._part, append=start > 0)

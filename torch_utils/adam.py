@@ -44,10 +44,10 @@ class MomentumFreeAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             for part in distributed.buckets(weights):  # all at once would take a copy of the weights for a moment
-                self._step(group, part, [p.grad for p in part], draws)
+                self._step(group, part, [p.grad for p in part if p.grad is not None], draws)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """That of the other precision is taken, too."""
+        """Takes a state saved with either precision of the second moment."""
         super().load_state_dict(state_dict)  # in the dtype of the weights, which holds either
         self._start_count()
         if self._rounding_seed is not None:

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -23,16 +23,18 @@ PROGRESS = (*COUNTERS, "at_snapshot")  # attributes of every training
 STATE_PATTERN = r"training-state-(\d+)(?:\.(\d{3}))?\.pt"
 SNAPSHOT_PATTERN = r"network-snapshot-(\d+)(?:\.(\d{3}))?\.(?:safetensors|pkl)"  # .pkl: EDM's own runs
 BEST_LINK = "best.safetensors"  # the snapshot with the lowest FID, in runs that measure it
-SPARE_BYTES = 1 << 20  # left free beside a state
+SPARE_BYTES = 1 << 20  # left free next to a state
 CHECKSUM = "sha256"
 PLAIN_TYPES = (type(None), bool, int, float, str)
 
 
 def state_path(run_dir: str | os.PathLike, nimg: int, batch: int = 1) -> Path:
+    """Where the training state of a run lies after `nimg` images."""
     return Path(run_dir) / f"training-state-{kimg_name(nimg, batch)}.pt"
 
 
 def snapshot_path(run_dir: str | os.PathLike, nimg: int, batch: int = 1) -> Path:
+    """Where the network snapshot of a run lies after `nimg` images."""
     return Path(run_dir) / f"network-snapshot-{kimg_name(nimg, batch)}.safetensors"
 
 
@@ -65,7 +67,7 @@ def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
         raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
     with write_atomically(path) as file:
         sink = _Sink(file)
-        torch.save({**state, CHECKSUM: checksum(state)}, sink)
+        torch.save({**state, CHECKSUM: checksum(state)}, cast(IO[bytes], sink))
         if sink.error is not None:
             raise sink.error
 
@@ -199,7 +201,8 @@ class _Sink:
     """A file for torch.save that keeps the first error of writing: torch's own report of it hides the reason."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self.error = file, None
+        self._file = file
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         if self.error is None:

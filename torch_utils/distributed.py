@@ -75,14 +75,16 @@ def shutdown() -> None:
 
 
 def rank() -> int:
+    """The number of this process in the group, from 0 up."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """How many processes the group has."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*args, **kwargs) -> None:
+def print0(*args: Any, **kwargs: Any) -> None:
     """Prints on process 0 only."""
     if rank() == 0:
         print(*args, **kwargs)
@@ -107,6 +109,7 @@ def _message() -> Iterator[None]:
 
 @_message()
 def barrier() -> None:
+    """Waits for all processes; every process must call it."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -96,8 +97,8 @@ class InfiniteSampler(torch.utils.data.Sampler):
         assert size > 0
         self._size, self._rank, self._processes, self._seed, self._start = size, rank, processes, seed, start
 
-    def __iter__(self):
-        position, epoch, order = self._start + self._rank, -1, None
+    def __iter__(self) -> Iterator[int]:
+        position, epoch, order = self._start + self._rank, -1, np.empty(0, dtype=np.int64)
         while True:
             if position // self._size != epoch:
                 epoch = position // self._size

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,7 @@ def set_up(precision: str, device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def set_compute_dtype(net: torch.nn.Module, dtype: torch.dtype | None) -> bool:
+def set_compute_dtype(net: Any, dtype: torch.dtype | None) -> bool:
     """Makes a denoiser of training/networks.py work in `dtype`; False for any other class, which `autocast` serves."""
     if not hasattr(type(net), "compute_dtype"):
         return False
@@ -129,7 +130,9 @@ def checkpoint_blocks(net: torch.nn.Module) -> None:
     A block is a module whose class has an attribute `checkpoint` that is False or True, as UNetBlock of
     training/networks.py has. Errors: UserError when the network has none.
     """
-    blocks = [module for module in net.modules() if isinstance(getattr(type(module), "checkpoint", None), bool)]
+    blocks: list[Any] = [
+        module for module in net.modules() if isinstance(getattr(type(module), "checkpoint", None), bool)
+    ]
     if not blocks:
         raise UserError(
             f"--checkpoint=1: {type(net).__name__} has no blocks that can recompute their activations; leave the option"
@@ -155,14 +158,14 @@ class Compiled:
         self._net = net
         self._fast: Callable | None = torch.compile(net, dynamic=False)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._fast is not None:
             try:
                 return self._fast(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
                 self._fast = None
                 distributed.print0(f"--compile: goes on without ({str(error).strip().splitlines()[0]})")
         return self._net(*args, **kwargs)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._net, name)

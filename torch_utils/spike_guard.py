@@ -1,4 +1,6 @@
-"""Skips updates whose gradient is much larger than those before: on the device, without a word to the host."""
+"""Skips updates whose gradient is much larger than those before: on the device, without waiting for the host."""
+
+from typing import Any
 
 import torch
 
@@ -6,9 +8,9 @@ REMEMBERED = 64  # norms; the guard begins to act when it has so many, and takes
 
 
 class SpikeGuard:
-    """Says which gradient norms are spikes: above `factor` times the median of the REMEMBERED finite ones before.
+    """Recognises spikes: gradient norms above `factor` times the median of the last REMEMBERED finite norms.
 
-    Spikes are remembered, too: a norm that grows for good is the median soon, so that no run is held up for ever.
+    Spikes are remembered, too: a norm that stays larger soon becomes the median, so no run is held up for ever.
     The median, unlike a mean, isn't moved by the spikes themselves.
     """
 
@@ -30,11 +32,11 @@ class SpikeGuard:
         """Spikes so far. Waits for the device."""
         return int(self._count)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, torch.Tensor | float]:
         return {"norms": self._norms.cpu(), "count": float(self._count)}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Errors: ValueError when the state isn't that of a guard."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave. Errors: ValueError when it holds another number of norms."""
         if state["norms"].shape != self._norms.shape:
             raise ValueError(f"the spike guard remembers {REMEMBERED} norms, not {list(state['norms'].shape)}")
         self._norms = state["norms"].to(self._norms)

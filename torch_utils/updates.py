@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -118,7 +119,8 @@ class Updater:
             group["lr"] = lr * lr_factor
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         if fused or isinstance(self.optimizer, MomentumFreeAdam):
-            self.optimizer.found_inf = skip  # leaves everything as it is where this is 1
+            optimizer: Any = self.optimizer
+            optimizer.found_inf = skip  # leaves everything as it is where this is 1
             self.optimizer.step()
         elif not skip:
             self.optimizer.step()

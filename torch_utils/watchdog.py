@@ -124,7 +124,8 @@ def _end(messages: list[int], rank: int, timeout_sec: float) -> None:
         _tell(f"no progress for {timeout_sec:g} seconds: {who}; the run ends here")
     if rank in behind:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # there may be no stderr any more
-            faulthandler.dump_traceback(file=sys.__stderr__)
+            if sys.__stderr__ is not None:
+                faulthandler.dump_traceback(file=sys.__stderr__)
     os._exit(HANG_EXIT_CODE)
 
 

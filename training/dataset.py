@@ -115,19 +115,19 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise DatasetError(
                 f"{self._tree.what} has no labels in {LABELS_FILE}; add them (edm.train --cond=0 needs none)"
             )
-        self.label_dim = max(self._labels) + 1 if use_labels else 0
+        self.label_dim = max(self._labels) + 1 if self._labels is not None else 0
         if max_size is not None and max_size < 1:
             raise DatasetError(f"{self._tree.what}: can't take {max_size} images; use at least 1")
         if max_size is not None and max_size < len(self._names):
             kept = sorted(np.random.default_rng(seed).permutation(len(self._names))[:max_size])
             self._names = [self._names[i] for i in kept]
-            self._labels = [self._labels[i] for i in kept] if use_labels else None
+            self._labels = [self._labels[i] for i in kept] if self._labels is not None else None
         self._xflip = xflip
-        self._shape = None
-        self._shape = self._read(0).shape
-        self.num_channels, self.resolution, _ = self._shape
+        self._shape: tuple[int, ...] | None = None
+        self._shape = shape = self._read(0).shape
+        self.num_channels, self.resolution, _ = shape
         # A tensor, not an array: forked workers see the same memory, spawned ones get it as shared memory.
-        self._cache = self._load() if cache and len(self._names) * np.prod(self._shape) <= MAX_CACHE_BYTES else None
+        self._cache = self._load() if cache and len(self._names) * np.prod(shape) <= MAX_CACHE_BYTES else None
 
     @property
     def classes(self) -> list[int]:
@@ -169,7 +169,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return image
 
     def _load(self) -> torch.Tensor:
-        images = torch.empty(len(self._names), *self._shape, dtype=torch.uint8)
+        images = torch.empty(len(self._names), self.num_channels, self.resolution, self.resolution, dtype=torch.uint8)
         for i, image in enumerate(images.numpy()):
             image[:] = self._read(i)
         return images

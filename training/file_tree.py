@@ -6,6 +6,7 @@ import stat
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from dnnlib import UserError
 
@@ -86,7 +87,7 @@ class FileTree:
         content = self.read(name)
         return len(content), zlib.crc32(content)
 
-    def _open(self, name: str):
+    def _open(self, name: str) -> IO[bytes]:
         return self._open_zip().open(self._info(name)) if self.is_zip else open(self.path / name, "rb")
 
     def _info(self, name: str) -> zipfile.ZipInfo:
@@ -98,6 +99,7 @@ class FileTree:
                 self._zip, self._zip_pid = zipfile.ZipFile(self.path), os.getpid()
             except Exception as error:  # zipfile passes on what parsing a broken directory raises
                 raise DatasetError(f"{self.what} is not a readable zip: {str(error) or type(error).__name__}") from None
+        assert self._zip is not None
         return self._zip
 
     def _contents(self) -> _Contents:

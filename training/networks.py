@@ -317,10 +317,10 @@ class SongUNet(torch.nn.Module):
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        init = {"init_mode": "xavier_uniform"}
-        init_zero = {"init_mode": "xavier_uniform", "init_weight": 1e-5}
-        init_attn = {"init_mode": "xavier_uniform", "init_weight": math.sqrt(0.2)}
-        block_kwargs = {
+        init: dict[str, Any] = {"init_mode": "xavier_uniform"}
+        init_zero: dict[str, Any] = {"init_mode": "xavier_uniform", "init_weight": 1e-5}
+        init_attn: dict[str, Any] = {"init_mode": "xavier_uniform", "init_weight": math.sqrt(0.2)}
+        block_kwargs: dict[str, Any] = {
             "emb_channels": emb_channels,
             "num_heads": 1,
             "dropout": dropout,
@@ -333,7 +333,7 @@ class SongUNet(torch.nn.Module):
             "init_zero": init_zero,
             "init_attn": init_attn,
         }
-        resample = {"resample_filter": resample_filter}
+        resample: dict[str, Any] = {"resample_filter": resample_filter}
         _check_resolution(img_resolution, len(channel_mult))
 
         # Mapping.
@@ -440,6 +440,7 @@ class SongUNet(torch.nn.Module):
                 aux = out if aux is None else out + aux
             else:
                 x = module(_with_skip(x, skips, module.in_channels), emb)
+        assert aux is not None
         return aux
 
 
@@ -467,7 +468,7 @@ class DhariwalUNet(torch.nn.Module):
         emb_channels = model_channels * channel_mult_emb
         init = {"init_mode": "kaiming_uniform", "init_weight": math.sqrt(1 / 3), "init_bias": math.sqrt(1 / 3)}
         init_zero = {"init_mode": "kaiming_uniform", "init_weight": 0, "init_bias": 0}
-        block_kwargs = {
+        block_kwargs: dict[str, Any] = {
             "emb_channels": emb_channels,
             "channels_per_head": 64,
             "dropout": dropout,
@@ -561,15 +562,16 @@ def _check_resolution(img_resolution: int, levels: int) -> None:
         )
 
 
-def _drop_labels(class_labels: torch.Tensor, probability: float) -> torch.Tensor:
+def _drop_labels(class_labels: torch.Tensor | None, probability: float) -> torch.Tensor:
     """Zeroes the labels of an image with the given probability."""
+    assert class_labels is not None
     if not probability:
         return class_labels
     keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= probability
     return class_labels * keep.to(class_labels.dtype)
 
 
-def _with_skip(x: torch.Tensor, skips: list[torch.Tensor], in_channels: int) -> torch.Tensor:
+def _with_skip(x: torch.Tensor, skips: list[torch.Tensor], in_channels: Any) -> torch.Tensor:
     """x, joined with the next skip connection when the coming block has channels for it."""
     return x if x.shape[1] == in_channels else torch.cat([x, skips.pop()], dim=1)
 

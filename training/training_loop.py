@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -218,11 +218,11 @@ def freeze_augment_mapping(net: torch.nn.Module) -> None:
 
 def _endless_batches(
     dataset: torch.utils.data.Dataset, training: Training
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
     """(images [batch_gpu, C, H, W] float32 in [-1, 1], labels [batch_gpu, label_dim]) on the device, for ever."""
     config, device = training.config, training.device
     sampler = misc.InfiniteSampler(
-        len(dataset), distributed.rank(), distributed.world_size(), seed=config.seed, start=training.nimg
+        len(cast(Sized, dataset)), distributed.rank(), distributed.world_size(), seed=config.seed, start=training.nimg
     )
     loader = torch.utils.data.DataLoader(
         dataset,

@@ -73,8 +73,11 @@ def parse_json(text: str | bytes, max_values: int = MAX_VALUES) -> Any:
     Errors: ValueError (of which Refused is one) when it isn't JSON, has more values, nests too deeply, or has numbers
     of more than MAX_NUMBER_LENGTH characters.
     """
-    comma, opening = (",", ("[", "{")) if isinstance(text, str) else (b",", (b"[", b"{"))
-    if text.count(comma) + sum(map(text.count, opening)) > 2 * max_values:  # before memory is taken for them
+    if isinstance(text, str):
+        parts = sum(text.count(mark) for mark in (",", "[", "{"))
+    else:
+        parts = sum(text.count(mark) for mark in (b",", b"[", b"{"))
+    if parts > 2 * max_values:  # before memory is taken for them
         raise Refused("has more parts than any sound file of its kind")
     try:
         return json.loads(text, parse_int=_number(int), parse_float=_number(float))

@@ -382,12 +382,13 @@ class Machine:
         elif type(target) is _Array:
             target.state = typed(state, tuple)
         elif type(target) is OrderedDict:  # a module's state, which notes the versions of its parts
-            target._metadata = typed(typed(state, dict).get("_metadata"), OrderedDict)
+            metadata = typed(typed(state, dict).get("_metadata"), OrderedDict)
+            target._metadata = metadata  # pyright: ignore[reportAttributeAccessIssue]
         elif type(target) is not dict:  # a dict's own attributes mean nothing here
             raise Refused("sets the state of something other than a module")
 
     def _op_binpersid(self, _: None) -> None:
-        identity = typed(*self._pop(1), tuple)
+        identity = typed(self._pop(1)[0], tuple)
         self._stack.append(self._storage_of(identity) if self._storage_of else _PersistentId(identity))
 
 

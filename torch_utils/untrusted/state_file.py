@@ -4,11 +4,12 @@ torch.load isn't asked: its weights_only mode could be made to run code before t
 the memory and the time that a file claims.
 """
 
+import io
 import math
 import os
 import zipfile
 from collections import OrderedDict
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def _checked_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
 class _Reader:
     """One file being read; storages are read when a tensor first asks for them."""
 
-    def __init__(self, file: BinaryIO, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]):
+    def __init__(self, file: io.BufferedReader, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]):
         self._file, self._archive, self._entries = file, archive, entries
         self._storages: dict[str, Storage] = {}
         self._stored, self._claimed = 0, 0  # bytes
