@@ -95,7 +95,7 @@ class _Reader:
         lengths = [int.from_bytes(header[at : at + 2], "little") for at in (26, 28)]  # of its name and extra field
         self._file.seek(sum(lengths), os.SEEK_CUR)
         elements = torch.empty(entry.file_size, dtype=torch.uint8)
-        if self._file.readinto(elements.numpy()) != entry.file_size:
+        if self._file.readinto(elements.numpy()) != entry.file_size:  # pyright: ignore[reportArgumentType]
             raise ValueError("it ends too early")
         return elements
 
