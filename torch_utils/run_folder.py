@@ -200,8 +200,8 @@ def _open_folder(
     stack: contextlib.ExitStack, outdir: Path, description: str, nosubdir: bool, options: dict, resume: Path | None
 ) -> Path:
     """Makes and locks the folder and opens its log until `stack` closes."""
-    goes_on = resume is not None and _belongs(resume.parent, outdir, nosubdir)
-    path = resume.parent if goes_on else _new_folder(outdir, description, nosubdir)
+    own_state = resume if resume is not None and _belongs(resume.parent, outdir, nosubdir) else None
+    path = own_state.parent if own_state is not None else _new_folder(outdir, description, nosubdir)
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:  # seen here, before folders are made
         raise UserError(f"--outdir={outdir} with --desc: the name {path.name} is too long")
     try:
@@ -214,14 +214,14 @@ def _open_folder(
     try:
         stack.enter_context(locked_folder(path))
         remove_unfinished(path)
-        if goes_on:
-            checkpoint.set_aside_later(resume)
+        if own_state is not None:
+            checkpoint.set_aside_later(own_state)
         with write_atomically(path / OPTIONS_FILE) as file:
             file.write((json.dumps({**options, LAUNCH: _launch()}, indent=2) + "\n").encode())
         stack.enter_context(Logger(path / LOG_FILE))
     except OSError as error:
         raise UserError(f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder") from None
-    if resume is not None and not goes_on:
+    if resume is not None and own_state is None:
         print(f"Continues from {resume} in a folder of its own; {resume.parent} stays as it is", flush=True)
     return path
 
