@@ -1,6 +1,7 @@
 """Where images for a data set come from: folders, zips, CIFAR-10 and MNIST archives, LMDBs, told apart by contents."""
 
 import gzip
+import itertools
 import math
 import os
 import re
@@ -15,11 +16,16 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from dnnlib import UserError
+from dnnlib import UserError, open_plain
+from torch_utils.untrusted.bounds import MAX_ENTRIES
 
 MAX_ARRAY_BYTES = 1 << 28  # of an idx file or a CIFAR-10 batch; the real ones have 47 and 31 MB
 MAX_TAR_BYTES = 1 << 29  # unpacked; CIFAR-10 takes some 190 MB
 IDX_UINT8 = b"\x00\x00\x08"  # an idx file starts with this and its number of dimensions
+MAX_TAR_MEMBERS = 1000
+MAX_EXTENSION_BYTES = 4096
+EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENSIONS += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 GZIP_MAGIC = b"\x1f\x8b"
 NAMED = 5  # so many names in a line about what was left out
 
@@ -120,7 +126,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
         if file.read(4) != IDX_UINT8 + bytes([dimensions]):
             raise ValueError(f"{path.name} is not an idx file of bytes in {dimensions} dimensions")
         shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-        if not 0 < math.prod(shape) <= MAX_ARRAY_BYTES:
+        if not 0 < math.prod(shape) <= MAX_ARRAY_BYTES or shape[0] > MAX_ENTRIES:
             raise ValueError(f"{path.name} claims the shape {shape}")
         data = file.read(math.prod(shape) + 1)
     if len(data) != math.prod(shape):
@@ -129,9 +135,10 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _open_maybe_gzip(path: Path) -> BinaryIO:
-    with open(path, "rb") as file:
-        is_gzip = file.read(2) == GZIP_MAGIC
-    return gzip.open(path) if is_gzip else open(path, "rb")
+    file = open_plain(path)
+    is_gzip = file.read(2) == GZIP_MAGIC
+    file.seek(0)
+    return gzip.open(file) if is_gzip else file
 
 
 class _Limited:
@@ -148,12 +155,29 @@ class _Limited:
         return data
 
 
+class _Member(tarfile.TarInfo):
+    """A header in a tar. One that extends the next holds a long name; some versions of Python take quadratic time."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Member":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in EXTENSIONS and member.size > MAX_EXTENSION_BYTES:
+            raise ValueError("it has a header that is too long")
+        return member
+
+
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=_Limited(file, MAX_TAR_BYTES), mode="r|", tarinfo=_Member)
+
+
 def _open_cifar10(path: Path) -> Source:
     from torch_utils.untrusted.inert_pickle import read_cifar10  # takes torch with it
 
     batches, other = {}, []
-    with _open_maybe_gzip(path) as file, tarfile.open(fileobj=_Limited(file, MAX_TAR_BYTES), mode="r|") as tar:
-        for member in tar:
+    with _open_maybe_gzip(path) as file, _open_tar(file) as tar:
+        for number, member in enumerate(tar, start=1):
+            if number > MAX_TAR_MEMBERS:
+                raise ValueError(f"it holds more than {MAX_TAR_MEMBERS} files")
             name = PurePosixPath(member.name).name
             if not re.fullmatch(r"data_batch_\d", name):
                 other += [] if member.isdir() else [member.name]
@@ -187,7 +211,7 @@ def _open_lmdb(path: Path) -> Source:
     try:
         database = lmdb.open(str(path), readonly=True, lock=False, create=False)
         with database.begin() as transaction:
-            keys = list(transaction.cursor().iternext(values=False))
+            keys = list(itertools.islice(transaction.cursor().iternext(values=False), MAX_ENTRIES + 1))
     except lmdb.Error as error:
         raise UserError(f"--source={path} is not a readable LMDB: {error}") from None
 
@@ -197,6 +221,6 @@ def _open_lmdb(path: Path) -> Source:
             data = bytes(value) if len(value) <= MAX_FILE_BYTES else b""
         return decode_image(data, f"--source={path}: entry {keys[i].decode(errors='replace')}")
 
-    if not keys:
-        raise UserError(f"--source={path} is empty")
+    if not 0 < len(keys) <= MAX_ENTRIES:
+        raise UserError(f"--source={path} {f'holds more than {MAX_ENTRIES} images' if keys else 'is empty'}")
     return Source(image, len(keys))

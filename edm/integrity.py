@@ -1,15 +1,11 @@
 """Whether files are still as they were written: networks, training states, references, detectors, records, pictures."""
 
-import json
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import PIL.Image
 
 from dnnlib import UserError
 from edm import network_files, zoo
@@ -19,10 +15,14 @@ from edm.metrics.reference import load_reference
 from edm.metrics.sources import array_source
 from torch_utils import checkpoint, persistence
 from torch_utils.untrusted import edm_pickle
+from torch_utils.untrusted.bounds import check_ratio, open_zip, parse_json
+from torch_utils.untrusted.images import open_image
 
 VERIFIED = "as it was written"
 READABLE = "can be read; it has no checksum"
 UNKNOWN = "not checked: this kind of file has no checksum"
+PICTURE_FORMATS = ("PNG", "JPEG")
+MAX_PICTURE_PIXELS = 1 << 28  # a grid of pictures, of our own making
 STATE_NAME = re.compile(rf"{checkpoint.STATE_PATTERN}(\.unused)?")
 
 
@@ -128,9 +128,10 @@ def _check_arrays(path: Path) -> str:
 
 def _check_picture(path: Path) -> str:
     try:
-        with PIL.Image.open(path) as image:
+        data = path.read_bytes()
+        with open_image(data, PICTURE_FORMATS, MAX_PICTURE_PIXELS) as image:
             image.verify()  # a PNG's checksums
-        with PIL.Image.open(path) as image:
+        with open_image(data, PICTURE_FORMATS, MAX_PICTURE_PIXELS) as image:
             image.load()
             return VERIFIED if image.format == "PNG" else READABLE
     except Exception as error:  # of Pillow's many decoders
@@ -139,7 +140,8 @@ def _check_picture(path: Path) -> str:
 
 def _check_archive(path: Path) -> str:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
+            check_ratio(sum(entry.file_size for entry in archive.infolist()), path.stat().st_size)
             broken = archive.testzip()
     except Exception as error:  # of zipfile's decompressors
         raise UserError(f"{path}: {persistence.one_line(error)}") from None
@@ -181,8 +183,8 @@ def _check_best(path: Path, best: dict[str, Any]) -> None:
 
 def _parsed(path: Path, text: bytes, place: str = "") -> dict[str, Any]:
     try:
-        value = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text.decode())
+    except ValueError as error:
         raise UserError(f"{path}: {place}is no JSON: {persistence.one_line(error)}") from None
     if type(value) is not dict:
         raise UserError(f"{path}: {place}is no record")

@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dnnlib import UserError
+from torch_utils.untrusted.bounds import MAX_SECONDS, Budget, Refused
 
 Class = TypeVar("Class", bound=type)
 
@@ -18,6 +19,7 @@ FACTORIES = {torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, t
 FACTORIES |= {torch.randint, torch.zeros, torch.logspace, torch.randperm}
 GROWING = {torch.outer, torch.Tensor.outer}  # results far larger than their arguments, which a file can make long
 SPARE_ELEMENTS = 1 << 20  # tables and intermediate values that a constructor makes beside its weights
+ELEMENTS_PER_SECOND = 1e7  # drawn at random, on a slow machine
 MAX_TORCH_CALLS = 200_000  # of a constructor; a large iDDPM network makes about 15 000
 WRAPPERS = {  # parts that others add to the names of weights
     "module": "DataParallel",
@@ -190,19 +192,20 @@ def _stored_elements(state: dict[str, torch.Tensor]) -> int:
 class _AllocationLimit(TorchFunctionMode):
     """While active, the tensors that torch is asked to create may have `elements` elements in all.
 
-    And torch may be called MAX_TORCH_CALLS times: layers without elements take time and memory too.
+    And torch may be called MAX_TORCH_CALLS times, or for a time that suits the elements: layers without any take both.
     """
 
     def __init__(self, elements: int):
         super().__init__()
         self._left = elements
-        self._calls_left = MAX_TORCH_CALLS
+        self._budget = Budget(MAX_TORCH_CALLS, MAX_SECONDS + elements / ELEMENTS_PER_SECOND)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self._calls_left -= 1
-        if self._calls_left < 0:
-            raise MemoryError("they ask for far more layers than any network has")
+        try:
+            self._budget.spend()
+        except Refused:
+            raise MemoryError("they ask for far more layers than any network has") from None
         if function in FACTORIES:
             # First on the meta device, which knows the shape and takes no memory.
             self._left -= math.prod(function(*args, **{**kwargs, "device": "meta"}).shape)

@@ -1,6 +1,5 @@
 """Images and class labels from a folder or zip. Neither is trusted: sizes, names and values are checked."""
 
-import io
 import os
 import warnings
 from pathlib import PurePosixPath
@@ -8,6 +7,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from torch_utils.untrusted.images import open_image
 
 from .file_tree import DatasetError, FileTree
 from .labels import LABELS_FILE, read_labels
@@ -33,9 +34,7 @@ def decode_image(data: bytes, what: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files: they are read, or refused in one line
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            with open_image(data, IMAGE_FORMATS, MAX_PIXELS) as image:
                 if image.mode.startswith(("I", "F")):
                     raise ValueError("more than 8 bits per channel; convert it to 8")
                 if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo and its preview

@@ -8,7 +8,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from dnnlib import UserError
+from dnnlib import UserError, open_plain
+from torch_utils.untrusted.bounds import open_zip
 
 MAX_FILE_BYTES = 1 << 28  # of an image file
 
@@ -70,15 +71,14 @@ class FileTree:
         """The contents of one of `names()`, at most `max_bytes`, by default MAX_FILE_BYTES."""
         max_bytes = MAX_FILE_BYTES if max_bytes is None else max_bytes
         try:
-            if not self.is_zip and not stat.S_ISREG(os.stat(self.path / name).st_mode):
-                raise ValueError("it is not a plain file")  # to open a pipe would wait for ever
             with self._open(name) as file:
                 size = self._info(name).file_size if self.is_zip else os.fstat(file.fileno()).st_size
                 if size > max_bytes:
                     raise ValueError(f"it is larger than {max_bytes / 2**20:.4g} MiB")
                 return file.read(size)
         except Exception as error:  # zipfile passes on what its decompressors raise
-            raise DatasetError(f"{self.what}: can't read {name}: {str(error) or type(error).__name__}") from None
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DatasetError(f"{self.what}: can't read {name}: {reason}") from None
 
     def size_and_crc(self, name: str) -> tuple[int, int]:
         """The size in bytes and CRC-32 of one of `names()`; of a zip only its directory is read."""
@@ -88,7 +88,7 @@ class FileTree:
         return len(content), zlib.crc32(content)
 
     def _open(self, name: str) -> IO[bytes]:
-        return self._open_zip().open(self._info(name)) if self.is_zip else open(self.path / name, "rb")
+        return self._open_zip().open(self._info(name)) if self.is_zip else open_plain(self.path / name)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         return self._open_zip().getinfo(self._contents().files[name])
@@ -96,7 +96,7 @@ class FileTree:
     def _open_zip(self) -> zipfile.ZipFile:
         if self._zip_pid != os.getpid():  # a forked worker would share the parent's file position
             try:
-                self._zip, self._zip_pid = zipfile.ZipFile(self.path), os.getpid()
+                self._zip, self._zip_pid = open_zip(self.path), os.getpid()
             except Exception as error:  # zipfile passes on what parsing a broken directory raises
                 raise DatasetError(f"{self.what} is not a readable zip: {str(error) or type(error).__name__}") from None
         assert self._zip is not None

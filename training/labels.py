@@ -1,16 +1,18 @@
 """Class labels of the images of a folder or zip: from dataset.json, or from the names of their folders."""
 
-import json
 import re
 from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
+
+from torch_utils.untrusted.bounds import parse_json
 
 from .file_tree import DatasetError, FileTree
 
 LABELS_FILE = "dataset.json"
 MAX_LABELS_BYTES = 1 << 26  # of dataset.json; ImageNet's is 45 MB
 MAX_LABEL_BYTES = 1 << 10  # of dataset.json for each image; parsed, a byte can take more than twenty
+MAX_LABEL_VALUES = 16  # for each image, of which an entry takes three
 MAX_CLASSES = 1 << 16
 
 
@@ -26,8 +28,8 @@ def read_labels(tree: FileTree, images: list[str]) -> list[int] | None:
     what, folder = f"{tree.what}: {file}", file.removesuffix(LABELS_FILE)
     content = tree.read(file, min(MAX_LABELS_BYTES, MAX_LABEL_BYTES * (len(images) + 64)))
     try:
-        content = json.loads(content, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(content, MAX_LABEL_VALUES * (len(images) + 64), _without_repeats)
+    except ValueError as error:
         raise DatasetError(f"{what} is not valid JSON: {str(error) or type(error).__name__}") from None
     entries = content.get("labels") if isinstance(content, dict) else "malformed"
     if entries is None:
@@ -67,10 +69,12 @@ def _labels_file(tree: FileTree, images: list[str]) -> str | None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"it repeats the key {max(keys, key=keys.count)[:80]!r}")
-    return dict(pairs)
+    content = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"it repeats the key {key[:80]!r}")
+        content[key] = value
+    return content
 
 
 def _clean(name: str) -> str:

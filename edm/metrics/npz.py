@@ -7,6 +7,11 @@ import zipfile
 
 import numpy as np
 
+from torch_utils.untrusted.bounds import check_unpacked, open_zip
+
+MAX_ARRAYS = 1000  # in a file
+MAX_TEXT_BYTES = 1 << 20
+DOUBLE_BYTES = 8
 MAX_HEADER_CHARACTERS = 10_000  # numpy's own limit
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -19,7 +24,7 @@ def read_arrays(path: str | os.PathLike, kinds: dict[str, str], max_bytes: int) 
     Errors: ValueError, with the reason in words, when the file is none, is damaged, or holds larger or other arrays.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path, MAX_ARRAYS) as archive:
             entries = {name: archive.NameToInfo.get(f"{name}.npy") for name in kinds}
             return {
                 name: _read(archive, entry, kinds[name], max_bytes)
@@ -33,8 +38,10 @@ def read_arrays(path: str | os.PathLike, kinds: dict[str, str], max_bytes: int) 
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind: str, max_bytes: int) -> np.ndarray:
+    max_bytes = min(max_bytes, MAX_TEXT_BYTES) if kind == "U" else max_bytes
     if entry.file_size > max_bytes:
         raise ValueError(f"{entry.filename} is larger than {max_bytes >> 20} MiB")
+    check_unpacked(entry)
     with archive.open(entry) as file:
         start = file.read(MAX_HEADER_CHARACTERS + 100)  # the array's own header lies in it, or is too long
         header = io.BytesIO(start)
@@ -42,6 +49,10 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind: str, max_bytes
         shape, fortran, dtype = read_header(header, max_header_size=MAX_HEADER_CHARACTERS)
         if dtype.kind != kind or dtype.hasobject:
             raise ValueError(f"{entry.filename} holds {str(dtype)[:80]}")
+        if kind == "U" and shape:
+            raise ValueError(f"{entry.filename} holds more than one text")
+        if kind == "f" and math.prod(shape) * DOUBLE_BYTES > max_bytes:  # half precision takes a quarter in the file
+            raise ValueError(f"{entry.filename} is larger than {max_bytes >> 20} MiB in double precision")
         wanted = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or wanted != entry.file_size - header.tell():
             raise ValueError(f"{entry.filename} has another size than it claims")

@@ -13,12 +13,14 @@ import dnnlib
 from dnnlib.download import hash_file
 from torch_utils import persistence
 from torch_utils.checkpoint import CHECKSUM, checksum
+from torch_utils.untrusted.bounds import parse_json
 
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
 from .npz import read_arrays
 from .statistics import FeatureStatistics
 
-MAX_REFERENCE_BYTES = 1 << 30  # of sigma: some 11 000 features
+MAX_REFERENCE_BYTES = 1 << 28  # of sigma: some 5 800 features; checking it takes twice as much again
+MAX_RECORD_VALUES = 1000
 ROUNDING = 1e-4  # of the largest variance: how far a covariance may be from symmetric; files may be in float32
 RECORD_TYPES = {"detector": str, "detector_sha256": str, "detector_file": str, "source": str}
 RECORD_TYPES |= {"num_images": int, "channels": int, "resolution": int}
@@ -98,8 +100,8 @@ def load_reference(source: str | os.PathLike) -> Reference:
         has_checksum = CHECKSUM in content
         if has_checksum and str(content.pop(CHECKSUM)) != _checksum(content):
             raise ValueError("it is damaged: its contents don't have their checksum")
-        mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
-        record = _checked_record(json.loads(str(content["record"]))) if "record" in content else {}
+        mu, sigma = content["mu"].astype(np.float64, copy=False), content["sigma"].astype(np.float64, copy=False)
+        record = _checked_record(parse_json(str(content["record"]), MAX_RECORD_VALUES)) if "record" in content else {}
     except (ValueError, KeyError, RecursionError) as error:
         raise dnnlib.UserError(
             f"--ref={source} is not an .npz with mu and sigma ({persistence.one_line(error)}); make one by `fid.py ref`"

@@ -25,6 +25,7 @@ from sid.sweep.runner import describe, run_all
 @click.option(
     "--records", help="Folder with results of other sweeps, whose finished runs are not repeated", metavar="DIR"
 )
+@click.option("--detector", help="Detector in FILE that you trust although it is a program (TorchScript)")
 @click.option("--report", help="Run nothing; make records, table and plots from finished runs", is_flag=True)
 @click.option("-n", "--dry-run", help="Print the status and command of each run; change nothing", is_flag=True)
 def main(
@@ -34,6 +35,7 @@ def main(
     only: str | None,
     seeds: list[int] | None,
     records: str | None,
+    detector: str | None,
     report: bool,
     dry_run: bool,
 ) -> None:
@@ -42,7 +44,7 @@ def main(
     The same command continues after an interruption and repeats no finished run. Exit code 0: all finished;
     1: some failed; 75: stopped by a signal, run it again. docs/sweeps.md has the format of FILE.
     """
-    plan, folder = load_plan(file), Path(outdir)
+    plan, folder = load_plan(file, detector), Path(outdir)
     asked = choose(plan.runs, only, seeds)
     elsewhere = {} if records is None else runs_elsewhere(plan, Path(records))
     chosen = without(asked, {name for name, run in elsewhere.items() if is_finished(run)}, folder)

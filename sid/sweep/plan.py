@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from dnnlib import UserError, user_path, without_passwords
+from dnnlib import UserError, open_plain, user_path, without_passwords
+from edm.published import FILES
 from sid.options import SECTIONS, parse
 
 if sys.version_info >= (3, 11):
@@ -25,6 +26,8 @@ OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  #
 NAME = re.compile(r"[A-Za-z0-9_][\w.=+-]{0,99}", re.ASCII)  # of a setting: becomes part of a folder's name
 SOURCE = re.compile(r"\{(.*)\}")  # transfer = "{NAME}": from the generator of setting NAME
 MAX_RUNS = 10_000
+MAX_FILE_BYTES = 1 << 18
+MAX_DOTS = 64  # in a line: long dotted keys take quadratic time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,10 @@ class Plan:
         return list(dict.fromkeys(run.setting for run in self.runs))
 
 
-def load_plan(path: str) -> Plan:
+def load_plan(path: str, detector: str | None = None) -> Plan:
     """Reads a sweep file and checks every run in it against the options of sid_train.py.
 
+    detector: one that the user names; a sweep file alone must not name a program.
     Errors: UserError naming the file, the setting, and the option that is wrong.
     """
     content = _read(user_path(path))
@@ -91,6 +95,8 @@ def load_plan(path: str) -> Plan:
             settings[full_name] = options
             if len(settings) * len(seeds) > MAX_RUNS:
                 raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
+    for name, options in settings.items():
+        _check_detector(path, name, {**common, **options}.get("detector"), detector)
     _check_sources(path, {name: {**common, **own} for name, own in settings.items()})
     runs = [_make_run(path, name, seed, common, own) for seed in seeds for name, own in settings.items()]
     stem = Path(path).stem
@@ -100,7 +106,11 @@ def load_plan(path: str) -> Plan:
 def _read(path: Path, may_include: bool = True) -> dict[str, Any]:
     """The tables of a file, merged with the tables of the file that it includes, if any (relative to its own path)."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte-order mark
+        with open_plain(path, MAX_FILE_BYTES) as file:
+            text = file.read().decode("utf-8-sig")  # editors on Windows write a byte-order mark
+        if max((line.count(".") for line in text.splitlines()), default=0) > MAX_DOTS:
+            raise ValueError(f"a line with more than {MAX_DOTS} dots")
+        content = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a sweep file") from None
     except (ValueError, RecursionError) as error:
@@ -151,6 +161,16 @@ def _check_sources(path: str, settings: dict[str, dict[str, Any]]) -> None:
                 f"{path}: setting {name}: transfer = {{{source}}}: setting {source!r} {why}; name one that stands above"
             )
         above.append(name)
+
+
+def _check_detector(path: str, name: str, asked: Any, by_user: str | None) -> None:
+    """Raises UserError if a setting's detector may be a program (TorchScript) that the user hasn't named."""
+    is_data = asked is None or asked in FILES or str(asked).endswith(".safetensors")
+    if not is_data and asked != by_user:
+        raise UserError(
+            f"{path}: setting {name}: detector = {asked}: may be a program (TorchScript), which runs as you: if you"
+            f" trust it, name it yourself by --detector={asked}"
+        )
 
 
 def _text(value: Any) -> str:

@@ -6,8 +6,10 @@ a file asks for are checked before anything is built; where only running tells, 
 
 import json
 import os
+import re
 import time
 import zipfile
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from dnnlib import open_plain
@@ -20,6 +22,7 @@ MAX_UNPACKED_BYTES = 1 << 28  # that may come out of compressed data of any size
 MAX_RATIO = 64  # unpacked bytes for a packed one; images, features and text stay below 20
 MAX_ENTRIES = 1 << 21  # of an archive or a data set; ImageNet has 1.3 million images
 MAX_NUMBER_LENGTH = 64  # characters of a number in JSON: longer ones take quadratic time
+LONG_NUMBER = re.compile(f"[-+.0-9eE]{{{MAX_NUMBER_LENGTH + 1}}}")
 
 
 class Refused(ValueError):
@@ -29,8 +32,9 @@ class Refused(ValueError):
 class Budget:
     """What may still be spent on one file: steps or visited values, and seconds of this thread's own time."""
 
-    def __init__(self, values: int = MAX_VALUES, seconds: float = MAX_SECONDS):
-        self._values, self._until = values, time.thread_time() + seconds
+    def __init__(self, values: int = MAX_VALUES, seconds: float | None = None):
+        self._values = values
+        self._until = time.thread_time() + (MAX_SECONDS if seconds is None else seconds)
         self._next_look = values
 
     def spend(self, values: int = 1) -> None:
@@ -67,20 +71,22 @@ def weigh(value: Any, budget: Budget, max_text: int = MAX_TEXT, max_depth: int =
             raise Refused("holds too much text")
 
 
-def parse_json(text: str | bytes, max_values: int = MAX_VALUES) -> Any:
-    """`json.loads` of what a stranger wrote.
+def parse_json(
+    text: str | bytes, max_values: int = MAX_VALUES, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """`json.loads` of what a stranger wrote. make_object: makes an object of its (key, value) pairs; by default a dict.
 
     Errors: ValueError (of which Refused is one) when it isn't JSON, has more values, nests too deeply, or has numbers
     of more than MAX_NUMBER_LENGTH characters.
     """
-    if isinstance(text, str):
-        parts = sum(text.count(mark) for mark in (",", "[", "{"))
-    else:
-        parts = sum(text.count(mark) for mark in (b",", b"[", b"{"))
-    if parts > 2 * max_values:  # before memory is taken for them
+    text = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
+    if sum(map(text.count, ",[{")) > 2 * max_values:  # before memory is taken for them
         raise Refused("has more parts than any sound file of its kind")
+    numbers: dict[str, Any] = {}
+    if LONG_NUMBER.search(text):  # in a name, perhaps
+        numbers = {"parse_int": _number(int), "parse_float": _number(float)}
     try:
-        return json.loads(text, parse_int=_number(int), parse_float=_number(float))
+        return json.loads(text, **numbers, object_pairs_hook=make_object)
     except RecursionError:
         raise Refused("nests its values too deeply") from None
 
