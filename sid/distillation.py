@@ -1,5 +1,6 @@
 """One iteration of Score identity Distillation: psi learns to denoise theta's images, theta descends L2 - alpha L1."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -204,7 +205,7 @@ class Distillation:
     def _update(self, name: str, factor: float) -> None:
         self.collector.report(f"Gradient/{name}_norm", getattr(self.state, f"{name}_updater").step(factor))
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
         """The arithmetic in which the networks are called."""
         return precision.autocast(self.device, self.networks.autocast_dtype)
 

@@ -12,39 +12,39 @@ from typing import TYPE_CHECKING
 from dnnlib import UserError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 WEIGHTINGS = ("omega", "sigma", "none")
 
 
-def l1(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+def l1(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float = 0.0) -> "Tensor":
     """|f_phi - f_psi|^2: the Fisher divergence itself."""
     return (f_phi - f_psi).square()
 
 
-def l2(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+def l2(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float = 0.0) -> "Tensor":
     """(f_phi - f_psi)(f_phi - x_g): one factor projected."""
     return (f_phi - f_psi) * (f_phi - x_g)
 
 
-def sid(x_g, x_t, f_phi, f_psi, alpha) -> "torch.Tensor":
+def sid(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float) -> "Tensor":
     """L2 - alpha L1 (SiD eq. 23; its weight is eq. 24)."""
     difference = f_phi - f_psi
     return difference * ((f_phi - x_g) - alpha * difference)
 
 
-def cross(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+def cross(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float = 0.0) -> "Tensor":
     """|eps_phi - n|^2 + |eps_psi|^2 - |n|^2: only the cross term of L1 projected."""
     return (f_phi - x_g).square() + (x_t - f_psi).square() - (x_t - x_g).square()
 
 
-def full(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+def full(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float = 0.0) -> "Tensor":
     """|eps_phi|^2 - 2 eps_phi n + eps_psi n: every term with psi projected."""
     noise = x_t - x_g
     return (x_t - f_phi).square() - 2 * (x_t - f_phi) * noise + (x_t - f_psi) * noise
 
 
-def diff_instruct(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
+def diff_instruct(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float = 0.0) -> "Tensor":
     """(f_psi - f_phi) x_g, both stopped: the reverse KL divergence's direction (Diff-Instruct, arXiv:2305.18455)."""
     return (f_psi - f_phi).detach() * x_g
 
@@ -52,7 +52,7 @@ def diff_instruct(x_g, x_t, f_phi, f_psi, alpha=0.0) -> "torch.Tensor":
 def less_l1(terms: Callable) -> Callable:
     """The objective minus alpha L1, as SiD's is L2 - alpha L1."""
 
-    def difference(x_g, x_t, f_phi, f_psi, alpha) -> "torch.Tensor":
+    def difference(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float) -> "Tensor":
         return terms(x_g, x_t, f_phi, f_psi) - alpha * l1(x_g, x_t, f_phi, f_psi)
 
     return difference
