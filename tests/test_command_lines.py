@@ -27,6 +27,7 @@ from sid.bench import __main__ as bench
 from sid.config import DistillationConfig
 from sid.probe import gradients, noise, pull
 from sid.report import __main__ as report
+from sid.report import pictures
 from sid.sweep import __main__ as sweep
 from training.networks import EDMPrecond
 
@@ -137,7 +138,7 @@ def invoke(made, tmp_path, monkeypatch):
     for module, work in (
         (data_reference, "measure"),
         (evaluate, "measure"),
-        (report, "compare"),
+        (pictures, "compare"),
         (bench, "run"),
         (gradients, "compare"),
         (noise, "report"),

@@ -78,7 +78,7 @@ def test_a_run_stopped_anywhere_is_bit_equal(tmp_path, monkeypatch, capsys):
     assert [record["Progress/tick"] for record in records(parts / "stats.jsonl")] == [1, 2, 3]
 
 
-def test_a_stopped_teacher_training_is_bit_equal(tmp_path, monkeypatch):
+def test_a_stopped_teacher_training_is_bit_equal(tmp_path, monkeypatch, request):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(7):
@@ -89,6 +89,8 @@ def test_a_stopped_teacher_training_is_bit_equal(tmp_path, monkeypatch):
     def run(name, *more):
         return CliRunner().invoke(train.main, [*options, f"--outdir={tmp_path / name}", *more])
 
+    was = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, was))
     assert run("whole").exit_code == 0
     for iteration, name in ((2, "SIGUSR1"), (5, "SIGHUP"), (8, "SIGTERM")):
         signalled(monkeypatch, Training, {iteration}, getattr(signal, name))
