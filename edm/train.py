@@ -2,7 +2,7 @@
 
 import click
 
-from dnnlib import FiniteRange, IntList, LongCommand, UserError, WholeRange
+from dnnlib import FiniteRange, IntList, LongCommand, UserError, WholeRange, without_passwords
 
 ARCHITECTURES = {
     "ddpmpp": {
@@ -115,7 +115,7 @@ def main(**options):
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary |= {name: options[name] for name in ("sigma", "resume")}
     learnt = metadata_of(dataset.classes, dataset.label_dim)
-    summary |= learnt
+    summary = without_passwords({**summary, **learnt})
     loss_fn = getattr(loss, loss_name)() if options["sigma"] is None else single_level_loss(options["sigma"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:

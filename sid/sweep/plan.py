@@ -95,8 +95,11 @@ def load_plan(path: str, detector: str | None = None) -> Plan:
             settings[full_name] = options
             if len(settings) * len(seeds) > MAX_RUNS:
                 raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
-    for name, options in settings.items():
-        _check_detector(path, name, {**common, **options}.get("detector"), detector)
+    detectors = {name: {**common, **options}.get("detector") for name, options in settings.items()}
+    for name, asked in detectors.items():
+        _check_detector(path, name, asked, detector)
+    if detector is not None and detector not in detectors.values():
+        raise UserError(f"--detector={detector}: no setting in {path} asks for it; leave the option out")
     _check_sources(path, {name: {**common, **own} for name, own in settings.items()})
     runs = [_make_run(path, name, seed, common, own) for seed in seeds for name, own in settings.items()]
     stem = Path(path).stem
