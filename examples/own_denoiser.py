@@ -4,8 +4,8 @@
 
 `NoiseNet` stands for the other repository's network: it predicts the noise at one of 1000 integer time steps, as DDPM
 does. `NoiseNetDenoiser` is all that this project needs to know about it. The run folder gets snapshots, pictures and
-training states, as one of sid_train.py does; the generator's images at the end are in `RUN/generated.png`.
-The images are white rectangles on black, 8x8, so that the example runs in a minute or two on one core.
+training states, but no record of options, so sid.doctor and sid.report don't read it; the generator's images at the
+end are in `RUN/generated.png`. The images are white rectangles on black, 8x8.
 """
 
 import argparse
