@@ -36,7 +36,7 @@ def open_image(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Im
     else:
         file = _Watched(data)
         _check(data)
-    image = Image.open(file, formats=formats)
+    image = Image.open(file, formats=list(formats))
     try:
         pixels = image.width * image.height
         if pixels > max_pixels:
