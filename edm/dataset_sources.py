@@ -1,6 +1,7 @@
 """Where images for a data set come from: folders, zips, CIFAR-10 and MNIST archives, LMDBs, told apart by contents."""
 
 import gzip
+import io
 import itertools
 import math
 import os
@@ -11,7 +12,6 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -107,9 +107,10 @@ def _open_mnist(path: Path) -> Source:
     if labels_path is None:
         source.notes.append("no file beside the images has their name with labels-idx1 for images-idx3")
         return source
-    source.labels = _read_idx(labels_path, dimensions=1).tolist()
-    if len(source.labels) != len(images):
-        raise UserError(f"--source={path} has {len(images)} images, but {labels_path.name} {len(source.labels)} labels")
+    labels: list[int] = _read_idx(labels_path, dimensions=1).tolist()
+    if len(labels) != len(images):
+        raise UserError(f"--source={path} has {len(images)} images, but {labels_path.name} {len(labels)} labels")
+    source.labels = labels
     return source
 
 
@@ -134,21 +135,22 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _open_maybe_gzip(path: Path) -> BinaryIO:
+def _open_maybe_gzip(path: Path) -> io.BufferedIOBase:
     file = open_plain(path)
     is_gzip = file.read(2) == GZIP_MAGIC
     file.seek(0)
     return gzip.open(file) if is_gzip else file
 
 
-class _Limited:
+class _Limited(io.BufferedIOBase):
     """The beginning of a file, read by `read`; beyond `limit` bytes it is refused: the rest may have no end."""
 
-    def __init__(self, file: BinaryIO, limit: int):
+    def __init__(self, file: io.BufferedIOBase, limit: int):
         self._file, self._left = file, limit
 
-    def read(self, size: int) -> bytes:
-        data = self._file.read(min(size, self._left + 1))
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = self._left + 1
+        data = self._file.read(most if size is None or size < 0 else min(size, most))
         self._left -= len(data)
         if self._left < 0:
             raise ValueError("it holds more than CIFAR-10")
@@ -166,7 +168,7 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+def _open_tar(file: io.BufferedIOBase) -> tarfile.TarFile:
     return tarfile.open(fileobj=_Limited(file, MAX_TAR_BYTES), mode="r|", tarinfo=_Member)
 
 
@@ -186,7 +188,9 @@ def _open_cifar10(path: Path) -> Source:
                 raise ValueError(f"{member.name} is not a file or too large")
             if name in batches:
                 raise ValueError(f"it holds two files with the name {name}")
-            images, labels = batches[name] = read_cifar10(tar.extractfile(member).read())
+            batch = tar.extractfile(member)
+            assert batch is not None  # a regular file has contents
+            images, labels = batches[name] = read_cifar10(batch.read())
             if len(images) != len(labels):
                 raise ValueError(f"{member.name} has {len(images)} images, but {len(labels)} labels")
     if not batches:
@@ -205,7 +209,7 @@ def _open_lmdb(path: Path) -> Source:
     from training.file_tree import MAX_FILE_BYTES
 
     try:
-        import lmdb
+        import lmdb  # pyright: ignore[reportMissingImports]  an optional package
     except ImportError:
         raise UserError(f"--source={path} is an LMDB; to read it, pip install lmdb") from None
     try:

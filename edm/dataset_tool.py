@@ -84,6 +84,7 @@ def convert(
         labels = images.labels and images.labels[:count]
         listed = labels and [[name, label] for name, label in zip(names, labels)]
         write(LABELS_FILE, json.dumps({"labels": listed}).encode())
+    assert size is not None  # a source holds at least one image
     classes = _counted(len(set(labels)), "class", "classes") if labels else "no labels"
     colours = "gray" if mode == "L" else "colour"
     notes = [*images.notes, *_class_table(labels or [], images.folders)]
@@ -145,7 +146,7 @@ def _parse_resolution(_context: Any, _parameter: Any, value: str | None) -> tupl
     if value is None:
         return None
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", value)
-    size = tuple(map(int, match.groups())) if match else (0, 0)
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(1 <= side <= MAX_RESOLUTION for side in size):
         raise UserError(f"--resolution={value} must be WIDTHxHEIGHT in pixels up to {MAX_RESOLUTION}, such as 32x32")
     return size

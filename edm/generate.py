@@ -94,9 +94,10 @@ def main(network: str, outdir: str | None, grid: str | None, seeds: list[int], d
         mine = seeds[distributed.rank() :: distributed.world_size()]
         done = 0
         for images in generate_images(net, mine, **options):
-            for image in images if write else ():
-                write(image, mine[done])
-                done += 1
+            if write is not None:
+                for image in images:
+                    write(image, mine[done])
+                    done += 1
             if grid:
                 kept.append(images)
     if grid:

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json, read_json
 
 from . import onnx_file
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_HEADER_VALUES = 100_000
@@ -207,7 +209,7 @@ def build(
         return checked(net, path), _checked_metadata(header.get("metadata"), path)
 
 
-def checked(net: torch.nn.Module, path: Path) -> torch.nn.Module:
+def checked(net: M, path: Path) -> M:
     """The network in float32, if its weights are finite and what it tells about itself can be: sizes, noise levels."""
     weight = misc.first_non_finite(net.float())
     if weight is not None:

@@ -50,7 +50,7 @@ def can_trace() -> bool:
 
 
 @torch.no_grad()
-def _check_finite(net: torch.nn.Module, init_sigma: float | None) -> None:
+def _check_finite(net: Any, init_sigma: float | None) -> None:
     """Raises UserError unless weights and answers are finite: the model in the file can't check them any more."""
     weight = first_non_finite(net)
     if weight is not None:
@@ -63,14 +63,14 @@ def _check_finite(net: torch.nn.Module, init_sigma: float | None) -> None:
             raise UserError(f".onnx: the network's answer at noise level {sigma:g} is NaN or infinite; export another")
 
 
-def _noise_levels(net: torch.nn.Module) -> list[float]:
+def _noise_levels(net: Any) -> list[float]:
     """From the lowest to the highest that samplers use (arXiv:2206.00364, Table 1), within what the network knows."""
     lowest, highest = max(SIGMA_MIN, float(net.sigma_min)), min(SIGMA_MAX, float(net.sigma_max))
     levels = torch.logspace(math.log10(lowest), math.log10(highest), PROBED_LEVELS)
     return net.round_sigma(levels.clamp(lowest, highest)).tolist()
 
 
-def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
+def model_bytes(net: Any, header: dict[str, Any]) -> bytes:
     """The file of a network in eval mode on the CPU, for any number N of images.
 
     A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
@@ -108,6 +108,7 @@ def model_bytes(net: torch.nn.Module, header: dict[str, Any]) -> bytes:
                 output_names=[function.output],
                 dynamic_shapes=dict.fromkeys(names, images),
             )
+            assert program is not None  # with dynamo=True
             model = program.model_proto
     except UserError:
         raise

@@ -12,6 +12,7 @@ Every sampler is called as `sampler(net, latents, class_labels=None, randn_like=
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ Function = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def one_step_sampler(
-    net: torch.nn.Module,
+    net: Any,
     latents: Tensor,
     class_labels: Tensor | None = None,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
@@ -39,7 +40,7 @@ def one_step_sampler(
 
 @torch.no_grad()
 def heun_sampler(
-    net: torch.nn.Module,
+    net: Any,
     latents: Tensor,
     class_labels: Tensor | None = None,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
@@ -73,7 +74,7 @@ def heun_sampler(
 
 @torch.no_grad()
 def ablation_sampler(
-    net: torch.nn.Module,
+    net: Any,
     latents: Tensor,
     class_labels: Tensor | None = None,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
@@ -133,13 +134,13 @@ def ablation_sampler(
     return x
 
 
-def _denoise(net: torch.nn.Module, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+def _denoise(net: Any, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
     """The network's answer to a float64 state [N, C, H, W] at one noise level, in float64; it is called in float32."""
     levels = sigma.to(torch.float32).expand(x.shape[0])
     return net(x.to(torch.float32), levels, class_labels).to(torch.float64)
 
 
-def _round_sigma(net: torch.nn.Module, sigma: Tensor) -> Tensor:
+def _round_sigma(net: Any, sigma: Tensor) -> Tensor:
     """The float64 noise levels that the network knows, which is asked in float32.
 
     A network that takes any level leaves them as they are, to the last digit of float64.
@@ -149,7 +150,7 @@ def _round_sigma(net: torch.nn.Module, sigma: Tensor) -> Tensor:
     return sigma if torch.equal(rounded, asked) else rounded.to(torch.float64)
 
 
-def _limit_range(net: torch.nn.Module, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+def _limit_range(net: Any, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
     if low > high:
         raise UserError(f"--sigma_min={low:g} is above --sigma_max={high:g} (the network's own limits included)")
@@ -261,13 +262,13 @@ class SeededDraws:
         return torch.cat([torch.randint(high, [1], generator=g) for g in self._generators]).to(self._device)
 
 
-def default_sampler(net: torch.nn.Module) -> str:
+def default_sampler(net: Any) -> str:
     """'one-step' for a generator, whose metadata holds its start noise level; 'heun' for other denoisers."""
     return "heun" if start_levels(net) is None else "one-step"
 
 
 def sample(
-    net: torch.nn.Module, seeds: Iterable[int], sampler: str | None = None, class_idx: int | None = None, **options
+    net: Any, seeds: Iterable[int], sampler: str | None = None, class_idx: int | None = None, **options
 ) -> Tensor:
     """One image per seed, [N, C, H, W] float, on the network's device.
 
@@ -306,7 +307,7 @@ def check_finite(images: Tensor, seeds: Sequence[int]) -> None:
 
 
 def generate_images(
-    net: torch.nn.Module,
+    net: Any,
     seeds: Iterable[int],
     batch: int = 64,
     class_idx: int | None = None,

@@ -112,8 +112,8 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None =
               instance {'kind': 'sid-generator', 'init_sigma': 2.5}.
     Errors:   UserError when it can't be had, is damaged, or names an unknown class.
     """
-    net, metadata = network_files.read(resolve(source), {**NETWORK_CLASSES, **(classes or {})})
-    net = net.float().eval().requires_grad_(False)
+    loaded, metadata = network_files.read(resolve(source), {**NETWORK_CLASSES, **(classes or {})})
+    net: Any = loaded.float().eval().requires_grad_(False)  # `Any`: no class of theirs declares `metadata`
     net.metadata = {**_published_metadata(str(source)), **metadata}
     try:
         learnt_classes(net)
@@ -211,7 +211,7 @@ def _sha256_of(url: str) -> str | None:
 # --- constructor arguments
 
 
-def _named_arguments(net: torch.nn.Module) -> dict[str, Any]:
+def _named_arguments(net: Any) -> dict[str, Any]:
     """All arguments that the network was built with, by name."""
     names = [
         name
@@ -312,7 +312,7 @@ def convert(source: str, destination: str) -> None:
     8-bit images; can't be loaded again), or without a suffix a folder with config.json and
     diffusion_pytorch_model.safetensors.
     """
-    net = load_network(source)
+    net: Any = load_network(source)
     save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
 

@@ -76,8 +76,8 @@ def set_up_networks(
     dtype = precision.DTYPES[config.precision]
     autocast_dtype = precision.compute_in(dtype, networks.values())
     for net in networks.values():
-        if config.channels_last:  # set on the weights, which activations follow
-            net.to(memory_format=torch.channels_last)
+        if config.channels_last:
+            misc.to_channels_last(net)
         if config.checkpoint:
             precision.checkpoint_blocks(net)
     if dtype != torch.float32 and not config.lora_rank:  # LoRA's updates need the weights in full precision

@@ -115,12 +115,11 @@ def barrier() -> None:
 
 
 @_message()
-def from_process_0(value: T) -> T:
-    """What process 0 passes, a picklable object; every process must call it."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
+def from_process_0(value: T | None) -> T:
+    """What process 0 passes, a picklable object; every process must call it, and the others may pass None."""
+    box: list[Any] = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

@@ -3,7 +3,8 @@
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,12 @@ def seed_from(*coordinates: int) -> int:
     """One seed for one place: `coordinates` are integers from 0 up."""
     words = np.random.SeedSequence(coordinates).generate_state(2)
     return int(words[0]) << 31 ^ int(words[1])
+
+
+def to_channels_last(net: torch.nn.Module) -> None:
+    """Stores the convolutions' weights channels last, in place; activations follow them."""
+    convert: Callable[..., Any] = net.to  # PyTorch's annotations of it don't list memory_format
+    convert(memory_format=torch.channels_last)
 
 
 def first_non_finite(net: torch.nn.Module) -> str | None:

@@ -36,7 +36,7 @@ def data_reference(
             ) from None
     if not distributed.from_process_0(file is not None and file.is_file()):
         make_reference(source, file, detector, batch, progress)
-    return distributed.from_process_0(load_reference(file) if distributed.rank() == 0 else None)
+    return distributed.from_process_0(load_reference(file) if file is not None else None)
 
 
 def make_reference(
@@ -48,15 +48,20 @@ def make_reference(
 ) -> FeatureStatistics:
     """Measures all images of `source`, on all processes, and writes them on process 0 as reference statistics.
 
+    dest: may be None on the other processes.
     Errors: UserError when there's only one image or `dest` can't be written.
     """
-    if source.size < 2:
+    size, channels, resolution = source.size, source.channels, source.resolution
+    if size is None or channels is None or resolution is None:
+        raise ValueError("a data set knows how many images it has and of which shape; this source doesn't")
+    if size < 2:
         raise dnnlib.UserError("--data holds one image; a covariance needs at least two")
-    statistics = measure(source, detector, batch, [source.size], progress=progress).statistics[source.size]
+    statistics = measure(source, detector, batch, [size], progress=progress).statistics[size]
     if distributed.rank() == 0:
-        name = source.describe(source.size)["images"]
+        assert dest is not None
+        name = source.describe(size)["images"]
         try:
-            save_reference(dest, statistics, detector, name, source.channels, source.resolution)
+            save_reference(dest, statistics, detector, name, channels, resolution)
         except OSError as error:
             raise dnnlib.UserError(f"{dest} can't be written ({error.strerror}); choose another folder") from None
     return statistics

@@ -46,11 +46,15 @@ class Detector(ABC):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """[N, feature_dim] of uint8 images [N, C, H, W]. Errors: UserError when images don't fit the detector."""
-        return self.measure(images)[0]
+        hidden, _ = self.measure(images)
+        assert hidden is not None
+        return hidden
 
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """[N, K] softmax of uint8 images [N, C, H, W]. Errors: UserError, also when the detector has no classes."""
-        return self.measure(images, features=False, probabilities=True)[1]
+        _, probabilities = self.measure(images, features=False, probabilities=True)
+        assert probabilities is not None
+        return probabilities
 
     @abstractmethod
     def check(self, channels: int, resolution: int) -> None:
@@ -181,7 +185,7 @@ def save_detector(
         file.write(save(weights, metadata=header))
 
 
-def _load_module(path: Path) -> tuple[torch.nn.Module, dict]:
+def _load_module(path: Path) -> tuple[SmallClassifier, dict]:
     from edm.network_files import checked, read_tensors, verified
 
     try:

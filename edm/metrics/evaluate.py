@@ -103,13 +103,14 @@ class Evaluator:
             self.reference.check(detector)
         self.detector, self._batch, self._progress = detector, batch, progress
         if self.reference is None and any(metric.kind == "fid" for metric in self.metrics):
+            assert not isinstance(data, ImageSource | None)  # refused above
             self.reference = data_reference(data, detector, batch, progress)
         self._data = data if isinstance(data, ImageSource | None) else open_data(data)
-        self._real = None
+        self._real: torch.Tensor | None = None  # features
 
     def __call__(self, source: ImageSource) -> list[dict]:
         """A JSON-serialisable record for each metric, in order; every process must call it and gets them all."""
-        if self.reference is not None and source.channels is not None:
+        if self.reference is not None and source.channels is not None and source.resolution is not None:
             self.reference.check_images(source.channels, source.resolution)
         of_kind = {kind: {m.num for m in self.metrics if m.kind == kind} for kind in ("fid", "is", "kid", "pr")}
         kept = max(of_kind["kid"] | of_kind["pr"], default=0)
@@ -122,6 +123,7 @@ class Evaluator:
         return distributed.from_process_0(records)
 
     def _measure_real(self) -> torch.Tensor:
+        assert self._data is not None  # as the constructor made sure
         size, wanted = self._data.size, 0
         for metric in self.metrics:
             if metric.kind in ("kid", "pr"):
@@ -133,7 +135,9 @@ class Evaluator:
                 if num < (2 if metric.kind == "kid" else metric.k + 1):
                     raise dnnlib.UserError(f"--metrics={metric.name} needs more than the {num} real images of --data")
                 wanted = max(wanted, num)
-        return measure(self._data, self.detector, self._batch, features=wanted, progress=self._progress).features
+        measured = measure(self._data, self.detector, self._batch, features=wanted, progress=self._progress)
+        assert measured.features is not None
+        return measured.features
 
     def _finite(self, metric: Metric, measured: Measured) -> dict[str, float]:
         values = self._values(metric, measured)
@@ -144,6 +148,7 @@ class Evaluator:
     def _values(self, metric: Metric, measured: Measured) -> dict[str, float]:
         device = self.detector.device
         if metric.kind == "fid":
+            assert self.reference is not None
             moments = measured.statistics[metric.num]
             if moments.n <= moments.feature_dim:
                 warnings.warn(
@@ -155,6 +160,8 @@ class Evaluator:
         if metric.kind == "is":
             mean, std = measured.scores[metric.num].result()
             return {"is": mean, "is_std": std}
+        assert self._real is not None
+        assert measured.features is not None
         real = (self._real if metric.full else self._real[: metric.num]).to(device)
         generated = measured.features[: metric.num].to(device)
         if metric.kind == "kid":
@@ -167,10 +174,13 @@ class Evaluator:
         record = {"metric": metric.name, "value": next(iter(values.values())), "values": values}
         record |= {"num_images": metric.num, **source.describe(metric.num)}
         if metric.kind == "fid":
+            assert self.reference is not None
             made = self.reference.record
             record |= {"reference": self.reference.path.name, "reference_sha256": self.reference.sha256}
             record |= {"reference_images": made.get("num_images"), "reference_source": made.get("source")}
         if metric.kind in ("kid", "pr"):
+            assert self._real is not None
+            assert self._data is not None
             num_real = len(self._real) if metric.full else min(metric.num, len(self._real))
             record |= {"real_images": num_real, "real_source": self._data.describe(num_real).get("images")}
         record |= {"detector": self.detector.name, "detector_sha256": self.detector.sha256, "batch": self._batch}

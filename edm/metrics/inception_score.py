@@ -16,7 +16,7 @@ class InceptionScore:
     def __init__(self, num_images: int, splits: int = SPLITS):
         self._bounds = torch.tensor([i * num_images // splits for i in range(1, splits)])
         self._splits = splits
-        self._sums = None  # per split: sum of p [K], sum of p·ln p, number of images; float64
+        self._sums: torch.Tensor | None = None  # per split: sum of p [K], sum of p·ln p, number of images; float64
 
     def append(self, probabilities: torch.Tensor, start: int) -> None:
         """Adds [N, K] probabilities of the images `start`, `start + 1`, …"""
@@ -46,6 +46,7 @@ class InceptionScore:
 
     def result(self) -> tuple[float, float]:
         """(mean, population standard deviation) over the splits."""
+        assert self._sums is not None  # there were images
         sums, p_ln_p, counts = self._sums[:, :-2], self._sums[:, -2], self._sums[:, -1]
         marginal_entropy = torch.special.entr(sums / counts[:, None]).sum(1)
         scores = (p_ln_p / counts + marginal_entropy).exp()

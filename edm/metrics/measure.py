@@ -56,7 +56,7 @@ def measure(
             f"{num_images} images are asked for but there are only {source.size}; ask for at most so many by --num"
             " or in the name of the metric"
         )
-    if source.channels is not None:
+    if source.channels is not None and source.resolution is not None:
         detector.check(source.channels, source.resolution)
     kept = torch.zeros(features, detector.feature_dim) if features else None
     rank, processes = distributed.rank(), distributed.world_size()
@@ -64,11 +64,13 @@ def measure(
         for start, images in source.batches(num_images, batch, rank, processes):
             distributed.alive()
             hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
-            for num, moment in moments.items():
-                moment.append(hidden[: max(num - start, 0)])
-            for num, score in scored.items():
-                score.append(probabilities[: max(num - start, 0)], start)
-            if start < features:
+            if hidden is not None:
+                for num, moment in moments.items():
+                    moment.append(hidden[: max(num - start, 0)])
+            if probabilities is not None:
+                for num, score in scored.items():
+                    score.append(probabilities[: max(num - start, 0)], start)
+            if kept is not None and hidden is not None and start < features:
                 kept[start : start + len(images)] = hidden[: features - start].cpu()
             bar.update(min(len(images) * processes, num_images - bar.n))
     for moment in moments.values():

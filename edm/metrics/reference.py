@@ -65,7 +65,7 @@ class Reference:
                 f" {resolution}x{resolution} with {channels}; bring them to one size with edm.dataset_tool"
             )
 
-    def load_detector(self, device: torch.device | str = "cpu", override: str | None = None) -> Detector:
+    def load_detector(self, device: torch.device | str = "cpu", override: str | os.PathLike | None = None) -> Detector:
         """The detector that made these statistics: `override`, else the file recorded, else the name recorded.
 
         Errors: UserError when it isn't there or is another one.
@@ -165,6 +165,7 @@ def save_reference(
     }
     if detector.path.resolve().parent == Path(path).resolve().parent:
         record["detector_file"] = detector.path.name
-    content = {"mu": statistics.mu, "sigma": statistics.sigma, "record": np.array(json.dumps(record))}
+    content: dict[str, Any] = {"mu": statistics.mu, "sigma": statistics.sigma, "record": np.array(json.dumps(record))}
+    content[CHECKSUM] = np.array(_checksum(content))
     with dnnlib.write_atomically(path) as file:
-        np.savez(file, **content, **{CHECKSUM: np.array(_checksum(content))})
+        np.savez(file, **content)

@@ -78,7 +78,7 @@ class NetworkSource(ImageSource):
 
     def __init__(
         self,
-        net: torch.nn.Module,
+        net: Any,
         seed: int = 0,
         class_idx: int | None = None,
         steps: int | None = None,

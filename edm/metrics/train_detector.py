@@ -33,8 +33,8 @@ def main(data: str, test: str, dest: str, epochs: int, batch: int, width: int, s
         raise dnnlib.UserError(f"--dest={dest} is a folder, or there is no folder {Path(dest).parent}: make it first")
     from torch_utils import distributed
 
-    device = distributed.init(device)
-    train_detector(load_labelled(data), load_labelled(test, "--test"), dest, epochs, batch, width, seed, device)
+    place = distributed.init(device)
+    train_detector(load_labelled(data), load_labelled(test, "--test"), dest, epochs, batch, width, seed, place)
 
 
 def load_labelled(path: str, option: str = "--data"):
@@ -58,6 +58,8 @@ def train_detector(train, test, dest: str, epochs: int, batch: int, width: int, 
     import torch
     from torch.nn import functional as F
 
+    from torch_utils import misc
+
     from .detector import save_detector
     from .small_classifier import SmallClassifier
 
@@ -73,7 +75,8 @@ def train_detector(train, test, dest: str, epochs: int, batch: int, width: int, 
         "num_classes": classes,
         "width": width,
     }
-    net = SmallClassifier(**init_kwargs).to(device, memory_format=torch.channels_last)
+    net = SmallClassifier(**init_kwargs).to(device)
+    misc.to_channels_last(net)
     steps = len(images) // batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps, pct_start=WARM_UP)
