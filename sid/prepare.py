@@ -1,8 +1,6 @@
 """Builds a distillation from a teacher and a config, ready for its next iteration."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,14 +23,13 @@ def prepare(
     start: torch.nn.Module | None = None,
     resume: checkpoint.StateFile | Path | None = None,
     reals: RealImages | None = None,
-    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> Distillation:
     """A distillation that is ready for its next iteration, on any number of processes.
 
     teacher: phi, a denoiser (`training.denoiser`) of any class. It is moved to `device`, set to eval mode and frozen;
              with a half precision, weights that it would only cast are then stored in it.
     start:   another denoiser whose weights theta starts from.
-    resume:  a training state to go on from, or its path. check: called with the options of the run that saved it.
+    resume:  a training state to go on from, or its path.
     reals:   real images for the discriminator of `config.gan`.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
@@ -47,7 +44,7 @@ def prepare(
     state = DistillationState(teacher, config, device, start)
     networks = set_up_networks(teacher, state, config, device)
     if resume is not None:
-        state.load(resume, check)
+        state.load(resume)
     parts = (teacher, config, device, loss, state, networks)
     batch_gpu = config.batch_gpu or former_batch_gpu(state, config)
     if batch_gpu is not None:

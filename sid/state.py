@@ -1,7 +1,7 @@
 """Everything that changes during a distillation: three networks, two optimisers, the counters."""
 
 import copy
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 FACTORS_PHASE = 4  # random stream of the initial low-rank factors, separate from training's draws
 ROUNDING_PHASE = 5  # random stream of the stochastic rounding of Adam's second moments
+PARTS = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")  # of a state's file
 
 
 class DistillationState:
@@ -46,9 +47,7 @@ class DistillationState:
         self.at_snapshot = False  # whether this iteration ends with a snapshot and its metrics
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
-        self._teacher_hash = zoo.network_hash(teacher)
-        self._rank = config.lora_rank
-        self._base_hash = zoo.network_hash(start) if config.lora_rank and start is not None else self._teacher_hash
+        self._hashes = WeightHashes.of(teacher, start, config)
         overrides = config.network_overrides(teacher)
         self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
@@ -89,41 +88,53 @@ class DistillationState:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         counters = {name: getattr(self, name) for name in checkpoint.PROGRESS}
         setting = checkpoint.setting(config.options(), next(self.generator.parameters()).device)
-        hashes = {"teacher_hash": self._teacher_hash, **({"base_hash": self._base_hash} if self._rank else {})}
+        hashes = {"teacher_hash": self._hashes.teacher}
+        if self._hashes.rank:
+            hashes["base_hash"] = self._hashes.base
         return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 
-    def load(self, resume: checkpoint.StateFile | Path, check: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """Restores a saved state.
-
-        check: called with the options of the run that saved it, before anything is restored.
-        Errors: UserError when the file isn't a state of a distillation of this teacher.
-        """
+    def load(self, resume: checkpoint.StateFile | Path) -> None:
+        """Restores a saved state. Errors: UserError when the file isn't a state of a distillation of this teacher."""
         file = resume if isinstance(resume, checkpoint.StateFile) else checkpoint.StateFile(resume)
-        path, state, parts = file.path, file.take(), self._parts()
-        if not {*parts, "teacher_hash"} <= state.keys() or not checkpoint.is_complete(state):
-            raise UserError(
-                f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train"
-            )
-        if state["teacher_hash"] != self._teacher_hash:
-            raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
-        self._check_base(path, state)
-        if check is not None:
-            check(state["options"])
-        checkpoint.restore(self, parts, state, path)
+        check_state(file, self._hashes)
+        state = file.take()
+        checkpoint.restore(self, self._parts(), state, file.path)
         self.statistics = state["statistics"]
         self.setting = {name: state[name] for name in ("options", "surroundings")}
 
-    def _check_base(self, path: Path, state: dict[str, Any]) -> None:
-        """Low-rank updates are only valid on the weights that they were learnt for. Errors: UserError on others."""
-        rank = state["options"].get("lora_rank")
-        if rank != self._rank:
-            advice = f"has --lora-rank={rank!r}; give that" if rank else "has no --lora-rank; leave it out"
-            raise UserError(f"--resume={path}: that run {advice}")
-        if self._rank and state.get("base_hash") != self._base_hash:
-            raise UserError(
-                f"--resume={path}: its generator started from other weights; give the --transfer it was started with"
-            )
-
     def _parts(self) -> dict[str, Any]:
-        names = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in PARTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightHashes:
+    """Which weights a distillation builds on; those that its state doesn't hold must be the same when it resumes.
+
+    teacher: `zoo.network_hash` of phi. base: of what theta's low-rank updates are added to. rank: theirs, if any.
+    """
+
+    teacher: str
+    base: str
+    rank: int | None
+
+    @classmethod
+    def of(cls, teacher: torch.nn.Module, start: torch.nn.Module | None, config: DistillationConfig) -> "WeightHashes":
+        teacher_hash, rank = zoo.network_hash(teacher), config.lora_rank
+        return cls(teacher_hash, zoo.network_hash(start) if rank and start is not None else teacher_hash, rank)
+
+
+def check_state(file: checkpoint.StateFile, hashes: WeightHashes) -> None:
+    """Reads a training state. Errors: UserError when it isn't a distillation's, or one of other weights."""
+    path, state = file.path, file.read()
+    if not {*PARTS, "teacher_hash"} <= state.keys() or not checkpoint.is_complete(state):
+        raise UserError(f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train")
+    if state["teacher_hash"] != hashes.teacher:
+        raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
+    rank = state["options"].get("lora_rank")
+    if rank != hashes.rank:
+        advice = f"has --lora-rank={rank!r}; give that" if rank else "has no --lora-rank; leave it out"
+        raise UserError(f"--resume={path}: that run {advice}")
+    if hashes.rank and state.get("base_hash") != hashes.base:  # the updates are only valid on these weights
+        raise UserError(
+            f"--resume={path}: its generator started from other weights; give the --transfer it was started with"
+        )

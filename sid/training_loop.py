@@ -7,12 +7,9 @@ import torch
 from edm import zoo
 from edm.sampler import NonFiniteImagesError
 from torch_utils import distributed
-from torch_utils.checkpoint import StateFolder, attempt, snapshot_path
-from torch_utils.interruption import Interruption
-from torch_utils.training_stats import TickLog
-from torch_utils.updates import DivergenceError, check_finite
-from torch_utils.watchdog import check_equal_weights
-from training.training_loop import advised, milestones
+from torch_utils.checkpoint import attempt, snapshot_path
+from torch_utils.updates import DivergenceError
+from training.training_loop import Steps, advised, run_to_end
 
 from . import lora
 from .config import DistillationConfig
@@ -29,49 +26,32 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
     run_dir: takes statistics, snapshots and states. report: makes pictures of the generator and measures it.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
-    state, config = distillation.state, distillation.config
-    states = StateFolder(run_dir, config.keep_states)
-    log = TickLog(run_dir, distillation.device, state.elapsed_sec, state.nimg)
+    state, config, collector = distillation.state, distillation.config, distillation.collector
     if state.statistics:
-        distillation.collector.load_state_dict(state.statistics, distillation.device)
-
+        collector.load_state_dict(state.statistics, distillation.device)
     health, watch = Health(distillation), Watch(config.options())
-    total_img = int(config.total_kimg * 1000)
+
+    def statistics() -> dict[str, dict[str, float]]:
+        found = {**collector.collect(), **worst_class(collector.collect_groups(PER_CLASS))}
+        return found | {**health.measure(), **skipped_updates(state)}
+
+    def after_tick(found: dict[str, dict[str, float]]) -> None:
+        for warning in watch.tick(state.nimg, found):
+            distributed.print0(warning)
+
     low, high = distillation.loss.sigma_schedule.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
     levels = f"the generator's loss sees noise levels {low:.2g} to {high:.2g}"
-    with (
-        advised(run_dir, state, config.batch, "--lr and --glr", levels),
-        Interruption(distillation.device, config.save_minutes) as interruption,
-    ):
-        if state.nimg == 0:
-            report.start(lora.merge(state.ema))
-        elif state.at_snapshot:  # the run ended between this state and its snapshot
-            publish(state, config, run_dir, report)
-        log.resume_clock(state.nimg)
-        while state.nimg < total_img:
-            distillation.iteration()
-            tick, save = milestones(state, config, interruption)
-            if tick or save:
-                distillation.check()
-                check_finite(state.networks, state.nimg)
-                check_equal_weights(state.networks, state.nimg)
-            if tick:
-                collector = distillation.collector
-                statistics = {**collector.collect(), **worst_class(collector.collect_groups(PER_CLASS))}
-                statistics |= {**health.measure(), **skipped_updates(state)}
-                log.tick(state.tick, state.nimg, statistics)
-                for warning in watch.tick(state.nimg, statistics):
-                    distributed.print0(warning)
-            if save:
-                state.elapsed_sec = log.elapsed_sec
-                saved = states.save(state.contents(config, distillation.collector.state_dict()), config.batch)
-                interruption.saved()
-            if interruption.stop:
-                interruption.leave(run_dir, saved)
-            if state.at_snapshot:
-                publish(state, config, run_dir, report)
-            if tick:
-                log.resume_clock(state.nimg)
+    steps = Steps(
+        iteration=distillation.iteration,
+        check=distillation.check,
+        statistics=statistics,
+        after_tick=after_tick,
+        contents=lambda: state.contents(config, collector.state_dict()),
+        publish=lambda: publish(state, config, run_dir, report),
+        begin=lambda: report.start(lora.merge(state.ema)),
+    )
+    with advised(run_dir, state, config.batch, "--lr and --glr", levels):
+        run_to_end(steps, state, state.networks, config, distillation.device, run_dir)
     return lora.merge(state.ema)
 
 

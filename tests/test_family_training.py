@@ -8,9 +8,9 @@ from tiny import BATCH, BATCH_GPU, CPU, Spy, equal, tiny_config, tiny_distillati
 from dnnlib import UserError
 from edm import train
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
+from sid.inputs import check_noise_levels
 from sid.objectives import OBJECTIVES
 from sid.prepare import prepare
-from sid.run import check_noise_levels
 from training.loss import EDMLoss
 from training.networks import EDMPrecond
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from edm.published import FILES
+from sid.inputs import published_reference
 from sid.report.progress import Report, read_metrics
 from sid.report.summary import summarise
-from sid.run import published_reference
 
 
 class Evaluator:

@@ -7,8 +7,9 @@ import torch
 from tiny import CPU, equal, save, smoothed, tiny_config, tiny_distillation, tiny_teacher, weights
 
 from dnnlib import UserError
+from sid import run
 from sid.distillation import Distillation
-from sid.prepare import prepare
+from sid.inputs import Inputs
 from torch_utils import checkpoint, run_folder
 
 
@@ -46,18 +47,17 @@ def test_rates_and_betas_are_those_of_the_resumed_run(tmp_path):
     assert {int(moments["step"]) for moments in new.state.values()} == {2}
 
 
-def test_options_are_compared_before_anything_is_taken(tmp_path):
+def test_options_are_compared_before_anything_is_built(tmp_path, monkeypatch):
     distillation = tiny_distillation()
     distillation.iteration()
-    path, asked = save(distillation, tmp_path), []
-
-    def check(was):
-        asked.append(was["glr"])
-        raise UserError("another option")
-
-    with pytest.raises(UserError, match="another option"):
-        prepare(tiny_teacher(), tiny_config(), CPU, resume=path, check=check)
-    assert asked == [distillation.config.glr]
+    state = checkpoint.StateFile(save(distillation, tmp_path))
+    inputs = Inputs(tiny_teacher(), start=None, dataset=None, evaluator=None)
+    asked = tiny_config(alpha=0.5, batch_gpu=4)
+    with monkeypatch.context() as patches:
+        patches.setattr(run, "prepare", lambda *_: pytest.fail("was built"))
+        with pytest.raises(UserError, match=r"--alpha=0.5: the run in .* has --alpha=1.2; give that, or --override"):
+            run.build(inputs, asked, CPU, state, override=False)
+    assert run.build(inputs, asked, CPU, state, override=True).state.nimg == distillation.state.nimg
 
 
 def test_images_at_once_that_were_tried_fit_the_chunks(tmp_path, monkeypatch):

@@ -124,41 +124,83 @@ def training_loop(
     save_snapshot: called on process 0 as save_snapshot(ema, nimg) every `snapshot_ticks` ticks and at the end.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
-    config = training.config
-    states = checkpoint.StateFolder(run_dir, config.keep_states)
-    log = TickLog(run_dir, training.device, training.elapsed_sec, training.nimg)
-    total_img = int(config.total_kimg * 1000)
+    networks = {"network": training.net, "average": training.ema}
 
     def publish() -> None:
-        if training.at_snapshot and distributed.rank() == 0:
+        if distributed.rank() == 0:
             checkpoint.attempt("saving a snapshot", lambda: save_snapshot(training.ema, training.nimg))
 
     with (
-        advised(run_dir, training, config.batch, "--lr"),
-        Interruption(training.device, config.save_minutes) as interruption,
         contextlib.closing(_endless_batches(dataset, training)) as batches,
+        advised(run_dir, training, training.config.batch, "--lr"),
     ):
-        publish()  # in case the run ended between its state and its snapshot
-        log.resume_clock(training.nimg)
-        while training.nimg < total_img:
-            training.iteration(batches)
-            tick, save = milestones(training, config, interruption)
+        steps = Steps(
+            iteration=lambda: training.iteration(batches),
+            check=training.check,
+            statistics=training.collector.collect,
+            contents=training.contents,
+            publish=publish,
+        )
+        run_to_end(steps, training, networks, training.config, training.device, run_dir)
+    return training.ema
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a training does in `run_to_end`; every process calls each of them."""
+
+    iteration: Callable[[], None]  # trains on one batch
+    check: Callable[[], None]  # waits for the device; raises DivergenceError
+    statistics: Callable[[], dict[str, dict[str, float]]]  # of the tick that ends, {name: {"mean": value}}
+    contents: Callable[[], dict[str, Any]]  # what a training state holds
+    publish: Callable[[], None]  # writes a snapshot, with what belongs to it
+    begin: Callable[[], None] = lambda: None  # called before the first iteration of a new run
+    after_tick: Callable[[dict[str, dict[str, float]]], None] = lambda statistics: None  # its line has been printed
+
+
+def run_to_end(
+    steps: Steps,
+    progress: Any,
+    networks: dict[str, torch.nn.Module],
+    config: Any,
+    device: torch.device,
+    run_dir: Path,
+) -> None:
+    """Iterates until `config.total_kimg`, with ticks, training states and snapshots on the way.
+
+    progress: has the attributes `checkpoint.PROGRESS`. networks: what must stay finite, and equal on all processes.
+    config: as for `milestones`, with `keep_states` and `save_minutes`.
+    Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
+    """
+    states = checkpoint.StateFolder(run_dir, config.keep_states)
+    log = TickLog(run_dir, device, progress.elapsed_sec, progress.nimg)
+    with Interruption(device, config.save_minutes) as interruption:
+        if progress.nimg == 0:
+            steps.begin()
+        elif progress.at_snapshot:  # the run ended between this state and its snapshot
+            steps.publish()
+        log.resume_clock(progress.nimg)
+        while progress.nimg < int(config.total_kimg * 1000):
+            steps.iteration()
+            tick, save = milestones(progress, config, interruption)
             if tick or save:
-                training.check()
-                check_finite({"network": training.net, "average": training.ema}, training.nimg)
-                check_equal_weights({"network": training.net, "average": training.ema}, training.nimg)
+                steps.check()
+                check_finite(networks, progress.nimg)
+                check_equal_weights(networks, progress.nimg)
             if tick:
-                log.tick(training.tick, training.nimg, training.collector.collect())
+                statistics = steps.statistics()
+                log.tick(progress.tick, progress.nimg, statistics)
+                steps.after_tick(statistics)
             if save:
-                training.elapsed_sec = log.elapsed_sec
-                saved = states.save(training.contents(), config.batch)
+                progress.elapsed_sec = log.elapsed_sec
+                saved = states.save(steps.contents(), config.batch)
                 interruption.saved()
             if interruption.stop:
                 interruption.leave(run_dir, saved)
-            publish()
+            if progress.at_snapshot:
+                steps.publish()
             if tick:
-                log.resume_clock(training.nimg)
-    return training.ema
+                log.resume_clock(progress.nimg)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ from typing import Any
 from dnnlib import UserError
 from dnnlib.util import MAX_NUMBER
 
+from ..config import DistillationConfig
+from .rules import LATER_OPTIONS, MAY_BE_NONE, OPTIONS
+
 OPTIONS_FILE = "training_options.json"  # torch_utils.run_folder.OPTIONS_FILE, which loads torch; a test compares
 STATS_FILE = "stats.jsonl"
 MAX_BYTES = 256 << 20
@@ -35,6 +38,20 @@ def read_run_options(run: str | Path) -> dict[str, Any]:
     return options
 
 
+def read_options(run_dir: Path) -> dict[str, Any]:
+    """The options of a distillation that the rules need. Errors: UserError when one is missing or damaged."""
+    options = read_run_options(run_dir)
+    newer = {name: options.get(name, getattr(DistillationConfig, name)) for name in LATER_OPTIONS}
+    found = {**{name: options.get(name) for name in OPTIONS}, **newer}
+    wrong = [name for name, value in found.items() if not _is_sound(name, value)]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{run_dir / OPTIONS_FILE}: its {name} is missing or damaged; name a run folder of sid_train.py"
+        )
+    return found
+
+
 def read_records(path: Path, *needed: str) -> list[Any]:
     """The JSON lines of `path`, each an object with the numbers `needed`; a last line that was cut off is left out.
 
@@ -56,6 +73,20 @@ def sound_records(path: Path, *needed: str) -> list[dict[str, Any]]:
     return [record for _, record in _lines(path) if isinstance(record, dict) and _has_numbers(record, needed)]
 
 
+def best_metric(run_dir: Path) -> str | None:
+    """A sentence about the first FID metric: its best and its last value. None if there is none."""
+    for path in sorted(run_dir.glob("metric-fid*.jsonl")):
+        records = read_records(path, "kimg", "value")
+        if not records:
+            continue
+        best, last = min(records, key=measured_value), records[-1]
+        name = path.stem.removeprefix("metric-")
+        never = ", never better than at the start" if best is records[0] and len(records) > 1 else ""
+        best, last = (f"{record['value']:.4g} at {record['kimg']:g} kimg" for record in (best, last))
+        return f"{name}: best {best}, last {last}{never}"
+    return None
+
+
 def is_figure(value: Any) -> bool:
     """Whether `value` is a number small enough to compute with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
@@ -64,6 +95,15 @@ def is_figure(value: Any) -> bool:
 def measured_value(record: dict[str, Any]) -> float:
     """The value of a metric's record, for finding the lowest: NaN counts as infinite."""
     return math.inf if math.isnan(record["value"]) else record["value"]
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    texts = ("objective", "weighting", "score_gradient", "lr_decay")
+    if value is None:
+        return name in MAY_BE_NONE
+    if name in texts or name == "gan":
+        return isinstance(value, bool if name == "gan" else str)
+    return is_figure(value) and (name != "batch" or value >= 1)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -54,8 +54,8 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
 
     from edm import zoo
     from sid.config import DistillationConfig
+    from sid.inputs import load_start
     from sid.prepare import prepare
-    from sid.run import load_start
     from torch_utils import checkpoint, run_folder
 
     state = checkpoint.newest_good_state(run_dir)

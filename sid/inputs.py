@@ -1,0 +1,176 @@
+"""What a distillation works with: loads what its options name and checks it against the teacher."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from edm import published, zoo
+from edm.metrics.evaluate import Evaluator
+from edm.metrics.reference import load_reference
+from torch_utils import distributed
+from training.conditions import learnt_classes
+from training.dataset import ImageFolderDataset
+
+from .config import DistillationConfig
+from .report.pictures import GRID_COLUMNS, GRID_ROWS
+from .schedules import Single
+
+DEFAULT_METRIC = "fid50k_full"
+NETWORKS = ("edm_model", "transfer")  # options that name one
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The networks and images of a distillation; None stands for what it doesn't use."""
+
+    teacher: torch.nn.Module  # phi
+    start: torch.nn.Module | None  # whose weights theta starts from
+    dataset: ImageFolderDataset | None  # real images
+    evaluator: Evaluator | None  # computes the metrics
+
+
+def load_inputs(
+    options: dict[str, Any],
+    config: DistillationConfig,
+    metrics: list[str],
+    reference: str | None,
+    device: torch.device,
+) -> Inputs:
+    """Loads everything. options: of sid_train.py, by name. Errors: UserError naming the option that doesn't fit."""
+    teacher = checked_teacher(config, options)
+    return Inputs(
+        teacher=teacher,
+        start=load_start(options["transfer"], teacher) if options["transfer"] else None,
+        dataset=load_dataset(options["data"], teacher, config, options) if options["data"] else None,
+        evaluator=make_evaluator(metrics, reference, options, device) if metrics else None,
+    )
+
+
+def choose_snapshots(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a snapshot in place of each run folder: chosen once, since a better one may appear later."""
+    named = [name for name in NETWORKS if options[name]]
+    return options | {name: distributed.from_process_0(zoo.network_file(options[name])) for name in named}
+
+
+def checked_teacher(config: DistillationConfig, options: dict[str, Any]) -> torch.nn.Module:
+    """The network of --edm_model. Errors: UserError when other options don't fit it."""
+    teacher = zoo.load_network(options["edm_model"])
+    check_architecture(teacher, options)
+    check_noise_levels(teacher, config)
+    return teacher
+
+
+def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Errors: UserError when an option contradicts the teacher's architecture."""
+    init = getattr(teacher, "init_kwargs", None)
+    found = {"cond": bool(teacher.label_dim)}
+    if init is not None:
+        song = "ncsnpp" if init.get("embedding_type") == "fourier" else "ddpmpp"
+        found["arch"] = "adm" if init.get("model_type", "DhariwalUNet") == "DhariwalUNet" else song
+        found["precond"] = type(teacher).__name__.removesuffix("Precond").lower()
+        found["cbase"] = init.get("model_channels")
+        found["cres"] = list(init["channel_mult"]) if "channel_mult" in init else None
+    for name, value in found.items():
+        given = options[name]
+        if given is not None and value is not None and given != value:
+            raise UserError(f"--{name}={_text(given)}: the teacher has {_text(value)}; leave the option out")
+
+
+def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> None:
+    """Checks the start and the schedules against the noise levels that the teacher was trained for.
+
+    Errors: UserError naming the option.
+    """
+    low, high = (float(getattr(teacher, f"sigma_{end}", limit)) for end, limit in (("min", 0), ("max", math.inf)))
+    if not low <= config.init_sigma <= high:
+        raise UserError(f"--init_sigma={config.init_sigma:g}: the teacher knows noise levels from {low:g} to {high:g}")
+    level = getattr(teacher, "metadata", {}).get("sigma")
+    if level is None:
+        return
+    schedules = {"--sigma-schedule": config.sigma_schedule, "--fake-sigma-schedule": config.fake_sigma_schedule}
+    wrong = [f"{option}=single={level}" for option, s in schedules.items() if s != Single(level)]
+    if config.init_sigma != level:
+        wrong.append(f"--init_sigma={level}")
+    if wrong:
+        raise UserError(f"the teacher of --edm_model knows one noise level only; give {' '.join(wrong)}")
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def load_start(source: str, teacher: torch.nn.Module) -> torch.nn.Module:
+    """The network of --transfer. Errors: UserError when its weights don't fit the teacher's architecture."""
+    start = zoo.load_network(source)
+    ours, theirs = teacher.state_dict(), start.state_dict()
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise UserError(f"--transfer={source}: its weights don't fit the teacher's architecture")
+    return start
+
+
+def load_dataset(
+    path: str, teacher: torch.nn.Module, config: DistillationConfig, options: dict[str, Any]
+) -> ImageFolderDataset:
+    """Real images for the picture, metrics and --gan, with class labels only for --gan.
+
+    Errors: UserError when they don't fit the teacher.
+    """
+    use_labels = config.gan and bool(teacher.label_dim)
+    dataset = ImageFolderDataset(
+        path, use_labels=use_labels, xflip=options["xflip"], cache=config.gan and options["cache"]
+    )
+    if (dataset.resolution, dataset.num_channels) != (teacher.img_resolution, teacher.img_channels):
+        raise UserError(
+            f"--data={path}: {dataset.num_channels} x {dataset.resolution} x {dataset.resolution} images, but the"
+            f" teacher makes {teacher.img_channels} x {teacher.img_resolution} x {teacher.img_resolution}"
+        )
+    if dataset.label_dim > teacher.label_dim:
+        raise UserError(
+            f"--data={path}: its classes go up to {dataset.label_dim - 1}, but the teacher has only"
+            f" {teacher.label_dim}; give the images that it was trained on"
+        )
+    unknown = set(dataset.classes) - set(learnt_classes(teacher) or range(teacher.label_dim))
+    if unknown:
+        raise UserError(
+            f"--data={path}: holds images of class {min(unknown)}, which the teacher has never seen; give the images"
+            " that it was trained on"
+        )
+    return dataset
+
+
+def first_images(dataset: ImageFolderDataset) -> torch.Tensor:
+    """The first images of the data set, for the picture, uint8 [N, C, H, W]."""
+    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(GRID_COLUMNS * GRID_ROWS, len(dataset)))])
+
+
+def published_reference(teacher: str) -> str | None:
+    """The name of the reference statistics of a published teacher; None for other teachers."""
+    entry = zoo.published(teacher)
+    return published.reference_of(entry) if entry is not None else None
+
+
+def choose_metrics(names: str | None, reference: str | None, data: str | None = None) -> list[str]:
+    """The metrics of --metrics; by default FID if there is a reference. Errors: UserError when FID has none."""
+    if names is None:
+        return [DEFAULT_METRIC] if reference else []
+    if names == "none":
+        return []
+    chosen = [name.strip() for name in names.split(",")]
+    if not reference and not data and any(name.startswith("fid") for name in chosen):
+        raise UserError(f"--metrics={names} needs --data_stat (reference statistics) or --data (to make them)")
+    return chosen
+
+
+def make_evaluator(
+    metrics: list[str], reference: str | None, options: dict[str, Any], device: torch.device
+) -> Evaluator:
+    """An evaluator of `metrics`. Errors: UserError when the reference or the detector isn't available."""
+    needed = options["data_stat"] or any(m.startswith("fid") for m in metrics)
+    # A given reference names its detector. Without one, the evaluator makes a reference from --data.
+    loaded = load_reference(reference) if reference and needed else None
+    return Evaluator(
+        metrics, loaded, options["detector"], options["data"], batch=options["metrics_batch"], device=device
+    )
