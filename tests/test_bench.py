@@ -1,25 +1,22 @@
-"""The benchmark: its baseline trains as the real step does, its counts are closed forms, its report is complete."""
+"""The benchmark: its counts are closed forms, its report is complete; test_distillation.py tests its baseline."""
 
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from click.testing import CliRunner
-from tiny import SMOOTH_EPS, smoothed
 
 from dnnlib import UserError
 from edm import zoo
 from sid.bench import measure, modes, profile, results, tasks
 from sid.bench.__main__ import main
-from sid.bench.published_step import PublishedStep, plain_network
 from sid.bench.recipes import RECIPES, build_network
 from sid.bench.worker import Worker, WorkerFailed
 from sid.config import DistillationConfig
 from sid.options import parse
-from sid.prepare import prepare
 from sid.probe.noise import signal_and_noise
 from training.networks import EDMPrecond
 
@@ -31,67 +28,6 @@ PUBLISHED = modes.parse_mode("published")
 def job(what, **changes):
     common = {"recipe": "micro", "batch": 2, "batch_gpu": 1, "eval_batch": 3, "detector": None, "device": "cpu"}
     return {**common, "what": what, "mode": PUBLISHED, **changes}
-
-
-# --- the baseline
-
-
-def attending_teacher(**changes):
-    """A denoiser with attention, resampling, classes and dropout."""
-    torch.manual_seed(0)
-    kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1}
-    kwargs |= {"attn_resolutions": [4], "augment_dim": 9, "dropout": 0.2}
-    net = EDMPrecond(8, 1, 3, **{**kwargs, **changes})
-    for parameter in net.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return net
-
-
-def dropout(x, p=0.5, training=True):
-    """Dropout whose mask doesn't depend, as PyTorch's does, on the layout of x in memory."""
-    return x * (torch.rand(x.shape) >= p) / (1 - p) if training else x
-
-
-def flat(net):
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
-
-
-def test_the_published_step_trains_as_the_real_one_does(monkeypatch):
-    monkeypatch.setattr(F, "dropout", dropout)
-    teacher = attending_teacher()
-    config = DistillationConfig(
-        batch=4, batch_gpu=2, lr=1e-3, glr=2e-3, g_beta1=0.5, ls=2.0, lsg=50.0, tmax=700, alpha=1.1, seed=5,
-        augment=0.5, ema_halflife_kimg=1, ema_rampup_ratio=2.0,
-    )  # fmt: skip
-    published, real = PublishedStep(teacher, config, CPU), smoothed(prepare(teacher, config, CPU))
-    for optimizer in published._optimizers.values():
-        optimizer.param_groups[0]["eps"] = SMOOTH_EPS
-    for _ in range(2):
-        published.iteration()
-        real.iteration()
-    for name in ("generator", "fake_score", "ema"):
-        theirs, ours = flat(getattr(published, name)), flat(getattr(real.state, name))
-        moved = (ours - flat(teacher)).norm().item()
-        assert 0 < (theirs - ours).norm().item() < 1e-4 * moved
-
-
-def test_the_plain_network_is_the_same_function():
-    net = attending_teacher(model_type="DhariwalUNet", model_channels=128).eval()  # two heads
-    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 5.0]), torch.eye(3)[:2]
-    expected = net(x, sigma, labels)
-    torch.testing.assert_close(plain_network(net)(x, sigma, labels), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_published_step_uses_nothing_fused(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("fused")
-
-    step = PublishedStep(attending_teacher(), DistillationConfig(batch=2, augment=0.5), CPU)
-    for name in ("scaled_dot_product_attention", "interpolate", "avg_pool2d"):
-        monkeypatch.setattr(F, name, refuse)
-    step.iteration()
-    for optimizer in step._optimizers.values():
-        assert not any(group["foreach"] or group["fused"] for group in optimizer.param_groups)
 
 
 # --- what is measured
@@ -263,7 +199,9 @@ def test_modes_take_turns_in_processes_of_their_own(tmp_path):
     assert len(report["rows"][1]["ratio_to_published"]["rounds"]) == 2
 
 
-def test_what_a_mode_cannot_do_here_is_told():
+def test_what_a_mode_cannot_do_here_is_told(monkeypatch):
+    context = multiprocessing.get_context("forkserver")  # which has loaded torch already
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         Worker(job("step", mode=modes.parse_mode("fp16")))
     with pytest.raises(WorkerFailed, match="nothing"):

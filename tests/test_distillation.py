@@ -1,6 +1,5 @@
 """The distillation against plain formulas, against itself on two processes, and against itself resumed."""
 
-import copy
 import json
 import math
 
@@ -25,11 +24,13 @@ from tiny import (
 
 from edm import zoo
 from sid import OneStepGenerator
+from sid.bench.published_step import PublishedStep, plain_network
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
 from sid.prepare import prepare
 from sid.training_loop import skipped_updates, training_loop
-from torch_utils import checkpoint, misc
+from torch_utils import checkpoint
 from torch_utils.updates import MAX_SKIPPED_UPDATES, DivergenceError, ema_beta, lr_factor
+from training.networks import EDMPrecond
 
 # --- one process against two, a resumed run against an uninterrupted one
 
@@ -95,74 +96,58 @@ def test_a_resumed_run_is_bit_equal(tmp_path, schedule):
 # --- one step
 
 
-def reference_iteration(theta, psi, phi, optimizers, nimg, config, pipe):
-    """One iteration in plain formulas: sum over pixels, mean over the batch, one Adam step for psi, then theta."""
-    firsts = range(nimg, nimg + BATCH, BATCH_GPU)
-
-    def x_g():
-        labels = torch.eye(3)[torch.randint(3, [BATCH_GPU])]
-        z = torch.randn(BATCH_GPU, 1, 8, 8)
-        return theta(2.5 * z, torch.full([BATCH_GPU, 1, 1, 1], 2.5), labels), labels
-
-    loss = 0
-    theta.eval(), psi.train()
-    for first in firsts:
-        misc.seed_at(config.seed, FAKE_SCORE_PHASE, first)
-        with torch.no_grad():
-            images, labels = x_g()
-        sigma = (torch.randn(BATCH_GPU, 1, 1, 1) * 1.2 - 1.2).exp()
-        y, augment_labels = pipe(images)
-        denoised = psi(y + torch.randn_like(y) * sigma, sigma, labels, augment_labels=augment_labels)
-        loss = loss + ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (denoised - y) ** 2).sum()
-    optimizers[0].zero_grad()
-    (config.ls * loss / BATCH).backward()
-    optimizers[0].step()
-
-    loss = 0
-    theta.train(), psi.eval()
-    for first in firsts:
-        misc.seed_at(config.seed, GENERATOR_PHASE, first)
-        images, labels = x_g()
-        t = torch.rand(BATCH_GPU, 1, 1, 1) * config.tmax / 1000
-        sigma = (80 ** (1 / 7) + (1 - t) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-        x_t = images + sigma * torch.randn_like(images)
-        f_phi, f_psi = phi(x_t, sigma, labels), psi(x_t, sigma, labels)
-        omega = (images - f_phi).abs().mean([1, 2, 3], keepdim=True).clamp(min=1e-5).detach()
-        loss = loss + ((f_phi - f_psi) * ((f_phi - images) - config.alpha * (f_phi - f_psi)) / omega).sum()
-    optimizers[1].zero_grad()
-    (config.lsg * loss / BATCH).backward()
-    optimizers[1].step()
+def attending_teacher(**changes):
+    """A denoiser with attention, resampling, classes, augmentation labels and dropout."""
+    torch.manual_seed(0)
+    kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1}
+    kwargs |= {"attn_resolutions": [4], "augment_dim": 9, "dropout": 0.2}
+    net = EDMPrecond(8, 1, 3, **{**kwargs, **changes})
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return net
 
 
-def test_an_iteration_is_the_algorithm():
+def dropout(x, p=0.5, training=True):
+    """Dropout whose mask doesn't depend, as PyTorch's does, on the layout of x in memory."""
+    return x * (torch.rand(x.shape) >= p) / (1 - p) if training else x
+
+
+def test_an_iteration_is_the_algorithm(monkeypatch):
     """Against the formulas written out, with dropout, augmentation, classes, accumulation and the moving average."""
-    changes = {"g_beta1": 0.5, "ls": 2.0, "lsg": 50.0, "tmax": 700, "alpha": 1.1}
-    distillation = tiny_distillation(**changes, ema_halflife_kimg=1, ema_rampup_ratio=2.0)
-    for updater in (distillation.state.generator_updater, distillation.state.fake_score_updater):
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    teacher = attending_teacher()
+    settings = {"g_beta1": 0.5, "ls": 2.0, "lsg": 50.0, "tmax": 700, "alpha": 1.1}
+    config = tiny_config(**settings, ema_halflife_kimg=1, ema_rampup_ratio=2.0)
+    real, reference = prepare(teacher, config, CPU), PublishedStep(teacher, config, CPU)
+    for updater in (real.state.generator_updater, real.state.fake_score_updater):
         assert updater.optimizer.defaults["eps"] == 1e-8  # as published
-    smoothed(distillation)
-    phi = tiny_teacher().eval().requires_grad_(False)
-    theta, psi = (copy.deepcopy(phi).requires_grad_(True) for _ in range(2))
-    theta.model.map_augment.weight.requires_grad_(False)
-    trained = [[p for p in net.parameters() if p.requires_grad] for net in (psi, theta)]
-    optimizers = [
-        torch.optim.Adam(trained[0], lr=1e-3, betas=(0.0, 0.999), eps=SMOOTH_EPS),
-        torch.optim.Adam(trained[1], lr=2e-3, betas=(0.5, 0.999), eps=SMOOTH_EPS),
-    ]
-    averages = [p.detach().clone() for p in theta.parameters()]
-    for iteration in range(3):
-        nimg = iteration * BATCH
-        distillation.iteration()
-        reference_iteration(theta, psi, phi, optimizers, nimg, distillation.config, distillation.augment_pipe)
-        beta = 0.5 ** (BATCH / (2.0 * nimg)) if nimg else 0.0
-        averages = [beta * a + (1 - beta) * p.detach() for a, p in zip(averages, theta.parameters())]
-    state = distillation.state
-    assert state.nimg == 3 * BATCH
-    start = phi.state_dict()
-    assert_same_training(state.generator.state_dict(), theta.state_dict(), start)
-    assert_same_training(state.fake_score.state_dict(), psi.state_dict(), start)
-    names = [name for name, _ in theta.named_parameters()]
-    assert_same_training(state.ema.state_dict(), dict(zip(names, averages)), start)
+    smoothed(real)
+    for optimizer in reference._optimizers.values():
+        optimizer.param_groups[0]["eps"] = SMOOTH_EPS
+    for _ in range(3):
+        real.iteration()
+        reference.iteration()
+    assert real.state.nimg == reference.nimg == 3 * BATCH
+    for name in ("generator", "fake_score", "ema"):
+        found, expected = getattr(real.state, name).state_dict(), getattr(reference, name).state_dict()
+        assert_same_training(found, expected, teacher.state_dict())
+
+
+def test_the_reference_has_plain_networks_and_updates(monkeypatch):
+    """Explicit attention, convolutions for resampling, and no fused update, in networks of the same function."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("fused")
+
+    net = attending_teacher(model_type="DhariwalUNet", model_channels=128).eval()  # two heads
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 5.0]), torch.eye(3)[:2]
+    torch.testing.assert_close(plain_network(net)(x, sigma, labels), net(x, sigma, labels), rtol=1e-4, atol=1e-5)
+    step = PublishedStep(attending_teacher(), tiny_config(batch=2), CPU)
+    for name in ("scaled_dot_product_attention", "interpolate", "avg_pool2d"):
+        monkeypatch.setattr(torch.nn.functional, name, refuse)
+    step.iteration()
+    for optimizer in step._optimizers.values():
+        assert not any(group["foreach"] or group["fused"] for group in optimizer.param_groups)
 
 
 def test_modes_and_gradients_of_each_phase():

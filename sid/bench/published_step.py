@@ -1,8 +1,12 @@
-"""The baseline: the training step as the paper's experiments ran it, without optimisations for speed.
+"""The training step as the paper's experiments ran it, without optimisations for speed.
+
+The benchmark's baseline, and the reference that the tests hold `sid.distillation.Distillation` against. Both take the
+same random draws; the formulas and constants here are written out once more rather than imported, so that a mistake
+in one of the two shows as a difference.
 
 float32 without TF32 (or the recipe's fp16 on a GPU), NCHW, attention as an explicit float32 softmax, resampling as
 depthwise convolutions, Adam and clean-up of gradients and averaging one parameter at a time, fresh images for each
-phase, one wait for the device per iteration. Same mathematics and same draws as `sid.distillation.Distillation`.
+phase, one wait for the device per iteration.
 """
 
 import dataclasses
@@ -13,16 +17,16 @@ import torch
 from edm import zoo
 from sid.config import DistillationConfig, resolve
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
-from sid.loss import OMEGA_MIN
-from sid.state import EPSILON
 from torch_utils import misc
-from torch_utils.updates import GRADIENT_LIMIT, ema_beta
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.networks import Conv2d, UNetBlock
 from training.training_loop import freeze_augment_mapping
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # noise levels of the generator's loss, as published
 P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5  # of the fake score's
+OMEGA_MIN = 1e-5  # lower limit of omega, the weight of an image in the generator's loss
+EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
+GRADIENT_LIMIT = 1e5  # gradients are clipped to this absolute value
 
 
 class PublishedStep:
@@ -125,7 +129,10 @@ class PublishedStep:
     @torch.no_grad()
     def average(self) -> None:
         config = self.config
-        beta = ema_beta(config.batch, self.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
+        halflife = config.ema_halflife_kimg * 1000
+        if config.ema_rampup_ratio is not None:
+            halflife = min(halflife, self.nimg * config.ema_rampup_ratio)
+        beta = 0.5 ** (config.batch / halflife) if halflife else 0.0
         for average, parameter in zip(self.ema.parameters(), self.generator.parameters()):
             average.copy_(parameter.lerp(average, beta))
         for average, buffer in zip(self.ema.buffers(), self.generator.buffers()):
