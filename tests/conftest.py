@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
+multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "edm.metrics.evaluate", "sid.prepare"])
 
 
 @pytest.fixture(scope="session")

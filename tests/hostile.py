@@ -439,6 +439,7 @@ def mutate(rng: random.Random, data: bytes, other: bytes = b"") -> bytes:
 
 def outcome(reader: Reader, path: Path, data: bytes) -> str:
     """'' when `data` is read, else the message of its refusal. Other errors pass."""
+    path.unlink(missing_ok=True)  # some file systems wait for the disk when a file is overwritten
     path.write_bytes(reader.wrap(data))
     message = ""
     try:

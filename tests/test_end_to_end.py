@@ -30,7 +30,7 @@ def test_from_images_to_fid(tmp_path):
         PIL.Image.fromarray(rng.integers(0, 256, [12, 12], dtype=np.uint8)).save(source / f"{i}.png")
     data, teacher_dir, run_dir = tmp_path / "data.zip", tmp_path / "teacher", tmp_path / "distilled"
     run(dataset_tool.main, f"--source={source}", f"--dest={data}", "--resolution=8x8")
-    run(train.main, f"--data={data}", f"--outdir={teacher_dir}", "--nosubdir", *TINY, "--batch=16", "--duration=0.001")
+    run(train.main, f"--data={data}", f"--outdir={teacher_dir}", "--nosubdir", *TINY, "--batch=50", "--duration=0.001")
     teacher = teacher_dir / "network-snapshot-000001.safetensors"
 
     detector, reference = tmp_path / "detector.safetensors", tmp_path / "reference.npz"
@@ -39,7 +39,7 @@ def test_from_images_to_fid(tmp_path):
     run(fid.main, "ref", f"--data={data}", f"--detector={detector}", f"--dest={reference}", "--device=cpu")
     output = run(
         sid_train.main, f"--edm_model={teacher}", f"--outdir={run_dir}", "--nosubdir", f"--data_stat={reference}",
-        "--metrics=fid32", "--batch=8", "--batch-gpu=4", "--duration=0.001", "--tick=0.5", "--snap=2", "--device=cpu",
+        "--metrics=fid32", "--batch=50", "--batch-gpu=25", "--duration=0.001", "--tick=0.5", "--snap=2", "--device=cpu",
     )  # fmt: skip
     assert "fid32 at 0.0 kimg" in output
     assert "fid32 at 1.0 kimg" in output

@@ -143,12 +143,14 @@ def test_data_alone_is_enough(work, tmp_path, monkeypatch):
 
 def test_two_processes_give_the_numbers_of_one(work):
     options = [f"--network={work}/network.safetensors", f"--ref={work}/ref.npz", "--metrics=fid130,is50", "--batch=32"]
-    records = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command = [sys.executable, *launcher, str(ROOT / "fid.py"), "eval", *options, "--device=cpu"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        records.append([json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")])
-    for one, two in zip(*records):
-        assert one["values"] == pytest.approx(two["values"], rel=1e-9)
-        assert len(records[0]) == len(records[1]) == 2
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(ROOT / "fid.py"), "eval", *options, "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        for output in (invoke("eval", *options), done.stdout)
+    )
+    assert len(one) == len(two) == 2
+    for record, other in zip(one, two):
+        assert record["values"] == pytest.approx(other["values"], rel=1e-9)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import (
     BATCH,
+    BATCH_GPU,
     CPU,
     NoReport,
     Spy,
@@ -161,7 +162,7 @@ def test_labels_are_dropped_in_the_fake_scores_phase_only(monkeypatch, guidance,
     monkeypatch.setattr("sid.guidance.LABEL_DROPOUT", 0.5)  # the batches are small
     seen = labels_given(tiny_distillation(guidance=guidance, drop_labels=where))
     own, fakes = seen["fake_score", False], seen["generator", False]
-    assert len(own) == 2 * len(fakes) == 2 * 4  # guided, psi is asked twice a round
+    assert len(own) == 2 * len(fakes) == 2 * BATCH // BATCH_GPU  # guided, psi is asked twice a round
     assert 0 < dropped(own[::2]).sum() < BATCH
     assert dropped(own[1::2]).all()
     assert torch.equal(dropped(fakes), dropped(own[::2]) if where == "before" else torch.zeros(BATCH, dtype=bool))

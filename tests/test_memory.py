@@ -88,7 +88,7 @@ def test_weights_gradients_and_moments():
 @pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"precision": "bf16", "lora_rank": 2}], ids=str)
 def test_two_estimates_tell_those_of_all_batches(mode, monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**{**RESOLVED, **mode})
-    exact = {n: memory.estimate(teacher, config, n).peak for n in (24, 12, 8, 6, 4)}
+    exact = {n: memory.estimate(teacher, config, n).peak for n in (24, 8, 4)}
     asked, found, original = [], [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *args: asked.append(args[2]) or original(*args))
     for n, peak in exact.items():

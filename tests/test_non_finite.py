@@ -338,9 +338,9 @@ def test_divergence_speaks_of_states_that_are_there(tmp_path):
         return error.value.message
 
     assert "there is no earlier training state, so start anew, with lower --lr and --glr" in diverge(
-        tiny_distillation(total_kimg=1)
+        tiny_distillation(total_kimg=1, batch=2, batch_gpu=2)
     )
-    distillation = tiny_distillation(total_kimg=1)
+    distillation = tiny_distillation(total_kimg=1, batch=2, batch_gpu=2)
     distillation.iteration()
     path = save(distillation, tmp_path)
     assert f"--resume={path}, with lower --lr and --glr and --override" in diverge(distillation)

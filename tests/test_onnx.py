@@ -20,6 +20,7 @@ ADM = {"model_type": "DhariwalUNet", "model_channels": 8, "channel_mult": [1, 2]
 ADM |= {"attn_resolutions": [4], "channel_mult_emb": 2}
 NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
 NCSNPP |= {"resample_filter": [1, 3, 3, 1]}
+ONE_LEVEL = {"channel_mult": [1], "attn_resolutions": []}
 
 pytestmark = pytest.mark.skipif(not onnx_file.can_trace(), reason="a PyTorch that can't write ONNX")
 
@@ -60,7 +61,8 @@ def test_a_generator_from_noise_to_images(tmp_path, label_dim):
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs"), [("VPPrecond", SONG), ("VEPrecond", SONG | NCSNPP), ("iDDPMPrecond", ADM), ("EDMPrecond", ADM)]
+    ("name", "kwargs"),
+    [("VPPrecond", SONG), ("VEPrecond", SONG | NCSNPP), ("iDDPMPrecond", ADM), ("EDMPrecond", SONG | ONE_LEVEL)],
 )
 def test_a_denoiser_at_any_noise_level(tmp_path, name, kwargs):
     net, path = shaken(getattr(networks, name)(8, 3, 2, **kwargs)), tmp_path / "net.onnx"

@@ -12,7 +12,7 @@ from torch_utils import checkpoint
 from training.networks import EDMPrecond
 
 CPU = torch.device("cpu")
-BATCH, BATCH_GPU = 8, 2
+BATCH, BATCH_GPU = 8, 4
 SMOOTH_EPS = 1e-2  # of Adam, near the tiny networks' gradients
 
 
@@ -109,9 +109,14 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def start_two(function, *args, join=True):
+    """Two processes that run function(rank, *args), forked from one that has loaded torch and so started at once."""
+    return torch.multiprocessing.start_processes(function, args, 2, join=join, start_method="forkserver")
+
+
 def on_two_processes(function, folder, *args):
     """What function(*args) returns on each of two gloo processes, in order of rank."""
-    torch.multiprocessing.spawn(_one_of_two, args=[function, str(folder), *args], nprocs=2)
+    start_two(_one_of_two, function, str(folder), *args)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -84,15 +84,17 @@ def states(run_dir: Path) -> set[tuple[str, int]]:
     return found
 
 
-def end_at_random(process: subprocess.Popen, run_dir: Path, rng: random.Random, how: str) -> bool:
-    """Ends a process (or its torchrun) some moments after it has saved a state; False if it was done before.
+def end_at_random(
+    process: subprocess.Popen, run_dir: Path, rng: random.Random, how: str, within_sec: float = 1.5
+) -> bool:
+    """Ends a process (or its torchrun) at most `within_sec` after it has saved a state; False if it was done before.
 
     how: 'kill', 'term' and 'hup' are signals, 'save' is a kill inside a save, 'rank' kills one process of torchrun's.
     """
     before = states(run_dir)
     if not wait_for(lambda: states(run_dir) - before, process):
         return False
-    time.sleep(rng.random() * 1.5)
+    time.sleep(rng.random() * within_sec)
     if how == "save" and not wait_for(lambda: any(run_dir.glob(".training-state-*.part")), process, every_sec=0.0005):
         return False
     if process.poll() is not None:
@@ -135,7 +137,9 @@ def differences(found: dict, expected: dict) -> list[str]:
     return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
-def crash(folder: Path, hows: list[str], iterations: int, processes: int, seed: int) -> tuple[int, list[str]]:
+def crash(
+    folder: Path, hows: list[str], iterations: int, processes: int, seed: int, within_sec: float = 1.5
+) -> tuple[int, list[str]]:
     """(how often the run was ended, what differs from the unbroken one in the end). hows: see `end_at_random`."""
     options, rng = prepare(folder), random.Random(seed)
     whole, broken, log = folder / "whole", folder / "broken", folder / "log.txt"
@@ -145,7 +149,7 @@ def crash(folder: Path, hows: list[str], iterations: int, processes: int, seed: 
     ended = 0
     process = launch(arguments, log)
     for how in hows:
-        if not end_at_random(process, broken, rng, how):
+        if not end_at_random(process, broken, rng, how, within_sec):
             break
         ended += 1
         if how != "rank":  # torchrun restarts by itself
