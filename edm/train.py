@@ -1,8 +1,23 @@
 """Trains an EDM-family diffusion model: python -m edm.train --outdir=runs --data=images.zip --duration=200"""
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from dnnlib import FiniteRange, IntList, LongCommand, UserError, WholeRange, without_passwords
+
+if TYPE_CHECKING:
+    import torch
+
+    from torch_utils.run_folder import ResumeRules
+    from training.dataset import ImageFolderDataset
+    from training.loss import EDMLoss
+    from training.training_loop import TrainingConfig
+
+# The published settings, for 200 Mimg, and the largest share of a shorter run that they may take.
+LR_RAMPUP_KIMG, LR_RAMPUP_SHARE = 10_000, 1 / 20
+TICK_KIMG, TICKS = 50, 40
+SNAPSHOT_TICKS, SNAPSHOTS = 50, 4
 
 ARCHITECTURES = {
     "ddpmpp": {
@@ -67,7 +82,8 @@ COMMAND_LINE = {
 @click.option("--batch", help="Images per update", type=WholeRange(min=1), default=512, show_default=True)
 @click.option("--batch-gpu", help="Images per process and round", type=WholeRange(min=1))
 @click.option("--lr", type=FiniteRange(0, min_open=True), default=1e-3, show_default=True)
-@click.option("--lr-rampup", help="Warm-up in kimg", type=FiniteRange(0), default=10_000.0, show_default=True)
+@click.option("--lr-rampup", type=FiniteRange(0),
+              help="Warm-up in kimg  [default: 10000, at most a 20th of --duration]")  # fmt: skip
 @click.option("--lr-decay", type=click.Choice(["none", "linear", "cosine"]), default="none", show_default=True)
 @click.option("--ema", help="Half-life of the moving average in Mimg", type=FiniteRange(0), default=0.5)
 @click.option("--ls", help="Loss scaling", type=FiniteRange(0, min_open=True), default=1.0, show_default=True)
@@ -77,8 +93,13 @@ COMMAND_LINE = {
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 @click.option("--desc", help="Description in the run folder's name")
 @click.option("--nosubdir", help="Use --outdir itself as the run folder", is_flag=True)
-@click.option("--tick", help="Report every so many kimg", type=FiniteRange(0, min_open=True), default=50.0)
-@click.option("--snap", help="Snapshot every so many ticks", type=WholeRange(min=1), default=50)
+@click.option("--tick", type=FiniteRange(0, min_open=True),
+              help="Report every so many kimg  [default: 50, at most a 40th of --duration]")  # fmt: skip
+@click.option("--snap", type=WholeRange(min=1),
+              help="Snapshot every so many ticks  [default: 50, at most a quarter of --duration]")  # fmt: skip
+@click.option("--data_stat", help="Reference statistics (.npz) for FID at snapshots  [default: those of --data]")
+@click.option("--detector", help="Detector for metrics at snapshots  [default: the one --data_stat was made with]")
+@click.option("--metrics", help="fid5k,kid5k,… or none  [default: fid5k with --data_stat or --detector, else none]")
 @click.option("--dump", help="Training state every so many ticks", type=WholeRange(min=1), default=500)
 @click.option("--save-every", help="Training state every so many minutes, 0 = by --dump only", type=FiniteRange(0),
               default=10.0, show_default=True)  # fmt: skip
@@ -91,13 +112,13 @@ COMMAND_LINE = {
               " is there  [default: auto with --nosubdir]")  # fmt: skip
 @click.option("--override", help="Let --resume change options of the training", is_flag=True)
 @click.option("-n", "--dry-run", help="Print the options and stop", is_flag=True)
-def main(**options):
+def main(**options: Any) -> None:
     """Train a diffusion model (EDM, VP or VE) on a folder or zip of images."""
     import json
 
     import torch
 
-    from edm import zoo
+    from edm import training_report, zoo
     from torch_utils import checkpoint, distributed, misc, run_folder
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment, loss
@@ -120,8 +141,8 @@ def main(**options):
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
         misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
-        distributed.print0(json.dumps(summary, indent=2))
         if options["dry_run"]:
+            distributed.print0(json.dumps(summary, indent=2))
             return
 
         torch.backends.cudnn.benchmark = options["bench"]
@@ -136,10 +157,17 @@ def main(**options):
         asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")} | {"images": len(dataset)}
         if resume is not None:
             check_state(resume, net)
+            if options["lr_rampup"] is None:  # goes on with the warm-up that the run was started with
+                recorded = resume.read()["options"].get("lr_rampup_kimg", config.lr_rampup_kimg)
+                config.lr_rampup_kimg = asked["lr_rampup_kimg"] = summary["lr_rampup_kimg"] = recorded
             now = checkpoint.setting(asked, device)
             run_folder.check_setting(resume.path, resume.read(), now, resume_rules(config, options["override"]))
+        evaluator = training_report.make_evaluator(options, device)
+        distributed.print0(training_report.describe_start(net, dataset, config, device))
         training = Training(config, net, loss_fn, pipe, device, asked, resume)
         with run_folder.create(*place, summary, resume and resume.path) as run_dir:
+            report = training_report.TeacherReport(run_dir, evaluator, config.batch)
+            distributed.print0(f"Run folder: {run_dir}")
 
             def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
                 path = checkpoint.snapshot_path(run_dir, nimg, config.batch)
@@ -147,11 +175,15 @@ def main(**options):
                 zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, data=dataset.name, **only, **learnt)
 
             training_begins.set()
-            training_loop(training, dataset, run_dir, save_snapshot)
+            # A denoiser of one noise level can't be sampled by Heun's method.
+            training_loop(
+                training, dataset, run_dir, save_snapshot, report.snapshot if options["sigma"] is None else None
+            )
+            distributed.print0(f"next: {training_report.next_command(run_dir, options, evaluator)}")
     distributed.shutdown()
 
 
-def resume_rules(config, override=False):
+def resume_rules(config: "TrainingConfig", override: bool = False) -> "ResumeRules":
     """What a resumed training may change (`run_folder.ResumeRules`)."""
     from torch_utils.run_folder import ResumeRules
     from training.training_loop import FREE_ON_RESUME, ROUNDING
@@ -161,7 +193,7 @@ def resume_rules(config, override=False):
     return ResumeRules(free, ROUNDING, override, COMMAND_LINE)
 
 
-def check_sizes(precond, network_kwargs):
+def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
     """Errors: UserError when a network of these sizes can't be called, found out on a device without values."""
     import torch
 
@@ -183,7 +215,7 @@ def check_sizes(precond, network_kwargs):
             ) from None
 
 
-def build_network(precond, network_kwargs):
+def build_network(precond: str, network_kwargs: dict[str, Any]) -> "torch.nn.Module":
     """The network that is to be trained. Errors: UserError when there is no room for it."""
     from training import networks
 
@@ -194,7 +226,7 @@ def build_network(precond, network_kwargs):
         raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
 
 
-def single_level_loss(sigma):
+def single_level_loss(sigma: float) -> "EDMLoss":
     """EDM's loss at one noise level: a denoiser that gives the score of the data smoothed by sigma, and no other."""
     import math
 
@@ -203,7 +235,9 @@ def single_level_loss(sigma):
     return EDMLoss(P_mean=math.log(sigma), P_std=0.0)
 
 
-def build_config(options, dataset, augment_dim):
+def build_config(
+    options: dict[str, Any], dataset: "ImageFolderDataset", augment_dim: int
+) -> tuple[dict[str, Any], "TrainingConfig"]:
     """(constructor arguments of the network, TrainingConfig) from the command line and the data set's shape."""
     from training.training_loop import TrainingConfig
 
@@ -235,17 +269,21 @@ def build_config(options, dataset, augment_dim):
         )
     if network["model_channels"] % 2:
         raise UserError(f"--cbase={network['model_channels']} must be even")
+    total_kimg = options["duration"] * 1000
+    given_tick, given_snap, given_rampup = (options[name] for name in ("tick", "snap", "lr_rampup"))
+    tick = min(TICK_KIMG, max(total_kimg / TICKS, options["batch"] / 1000)) if given_tick is None else given_tick
+    snap = min(SNAPSHOT_TICKS, max(1, round(total_kimg / tick / SNAPSHOTS))) if given_snap is None else given_snap
     config = TrainingConfig(
-        total_kimg=options["duration"] * 1000,
+        total_kimg=total_kimg,
         batch=options["batch"],
         batch_gpu=options["batch_gpu"],
         lr=options["lr"],
-        lr_rampup_kimg=options["lr_rampup"],
+        lr_rampup_kimg=min(LR_RAMPUP_KIMG, total_kimg * LR_RAMPUP_SHARE) if given_rampup is None else given_rampup,
         lr_decay=options["lr_decay"],
         ema_halflife_kimg=options["ema"] * 1000,
         loss_scaling=options["ls"],
-        kimg_per_tick=options["tick"],
-        snapshot_ticks=options["snap"],
+        kimg_per_tick=tick,
+        snapshot_ticks=snap,
         state_ticks=options["dump"],
         save_minutes=options["save_every"],
         keep_states=options["keep"],
@@ -255,7 +293,7 @@ def build_config(options, dataset, augment_dim):
     return network, config
 
 
-def copy_weights(source, target, name):
+def copy_weights(source: "torch.nn.Module", target: "torch.nn.Module", name: str) -> None:
     """Copies every parameter and buffer that both networks have in the same shape; refuses when none fits."""
     state = target.state_dict()
     fitting = {k: v for k, v in source.state_dict().items() if k in state and state[k].shape == v.shape}

@@ -135,15 +135,24 @@ class TickLog:
     """Prints one line a tick and appends one JSON record a tick to `stats.jsonl`, on process 0.
 
     elapsed_sec, nimg: time and images of the state that a run goes on from; later records in the folder are dropped.
+    total_img: images of the whole run; with it, each line tells the percentage done and the time left.
     """
 
-    def __init__(self, run_dir: Path, device: torch.device, elapsed_sec: float = 0.0, nimg: int = 0):
+    def __init__(
+        self,
+        run_dir: Path,
+        device: torch.device,
+        elapsed_sec: float = 0.0,
+        nimg: int = 0,
+        total_img: int | None = None,
+    ):
         if nimg:
             distributed.print0(f"Resumed at {nimg / 1e3:.1f} kimg")
         if distributed.rank() == 0:
             drop_later_records(run_dir, nimg)
         self._path = run_dir / "stats.jsonl"
         self._device = device
+        self._total_img = total_img
         self._start = time.time() - elapsed_sec
         self._tick_start = time.time()
         self._tick_nimg: int | None = None
@@ -172,8 +181,13 @@ class TickLog:
             "Resources/cpu_mem_GB": cpu,
             "Resources/gpu_mem_GB": gpu,
         }
+        done = ""
+        if self._total_img is not None:
+            share = min(nimg / self._total_img, 1.0) if self._total_img else 1.0
+            left = format_time(max(self._total_img - nimg, 0) / rate) if rate else "?"
+            done = f" {share:>4.0%} left {left:<9s}"
         distributed.print0(
-            f"tick {tick:<5d} kimg {nimg / 1e3:<9.1f} time {format_time(self.elapsed_sec):<12s}"
+            f"tick {tick:<5d} kimg {nimg / 1e3:<9.1f}{done} time {format_time(self.elapsed_sec):<12s}"
             f" sec/tick {seconds:<7.1f} img/sec {rate:<7.1f} cpumem {cpu:.1f}GB gpumem {gpu:.1f}GB"
             + "".join(f" {name.split('/')[-1]} {s['mean']:.4g}" for name, s in statistics.items())
         )

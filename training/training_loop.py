@@ -117,11 +117,13 @@ def training_loop(
     dataset: torch.utils.data.Dataset,
     run_dir: Path,
     save_snapshot: Callable[[torch.nn.Module, int], None],
+    report_snapshot: Callable[[torch.nn.Module, int], None] | None = None,
 ) -> torch.nn.Module:
     """Trains to the end and returns the moving average of the weights.
 
     dataset: items are (uint8 image [C, H, W], float32 label [label_dim]).
     save_snapshot: called on process 0 as save_snapshot(ema, nimg) every `snapshot_ticks` ticks and at the end.
+    report_snapshot: called after it in the same way, but on every process.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     networks = {"network": training.net, "average": training.ema}
@@ -129,6 +131,8 @@ def training_loop(
     def publish() -> None:
         if distributed.rank() == 0:
             checkpoint.attempt("saving a snapshot", lambda: save_snapshot(training.ema, training.nimg))
+        if report_snapshot is not None:
+            report_snapshot(training.ema, training.nimg)
 
     with (
         contextlib.closing(_endless_batches(dataset, training)) as batches,
@@ -173,7 +177,7 @@ def run_to_end(
     Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     states = checkpoint.StateFolder(run_dir, config.keep_states)
-    log = TickLog(run_dir, device, progress.elapsed_sec, progress.nimg)
+    log = TickLog(run_dir, device, progress.elapsed_sec, progress.nimg, int(config.total_kimg * 1000))
     with Interruption(device, config.save_minutes) as interruption:
         if progress.nimg == 0:
             steps.begin()

@@ -1,0 +1,123 @@
+"""What a training of a teacher shows: its size at the start, pictures and metrics at snapshots, the next command."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib import UserError, kimg_name
+from edm.images import save_grid
+from edm.metrics.evaluate import Evaluator
+from edm.metrics.sources import NetworkSource
+from edm.sampler import generate_images
+from edm.zoo import network_hash
+from torch_utils import distributed
+from torch_utils.checkpoint import attempt
+from torch_utils.training_stats import append_line
+
+PICTURE_COLUMNS, PICTURE_ROWS = 8, 8
+PICTURE_STEPS = 8  # of Heun's sampler: enough to see shapes and colours
+METRICS_STEPS = 18  # of Heun's sampler, 35 evaluations, as EDM's figures for 32x32 images
+MIN_PICTURE_PIXELS = 512  # small images are enlarged until a grid is this wide
+
+
+class TeacherReport:
+    """Writes `fakes_*.png` and `metric-*.jsonl` into the run folder of a teacher's training.
+
+    Both show the moving average of the weights, sampled by Heun's method from the same seeds every time.
+    evaluator: computes the metrics, or None for pictures only. batch: images per iteration, which file names depend on.
+    Files that can't be written are reported and skipped.
+    """
+
+    def __init__(self, run_dir: Path, evaluator: Evaluator | None = None, batch: int = 1):
+        self._run_dir, self._evaluator, self._batch = run_dir, evaluator, batch
+
+    def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
+        """Reports a snapshot. Every process must call it, with equal weights."""
+        if distributed.rank() == 0:
+            name = f"fakes_{kimg_name(nimg, self._batch)}.png"
+            if attempt(f"saving {name}", lambda: self._draw(ema, self._run_dir / name)):
+                count, evaluations = PICTURE_COLUMNS * PICTURE_ROWS, 2 * PICTURE_STEPS - 1
+                sampler = f"Heun's sampler, {PICTURE_STEPS} steps ({evaluations} network evaluations)"
+                print(f"{self._run_dir / name}: {count} samples, {sampler}", flush=True)
+        if self._evaluator is not None and distributed.from_process_0(self._is_unmeasured(self._evaluator, nimg)):
+            self._measure(self._evaluator, ema, nimg)
+
+    def _draw(self, ema: torch.nn.Module, path: Path) -> None:
+        images = torch.cat(list(generate_images(ema, range(PICTURE_COLUMNS * PICTURE_ROWS), steps=PICTURE_STEPS)))
+        zoom = max(1, MIN_PICTURE_PIXELS // (PICTURE_COLUMNS * images.shape[-1]))
+        save_grid(images, path, PICTURE_COLUMNS, zoom)
+
+    def _measure(self, evaluator: Evaluator, ema: torch.nn.Module, nimg: int) -> None:
+        source = NetworkSource(ema, steps=METRICS_STEPS, name="ema", sha256=network_hash(ema))
+        try:
+            records = evaluator(source)
+        except UserError as error:  # a young network may make images that no metric takes
+            distributed.print0(f"Warning: no metrics at {nimg / 1e3:.1f} kimg: {error.message}; the run goes on")
+            return
+        if distributed.rank() != 0:
+            return
+        for record in records:
+            values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
+            print(
+                f"{record['metric']} at {nimg / 1e3:.1f} kimg, {2 * METRICS_STEPS - 1} evaluations: {values}",
+                flush=True,
+            )
+            append_line(self._file(record["metric"]), json.dumps({"kimg": nimg / 1e3, **record}))
+
+    def _is_unmeasured(self, evaluator: Evaluator, nimg: int) -> bool:
+        """False for a run that was resumed at a snapshot which was measured already."""
+        last = evaluator.metrics[-1].name
+        path = self._file(last)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return all(json.loads(line)["kimg"] != nimg / 1e3 for line in lines)
+
+    def _file(self, metric: str) -> Path:
+        return self._run_dir / f"metric-{metric}.jsonl"
+
+
+def make_evaluator(options: dict[str, Any], device: torch.device) -> Evaluator | None:
+    """The evaluator that --metrics, --data_stat and --detector ask for; None when none of them is given.
+
+    Errors: UserError when one of them can't be used.
+    """
+    given = options["data_stat"] is not None or options["detector"] is not None
+    names = options["metrics"] if options["metrics"] is not None else "fid5k" if given else "none"
+    if names == "none":
+        if given:
+            raise UserError("--metrics=none means nothing with --data_stat or --detector; leave one of them out")
+        return None
+    metrics = [name for name in names.split(",") if name]
+    return Evaluator(metrics, options["data_stat"], options["detector"], options["data"], device=device)
+
+
+def describe_start(net: torch.nn.Module, dataset: Any, config: Any, device: torch.device) -> str:
+    """Three lines about what is trained on what, how, and for how long."""
+    parameters = sum(p.numel() for p in net.parameters())
+    classes = f"{dataset.label_dim} classes" if dataset.label_dim else "without classes"
+    side, channels = dataset.resolution, dataset.num_channels
+    passes = config.total_kimg * 1000 / len(dataset)
+    return "\n".join(
+        [
+            f"Network:  {type(net).__name__}, {parameters / 1e6:.2f} million parameters",
+            f"Data:     {dataset.name}, {len(dataset)} images of {side}x{side}, {channels} channel(s), {classes}",
+            f"Training: {config.total_kimg:g} kimg ({passes:.1f} passes over the data) in batches of {config.batch} on"
+            f" {distributed.world_size()} x {device.type}, warm-up {config.lr_rampup_kimg:g} kimg,"
+            f" a report every {config.kimg_per_tick:g} kimg, a snapshot every {config.snapshot_ticks} reports",
+        ]
+    )
+
+
+def next_command(run_dir: Path, options: dict[str, Any], evaluator: Evaluator | None) -> str:
+    """The command that distils the run's newest snapshot, quoted for a shell."""
+    arguments: Sequence[str] = [f"--edm_model={run_dir}", f"--outdir={options['outdir']}-sid"]
+    if evaluator is not None and options["data_stat"] is not None:
+        arguments = [*arguments, f"--data_stat={options['data_stat']}"]
+        arguments = [*arguments, f"--detector={options['detector']}"] if options["detector"] is not None else arguments
+    else:
+        arguments = [*arguments, "--metrics=none"]
+    program = ["python", "sid_train.py"] if Path("sid_train.py").is_file() else ["sid-train"]
+    return shlex.join([*program, *arguments])

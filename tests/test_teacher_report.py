@@ -1,0 +1,71 @@
+"""What edm.train shows: percent and time left, pictures, metrics, the next command; and its defaults for short runs."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from click.testing import CliRunner
+
+import sid_train
+from edm import train
+from edm.metrics.detector import save_detector
+from edm.metrics.small_classifier import SmallClassifier
+
+TINY = ["--cbase=4", "--cres=1", "--blocks=1", "--attn=0", "--dropout=0", "--batch=8", "--workers=0", "--device=cpu"]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with 24 images of 8x8 pixels and a detector for them, from which programs start."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(24):
+        PIL.Image.fromarray(rng.integers(0, 256, [8, 8, 3], dtype=np.uint8)).save(tmp_path / f"images/{i:02d}.png")
+    torch.manual_seed(0)
+    kwargs = {"img_resolution": 8, "img_channels": 3, "num_classes": 2, "width": 4}
+    save_detector(SmallClassifier(**kwargs), tmp_path / "detector.safetensors", kwargs)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def run(command, *options):
+    result = CliRunner().invoke(command, options)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_training_speaks(work):
+    options = ["--data=images", "--outdir=runs", "--duration=0.000064", "--augment=0", *TINY]
+    said = run(train.main, *options, "--detector=detector.safetensors", "--metrics=fid8,kid8")
+    (folder,) = (work / "runs").iterdir()
+    ticks = re.findall(r"^tick .* (\d+)% left (\S+)", said, re.MULTILINE)
+    assert ticks[-1] == ("100", "0s")
+    assert [int(percent) for percent, _ in ticks] == sorted(int(percent) for percent, _ in ticks)
+    with PIL.Image.open(folder / "fakes_000000.064.png") as picture:
+        assert picture.size == (512, 512)
+    for metric in ("fid8", "kid8"):
+        records = [json.loads(line) for line in (folder / f"metric-{metric}.jsonl").read_text().splitlines()]
+        assert records[-1]["kimg"] == 0.064
+        assert len({record["kimg"] for record in records}) == len(records) > 1
+    command = shlex.split(said.strip().splitlines()[-1].removeprefix("next: "))
+    run(sid_train.main, *command[1:], "--device=cpu", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("duration", "given", "expected"),
+    [
+        (200, [], (10_000, 50, 50)),  # as published
+        (0.2, [], (10, 5, 10)),
+        (0.2, ["--lr-rampup=7", "--tick=20", "--snap=3"], (7, 20, 3)),
+    ],
+)
+def test_defaults_fit_the_duration(work, duration, given, expected):
+    said = run(train.main, "--data=images", "--outdir=x", f"--duration={duration}", "--dry-run", *TINY, *given)
+    options = json.loads(said)
+    names = ("lr_rampup_kimg", "kimg_per_tick", "snapshot_ticks")
+    assert tuple(options[name] for name in names) == pytest.approx(expected)
