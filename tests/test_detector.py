@@ -192,3 +192,28 @@ def test_training(tmp_path):
         result = CliRunner().invoke(train_detector.main, [*options, *wrong])
         assert (result.exit_code, new.exists()) == (2, False)
         assert result.output.splitlines()[-1].startswith(f"Error: {wrong[-1]}")
+
+
+def test_transformations_are_told_apart():
+    """Each class is another transformation, and class 0 the identity."""
+    for channels, count in ((1, 8), (3, 24)):
+        images = torch.arange(channels * 16, dtype=torch.uint8).reshape(1, channels, 4, 4).expand(count, -1, -1, -1)
+        assert train_detector.transformations(images) == count
+        made = train_detector.transformed(images, torch.arange(count))
+        assert torch.equal(made[0], images[0])
+        assert torch.equal(made[5], 255 - images[0].rot90(1, (1, 2)))
+        assert len({image.numpy().tobytes() for image in made}) == count
+
+
+def test_training_without_labels(tmp_path):
+    """A tenth of the images is held out; what the detector learns beats chance on them."""
+    gradient = np.add.outer(np.arange(8) * 20, np.arange(8) * 2).astype(np.uint8)
+    (tmp_path / "images").mkdir()
+    for i in range(80):
+        Image.fromarray(gradient + np.uint8(i)).save(tmp_path / f"images/{i}.png")
+    dest = tmp_path / "detector.safetensors"
+    options = [f"--data={tmp_path}/images", f"--dest={dest}", "--epochs=8", "--batch=8", "--width=4", "--device=cpu"]
+    result = CliRunner().invoke(train_detector.main, options)
+    assert result.exit_code == 0, result.output
+    assert "No labels" in result.output
+    assert load_detector(dest).metadata["test_accuracy"] > 0.4  # 1/8 by chance
