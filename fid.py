@@ -9,6 +9,7 @@ import click
 
 import dnnlib
 from edm import generate
+from edm.own_classes import own_classes
 
 WHOLE, POSITIVE, COUNT = (dnnlib.WholeRange(least) for least in range(3))
 NOT_SAMPLING = ("network", "outdir", "grid", "seeds", "batch", "device")  # the options of edm.generate beside these are
@@ -94,7 +95,9 @@ def ref(data, dest, detector, batch, device):
 @click.option("--trials", help="Repetitions, each with new seeds", type=POSITIVE, default=1)
 @click.option("--seeds", help="First seed", type=WHOLE, default=0, show_default=True)
 @shared("ref", "data", "detector", "batch", "json", "device")
-def evaluate_network(network, metrics, trials, seeds, ref, data, detector, batch, json_file, device, **sampling):
+def evaluate_network(
+    network, metrics, trials, seeds, ref, data, detector, batch, json_file, device, classes, **sampling
+):
     """Metrics of a network's images, made and scored in one pass without files in between.
 
     The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr.
@@ -106,7 +109,7 @@ def evaluate_network(network, metrics, trials, seeds, ref, data, detector, batch
         from edm.metrics.sources import NetworkSource
 
         options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
-        net = zoo.load_network(network).to(device)
+        net = zoo.load_network(network, own_classes(classes)).to(device)
         given = {name: value for name, value in sampling.items() if value is not None}
         made_by = {"name": Path(network).name, "sha256": zoo.network_hash(net), **generate.sampler_options(net, given)}
         evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)

@@ -13,9 +13,9 @@ def main(**options):
     The defaults are the published CIFAR-10 recipe; --recipe takes others. Several processes: torchrun.
     """
     config = build_config(options)
-    from sid.run import distil  # torch loads here, not for --help
+    from sid.run import run  # torch loads here, not for --help
 
-    distil(options, config)
+    run(options, config)
 
 
 if __name__ == "__main__":

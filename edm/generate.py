@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dnnlib import FiniteRange, LongCommand, UserError, WholeRange
+from edm.own_classes import classes_option, own_classes
 
 MAX_SEEDS = 10_000_000
 MAX_SEED = 2**32 - 1  # as edm.sampler
@@ -39,6 +40,7 @@ class SeedRanges(click.ParamType):
 
 @click.command(cls=LongCommand, context_settings={"show_default": True})
 @click.option("--network", help="Short name, path or URL of a teacher or generator", required=True)
+@classes_option
 @click.option("--outdir", help="Folder or .zip file for the PNG images, one per seed")
 @click.option("--grid", help="PNG file for all images in one picture")
 @click.option("--seeds", help="One image per seed, such as 0-63,100", type=SeedRanges(), default="0-63")
@@ -62,7 +64,15 @@ class SeedRanges(click.ParamType):
 @click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Likewise")
 @click.option("--scaling", type=click.Choice(["vp", "none"]), help="Likewise")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
-def main(network: str, outdir: str | None, grid: str | None, seeds: list[int], device: str | None, **options):
+def main(
+    network: str,
+    classes: str | None,
+    outdir: str | None,
+    grid: str | None,
+    seeds: list[int],
+    device: str | None,
+    **options,
+):
     """Generate images: in one step with a distilled generator, by Heun's method with a diffusion model.
 
     The network's file says which it is. Any of --solver, --disc, --schedule, --scaling takes EDM's ablation sampler.
@@ -86,7 +96,7 @@ def main(network: str, outdir: str | None, grid: str | None, seeds: list[int], d
     place = distributed.init(device)
     if grid is not None and distributed.world_size() > 1:
         raise UserError("--grid needs one process; several write a folder, --outdir")
-    net = zoo.load_network(network).to(place)
+    net = zoo.load_network(network, own_classes(classes)).to(place)
     options = sampler_options(net, {name: value for name, value in options.items() if value is not None})
     kept = []
     with contextlib.ExitStack() as stack:

@@ -202,7 +202,10 @@ def build(
     name, args, kwargs = header["class_name"], header.get("init_args", []), header.get("init_kwargs", {})
     with verified(header, state, path):
         if name not in classes:
-            raise UserError(f"{path}: holds a {name[:80]!r}, which is none of: {', '.join(classes)}")
+            raise UserError(
+                f"{path}: holds a {name[:80]!r}, which is none of: {', '.join(classes)}; for a class of your own give"
+                " --classes=module:Class, or classes= from Python"
+            )
         if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
             raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
         net = persistence.construct(classes[name], tuple(args), kwargs, state, path)

@@ -25,11 +25,13 @@ from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from dnnlib.util import printable
 from edm import network_files
+from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.untrusted import edm_pickle
 from training import networks
 from training.conditions import learnt_classes
+from training.denoiser import check_denoiser
 
 NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls
@@ -119,6 +121,8 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None =
         learnt_classes(net)
     except UserError as error:
         raise UserError(f"{source}: {error.message}: damaged, or not a network") from None
+    if type(net).__name__ in (classes or {}):
+        check_denoiser(net, source)
     return net
 
 
@@ -304,15 +308,16 @@ def verify_command(names: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("destination")
+@classes_option
 @mirror_option
-def convert(source: str, destination: str) -> None:
+def convert(source: str, destination: str, classes: str | None) -> None:
     """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
 
     DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), .onnx (to run elsewhere: a generator from noise to
     8-bit images; can't be loaded again), or without a suffix a folder with config.json and
     diffusion_pytorch_model.safetensors.
     """
-    net: Any = load_network(source)
+    net: Any = load_network(source, own_classes(classes))
     save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
 

@@ -3,9 +3,10 @@
     python examples/own_denoiser.py --out=RUN
 
 `NoiseNet` stands for the other repository's network: it predicts the noise at one of 1000 integer time steps, as DDPM
-does. `NoiseNetDenoiser` is all that this project needs to know about it. The run folder gets snapshots, pictures and
-training states, but no record of options, so sid.doctor and sid.report don't read it; the generator's images at the
-end are in `RUN/generated.png`. The images are white rectangles on black, 8x8.
+does. `NoiseNetDenoiser` is all that this project needs to know about it. The images are white rectangles on black, 8x8;
+the generator's are in `RUN/generated.png`. Commands that open the networks in the run folder need the class:
+
+    cd examples && python -m sid.report RUN --classes=own_denoiser:NoiseNetDenoiser
 """
 
 import argparse
@@ -14,13 +15,8 @@ from pathlib import Path
 import torch
 
 from edm.images import save_grid
-from edm.zoo import load_network
-from sid import OneStepGenerator
+from sid import distil
 from sid.config import DistillationConfig
-from sid.prepare import prepare
-from sid.report.progress import Report
-from sid.training_loop import training_loop
-from torch_utils.checkpoint import snapshots
 
 SIZE, STEPS = 8, 1000
 
@@ -110,17 +106,12 @@ def main(out: Path, teacher_steps: int, kimg: float) -> None:
         alpha=1.0,
         lr=2e-4,
         glr=1e-4,
-        augment=0,
         kimg_per_tick=max(kimg / 10, 0.064),
         ema_rampup_ratio=0.5,
         snapshot_ticks=5,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    training_loop(prepare(teacher, config, torch.device("cpu")), out, Report(out, batch=config.batch))
-
-    # A class that isn't of this project is named when its file is read.
-    net = load_network(snapshots(out)[0], classes={"NoiseNetDenoiser": NoiseNetDenoiser})
-    save_grid(OneStepGenerator(net)(64, seed=0), out / "generated.png", zoom=4)
+    generator = distil(teacher, config, out, device="cpu")
+    save_grid(generator(64, seed=0), out / "generated.png", zoom=4)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .generator import OneStepGenerator
     from .loss import SiDLoss
+    from .run import distil
 
 __version__ = "0.1.0"
-__all__ = ["OneStepGenerator", "SiDLoss", "__version__"]
+__all__ = ["OneStepGenerator", "SiDLoss", "__version__", "distil"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from .loss import SiDLoss
 
         return SiDLoss
+    if name == "distil":
+        from .run import distil
+
+        return distil
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

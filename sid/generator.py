@@ -1,6 +1,7 @@
 """The result of a distillation: noise in, images out, one network evaluation."""
 
 import os
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -29,15 +30,17 @@ class OneStepGenerator:
         source: str | os.PathLike,
         device: torch.device | str | None = None,
         init_sigma: float | None = None,
+        classes: Mapping[str, Callable] | None = None,
     ) -> "OneStepGenerator":
         """Loads a generator.
 
         source: short name, path or URL of a generator (`edm.zoo.load_network`); published SiD files included.
 
         device: None takes a GPU if there is one. init_sigma: only for a file that doesn't record it.
+        classes: of your own, that the file may name, {name: class} (`edm.zoo.load_network`).
         Errors: UserError when it can't be loaded or is no one-step generator.
         """
-        net = zoo.load_network(source)
+        net = zoo.load_network(source, classes)
         if init_sigma is not None:
             net.metadata["init_sigma"] = init_sigma
         return cls(net).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from dnnlib import UserError
 from edm import published, zoo
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
+from edm.own_classes import own_classes
 from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
@@ -18,6 +21,7 @@ from .config import DistillationConfig
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
 from .schedules import Single
 
+TEACHER_FILE = "teacher.safetensors"  # in the run folder of a teacher that was given as a module
 DEFAULT_METRIC = "fid50k_full"
 NETWORKS = ("edm_model", "transfer")  # options that name one
 
@@ -38,12 +42,22 @@ def load_inputs(
     metrics: list[str],
     reference: str | None,
     device: torch.device,
+    teacher: torch.nn.Module | None = None,
+    start: torch.nn.Module | None = None,
 ) -> Inputs:
-    """Loads everything. options: of sid_train.py, by name. Errors: UserError naming the option that doesn't fit."""
-    teacher = checked_teacher(config, options)
+    """Loads everything.
+
+    options: of sid_train.py, by name. teacher, start: networks in place of those that --edm_model and --transfer name.
+    Errors: UserError naming the option that doesn't fit.
+    """
+    teacher = checked_teacher(config, options, teacher)
     return Inputs(
         teacher=teacher,
-        start=load_start(options["transfer"], teacher) if options["transfer"] else None,
+        start=fitting_start(start, "start", teacher)
+        if start is not None
+        else load_start(options["transfer"], teacher, options["classes"])
+        if options["transfer"]
+        else None,
         dataset=load_dataset(options["data"], teacher, config, options) if options["data"] else None,
         evaluator=make_evaluator(metrics, reference, options, device) if metrics else None,
     )
@@ -55,12 +69,21 @@ def choose_snapshots(options: dict[str, Any]) -> dict[str, Any]:
     return options | {name: distributed.from_process_0(zoo.network_file(options[name])) for name in named}
 
 
-def checked_teacher(config: DistillationConfig, options: dict[str, Any]) -> torch.nn.Module:
-    """The network of --edm_model. Errors: UserError when other options don't fit it."""
-    teacher = zoo.load_network(options["edm_model"])
+def checked_teacher(
+    config: DistillationConfig, options: dict[str, Any], teacher: torch.nn.Module | None = None
+) -> torch.nn.Module:
+    """`teacher`, or the network of --edm_model. Errors: UserError when other options don't fit it."""
+    if teacher is None:
+        teacher = zoo.load_network(options["edm_model"], own_classes(options["classes"]))
     check_architecture(teacher, options)
     check_noise_levels(teacher, config)
     return teacher
+
+
+def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> torch.nn.Module:
+    """The teacher of a run: the one in its folder, where `sid.distil` keeps it, otherwise the recorded --edm_model."""
+    is_kept = options.get("nosubdir") and options["edm_model"] == str(Path(options["outdir"]) / TEACHER_FILE)
+    return zoo.load_network(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
 
 
 def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> None:
@@ -102,12 +125,16 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def load_start(source: str, teacher: torch.nn.Module) -> torch.nn.Module:
+def load_start(source: str, teacher: torch.nn.Module, classes: str | None = None) -> torch.nn.Module:
     """The network of --transfer. Errors: UserError when its weights don't fit the teacher's architecture."""
-    start = zoo.load_network(source)
+    return fitting_start(zoo.load_network(source, own_classes(classes)), f"--transfer={source}", teacher)
+
+
+def fitting_start(start: torch.nn.Module, name: str, teacher: torch.nn.Module) -> torch.nn.Module:
+    """`start`. Errors: UserError with `name` when its weights don't fit the teacher's architecture."""
     ours, theirs = teacher.state_dict(), start.state_dict()
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise UserError(f"--transfer={source}: its weights don't fit the teacher's architecture")
+        raise UserError(f"{name}: its weights don't fit the teacher's architecture")
     return start
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dnnlib import Command, FiniteRange, IntList, WholeRange
+from edm import own_classes
 
 from . import recipes
 from .config import ADAM_STATES, DROP_LABELS, DistillationConfig
@@ -46,6 +47,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             expose_value=False,
         ),
         option("--edm_model", "Teacher: short name, path, URL or run folder", str, "edm-cifar10-32x32-uncond-vp"),
+        option("--classes", own_classes.HELP, metavar="MODULE:CLASS"),
         option("--outdir", "Folder for run folders", str, "training-runs"),
         option("--data", "Real images, used only for a picture, metrics and --gan"),
         option("--data_stat", "Reference statistics (.npz) for FID  [default: the published teacher's]"),

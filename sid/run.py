@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +11,17 @@ import torch
 from dnnlib import UserError, without_passwords
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
+from torch_utils.untrusted import edm_pickle
 from torch_utils.watchdog import SPARE_SEC, watching
+from training.denoiser import check_denoiser
 
 from . import memory
 from .adversarial import RealImages
 from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation
+from .generator import OneStepGenerator
 from .inputs import (
+    TEACHER_FILE,
     Inputs,
     checked_teacher,
     choose_metrics,
@@ -25,26 +31,66 @@ from .inputs import (
     load_start,
     published_reference,
 )
+from .options import parse
 from .prepare import prepare
 from .report.progress import Report
 from .state import WeightHashes, check_state
 from .training_loop import training_loop
 
 
-def distil(options: dict[str, Any], config: DistillationConfig) -> None:
-    """Runs a distillation from its options to its end.
+def distil(
+    teacher: torch.nn.Module,
+    config: DistillationConfig,
+    out: str | os.PathLike,
+    *,
+    start: torch.nn.Module | None = None,
+    data: str | None = None,
+    data_stat: str | None = None,
+    detector: str | None = None,
+    metrics: str | None = None,
+    resume: str | None = None,
+    override: bool = False,
+    device: str | None = None,
+) -> OneStepGenerator:
+    """Distils a denoiser into a one-step generator, with a run folder as sid_train.py makes it.
+
+    teacher: a denoiser (`training.denoiser`) of any class; it stays as it is. The folder keeps a copy of it as
+             teacher.safetensors, for sid.report and sid_train.py.
+    out:     the run folder itself. If it holds a training state of this run, the run goes on from there.
+    start:   another denoiser, whose weights the generator starts from.
+    data, data_stat, detector, metrics, resume, override, device: as the options of sid_train.py.
+    Errors: UserError naming what doesn't fit; SystemExit when a signal such as Ctrl-C asked to stop, after saving.
+    """
+    check_denoiser(teacher, "teacher")
+    given = {"data": data, "data_stat": data_stat, "detector": detector, "metrics": metrics, "resume": resume}
+    given |= {"override": override, "device": device, "nosubdir": True, "outdir": os.fspath(out)}
+    given["edm_model"] = str(Path(out) / TEACHER_FILE)
+    generator = run({**parse([])[1], **given}, config, teacher, start)
+    assert generator is not None  # only --dry-run makes none
+    return generator
+
+
+def run(
+    options: dict[str, Any],
+    config: DistillationConfig,
+    teacher: torch.nn.Module | None = None,
+    start: torch.nn.Module | None = None,
+) -> OneStepGenerator | None:
+    """Runs a distillation from its options to its end; None after --dry-run.
 
     options: the options of sid_train.py that aren't part of the config, by name.
+    teacher, start: networks in place of those that --edm_model and --transfer name; they stay as they are.
     Errors: UserError naming the option.
     """
     if config.gan and not options["data"]:
         raise UserError("--gan learns from real images; name them with --data")
-    reference = options["data_stat"] or published_reference(options["edm_model"])
+    reference = options["data_stat"] or (published_reference(options["edm_model"]) if teacher is None else None)
     metrics = choose_metrics(options["metrics"], reference, options["data"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
         misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
-        options = choose_snapshots(options)
+        if teacher is None:
+            options = choose_snapshots(options)
         summary = {**config.options(), **options, "data_stat": reference, "metrics": metrics}
         summary["processes"] = distributed.world_size()
         if options["dry_run"] and zoo.is_here(options["edm_model"]):
@@ -52,9 +98,10 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         summary = without_passwords(json.loads(json.dumps(summary)))
         distributed.print0(json.dumps(summary, indent=2))
         if options["dry_run"]:
-            return
+            return None
 
-        inputs = load_inputs(options, config, metrics, reference, device)
+        networks = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start)]
+        inputs = load_inputs(options, config, metrics, reference, device, *networks)
         if config.gan:
             summary["real_images"] = len(inputs.dataset)
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
@@ -65,16 +112,19 @@ def distil(options: dict[str, Any], config: DistillationConfig) -> None:
         picture = first_images(inputs.dataset) if inputs.dataset is not None else None
         with run_folder.create(*place, summary, resume and resume.path) as run_dir:
             distributed.print0(f"Run folder: {run_dir}")
+            if teacher is not None and distributed.rank() == 0:
+                zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
             training_begins.set()
-            training_loop(distillation, run_dir, Report(run_dir, inputs.evaluator, picture, config.batch))
+            net = training_loop(distillation, run_dir, Report(run_dir, inputs.evaluator, picture, config.batch))
     distributed.shutdown()
+    return OneStepGenerator(net)
 
 
 def dry_run(options: dict[str, Any], config: DistillationConfig, device: torch.device) -> dict[str, float]:
     """Checks the networks that the options name and estimates the memory that the run needs (`memory_estimate`)."""
     teacher = checked_teacher(config, options)
     if options["transfer"] and zoo.is_here(options["transfer"]):
-        load_start(options["transfer"], teacher)
+        load_start(options["transfer"], teacher, options["classes"])
     return memory_estimate(teacher, config, device)
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from dnnlib import UserError
+
 
 class Denoiser(Protocol):
     """D(x; sigma) of images x [N, C, H, W] at noise levels sigma [N, 1, 1, 1], both float32.
@@ -29,6 +31,31 @@ class Denoiser(Protocol):
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
+
+
+def check_denoiser(net: Any, source: Any) -> None:
+    """Calls `net` once, on its own device, as training does. source: names it in messages.
+
+    Errors: UserError when it lacks what a denoiser has, or its answer isn't an image.
+    """
+    name = type(net).__name__
+    for attribute in ("img_resolution", "img_channels", "label_dim"):
+        if type(getattr(net, attribute, None)) is not int:
+            raise UserError(f"{source}: {name} is not a denoiser: it has no whole number {attribute}; add it")
+    like = next(net.parameters(), torch.empty(0))
+    x = torch.zeros([2, net.img_channels, net.img_resolution, net.img_resolution], device=like.device)
+    condition = torch.zeros([2, net.label_dim], device=like.device) if net.label_dim else None
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            answer = net(x, known_sigma(net, torch.ones([2, 1, 1, 1], device=like.device)), condition)
+    except Exception as error:  # whatever a network raises on what it wasn't made for
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{source}: {name} is not a denoiser: it can't be called as net(x, sigma, class_labels): {reason}"
+        ) from None
+    if not isinstance(answer, torch.Tensor) or answer.shape != x.shape:
+        shape = list(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+        raise UserError(f"{source}: {name} is not a denoiser: it answers {shape}, not images {list(x.shape)}")
 
 
 SIGMA_DATA = 0.5  # of images in [-1, 1] (EDM, Table 1)

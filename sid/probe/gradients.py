@@ -48,13 +48,13 @@ def compare(run_dir: Path, names: list[str], batch: int, device: str | None) -> 
         print(f"{sigma:9.3f}" + "".join(f"{value:13.5f}" for value in cosines))
 
 
-def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
+def load(run_dir: Path, batch: int, device: "torch.device", classes: str | None = None) -> "Distillation":
     """The distillation in a run folder at its newest training state. Errors: UserError when it has none."""
     import dataclasses
 
-    from edm import zoo
+    from edm.own_classes import own_classes
     from sid.config import DistillationConfig
-    from sid.inputs import load_start
+    from sid.inputs import load_start, load_teacher
     from sid.prepare import prepare
     from torch_utils import checkpoint, run_folder
 
@@ -66,8 +66,8 @@ def load(run_dir: Path, batch: int, device: "torch.device") -> "Distillation":
     names = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
     changes = {"batch": batch, "batch_gpu": batch, "precision": "fp32", "dropout": 0.0, "gan": False}
     config = DistillationConfig(**{**{name: options[name] for name in names}, **changes})
-    teacher = zoo.load_network(options["edm_model"])
-    start = load_start(options["transfer"], teacher) if options.get("transfer") else None
+    teacher = load_teacher(run_dir, options, own_classes(classes))
+    start = load_start(options["transfer"], teacher, classes) if options.get("transfer") else None
     return prepare(teacher, config, device, start, state)
 
 

@@ -5,26 +5,29 @@ from pathlib import Path
 import click
 
 from dnnlib import Command, UserError
+from edm.own_classes import classes_option, own_classes
 from sid.monitor.records import OPTIONS_FILE, read_run_options
 
 
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True))
-def main(run: str) -> None:
+@classes_option
+def main(run: str, classes: str | None) -> None:
     """Summarise the distillation in the folder RUN: a table of FID and a picture."""
     from edm import zoo
+    from sid.inputs import load_teacher
     from sid.report.pictures import TEACHER_EVALUATIONS, compare
     from sid.report.summary import summarise
     from torch_utils import checkpoint
 
-    run_dir, options = Path(run), read_run_options(run)
+    run_dir, options, own = Path(run), read_run_options(run), own_classes(classes)
     snapshots = checkpoint.snapshots(run_dir)
     if not snapshots:
         raise UserError(f"{run}: has no snapshot yet; wait for the first one")
     if "edm_model" not in options:
         raise UserError(f"{run_dir / OPTIONS_FILE}: names no edm_model; name a run folder of sid_train.py")
-    rows = summarise(run_dir, teacher := zoo.load_network(options["edm_model"]), options.get("transfer"))
-    generator = zoo.load_network(snapshots[0])
+    rows = summarise(run_dir, teacher := load_teacher(run_dir, options, own), options.get("transfer"))
+    generator = zoo.load_network(snapshots[0], own)
     if "init_sigma" not in generator.metadata:
         raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")
     picture = run_dir / "comparison.png"
@@ -34,7 +37,10 @@ def main(run: str) -> None:
     except OSError as error:
         pictures = f"none, since {picture} can't be written ({error.strerror})"
 
-    print(f"\n{'':30s} {'evaluations':>11s} {'FID':>8s}")
+    if rows:
+        print(f"\n{'':30s} {'evaluations':>11s} {'FID':>8s}")
+    else:
+        print("No FID was measured; distil with --metrics and --data_stat or --data to have it here.")
     for name, evaluations, fid in rows:
         print(f"{name:30s} {evaluations:11d} {fid:8.4g}")
     if len(rows) > 1 and rows[-2][1] == 1 and rows[-1][2] > 0:

@@ -78,7 +78,9 @@ def build(record: Any, classes: Mapping[str, type], source: Any) -> Any:
         raise UserError(f"{source}: a persistent object is missing where one is expected")
     if record.class_name not in classes:
         known = ", ".join(classes)
-        raise UserError(f"{source}: holds a {record.class_name[:80]!r}, which is none of: {known}")
+        raise UserError(
+            f"{source}: holds a {record.class_name[:80]!r}, which is none of: {known}; give others as classes="
+        )
     cls = classes[record.class_name]
     args, kwargs = record.state.get("_init_args"), record.state.get("_init_kwargs")
     if type(args) is not tuple or type(kwargs) is not dict or not is_plain((args, kwargs)):
