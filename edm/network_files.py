@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ def is_folder(path: str | os.PathLike) -> bool:
     return (Path(path) / CONFIG_FILE).is_file()
 
 
-def read(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
+def read(path: Path, classes: Mapping[str, Callable[..., Any]]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """(network, metadata) of a file or folder. Errors: UserError when it is damaged or names another class."""
     if path.suffix == ".pkl" and not is_folder(path):
         return _read_pickle(path, classes)
@@ -103,7 +103,7 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
 # --- EDM's pickle
 
 
-def _read_pickle(path: Path, classes: Mapping[str, type]) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _read_pickle(path: Path, classes: Mapping[str, Callable[..., Any]]) -> tuple[torch.nn.Module, dict[str, Any]]:
     contents = edm_pickle.read(path)
     if "ema" not in contents:
         names = ", ".join(repr(str(name)[:40]) for name in itertools.islice(contents, 5)) or "nothing"
@@ -196,7 +196,7 @@ def _parse(text: str, names: Collection[str], path: Path) -> dict[str, Any]:
 
 
 def build(
-    header: dict[str, Any], state: dict[str, torch.Tensor], classes: Mapping[str, type], path: Path
+    header: dict[str, Any], state: dict[str, torch.Tensor], classes: Mapping[str, Callable[..., Any]], path: Path
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """(network, metadata) of what `contents` gives. Errors: UserError when it is damaged or names another class."""
     name, args, kwargs = header["class_name"], header.get("init_args", []), header.get("init_kwargs", {})

@@ -14,7 +14,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def is_here(source: str | os.PathLike) -> bool:
     return cache_path(address).is_file() if is_url(address) else user_path(source).exists()
 
 
-def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None = None) -> torch.nn.Module:
+def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> torch.nn.Module:
     """A denoiser in eval mode, without gradients, float32, on the CPU. Runs nothing that the file contains.
 
     source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, or a folder (`save_network`).
@@ -126,7 +126,7 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, type] | None =
     return net
 
 
-def load_item(source: str | os.PathLike, name: str, classes: Mapping[str, type] | None = None) -> Any:
+def load_item(source: str | os.PathLike, name: str, classes: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """Another item of an EDM pickle: 'loss_fn', 'augment_pipe' or 'dataset_kwargs'; None if it isn't there.
 
     classes: those that the item may name, {name: class}. Errors: UserError as `load_network`.

@@ -4,7 +4,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +61,9 @@ def is_persistent(obj: Any) -> bool:
     return getattr(type(obj), "_persistent_class", None) is type(obj)
 
 
-def construct(cls: type, args: tuple, kwargs: dict, state: dict[str, torch.Tensor] | None, source: Any) -> Any:
+def construct(
+    cls: Callable[..., Any], args: tuple, kwargs: dict, state: dict[str, torch.Tensor] | None, source: Any
+) -> Any:
     """`cls(*args, **kwargs)`, with the weights `state` if it is a module (None is for classes that aren't).
 
     The arguments may come from a file of strangers, so building may allocate no more than about what `state` holds,

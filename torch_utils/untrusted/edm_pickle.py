@@ -6,7 +6,7 @@ import inspect
 import os
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -66,7 +66,7 @@ def _is_whole(path: str | os.PathLike) -> bool:
         return file.read() == TRAILER + digest.digest()
 
 
-def build(record: Any, classes: Mapping[str, type], source: Any) -> Any:
+def build(record: Any, classes: Mapping[str, Callable[..., Any]], source: Any) -> Any:
     """An object of our class of the record's name, with its constructor arguments and, for a module, its weights.
 
     record:   a persistent object's `Record`.
@@ -85,7 +85,8 @@ def build(record: Any, classes: Mapping[str, type], source: Any) -> Any:
     args, kwargs = record.state.get("_init_args"), record.state.get("_init_kwargs")
     if type(args) is not tuple or type(kwargs) is not dict or not is_plain((args, kwargs)):
         raise UserError(f"{source}: the constructor arguments of {record.class_name} are not plain values")
-    state = state_dict(record, source) if issubclass(cls, torch.nn.Module) else None
+    is_network = not inspect.isclass(cls) or issubclass(cls, torch.nn.Module)  # a function builds a network
+    state = state_dict(record, source) if is_network else None
     return persistence.construct(cls, args, {str(key): value for key, value in kwargs.items()}, state, source)
 
 
