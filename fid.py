@@ -109,7 +109,7 @@ def evaluate_network(
         from edm.metrics.sources import NetworkSource
 
         options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
-        net = zoo.load_network(network, own_classes(classes)).to(device)
+        net = zoo.load_denoiser(network, own_classes(classes)).to(device)
         given = {name: value for name, value in sampling.items() if value is not None}
         made_by = {"name": Path(network).name, "sha256": zoo.network_hash(net), **generate.sampler_options(net, given)}
         evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)

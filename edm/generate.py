@@ -96,7 +96,7 @@ def main(
     place = distributed.init(device)
     if grid is not None and distributed.world_size() > 1:
         raise UserError("--grid needs one process; several write a folder, --outdir")
-    net = zoo.load_network(network, own_classes(classes)).to(place)
+    net = zoo.load_denoiser(network, own_classes(classes)).to(place)
     options = sampler_options(net, {name: value for name, value in options.items() if value is not None})
     kept = []
     with contextlib.ExitStack() as stack:

@@ -121,6 +121,17 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
         learnt_classes(net)
     except UserError as error:
         raise UserError(f"{source}: {error.message}: damaged, or not a network") from None
+    return net
+
+
+def load_denoiser(
+    source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None
+) -> torch.nn.Module:
+    """As `load_network`; a network of one of `classes` is also called once, to see that it is a denoiser.
+
+    Errors: UserError as `load_network` and `training.denoiser.check_denoiser`.
+    """
+    net = load_network(source, classes)
     if type(net).__name__ in (classes or {}):
         check_denoiser(net, source)
     return net
@@ -317,7 +328,7 @@ def convert(source: str, destination: str, classes: str | None) -> None:
     8-bit images; can't be loaded again), or without a suffix a folder with config.json and
     diffusion_pytorch_model.safetensors.
     """
-    net: Any = load_network(source, own_classes(classes))
+    net: Any = load_denoiser(source, own_classes(classes))
     save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
 

@@ -40,7 +40,7 @@ class OneStepGenerator:
         classes: of your own, that the file may name, {name: class} (`edm.zoo.load_network`).
         Errors: UserError when it can't be loaded or is no one-step generator.
         """
-        net = zoo.load_network(source, classes)
+        net = zoo.load_denoiser(source, classes)
         if init_sigma is not None:
             net.metadata["init_sigma"] = init_sigma
         return cls(net).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -74,7 +74,7 @@ def checked_teacher(
 ) -> torch.nn.Module:
     """`teacher`, or the network of --edm_model. Errors: UserError when other options don't fit it."""
     if teacher is None:
-        teacher = zoo.load_network(options["edm_model"], own_classes(options["classes"]))
+        teacher = zoo.load_denoiser(options["edm_model"], own_classes(options["classes"]))
     check_architecture(teacher, options)
     check_noise_levels(teacher, config)
     return teacher
@@ -83,7 +83,7 @@ def checked_teacher(
 def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> torch.nn.Module:
     """The teacher of a run: the one in its folder, where `sid.distil` keeps it, otherwise the recorded --edm_model."""
     is_kept = options.get("nosubdir") and options["edm_model"] == str(Path(options["outdir"]) / TEACHER_FILE)
-    return zoo.load_network(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
+    return zoo.load_denoiser(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
 
 
 def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _text(value: Any) -> str:
 
 def load_start(source: str, teacher: torch.nn.Module, classes: str | None = None) -> torch.nn.Module:
     """The network of --transfer. Errors: UserError when its weights don't fit the teacher's architecture."""
-    return fitting_start(zoo.load_network(source, own_classes(classes)), f"--transfer={source}", teacher)
+    return fitting_start(zoo.load_denoiser(source, own_classes(classes)), f"--transfer={source}", teacher)
 
 
 def fitting_start(start: torch.nn.Module, name: str, teacher: torch.nn.Module) -> torch.nn.Module:

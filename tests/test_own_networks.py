@@ -99,7 +99,7 @@ def test_what_is_no_denoiser_is_refused(module, name, message):
     classes = own_classes(f"own_nets:{name}")
     zoo.save_network(classes[name](), "net.safetensors")
     with pytest.raises(UserError, match=f"net.safetensors: {name} is not a denoiser.*{message}"):
-        zoo.load_network("net.safetensors", classes)
+        zoo.load_denoiser("net.safetensors", classes)
     with pytest.raises(UserError, match=f"teacher: {name} is not a denoiser.*{message}"):
         sid.distil(classes[name](), tiny_config(augment=0), "run")
 

@@ -27,7 +27,7 @@ def main(run: str, classes: str | None) -> None:
     if "edm_model" not in options:
         raise UserError(f"{run_dir / OPTIONS_FILE}: names no edm_model; name a run folder of sid_train.py")
     rows = summarise(run_dir, teacher := load_teacher(run_dir, options, own), options.get("transfer"))
-    generator = zoo.load_network(snapshots[0], own)
+    generator = zoo.load_denoiser(snapshots[0], own)
     if "init_sigma" not in generator.metadata:
         raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")
     picture = run_dir / "comparison.png"
