@@ -136,7 +136,7 @@ def ablation_sampler(
 
 def _denoise(net: Any, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
     """The network's answer to a float64 state [N, C, H, W] at one noise level, in float64; it is called in float32."""
-    levels = sigma.to(torch.float32).expand(x.shape[0])
+    levels = sigma.to(torch.float32).expand(x.shape[0]).reshape(-1, 1, 1, 1)
     return net(x.to(torch.float32), levels, class_labels).to(torch.float64)
 
 
@@ -146,12 +146,15 @@ def _round_sigma(net: Any, sigma: Tensor) -> Tensor:
     A network that takes any level leaves them as they are, to the last digit of float64.
     """
     asked = sigma.to(torch.float32)
+    if getattr(net, "round_sigma", None) is None:
+        return sigma
     rounded = torch.as_tensor(net.round_sigma(asked)).to(torch.float32)
     return sigma if torch.equal(rounded, asked) else rounded.to(torch.float64)
 
 
 def _limit_range(net: Any, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    low, high = (float(getattr(net, name, limit)) for name, limit in (("sigma_min", 0), ("sigma_max", math.inf)))
+    low, high = max(sigma_min, low), min(sigma_max, high)
     if low > high:
         raise UserError(f"--sigma_min={low:g} is above --sigma_max={high:g} (the network's own limits included)")
     return low, high

@@ -82,7 +82,7 @@ class DistillationConfig:
     fake_sigma_schedule: Schedule = LogNormal()  # noise levels of the fake score's loss
     tmax: float = TMAX  # Karras schedules reach up to t = tmax / 1000
     fake_score_updates: int = 1  # updates of the fake score per update of the generator
-    init_sigma: float = 2.5  # noise level at which the generator starts
+    init_sigma: float | None = 2.5  # noise level at which the generator starts; None: `sid.start` chooses it
     lr: float = 1e-5  # fake score network
     glr: float = 1e-5  # generator
     g_beta1: float = 0.0  # Adam's first beta for the generator

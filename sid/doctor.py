@@ -6,8 +6,10 @@ import click
 
 from dnnlib import Command, UserError
 
-from .monitor.records import STATS_FILE, best_metric, is_figure, read_options, read_records
-from .monitor.rules import diagnose
+from .monitor.records import DISTANCES_FILE, STATS_FILE, best_metric, is_figure, read_options, read_records
+from .monitor.rules import diagnose, judge_distance
+
+NO_PROBLEM = ("healthy", "converged", "unknown")  # findings that don't hold when the images get worse
 
 
 @click.command(cls=Command)
@@ -25,6 +27,10 @@ def main(run: str) -> None:
         findings = diagnose(records, options)
     except ArithmeticError as error:
         raise UserError(f"{stats}: no distillation has such figures ({error}); restore the file") from None
+    distances = run_dir / DISTANCES_FILE
+    away = judge_distance(read_records(distances, "kimg", "value")) if distances.exists() else None
+    if away is not None:  # then the figures of the loss, which only compare with the fake score, mean little
+        findings = [away, *(finding for finding in findings if finding.name not in NO_PROBLEM)]
     metric = best_metric(run_dir)
     for finding in findings:
         print(f"{finding.name}: {finding.text}")

@@ -108,14 +108,14 @@ def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> 
     Errors: UserError naming the option.
     """
     low, high = (float(getattr(teacher, f"sigma_{end}", limit)) for end, limit in (("min", 0), ("max", math.inf)))
-    if not low <= config.init_sigma <= high:
+    if config.init_sigma is not None and not low <= config.init_sigma <= high:
         raise UserError(f"--init_sigma={config.init_sigma:g}: the teacher knows noise levels from {low:g} to {high:g}")
     level = getattr(teacher, "metadata", {}).get("sigma")
     if level is None:
         return
     schedules = {"--sigma-schedule": config.sigma_schedule, "--fake-sigma-schedule": config.fake_sigma_schedule}
     wrong = [f"{option}=single={level}" for option, s in schedules.items() if s != Single(level)]
-    if config.init_sigma != level:
+    if config.init_sigma not in (level, None):
         wrong.append(f"--init_sigma={level}")
     if wrong:
         raise UserError(f"the teacher of --edm_model knows one noise level only; give {' '.join(wrong)}")

@@ -18,6 +18,15 @@ from .objectives import OBJECTIVES, WEIGHTINGS
 
 D = DistillationConfig  # its class attributes are the defaults
 POSITIVE = FiniteRange(0, min_open=True)
+
+
+class StartLevel(FiniteRange):
+    """A positive number; `auto` becomes None."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | None:  # type: ignore[override]
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
 NOT_NEGATIVE = FiniteRange(0)
 COUNT = WholeRange(1)
 FLAG = object()  # the type of an option that takes no value
@@ -92,7 +101,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--fake-sigma-schedule", "Noise levels of the fake score's loss", str, str(D.fake_sigma_schedule)),
         option("--tmax", "Highest time of karras schedules, of 1000", FiniteRange(0, 1000), D.tmax),
         option("--fake-score-updates", "Updates of the fake score per update of the generator", COUNT, 1),
-        option("--init_sigma", "Noise level at which the generator starts", POSITIVE, D.init_sigma),
+        option(
+            "--init_sigma",
+            "Noise level at which the generator starts; auto measures on the teacher which is best",
+            StartLevel(0, min_open=True),
+            D.init_sigma,
+        ),
         option("--lr", "Learning rate of the fake score network", POSITIVE, D.lr),
         option("--glr", "Learning rate of the generator", POSITIVE, D.glr),
         option("--g_beta1", "Adam's beta1 for the generator", FiniteRange(0, 1, max_open=True), D.g_beta1),

@@ -34,6 +34,7 @@ from .inputs import (
 from .options import parse
 from .prepare import prepare
 from .report.progress import Report
+from .start import choose_start, teacher_samples
 from .state import WeightHashes, check_state
 from .training_loop import training_loop
 
@@ -108,6 +109,13 @@ def run(
         torch.backends.cudnn.benchmark = options["bench"]
         place = (options["outdir"], options["desc"] or describe(inputs.teacher, config), options["nosubdir"])
         resume = run_folder.resolve_resume(options["resume"], *place)
+        samples = None
+        if config.init_sigma is None:
+            if distributed.rank() == 0:
+                samples = teacher_samples(inputs.teacher.to(device).eval())
+            level, summary["starts"] = find_start(inputs.teacher, samples, resume)
+            config = dataclasses.replace(config, init_sigma=level)
+            summary["init_sigma"] = level
         distillation = build(inputs, config, device, resume, options["override"])  # may refuse: before the folder
         picture = first_images(inputs.dataset) if inputs.dataset is not None else None
         with run_folder.create(*place, summary, resume and resume.path) as run_dir:
@@ -115,9 +123,29 @@ def run(
             if teacher is not None and distributed.rank() == 0:
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
             training_begins.set()
-            net = training_loop(distillation, run_dir, Report(run_dir, inputs.evaluator, picture, config.batch))
+            report = Report(run_dir, inputs.evaluator, picture, config.batch, samples)
+            net = training_loop(distillation, run_dir, report)
     distributed.shutdown()
     return OneStepGenerator(net)
+
+
+def find_start(
+    teacher: torch.nn.Module, samples: torch.Tensor | None, resume: checkpoint.StateFile | None
+) -> tuple[float, dict[str, float]]:
+    """(start level, measured distances) of --init_sigma=auto: those of the run to resume, or measured now.
+
+    samples: the teacher's, on process 0 only.
+    """
+    if resume is not None:
+        level = resume.read()["options"].get("init_sigma")
+        if isinstance(level, float | int):
+            return float(level), {}
+    chosen_there = None if samples is None else choose_start(teacher, samples)  # on process 0
+    level, measured = distributed.from_process_0(chosen_there)
+    for candidate, distance in measured.items():
+        chosen = "  <- the generator starts here" if float(candidate) == level else ""
+        distributed.print0(f"start at {candidate:>4}: energy distance from the teacher {distance:.3f}{chosen}")
+    return level, measured
 
 
 def dry_run(options: dict[str, Any], config: DistillationConfig, device: torch.device) -> dict[str, float]:

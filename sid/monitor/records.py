@@ -14,6 +14,7 @@ from .rules import LATER_OPTIONS, MAY_BE_NONE, OPTIONS
 
 OPTIONS_FILE = "training_options.json"  # torch_utils.run_folder.OPTIONS_FILE, which loads torch; a test compares
 STATS_FILE = "stats.jsonl"
+DISTANCES_FILE = "teacher-distance.jsonl"  # energy distance of each snapshot from the teacher's samples
 MAX_BYTES = 256 << 20
 WANTED = "name a run folder of sid_train.py"
 

@@ -35,6 +35,7 @@ WORSE = 1.5  # growth of the divergence
 LOST, KNOWN = 1.4, 1.2  # divergence over its lowest, among ticks where psi kept up (L2/L1 below the second)
 LOST_CLASS = 2.5  # divergence of the worst class over the median class'
 FLAT, FALLEN = 1.1, 0.5  # growth of the divergence where little moves; divergence over its highest
+NOTICED = 0.03  # of the energy distance; less is the noise of 256 images
 FEW_UPDATES = 10  # half-life of the average, in updates
 SEES, WINS = 0.55, 0.9  # share of positions where the discriminator is right; half is chance
 LIMITED = 5.0  # the generator's adversarial loss; at 10 all logits are at their limit and give no gradient
@@ -340,6 +341,22 @@ def _progress(window: Window, options: dict[str, Any]) -> Finding:
         else "the divergence isn't falling yet (it rises at first, while the fake score learns)"
     )
     return Finding("healthy", f"no problem found, and {does}: {figure}", False)
+
+
+def judge_distance(records: list[dict[str, Any]]) -> Finding | None:
+    """A finding when the snapshots went away from the teacher. records: with kimg and value, the first of the start."""
+    if len(records) < 2:
+        return None
+    start, last = records[0]["value"], records[-1]["value"]
+    best = min(records, key=lambda record: record["value"])
+    if not last > max(LOST * best["value"], best["value"] + NOTICED):  # NaN is no loss that can be measured
+        return None
+    where = "the start" if best is records[0] else f"the snapshot at {best['kimg']:g} kimg"
+    text = f"its images are farther from the teacher's samples than {where}: energy distance {last:.3g}"
+    remedy = "take that snapshot, or resume from an earlier state with lower --glr and --lr"
+    if best is records[0]:
+        remedy = "lower --glr and --lr, or let gradients pass through the scores (--score-gradient=on)"
+    return Finding("away-from-teacher", f"{text} instead of {best['value']:.3g} (start: {start:.3g}); {remedy}")
 
 
 class Watch:

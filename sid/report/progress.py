@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from dnnlib import kimg_name, write_atomically
+from edm.metrics.energy import energy_distance
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.sources import NetworkSource
+from edm.sampler import generate_images
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
 from torch_utils.training_stats import append_line
 
-from ..monitor.records import measured_value, sound_records
+from ..monitor.records import DISTANCES_FILE, measured_value, sound_records
+from ..start import FIRST_SEED
 from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_grid
 
 
@@ -27,6 +30,7 @@ class Report:
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
+    samples: the teacher's (`sid.start`), from which the distance is measured and recorded; None: it isn't.
     Files that can't be written, to a full disk for instance, are reported and skipped.
     """
 
@@ -36,11 +40,13 @@ class Report:
         evaluator: Evaluator | None = None,
         reals: torch.Tensor | None = None,
         batch: int = 1,
+        samples: torch.Tensor | None = None,
     ):
         self._run_dir = run_dir
         self._batch = batch
         self._evaluator = evaluator
         self._reals = reals
+        self._samples = samples
 
     def start(self, ema: torch.nn.Module) -> None:
         """Reports before the first iteration, when `ema` is the teacher used as a one-step generator."""
@@ -56,8 +62,22 @@ class Report:
         if distributed.rank() == 0:
             images = sample(ema, GRID_COLUMNS * GRID_ROWS)
             attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name))
+            if self._samples is not None:
+                attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg))
         if self._evaluator is not None:
             self._measure(ema, nimg)
+
+    def _record_distance(self, ema: torch.nn.Module, nimg: int) -> None:
+        """Appends the energy distance from the teacher's samples to the run's record, once per snapshot."""
+        path, kimg = self._run_dir / DISTANCES_FILE, nimg / 1e3
+        sha256 = network_hash(ema)
+        if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
+            return  # resumed at this snapshot
+        seeds = range(FIRST_SEED, FIRST_SEED + len(self._samples))
+        images = torch.cat(list(generate_images(ema, seeds)))
+        value = energy_distance(images, self._samples)
+        print(f"energy distance from the teacher at {kimg:.1f} kimg: {value:.3f}", flush=True)
+        append_line(path, json.dumps({"kimg": kimg, "value": value, "network_sha256": sha256}))
 
     def _measure(self, ema: torch.nn.Module, nimg: int) -> None:
         sha256 = network_hash(ema)

@@ -1,0 +1,108 @@
+"""--init_sigma=auto: the energy distance, the measured start, the distance from the teacher in a run's records."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import tiny_config, tiny_teacher
+
+import sid
+from edm import zoo
+from edm.metrics.energy import energy_distance
+from sid import doctor, start
+from sid.monitor.rules import judge_distance
+from sid.start import NUM_IMAGES, choose_start, measure_starts, teacher_samples
+from torch_utils import checkpoint
+
+PIXELS = 64
+
+
+class TwoImages(torch.nn.Module):
+    """The exact denoiser of a data set of two images, all pixels at +0.8 or at -0.8."""
+
+    img_resolution, img_channels, label_dim, sigma_min, sigma_max = 8, 1, 0, 0.01, 80.0
+
+    def __init__(self):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        mean = x.mean(dim=[1, 2, 3], keepdim=True)
+        return self.value * torch.tanh(self.value * PIXELS * mean / sigma**2) * torch.ones_like(x)
+
+
+def test_the_energy_distance_is_the_sum_over_pairs():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(low, high, [n, 1, 4, 4], dtype=torch.uint8, generator=generator) for low, high, n in
+            ((0, 256, 5), (100, 256, 7)))  # fmt: skip
+    a, b = (part.numpy().reshape(len(part), -1) / 127.5 - 1 for part in (x, y))
+    pairs = lambda p, q: [np.linalg.norm(u - v) for u in p for v in q]  # noqa: E731
+    within = [sum(pairs(p, p)) / (len(p) * (len(p) - 1)) for p in (a, b)]
+    expected = (2 * np.mean(pairs(a, b)) - sum(within)) / within[1]
+    assert energy_distance(x, y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_energy_distance_sees_what_changes():
+    generator = torch.Generator().manual_seed(0)
+    x, same = (torch.randint(256, [200, 3, 8, 8], dtype=torch.uint8, generator=generator) for _ in range(2))
+    assert abs(energy_distance(same, x)) < 0.01
+    assert energy_distance(same // 2, x) > 0.1
+    assert energy_distance(same[:2].repeat(100, 1, 1, 1), x) > 0.1
+
+
+def test_the_start_is_the_usual_level_unless_another_is_clearly_closer(monkeypatch):
+    teacher = TwoImages()
+    samples = teacher_samples(teacher)
+    assert samples.shape == (NUM_IMAGES, 1, 8, 8)
+    assert set(samples.flatten(1).float().mean(dim=1).round().tolist()) == {25.0, 230.0}  # the two images themselves
+    measured = measure_starts(teacher, samples)
+    assert measured[1.0] < 0.02  # tanh saturates: both images, equally often
+    assert measured[40.0] > 0.5  # gray images
+    assert list(measured.values())[1:] == sorted(list(measured.values())[1:])
+    record = choose_start(teacher, samples)[1]
+    assert record == {f"{level:g}": round(distance, 4) for level, distance in measured.items()}
+    far, close = measured | {2.5: 0.21, 10.0: 0.1}, measured | {2.5: 0.19, 10.0: 0.1}
+    for given, expected in ((far, 10.0), (close, 2.5)):  # more and less than twice as far as the best
+        others = {sigma: 0.5 for sigma in given if sigma not in (2.5, 10.0)}
+        monkeypatch.setattr(start, "measure_starts", lambda *_, given=given, others=others: {**given, **others})
+        assert choose_start(teacher, samples)[0] == expected
+    monkeypatch.undo()
+    teacher.sigma_min, teacher.sigma_max = 3.0, 12.0
+    assert list(measure_starts(teacher, samples)) == [4.0, 6.0, 10.0]
+    teacher.metadata = {"sigma": 5.0}
+    assert choose_start(teacher, samples) == (5.0, {})
+
+
+def test_a_run_with_a_measured_start(tmp_path):
+    teacher, out = tiny_teacher(label_dim=0, augment_dim=0), tmp_path / "run"
+    config = tiny_config(augment=0, init_sigma=None)
+    net = sid.distil(teacher, config, out, device="cpu").net
+    options = json.loads((out / "training_options.json").read_text())
+    level = options["init_sigma"]
+    assert options["starts"][f"{level:g}"] <= 2 * min(options["starts"].values())
+    assert net.metadata["init_sigma"] == level
+    state = checkpoint.load_state(checkpoint.states(out)[-1])
+    assert state["options"]["init_sigma"] == level
+    lines = (out / "teacher-distance.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["kimg"] == 0
+    longer = tiny_config(augment=0, init_sigma=None, total_kimg=2 * config.total_kimg)
+    again = sid.distil(teacher, longer, out, device="cpu").net  # goes on with the same start
+    assert again.metadata["init_sigma"] == level
+    assert (out / "teacher-distance.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert zoo.network_hash(again) != zoo.network_hash(net)
+    (out / "teacher-distance.jsonl").write_text('{"kimg": 0, "value": 0.2}\n{"kimg": 1, "value": 0.9}\n')
+    result = CliRunner().invoke(doctor.main, [str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("away-from-teacher: ")
+    assert "healthy" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [([0.3], False), ([0.3, 0.2, 0.1], False), ([0.3, 0.1, 0.12], False), ([0.3, 0.1, 0.2], True), ([0.1, 0.5], True)],
+)
+def test_losing_the_teacher_is_found(values, found):
+    finding = judge_distance([{"kimg": float(i), "value": value} for i, value in enumerate(values)])
+    assert (finding is not None) == found
