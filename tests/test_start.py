@@ -63,8 +63,8 @@ def test_the_start_is_the_usual_level_unless_another_is_clearly_closer(monkeypat
     assert list(measured.values())[1:] == sorted(list(measured.values())[1:])
     record = choose_start(teacher, samples)[1]
     assert record == {f"{level:g}": round(distance, 4) for level, distance in measured.items()}
-    far, close = measured | {2.5: 0.21, 10.0: 0.1}, measured | {2.5: 0.19, 10.0: 0.1}
-    for given, expected in ((far, 10.0), (close, 2.5)):  # more and less than twice as far as the best
+    far, close = measured | {2.5: 0.31, 10.0: 0.1}, measured | {2.5: 0.29, 10.0: 0.1}
+    for given, expected in ((far, 10.0), (close, 2.5)):  # more and less than three times as far as the best
         others = {sigma: 0.5 for sigma in given if sigma not in (2.5, 10.0)}
         monkeypatch.setattr(start, "measure_starts", lambda *_, given=given, others=others: {**given, **others})
         assert choose_start(teacher, samples)[0] == expected
@@ -81,7 +81,7 @@ def test_a_run_with_a_measured_start(tmp_path):
     net = sid.distil(teacher, config, out, device="cpu").net
     options = json.loads((out / "training_options.json").read_text())
     level = options["init_sigma"]
-    assert options["starts"][f"{level:g}"] <= 2 * min(options["starts"].values())
+    assert options["starts"][f"{level:g}"] <= 3 * min(options["starts"].values())
     assert net.metadata["init_sigma"] == level
     state = checkpoint.load_state(checkpoint.states(out)[-1])
     assert state["options"]["init_sigma"] == level
