@@ -18,6 +18,7 @@ import torch
 from dnnlib import UserError, write_atomically
 from torch_utils import distributed
 
+MIN_GRID_PIXELS = 512
 ENCODED_AHEAD = 256  # so many images wait for their turn at most
 
 
@@ -35,6 +36,11 @@ def make_grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:
     cells = images.new_zeros(rows * columns, c, h, w)
     cells[:n] = images
     return cells.reshape(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
+
+
+def visible_zoom(images: torch.Tensor, columns: int) -> int:
+    """The `zoom` of `save_grid` that makes a grid of small images at least about MIN_GRID_PIXELS wide."""
+    return max(1, MIN_GRID_PIXELS // (columns * images.shape[-1]))
 
 
 def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int | None = None, zoom: int = 1) -> None:

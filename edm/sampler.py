@@ -20,6 +20,7 @@ from torch import Tensor
 from dnnlib import UserError
 from training.conditions import Classes, check_class
 from training.decoder import PixelDecoder
+from training.denoiser import noise_range
 from training.generator import INIT_SIGMA, Generator, start_levels
 from training.networks import iddpm_sigmas
 
@@ -153,7 +154,7 @@ def _round_sigma(net: Any, sigma: Tensor) -> Tensor:
 
 
 def _limit_range(net: Any, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    low, high = (float(getattr(net, name, limit)) for name, limit in (("sigma_min", 0), ("sigma_max", math.inf)))
+    low, high = noise_range(net)
     low, high = max(sigma_min, low), min(sigma_max, high)
     if low > high:
         raise UserError(f"--sigma_min={low:g} is above --sigma_max={high:g} (the network's own limits included)")
@@ -334,3 +335,8 @@ def generate_images(
         images = sample(net, part, sampler, class_idx, **options)
         check_finite(images, part)
         yield PixelDecoder.to_images(images).cpu()
+
+
+def generate_all(net: Any, seeds: Iterable[int], **options: Any) -> Tensor:
+    """The images of `generate_images` in one tensor, uint8 [N, C, H, W] on the CPU."""
+    return torch.cat(list(generate_images(net, seeds, **options)))

@@ -97,7 +97,7 @@ COMMAND_LINE = {
               help="Report every so many kimg  [default: 50, at most a 40th of --duration]")  # fmt: skip
 @click.option("--snap", type=WholeRange(min=1),
               help="Snapshot every so many ticks  [default: 50, at most a quarter of --duration]")  # fmt: skip
-@click.option("--data_stat", help="Reference statistics (.npz) for FID at snapshots  [default: those of --data]")
+@click.option("--data_stat", help="Reference statistics (.npz) for FID at snapshots  [default: computed from --data]")
 @click.option("--detector", help="Detector for metrics at snapshots  [default: the one --data_stat was made with]")
 @click.option("--metrics", help="fid5k,kid5k,… or none  [default: fid5k with --data_stat or --detector, else none]")
 @click.option("--dump", help="Training state every so many ticks", type=WholeRange(min=1), default=500)

@@ -2,17 +2,16 @@
 
 import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError, kimg_name
-from edm.images import save_grid
+from edm.images import save_grid, visible_zoom
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.sources import NetworkSource
-from edm.sampler import generate_images
+from edm.sampler import generate_all
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt
@@ -21,7 +20,6 @@ from torch_utils.training_stats import append_line
 PICTURE_COLUMNS, PICTURE_ROWS = 8, 8
 PICTURE_STEPS = 8  # of Heun's sampler: enough to see shapes and colours
 METRICS_STEPS = 18  # of Heun's sampler, 35 evaluations, as EDM's figures for 32x32 images
-MIN_PICTURE_PIXELS = 512  # small images are enlarged until a grid is this wide
 
 
 class TeacherReport:
@@ -47,9 +45,8 @@ class TeacherReport:
             self._measure(self._evaluator, ema, nimg)
 
     def _draw(self, ema: torch.nn.Module, path: Path) -> None:
-        images = torch.cat(list(generate_images(ema, range(PICTURE_COLUMNS * PICTURE_ROWS), steps=PICTURE_STEPS)))
-        zoom = max(1, MIN_PICTURE_PIXELS // (PICTURE_COLUMNS * images.shape[-1]))
-        save_grid(images, path, PICTURE_COLUMNS, zoom)
+        images = generate_all(ema, range(PICTURE_COLUMNS * PICTURE_ROWS), steps=PICTURE_STEPS)
+        save_grid(images, path, PICTURE_COLUMNS, visible_zoom(images, PICTURE_COLUMNS))
 
     def _measure(self, evaluator: Evaluator, ema: torch.nn.Module, nimg: int) -> None:
         source = NetworkSource(ema, steps=METRICS_STEPS, name="ema", sha256=network_hash(ema))
@@ -113,11 +110,11 @@ def describe_start(net: torch.nn.Module, dataset: Any, config: Any, device: torc
 
 def next_command(run_dir: Path, options: dict[str, Any], evaluator: Evaluator | None) -> str:
     """The command that distils the run's newest snapshot, quoted for a shell."""
-    arguments: Sequence[str] = [f"--edm_model={run_dir}", f"--outdir={options['outdir']}-sid"]
+    arguments = [f"--edm_model={run_dir}", f"--outdir={options['outdir']}-sid"]
     if evaluator is not None and options["data_stat"] is not None:
-        arguments = [*arguments, f"--data_stat={options['data_stat']}"]
-        arguments = [*arguments, f"--detector={options['detector']}"] if options["detector"] is not None else arguments
+        given = [name for name in ("data_stat", "detector") if options[name] is not None]
+        arguments += [f"--{name}={options[name]}" for name in given]
     else:
-        arguments = [*arguments, "--metrics=none"]
+        arguments.append("--metrics=none")
     program = ["python", "sid_train.py"] if Path("sid_train.py").is_file() else ["sid-train"]
     return shlex.join([*program, *arguments])

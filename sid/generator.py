@@ -7,7 +7,7 @@ import torch
 
 from dnnlib import UserError
 from edm import zoo
-from edm.sampler import generate_images
+from edm.sampler import generate_all
 from training.generator import start_levels
 
 
@@ -54,4 +54,4 @@ class OneStepGenerator:
 
         class_idx: the class of all images; None draws one per image. Errors: UserError when there's no such class.
         """
-        return torch.cat(list(generate_images(self.net, range(seed, seed + n), batch, class_idx)))
+        return generate_all(self.net, range(seed, seed + n), batch=batch, class_idx=class_idx)

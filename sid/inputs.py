@@ -1,7 +1,6 @@
 """What a distillation works with: loads what its options name and checks it against the teacher."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from edm.own_classes import own_classes
 from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
+from training.denoiser import noise_range
 
 from .config import DistillationConfig
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
@@ -47,17 +47,18 @@ def load_inputs(
 ) -> Inputs:
     """Loads everything.
 
-    options: of sid_train.py, by name. teacher, start: networks in place of those that --edm_model and --transfer name.
+    options: the options of sid_train.py, by name.
+    teacher, start: networks to use instead of loading --edm_model and --transfer.
     Errors: UserError naming the option that doesn't fit.
     """
     teacher = checked_teacher(config, options, teacher)
+    if start is not None:
+        start = fitting_start(start, "start", teacher)
+    elif options["transfer"]:
+        start = load_start(options["transfer"], teacher, options["classes"])
     return Inputs(
         teacher=teacher,
-        start=fitting_start(start, "start", teacher)
-        if start is not None
-        else load_start(options["transfer"], teacher, options["classes"])
-        if options["transfer"]
-        else None,
+        start=start,
         dataset=load_dataset(options["data"], teacher, config, options) if options["data"] else None,
         evaluator=make_evaluator(metrics, reference, options, device) if metrics else None,
     )
@@ -107,7 +108,7 @@ def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> 
 
     Errors: UserError naming the option.
     """
-    low, high = (float(getattr(teacher, f"sigma_{end}", limit)) for end, limit in (("min", 0), ("max", math.inf)))
+    low, high = noise_range(teacher)
     if config.init_sigma is not None and not low <= config.init_sigma <= high:
         raise UserError(f"--init_sigma={config.init_sigma:g}: the teacher knows noise levels from {low:g} to {high:g}")
     level = getattr(teacher, "metadata", {}).get("sigma")

@@ -80,7 +80,7 @@ def run(
     """Runs a distillation from its options to its end; None after --dry-run.
 
     options: the options of sid_train.py that aren't part of the config, by name.
-    teacher, start: networks in place of those that --edm_model and --transfer name; they stay as they are.
+    teacher, start: networks to use instead of loading --edm_model and --transfer; they aren't changed.
     Errors: UserError naming the option.
     """
     if config.gan and not options["data"]:
@@ -132,9 +132,9 @@ def run(
 def find_start(
     teacher: torch.nn.Module, samples: torch.Tensor | None, resume: checkpoint.StateFile | None
 ) -> tuple[float, dict[str, float]]:
-    """(start level, measured distances) of --init_sigma=auto: those of the run to resume, or measured now.
+    """Chooses the start of --init_sigma=auto and returns (noise level, measured distances).
 
-    samples: the teacher's, on process 0 only.
+    samples: the teacher's, on process 0 only. resume: the state of a run to go on with, which keeps its level.
     """
     if resume is not None:
         level = resume.read()["options"].get("init_sigma")
@@ -205,8 +205,8 @@ def read_setting(
 ) -> dict[str, dict[str, Any]]:
     """Options and surroundings (`checkpoint.setting`) of the run that saved a state.
 
-    Errors: UserError when the state isn't one of this run's: other weights, or other options but for batch_gpu, which
-    a run takes from its state if it isn't given.
+    Errors: UserError when the run distilled other weights, or had other options. --batch-gpu isn't compared here: a
+    run that doesn't give it takes the state's.
     """
     check_state(resume, WeightHashes.of(inputs.teacher, inputs.start, config))
     state = resume.read()

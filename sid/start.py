@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from edm.metrics.energy import energy_distance
-from edm.sampler import generate_images
+from edm.sampler import generate_all
+from training.denoiser import noise_range
 from training.generator import INIT_SIGMA
 
 # The usual start stays unless it is this many times as far from the teacher as the best. On four teachers where it
@@ -20,15 +21,20 @@ FIRST_SEED = 1 << 20  # of one-step images: other noise than the teacher's sampl
 
 def teacher_samples(teacher: torch.nn.Module, batch: int = 64) -> torch.Tensor:
     """What a generator should make: the teacher's samples of fixed seeds, uint8 [NUM_IMAGES, C, H, W]."""
-    return torch.cat(list(generate_images(teacher, range(NUM_IMAGES), batch, sampler="heun", num_steps=STEPS)))
+    return generate_all(teacher, range(NUM_IMAGES), batch=batch, sampler="heun", num_steps=STEPS)
+
+
+def distance_from(samples: torch.Tensor, net: Any, **options: Any) -> float:
+    """Energy distance of a network's images, made with `options`, from the teacher's samples, as many of each."""
+    seeds = range(FIRST_SEED, FIRST_SEED + len(samples))
+    return energy_distance(generate_all(net, seeds, **options), samples)
 
 
 def measure_starts(teacher: torch.nn.Module, samples: torch.Tensor, batch: int = 64) -> dict[float, float]:
     """{noise level: energy distance of the teacher's one-step images from its own samples}, lowest level first."""
-    low, high = (float(getattr(teacher, f"sigma_{end}", limit)) for end, limit in (("min", 0), ("max", math.inf)))
-    seeds = range(FIRST_SEED, FIRST_SEED + len(samples))
+    low, high = noise_range(teacher)
     return {
-        level: energy_distance(_one_step(teacher, seeds, level, batch), samples)
+        level: distance_from(samples, teacher, batch=batch, sampler="one-step", init_sigma=level)
         for level in CANDIDATES
         if low <= level <= high
     }
@@ -44,12 +50,8 @@ def choose_start(teacher: torch.nn.Module, samples: torch.Tensor) -> tuple[float
         return level, {}
     measured = measure_starts(teacher, samples)
     if not measured:  # a narrow range that holds none of the candidates
-        return math.sqrt(teacher.sigma_min * teacher.sigma_max), {}
+        return math.sqrt(math.prod(noise_range(teacher))), {}
     best = min(measured, key=measured.__getitem__)
     usual = measured.get(INIT_SIGMA, math.inf)
     level = INIT_SIGMA if usual <= CLEARLY * max(measured[best], 0.0) else best
     return level, {f"{level:g}": round(d, 4) for level, d in measured.items()}
-
-
-def _one_step(teacher: Any, seeds: range, level: float, batch: int) -> torch.Tensor:
-    return torch.cat(list(generate_images(teacher, seeds, batch, sampler="one-step", init_sigma=level)))

@@ -108,7 +108,7 @@ class DistillationState:
 
 @dataclasses.dataclass(frozen=True)
 class WeightHashes:
-    """Which weights a distillation builds on; those that its state doesn't hold must be the same when it resumes.
+    """Identifies the weights that a distillation builds on but doesn't save; a resumed run needs the same.
 
     teacher: `zoo.network_hash` of phi. base: of what theta's low-rank updates are added to. rank: theirs, if any.
     """

@@ -35,8 +35,8 @@ class TwoImages(torch.nn.Module):
 
 def test_the_energy_distance_is_the_sum_over_pairs():
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randint(low, high, [n, 1, 4, 4], dtype=torch.uint8, generator=generator) for low, high, n in
-            ((0, 256, 5), (100, 256, 7)))  # fmt: skip
+    x = torch.randint(0, 256, [5, 1, 4, 4], dtype=torch.uint8, generator=generator)
+    y = torch.randint(100, 256, [7, 1, 4, 4], dtype=torch.uint8, generator=generator)
     a, b = (part.numpy().reshape(len(part), -1) / 127.5 - 1 for part in (x, y))
     pairs = lambda p, q: [np.linalg.norm(u - v) for u in p for v in q]  # noqa: E731
     within = [sum(pairs(p, p)) / (len(p) * (len(p) - 1)) for p in (a, b)]

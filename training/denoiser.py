@@ -3,6 +3,7 @@
 A denoiser is called as `net(x, sigma, condition, augment_labels=None)` and predicts the clean image.
 """
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -66,12 +67,16 @@ def sigma_data(net: Any) -> float:
     return float(getattr(net, "sigma_data", SIGMA_DATA))
 
 
+def noise_range(net: Any) -> tuple[float, float]:
+    """The lowest and the highest noise level at which a denoiser's answers make sense, by its own account."""
+    return float(getattr(net, "sigma_min", 0.0)), float(getattr(net, "sigma_max", math.inf))
+
+
 def known_sigma(net: Any, sigma: torch.Tensor) -> torch.Tensor:
     """The noise levels nearest to `sigma` that a denoiser knows, in the same shape and dtype.
 
     Levels outside [sigma_min, sigma_max] move to the nearer end, then `round_sigma` rounds them. A level is never 0.
     """
-    low, high = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
-    sigma = sigma.clamp(float(low), float(high))
+    sigma = sigma.clamp(*noise_range(net))
     round_sigma = getattr(net, "round_sigma", None)
     return sigma if round_sigma is None else round_sigma(sigma).to(sigma)

@@ -6,23 +6,22 @@ from typing import Any
 import torch
 
 from edm import images as image_files
-from edm.sampler import generate_images
+from edm.sampler import generate_all
 
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
 TEACHER_STEPS = 18  # of Heun's sampler
 TEACHER_EVALUATIONS = 2 * TEACHER_STEPS - 1
-MIN_GRID_PIXELS = 512  # small images are enlarged until a grid is this wide
 
 
 def sample(net: torch.nn.Module, num: int, **options: Any) -> torch.Tensor:
     """Images of the seeds 0 to num - 1, uint8 [num, C, H, W]. options: as `edm.sampler.generate_images` takes them."""
-    return torch.cat(list(generate_images(net, range(num), **options)))
+    return generate_all(net, range(num), **options)
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int = GRID_COLUMNS) -> None:
     """Saves uint8 images [N, C, H, W] as one PNG, row by row. Errors: OSError when it can't be written."""
-    image_files.save_grid(images, path, columns, zoom=max(1, MIN_GRID_PIXELS // (columns * images.shape[-1])))
+    image_files.save_grid(images, path, columns, image_files.visible_zoom(images, columns))
 
 
 def compare(teacher: torch.nn.Module, generator: torch.nn.Module, path: Path) -> None:

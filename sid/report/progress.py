@@ -9,17 +9,15 @@ from typing import Any
 import torch
 
 from dnnlib import kimg_name, write_atomically
-from edm.metrics.energy import energy_distance
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.sources import NetworkSource
-from edm.sampler import generate_images
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
 from torch_utils.training_stats import append_line
 
 from ..monitor.records import DISTANCES_FILE, measured_value, sound_records
-from ..start import FIRST_SEED
+from ..start import distance_from
 from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_grid
 
 
@@ -73,9 +71,7 @@ class Report:
         sha256 = network_hash(ema)
         if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
             return  # resumed at this snapshot
-        seeds = range(FIRST_SEED, FIRST_SEED + len(self._samples))
-        images = torch.cat(list(generate_images(ema, seeds)))
-        value = energy_distance(images, self._samples)
+        value = distance_from(self._samples, ema)
         print(f"energy distance from the teacher at {kimg:.1f} kimg: {value:.3f}", flush=True)
         append_line(path, json.dumps({"kimg": kimg, "value": value, "network_sha256": sha256}))
 
