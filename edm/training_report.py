@@ -1,6 +1,5 @@
 """What a training of a teacher shows: its size at the start, pictures and metrics at snapshots, the next command."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,10 @@ import torch
 from dnnlib import UserError, kimg_name
 from edm.images import save_grid, visible_zoom
 from edm.metrics.evaluate import Evaluator
-from edm.metrics.sources import NetworkSource
 from edm.sampler import generate_all
-from edm.zoo import network_hash
+from edm.snapshot_metrics import SnapshotMetrics
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt
-from torch_utils.training_stats import append_line
 
 PICTURE_COLUMNS, PICTURE_ROWS = 8, 8
 PICTURE_STEPS = 8  # of Heun's sampler: enough to see shapes and colours
@@ -31,7 +28,8 @@ class TeacherReport:
     """
 
     def __init__(self, run_dir: Path, evaluator: Evaluator | None = None, batch: int = 1):
-        self._run_dir, self._evaluator, self._batch = run_dir, evaluator, batch
+        self._run_dir, self._batch = run_dir, batch
+        self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator, METRICS_STEPS)
 
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
         """Reports a snapshot. Every process must call it, with equal weights."""
@@ -41,39 +39,15 @@ class TeacherReport:
                 count, evaluations = PICTURE_COLUMNS * PICTURE_ROWS, 2 * PICTURE_STEPS - 1
                 sampler = f"Heun's sampler, {PICTURE_STEPS} steps ({evaluations} network evaluations)"
                 print(f"{self._run_dir / name}: {count} samples, {sampler}", flush=True)
-        if self._evaluator is not None and distributed.from_process_0(self._is_unmeasured(self._evaluator, nimg)):
-            self._measure(self._evaluator, ema, nimg)
+        if self._metrics is not None:
+            try:
+                self._metrics.measure(ema, nimg)
+            except UserError as error:  # a young network may make images that no metric takes
+                distributed.print0(f"Warning: no metrics at {nimg / 1e3:.1f} kimg: {error.message}; the run goes on")
 
     def _draw(self, ema: torch.nn.Module, path: Path) -> None:
         images = generate_all(ema, range(PICTURE_COLUMNS * PICTURE_ROWS), steps=PICTURE_STEPS)
         save_grid(images, path, PICTURE_COLUMNS, visible_zoom(images, PICTURE_COLUMNS))
-
-    def _measure(self, evaluator: Evaluator, ema: torch.nn.Module, nimg: int) -> None:
-        source = NetworkSource(ema, steps=METRICS_STEPS, name="ema", sha256=network_hash(ema))
-        try:
-            records = evaluator(source)
-        except UserError as error:  # a young network may make images that no metric takes
-            distributed.print0(f"Warning: no metrics at {nimg / 1e3:.1f} kimg: {error.message}; the run goes on")
-            return
-        if distributed.rank() != 0:
-            return
-        for record in records:
-            values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
-            print(
-                f"{record['metric']} at {nimg / 1e3:.1f} kimg, {2 * METRICS_STEPS - 1} evaluations: {values}",
-                flush=True,
-            )
-            append_line(self._file(record["metric"]), json.dumps({"kimg": nimg / 1e3, **record}))
-
-    def _is_unmeasured(self, evaluator: Evaluator, nimg: int) -> bool:
-        """False for a run that was resumed at a snapshot which was measured already."""
-        last = evaluator.metrics[-1].name
-        path = self._file(last)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return all(json.loads(line)["kimg"] != nimg / 1e3 for line in lines)
-
-    def _file(self, metric: str) -> Path:
-        return self._run_dir / f"metric-{metric}.jsonl"
 
 
 def make_evaluator(options: dict[str, Any], device: torch.device) -> Evaluator | None:

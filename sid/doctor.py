@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from dnnlib import Command, UserError
+from torch_utils.records import is_figure
 
-from .monitor.records import DISTANCES_FILE, STATS_FILE, best_metric, is_figure, read_options, read_records
+from .monitor.records import DISTANCES_FILE, STATS_FILE, best_metric, read_options, read_records
 from .monitor.rules import diagnose, judge_distance
 
 NO_PROBLEM = ("healthy", "converged", "unknown")  # findings that don't hold when the images get worse

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from tiny import on_two_processes
 
 from dnnlib import UserError
 from edm.images import to_pil
@@ -342,3 +343,22 @@ def test_two_and_four_processes_equal_one(tmp_path, detector):
     for of_world in made.values():
         assert of_world.keys() == images.keys()
         assert all(torch.equal(of_world[start], images[start]) for start in images)
+
+
+class FailsOnProcess1(Pattern):
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        return super().forward(x, sigma) / (1 - distributed.rank())
+
+
+def refusal(folder):
+    """What this process is told, and that the group works afterwards."""
+    with pytest.raises(UserError) as error:
+        evaluate(NetworkSource(FailsOnProcess1()), ["is60"], detector=f"{folder}/detector.safetensors", batch=16)
+    return error.value.message, distributed.from_every_process(distributed.rank())
+
+
+def test_an_error_of_one_process_is_raised_by_all(tmp_path, detector):
+    first, second = on_two_processes(refusal, tmp_path, str(tmp_path))
+    assert first == second
+    assert "image of seed 16 holds NaN" in first[0]
+    assert first[1] == [0, 1]

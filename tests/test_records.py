@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from tiny import tiny_teacher
 
 from edm import zoo
+from edm.snapshot_metrics import read_metrics
 from sid import doctor
 from sid.config import DistillationConfig
 from sid.monitor import records
 from sid.report import __main__ as report
 from sid.report import pictures
-from sid.report.progress import read_metrics
 from torch_utils import run_folder
 
 HUGE = "1" + "0" * 4000
@@ -168,8 +168,17 @@ def test_a_metric_that_is_not_a_number_is_no_best_one(run):
 
 
 def test_a_run_goes_on_over_damaged_records(run):
-    write(run / "metric-fid8.jsonl", "null\n{}\n[]\n" + lines(METRIC) + '{"kimg": 1, "value": "x"}\n{"ki')
+    write(
+        run / "metric-fid8.jsonl", b"null\n{}\n[]\n\xff\n" + lines(METRIC).encode() + b'{"kimg": 1, "value": "x"}\n{"ki'
+    )
     assert read_metrics(run, "fid8") == METRIC
+
+
+def test_a_run_goes_on_over_records_that_can_not_be_read(run):
+    (run / "metric-fid8.jsonl").unlink()
+    assert read_metrics(run, "fid8") == []
+    (run / "metric-fid8.jsonl").mkdir()
+    assert read_metrics(run, "fid8") == []
 
 
 @pytest.mark.parametrize("command", [doctor.main, report.main], ids=["doctor", "report"])

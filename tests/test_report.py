@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from edm.published import FILES
+from edm.snapshot_metrics import read_metrics
+from edm.training_report import TeacherReport
 from sid.inputs import published_reference
-from sid.report.progress import Report, read_metrics
+from sid.report.progress import Report
 from sid.report.summary import summarise
 
 
@@ -39,11 +41,11 @@ class Net(torch.nn.Module):
         return self.gain * x
 
 
-def snapshots(folder, evaluator, gains):
+def snapshots(folder, evaluator, gains, kind=Report):
     """As a training does it: first the file, then the report."""
     for i, gain in gains:
         (folder / f"network-snapshot-{i:06d}.safetensors").write_text(f"weights {i}")
-        Report(folder, evaluator).snapshot(Net(gain), 1000 * i)
+        kind(folder, evaluator).snapshot(Net(gain), 1000 * i)
 
 
 def best(folder):
@@ -84,16 +86,23 @@ def test_the_best_snapshot_has_the_name_that_it_was_saved_by(tmp_path):
         assert best(folder)[0]["snapshot"] == f"network-snapshot-{name}.safetensors"
 
 
-def test_equal_weights_are_not_measured_again(tmp_path):
-    snapshots(tmp_path, Evaluator(4.0, 2.0), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("kind", [Report, TeacherReport])
+def test_equal_weights_are_not_measured_again(tmp_path, kind):
+    snapshots(tmp_path, Evaluator(4.0, 2.0), [(1, 1), (2, 2)], kind)
     resumed = Evaluator(1.0, 3.0)
-    snapshots(tmp_path, resumed, [(2, 2), (3, 3)])
+    snapshots(tmp_path, resumed, [(2, 2), (3, 3)], kind)
     assert resumed.calls == 1
     assert [record["value"] for record in read_metrics(tmp_path, "fid2")] == [4.0, 2.0, 1.0]
     (tmp_path / "metric-is10.jsonl").unlink()  # as if killed between the two metrics
-    snapshots(tmp_path, resumed, [(3, 3)])
+    snapshots(tmp_path, resumed, [(3, 3)], kind)
     assert len(read_metrics(tmp_path, "fid2")) == 3
     assert len(read_metrics(tmp_path, "is10")) == 1
+
+
+@pytest.mark.parametrize("kind", [Report, TeacherReport])
+def test_other_weights_are_measured_even_after_as_many_images(tmp_path, kind):
+    snapshots(tmp_path, Evaluator(4.0, 2.0), [(1, 1), (1, 2)], kind)
+    assert [record["value"] for record in read_metrics(tmp_path, "fid2")] == [4.0, 2.0]
 
 
 @pytest.mark.parametrize(

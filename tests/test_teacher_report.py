@@ -14,6 +14,7 @@ import sid_train
 from edm import train
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
+from edm.snapshot_metrics import read_metrics
 
 TINY = ["--cbase=4", "--cres=1", "--blocks=1", "--attn=0", "--dropout=0", "--batch=8", "--workers=0", "--device=cpu"]
 
@@ -54,6 +55,23 @@ def test_a_training_speaks(work):
         assert len({record["kimg"] for record in records}) == len(records) > 1
     command = shlex.split(said.strip().splitlines()[-1].removeprefix("next: "))
     run(sid_train.main, *command[1:], "--device=cpu", "--dry-run")
+
+
+DAMAGE = b'null\n{}\n[]\n"x"\n{"kimg": 0.032}\n{"kimg": "x", "value": 1}\n' + b"[" * 100_000 + b'\n\xff\0\n{"kimg": 0.0'
+
+
+def test_a_resumed_training_goes_on_over_damaged_metrics(work):
+    options = ["--data=images", "--outdir=run", "--nosubdir", "--augment=0", "--snap=1000", *TINY]
+    options += ["--detector=detector.safetensors", "--metrics=fid8"]
+    run(train.main, *options, "--duration=0.000032")
+    path = work / "run/metric-fid8.jsonl"
+    (measured,) = path.read_text().splitlines()
+    path.write_bytes(b"null\n{}\n" + measured.encode() + b"\n" + DAMAGE)
+    said = run(train.main, *options, "--duration=0.000064")  # publishes the state's snapshot again, then its own
+    assert "Warning" not in said
+    records = read_metrics(work / "run", "fid8")
+    assert records[0] == json.loads(measured)
+    assert [record["kimg"] for record in records] == [0.032, 0.064]
 
 
 @pytest.mark.parametrize(

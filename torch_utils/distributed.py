@@ -133,6 +133,22 @@ def from_every_process(value: T) -> list[T]:
     return values
 
 
+@contextlib.contextmanager
+def shared_errors() -> Iterator[None]:
+    """A UserError that any process raises while this is open is raised on every process when it closes.
+
+    Otherwise the other processes would wait for one that has failed. Every process must open it.
+    """
+    own = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    errors = [error for error in from_every_process(own) if error is not None]
+    if errors:
+        raise errors[0]
+
+
 @_message()
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all processes, in place; returns it."""

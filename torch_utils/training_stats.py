@@ -15,6 +15,7 @@ import torch
 from dnnlib import format_time, write_atomically
 
 from . import checkpoint, distributed
+from .records import parse_line
 
 
 class Collector:
@@ -96,11 +97,9 @@ def drop_later_records(run_dir: Path, nimg: int) -> None:
     """Drops from the *.jsonl of a run folder what was recorded after `nimg` images, and lines cut short by a kill."""
 
     def kept(line: str) -> bool:
-        try:
-            record = json.loads(line)
-            return record.get("Progress/kimg", record.get("kimg", 0)) <= nimg / 1e3
-        except (ValueError, AttributeError, TypeError):
-            return False
+        record = parse_line(line)
+        kimg = record.get("Progress/kimg", record.get("kimg", 0)) if isinstance(record, dict) else None
+        return isinstance(kimg, int | float) and kimg <= nimg / 1e3
 
     def rewrite(path: Path, content: bytes) -> None:
         with write_atomically(path) as file:

@@ -118,8 +118,9 @@ class Evaluator:
             self._real = self._measure_real()
         measured = measure(source, self.detector, self._batch, of_kind["fid"], of_kind["is"], kept, self._progress)
         records = None
-        if distributed.rank() == 0:
-            records = [self._record(metric, self._finite(metric, measured), source) for metric in self.metrics]
+        with distributed.shared_errors():
+            if distributed.rank() == 0:
+                records = [self._record(metric, self._finite(metric, measured), source) for metric in self.metrics]
         return distributed.from_process_0(records)
 
     def _measure_real(self) -> torch.Tensor:

@@ -60,7 +60,8 @@ def measure(
         detector.check(source.channels, source.resolution)
     kept = torch.zeros(features, detector.feature_dim) if features else None
     rank, processes = distributed.rank(), distributed.world_size()
-    with tqdm.tqdm(total=num_images, unit="img", disable=None if progress and rank == 0 else True) as bar:
+    without_bar = None if progress and rank == 0 else True
+    with distributed.shared_errors(), tqdm.tqdm(total=num_images, unit="img", disable=without_bar) as bar:
         for start, images in source.batches(num_images, batch, rank, processes):
             distributed.alive()
             hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))

@@ -4,19 +4,19 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dnnlib import kimg_name, write_atomically
 from edm.metrics.evaluate import Evaluator
-from edm.metrics.sources import NetworkSource
+from edm.snapshot_metrics import SnapshotMetrics, read_metrics
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
+from torch_utils.records import measured_value, sound_records
 from torch_utils.training_stats import append_line
 
-from ..monitor.records import DISTANCES_FILE, measured_value, sound_records
+from ..monitor.records import DISTANCES_FILE
 from ..start import distance_from
 from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_grid
 
@@ -42,14 +42,16 @@ class Report:
     ):
         self._run_dir = run_dir
         self._batch = batch
-        self._evaluator = evaluator
+        self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator)
+        self._fid = None if evaluator is None else _first_fid(evaluator)
         self._reals = reals
         self._samples = samples
 
     def start(self, ema: torch.nn.Module) -> None:
         """Reports before the first iteration, when `ema` is the teacher used as a one-step generator."""
-        if self._reals is not None and distributed.rank() == 0:
-            attempt("saving reals.png", lambda: save_grid(self._reals, self._run_dir / "reals.png"))
+        reals = self._reals
+        if reals is not None and distributed.rank() == 0:
+            attempt("saving reals.png", lambda: save_grid(reals, self._run_dir / "reals.png"))
         self._show(ema, 0, "fakes_init.png")
 
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
@@ -60,56 +62,41 @@ class Report:
         if distributed.rank() == 0:
             images = sample(ema, GRID_COLUMNS * GRID_ROWS)
             attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name))
-            if self._samples is not None:
-                attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg))
-        if self._evaluator is not None:
-            self._measure(ema, nimg)
+            samples = self._samples
+            if samples is not None:
+                attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg, samples))
+        if self._metrics is not None:
+            self._metrics.measure(ema, nimg)
+            if distributed.rank() == 0:
+                attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
 
-    def _record_distance(self, ema: torch.nn.Module, nimg: int) -> None:
+    def _record_distance(self, ema: torch.nn.Module, nimg: int, samples: torch.Tensor) -> None:
         """Appends the energy distance from the teacher's samples to the run's record, once per snapshot."""
         path, kimg = self._run_dir / DISTANCES_FILE, nimg / 1e3
         sha256 = network_hash(ema)
         if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
             return  # resumed at this snapshot
-        value = distance_from(self._samples, ema)
+        value = distance_from(samples, ema)
         print(f"energy distance from the teacher at {kimg:.1f} kimg: {value:.3f}", flush=True)
         append_line(path, json.dumps({"kimg": kimg, "value": value, "network_sha256": sha256}))
 
-    def _measure(self, ema: torch.nn.Module, nimg: int) -> None:
-        sha256 = network_hash(ema)
-        if not distributed.from_process_0(self._missing(sha256)):
-            return  # resumed at a snapshot that was measured already
-        for record in self._evaluator(NetworkSource(ema, name="ema", sha256=sha256)):
-            if distributed.rank() != 0 or record["metric"] not in self._missing(sha256):
-                continue
-            values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
-            print(f"{record['metric']} at {nimg / 1e3:.1f} kimg: {values}", flush=True)
-            line = json.dumps({"kimg": nimg / 1e3, **record})
-            append_line(_metric_file(self._run_dir, record["metric"]), line)
-        if distributed.rank() == 0:
-            attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
-
-    def _missing(self, sha256: str) -> list[str]:
-        """The metrics that are not yet recorded for the weights with this hash."""
-        names = [metric.name for metric in self._evaluator.metrics]
-        known = {name: {record.get("network_sha256") for record in read_metrics(self._run_dir, name)} for name in names}
-        return [name for name in names if sha256 not in known[name]]
-
     def _remember_best(self) -> None:
         """best.json and best.safetensors: the snapshot with the lowest value of the first requested FID."""
-        name = next((metric.name for metric in self._evaluator.metrics if metric.kind == "fid"), None)
-        trained = [r for r in read_metrics(self._run_dir, name) if r["kimg"] > 0] if name else []
+        trained = [r for r in read_metrics(self._run_dir, self._fid) if r["kimg"] > 0] if self._fid else []
         if trained:
             best = min(trained, key=measured_value)
-            nimg = round(
-                best["kimg"] * 1000
-            )  # the name depends on --batch, which an earlier part of the run may have had otherwise
+            nimg = round(best["kimg"] * 1000)
+            # The file's name depends on --batch, which an earlier part of the run may have set differently.
             paths = [snapshot_path(self._run_dir, nimg, batch) for batch in (self._batch, 1, 1000)]
             snapshot = next((path for path in paths if path.exists()), paths[0]).name
-            content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": name, "value": best["value"]}
+            content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": self._fid, "value": best["value"]}
             with write_atomically(self._run_dir / "best.json") as file:
                 file.write(json.dumps(content, indent=2).encode())
             _link(self._run_dir / BEST_LINK, snapshot)
+
+
+def _first_fid(evaluator: Evaluator) -> str | None:
+    return next((metric.name for metric in evaluator.metrics if metric.kind == "fid"), None)
 
 
 def _link(path: Path, target: str) -> None:
@@ -124,12 +111,3 @@ def _link(path: Path, target: str) -> None:
     except (OSError, NotImplementedError):
         with open(path.parent / target, "rb") as source, write_atomically(path) as file:
             shutil.copyfileobj(source, file)
-
-
-def read_metrics(run_dir: str | os.PathLike, name: str) -> list[dict[str, Any]]:
-    """The records of `metric-<name>.jsonl`, oldest first, without damaged ones; none if there is no such file."""
-    return sound_records(_metric_file(run_dir, name), "kimg", "value")
-
-
-def _metric_file(run_dir: str | os.PathLike, name: str) -> Path:
-    return Path(run_dir) / f"metric-{name}.jsonl"
