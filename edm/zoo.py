@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import click
 import torch
@@ -31,7 +31,9 @@ from torch_utils import checkpoint, distributed, persistence
 from torch_utils.untrusted import edm_pickle
 from training import networks
 from training.conditions import learnt_classes
-from training.denoiser import check_denoiser
+from training.denoiser import DenoiserModule, check_denoiser
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls
@@ -104,7 +106,7 @@ def is_here(source: str | os.PathLike) -> bool:
     return cache_path(address).is_file() if is_url(address) else user_path(source).exists()
 
 
-def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> torch.nn.Module:
+def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> DenoiserModule:
     """A denoiser in eval mode, without gradients, float32, on the CPU. Runs nothing that the file contains.
 
     source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, or a folder (`save_network`).
@@ -115,7 +117,7 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
     Errors:   UserError when it can't be had, is damaged, or names an unknown class.
     """
     loaded, metadata = network_files.read(resolve(source), {**NETWORK_CLASSES, **(classes or {})})
-    net: Any = loaded.float().eval().requires_grad_(False)  # `Any`: no class of theirs declares `metadata`
+    net = cast(DenoiserModule, loaded.float().eval().requires_grad_(False))
     net.metadata = {**_published_metadata(str(source)), **metadata}
     try:
         learnt_classes(net)
@@ -124,9 +126,7 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
     return net
 
 
-def load_denoiser(
-    source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None
-) -> torch.nn.Module:
+def load_denoiser(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> DenoiserModule:
     """As `load_network`; a network of one of `classes` is also called once, to see that it is a denoiser.
 
     Errors: UserError as `load_network` and `training.denoiser.check_denoiser`.
@@ -167,7 +167,7 @@ def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: A
         raise UserError(f"{path}: {error.strerror or error}: choose another place") from None
 
 
-def clone_network(net: torch.nn.Module, **overrides: Any) -> torch.nn.Module:
+def clone_network(net: Network, **overrides: Any) -> Network:
     """An independent network with equal weights, on the same device, in the same mode.
 
     overrides: constructor arguments to replace, for instance dropout=0.13, use_fp16=True.

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -11,6 +11,7 @@ from torch_utils import distributed, misc, precision
 from torch_utils.training_stats import Collector
 from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
+from training.denoiser import DenoiserModule
 from training.generator import Generator
 
 from .config import DistillationConfig
@@ -43,7 +44,7 @@ class Distillation:
 
     def __init__(
         self,
-        teacher: torch.nn.Module,
+        teacher: DenoiserModule,
         config: DistillationConfig,
         device: torch.device,
         loss: SiDLoss,
@@ -55,6 +56,8 @@ class Distillation:
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, batch_gpu, distributed.world_size())
         if config.chunk and self.batch_gpu % config.chunk:
             raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
+        assert config.init_sigma is not None
+        self.start_levels = [config.init_sigma]
         self.config = dataclasses.replace(config, batch_gpu=self.batch_gpu)
         self.conditions = loss.conditions
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
@@ -119,7 +122,7 @@ class Distillation:
 
     def generate(self, condition: torch.Tensor | None) -> torch.Tensor:
         """x_g, what theta makes of fresh noise, [batch_gpu, C, H, W]."""
-        generator = Generator(self.networks.generator, [self.config.init_sigma])
+        generator = Generator(self.networks.generator, self.start_levels)
         z = generator.latents(self.batch_gpu, self.device)
         with self.autocast():
             return generator.sample(z, condition).contiguous()
@@ -139,6 +142,7 @@ class Distillation:
                 with self.autocast():
                     loss = self.loss.generator_loss(*self._loss_inputs(x_g, condition, noise, part), **self._stage())
                 self._backward_to(x_g, loss)
+        assert x_g.grad is not None
         return x_g.grad
 
     def shared_gradient(self, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -152,6 +156,7 @@ class Distillation:
                 loss, denoising = self.loss.shared_losses(*inputs, **self._stage())
             self._backward_to(x_g, loss, keep=True)
             self._backward_denoising(denoising, only=self.state.fake_score_updater.parameters)
+        assert x_g.grad is not None
         return x_g.grad
 
     def _backward_fake_score(self, images: torch.Tensor, condition: torch.Tensor | None) -> None:
@@ -198,7 +203,7 @@ class Distillation:
         loss = loss.sum() * (self.config.lsg / self.config.batch)
         self.state.generator_updater.backward(loss, only=[x_g], keep=keep)
 
-    def _backward_denoising(self, loss: torch.Tensor, only: list[torch.Tensor] | None = None) -> None:
+    def _backward_denoising(self, loss: torch.Tensor, only: Iterable[torch.Tensor] | None = None) -> None:
         self.collector.report("Loss/fake_score", loss)
         self.state.fake_score_updater.backward(loss.sum() * (self.config.ls / self.config.batch), only)
 
@@ -239,4 +244,4 @@ class Distillation:
             updater.optimizer.zero_grad(set_to_none=True)
         self.collector = Collector()
         torch.cuda.empty_cache()
-        return distributed.all_reduce_sum(fits) == distributed.world_size()
+        return distributed.all_reduce_sum(fits).item() == distributed.world_size()

@@ -15,7 +15,7 @@ from edm.own_classes import own_classes
 from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
-from training.denoiser import noise_range
+from training.denoiser import DenoiserModule, noise_range
 
 from .config import DistillationConfig
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
@@ -30,8 +30,8 @@ NETWORKS = ("edm_model", "transfer")  # options that name one
 class Inputs:
     """The networks and images of a distillation; None stands for what it doesn't use."""
 
-    teacher: torch.nn.Module  # phi
-    start: torch.nn.Module | None  # whose weights theta starts from
+    teacher: DenoiserModule  # phi
+    start: DenoiserModule | None  # whose weights theta starts from
     dataset: ImageFolderDataset | None  # real images
     evaluator: Evaluator | None  # computes the metrics
 
@@ -42,8 +42,8 @@ def load_inputs(
     metrics: list[str],
     reference: str | None,
     device: torch.device,
-    teacher: torch.nn.Module | None = None,
-    start: torch.nn.Module | None = None,
+    teacher: DenoiserModule | None = None,
+    start: DenoiserModule | None = None,
 ) -> Inputs:
     """Loads everything.
 
@@ -71,8 +71,8 @@ def choose_snapshots(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_teacher(
-    config: DistillationConfig, options: dict[str, Any], teacher: torch.nn.Module | None = None
-) -> torch.nn.Module:
+    config: DistillationConfig, options: dict[str, Any], teacher: DenoiserModule | None = None
+) -> DenoiserModule:
     """`teacher`, or the network of --edm_model. Errors: UserError when other options don't fit it."""
     if teacher is None:
         teacher = zoo.load_denoiser(options["edm_model"], own_classes(options["classes"]))
@@ -81,16 +81,16 @@ def checked_teacher(
     return teacher
 
 
-def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> torch.nn.Module:
+def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule:
     """The teacher of a run: the one in its folder, where `sid.distil` keeps it, otherwise the recorded --edm_model."""
     is_kept = options.get("nosubdir") and options["edm_model"] == str(Path(options["outdir"]) / TEACHER_FILE)
     return zoo.load_denoiser(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
 
 
-def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> None:
+def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None:
     """Errors: UserError when an option contradicts the teacher's architecture."""
     init = getattr(teacher, "init_kwargs", None)
-    found = {"cond": bool(teacher.label_dim)}
+    found: dict[str, Any] = {"cond": bool(teacher.label_dim)}
     if init is not None:
         song = "ncsnpp" if init.get("embedding_type") == "fourier" else "ddpmpp"
         found["arch"] = "adm" if init.get("model_type", "DhariwalUNet") == "DhariwalUNet" else song
@@ -103,7 +103,7 @@ def check_architecture(teacher: torch.nn.Module, options: dict[str, Any]) -> Non
             raise UserError(f"--{name}={_text(given)}: the teacher has {_text(value)}; leave the option out")
 
 
-def check_noise_levels(teacher: torch.nn.Module, config: DistillationConfig) -> None:
+def check_noise_levels(teacher: DenoiserModule, config: DistillationConfig) -> None:
     """Checks the start and the schedules against the noise levels that the teacher was trained for.
 
     Errors: UserError naming the option.
@@ -126,12 +126,12 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def load_start(source: str, teacher: torch.nn.Module, classes: str | None = None) -> torch.nn.Module:
+def load_start(source: str, teacher: DenoiserModule, classes: str | None = None) -> DenoiserModule:
     """The network of --transfer. Errors: UserError when its weights don't fit the teacher's architecture."""
     return fitting_start(zoo.load_denoiser(source, own_classes(classes)), f"--transfer={source}", teacher)
 
 
-def fitting_start(start: torch.nn.Module, name: str, teacher: torch.nn.Module) -> torch.nn.Module:
+def fitting_start(start: DenoiserModule, name: str, teacher: DenoiserModule) -> DenoiserModule:
     """`start`. Errors: UserError with `name` when its weights don't fit the teacher's architecture."""
     ours, theirs = teacher.state_dict(), start.state_dict()
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
@@ -140,7 +140,7 @@ def fitting_start(start: torch.nn.Module, name: str, teacher: torch.nn.Module) -
 
 
 def load_dataset(
-    path: str, teacher: torch.nn.Module, config: DistillationConfig, options: dict[str, Any]
+    path: str, teacher: DenoiserModule, config: DistillationConfig, options: dict[str, Any]
 ) -> ImageFolderDataset:
     """Real images for the picture, metrics and --gan, with class labels only for --gan.
 

@@ -15,9 +15,11 @@ and foreign denoisers have their own layers. Its networks wouldn't keep their cl
 import copy
 import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 SUFFIX = "_update"  # `weight` is computed by the module `weight_update`
 
@@ -69,15 +71,15 @@ def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None) 
     bases = dict((net if base is None else base).named_parameters(remove_duplicate=False))
     made = {parameter: LowRank(bases[name], rank) for name, parameter in net.named_parameters() if large(parameter)}
     for module in list(net.modules()):
-        names = tuple(name for name, parameter in module._parameters.items() if parameter in made)
-        for name in names:
-            module.add_module(name + SUFFIX, made[module._parameters[name]])  # one for all that share the parameter
+        updates = {name: made[w] for name, w in module._parameters.items() if w is not None and w in made}
+        for name, update in updates.items():
+            module.add_module(name + SUFFIX, update)  # one for all that share the parameter
             module._parameters[name] = None  # keeps its place for `merge`
-        if names:
-            module.__class__ = _adapted_class(type(module), names)
+        if updates:
+            module.__class__ = _adapted_class(type(module), tuple(updates))
 
 
-def merge(net: torch.nn.Module) -> torch.nn.Module:
+def merge(net: Network) -> Network:
     """An ordinary frozen network with the weights of an adapted one: same classes, names and order as before `adapt`.
 
     Shares nothing with `net`. A network that isn't adapted comes back as it is.
@@ -89,11 +91,12 @@ def merge(net: torch.nn.Module) -> torch.nn.Module:
     for module in list(net.modules()):
         for name in getattr(type(module), "adapted_names", ()):
             update = module._modules.pop(name + SUFFIX)
+            assert isinstance(update, LowRank)
             if update not in made:
                 made[update] = torch.nn.Parameter(update().contiguous(), requires_grad=False)
             module._parameters[name] = made[update]
         if hasattr(type(module), "adapted_names"):
-            module.__class__ = type(module).__base__
+            (module.__class__,) = type(module).__bases__
     return net
 
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnnlib import UserError
 from torch_utils import precision
+from training.denoiser import DenoiserModule
 
 from . import lora
 from .config import DistillationConfig
@@ -51,12 +52,13 @@ class Estimate:
         return {name: float(f"{value:.3g}") for name, value in figures.items()}
 
 
-def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: int) -> Estimate:
+def estimate(teacher: DenoiserModule, config: DistillationConfig, batch_gpu: int) -> Estimate:
     """The memory of a distillation, from shapes alone.
 
     teacher: any denoiser; it isn't changed. batch_gpu: images per process and round. The precision must be resolved
     (not None).
     """
+    assert config.precision is not None
     device = next(teacher.parameters()).device
     shapes = {id(p): torch.nn.Parameter(_in_full(p), p.requires_grad) for p in teacher.parameters()}
     net = copy.deepcopy(teacher, shapes).to("meta")  # no weight is copied
@@ -101,7 +103,7 @@ def estimate(teacher: torch.nn.Module, config: DistillationConfig, batch_gpu: in
     )
 
 
-def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, images: int, device: torch.device) -> int:
+def fitting_batch_gpu(teacher: DenoiserModule, config: DistillationConfig, images: int, device: torch.device) -> int:
     """The largest divisor of `images` (per process and update) whose estimate fits into the free memory.
 
     At least --chunk, or 1. Errors: UserError when --chunk doesn't divide `images`.
@@ -125,7 +127,7 @@ def fitting_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, imag
     return next((n for n in divisors if peak(n) < USABLE * free), config.chunk or 1)
 
 
-def store_teacher(teacher: torch.nn.Module, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager]) -> None:
+def store_teacher(teacher: DenoiserModule, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager]) -> None:
     """Stores as many of a frozen teacher's weights in `dtype` as leave its outputs for two noisy images equal.
 
     autocast: opens the context in which training calls the networks.
@@ -152,7 +154,7 @@ def _bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _kept_activations(net: torch.nn.Module, num: int, device: torch.device, input_gradient: bool = False) -> int:
+def _kept_activations(net: DenoiserModule, num: int, device: torch.device, input_gradient: bool = False) -> int:
     """Bytes that autograd keeps for the backward pass of one evaluation on `num` images, weights excluded."""
     weights = {id(parameter) for parameter in net.parameters()}
     kept: dict[int, torch.Tensor] = {}  # storages, held so that no two share an address

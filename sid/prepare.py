@@ -7,6 +7,7 @@ import torch
 from dnnlib import UserError
 from torch_utils import checkpoint, distributed, misc, precision
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
+from training.denoiser import DenoiserModule
 
 from . import memory
 from .adversarial import RealImages, make_loss
@@ -17,10 +18,10 @@ from .state import DistillationState
 
 
 def prepare(
-    teacher: torch.nn.Module,
+    teacher: DenoiserModule,
     config: DistillationConfig,
     device: torch.device,
-    start: torch.nn.Module | None = None,
+    start: DenoiserModule | None = None,
     resume: checkpoint.StateFile | Path | None = None,
     reals: RealImages | None = None,
 ) -> Distillation:
@@ -65,10 +66,11 @@ def next_smaller(batch_gpu: int, chunk: int | None) -> int | None:
 
 
 def set_up_networks(
-    teacher: torch.nn.Module, state: DistillationState, config: DistillationConfig, device: torch.device
+    teacher: DenoiserModule, state: DistillationState, config: DistillationConfig, device: torch.device
 ) -> Networks:
     """Sets precision, memory layout and compilation of the three networks; none of it is part of the state."""
     networks = {"teacher": teacher, "fake_score": state.fake_score, "generator": state.generator}
+    assert config.precision is not None
     precision.set_up(config.precision, device)
     dtype = precision.DTYPES[config.precision]
     autocast_dtype = precision.compute_in(dtype, networks.values())
@@ -94,7 +96,7 @@ def former_batch_gpu(state: DistillationState, config: DistillationConfig) -> in
     return former if sound and config.batch % (former * distributed.world_size()) == 0 else None
 
 
-def estimated_batch_gpu(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> int:
+def estimated_batch_gpu(teacher: DenoiserModule, config: DistillationConfig, device: torch.device) -> int:
     """The most images per process and round that fit into every process's memory, by estimate."""
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
     return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,7 +13,7 @@ from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
 from torch_utils.untrusted import edm_pickle
 from torch_utils.watchdog import SPARE_SEC, watching
-from training.denoiser import check_denoiser
+from training.denoiser import DenoiserModule, check_denoiser
 
 from . import memory
 from .adversarial import RealImages
@@ -101,9 +101,10 @@ def run(
         if options["dry_run"]:
             return None
 
-        networks = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start)]
+        copies = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start)]
+        networks = cast(list[DenoiserModule | None], copies)
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
-        if config.gan:
+        if config.gan and inputs.dataset is not None:
             summary["real_images"] = len(inputs.dataset)
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
         torch.backends.cudnn.benchmark = options["bench"]
@@ -130,7 +131,7 @@ def run(
 
 
 def find_start(
-    teacher: torch.nn.Module, samples: torch.Tensor | None, resume: checkpoint.StateFile | None
+    teacher: DenoiserModule, samples: torch.Tensor | None, resume: checkpoint.StateFile | None
 ) -> tuple[float, dict[str, float]]:
     """Chooses the start of --init_sigma=auto and returns (noise level, measured distances).
 
@@ -156,7 +157,7 @@ def dry_run(options: dict[str, Any], config: DistillationConfig, device: torch.d
     return memory_estimate(teacher, config, device)
 
 
-def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> dict[str, float]:
+def memory_estimate(teacher: DenoiserModule, config: DistillationConfig, device: torch.device) -> dict[str, float]:
     """GB per process by purpose, at --batch-gpu or at the largest that fits."""
     config = resolve(config, teacher, device)
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
@@ -164,7 +165,7 @@ def memory_estimate(teacher: torch.nn.Module, config: DistillationConfig, device
     return {"batch_gpu": batch_gpu, **memory.estimate(teacher.to(device), config, batch_gpu).rounded()}
 
 
-def describe(teacher: torch.nn.Module, config: DistillationConfig) -> str:
+def describe(teacher: DenoiserModule, config: DistillationConfig) -> str:
     """The run folder's description when --desc isn't given."""
     cond = "cond" if teacher.label_dim else "uncond"
     size = f"{teacher.img_resolution}x{teacher.img_resolution}"
@@ -188,9 +189,13 @@ def build(
     config = resolve(config, inputs.teacher, device)
     rules = resume_rules(config, override)
     saved = None if resume is None else read_setting(resume, inputs, config, device, rules)
-    reals = RealImages(inputs.dataset, inputs.teacher.label_dim, device) if config.gan else None
+    reals = (
+        RealImages(inputs.dataset, inputs.teacher.label_dim, device)
+        if config.gan and inputs.dataset is not None
+        else None
+    )
     distillation = prepare(inputs.teacher, config, device, inputs.start, resume, reals)
-    if saved is not None:
+    if resume is not None and saved is not None:
         current = checkpoint.setting(distillation.config.options(), device)
         run_folder.check_setting(resume.path, saved, current, rules)
     return distillation

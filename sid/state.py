@@ -11,6 +11,7 @@ from dnnlib import UserError
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.updates import GRADIENT_LIMIT, Updater
+from training.denoiser import DenoiserModule
 from training.training_loop import freeze_augment_mapping
 
 from . import lora
@@ -34,10 +35,10 @@ class DistillationState:
 
     def __init__(
         self,
-        teacher: torch.nn.Module,
+        teacher: DenoiserModule,
         config: DistillationConfig,
         device: torch.device,
-        start: torch.nn.Module | None = None,
+        start: DenoiserModule | None = None,
     ):
         if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in teacher.parameters()):
             raise UserError("the teacher's weights are in half precision, perhaps from another run; load it in float32")

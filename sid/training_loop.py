@@ -1,6 +1,7 @@
 """The distillation from its first iteration to its last: ticks, statistics, snapshots and states."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from edm.sampler import NonFiniteImagesError
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt, snapshot_path
 from torch_utils.updates import DivergenceError
+from training.denoiser import DenoiserModule
 from training.training_loop import Steps, advised, run_to_end
 
 from . import lora
@@ -78,9 +80,9 @@ def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
     return {name: {"mean": count} for name, count in counts.items() if count}
 
 
-def save_snapshot(net: torch.nn.Module, nimg: int, config: DistillationConfig, path: Path) -> None:
+def save_snapshot(net: DenoiserModule, nimg: int, config: DistillationConfig, path: Path) -> None:
     """Saves the one-step generator, with the metadata needed to use it and the settings that made it."""
-    recipe = {"alpha": config.alpha, "tmax": config.tmax, "kimg": nimg / 1e3}
+    recipe: dict[str, Any] = {"alpha": config.alpha, "tmax": config.tmax, "kimg": nimg / 1e3}
     if config.objective != "sid":
         recipe["objective"] = config.objective
     if config.guidance is not None:

@@ -200,7 +200,7 @@ class Updater:
             self._guard.load_state_dict(state["spike_guard"])
 
 
-def ema_beta(batch: int, nimg: int, halflife_img: float, rampup_ratio: float | None) -> float:
+def ema_beta(batch: int, nimg: float, halflife_img: float, rampup_ratio: float | None) -> float:
     """Weight of the old average after one batch; the half-life is at most `rampup_ratio` of the images seen."""
     if rampup_ratio is not None:
         halflife_img = min(halflife_img, nimg * rampup_ratio)

@@ -34,6 +34,18 @@ class Denoiser(Protocol):
     ) -> torch.Tensor: ...
 
 
+class DenoiserModule(torch.nn.Module):
+    """A denoiser that is a torch module, for annotations: any module with these attributes will do.
+
+    metadata   plain values that travel with its weights (`edm.zoo.load_network`); a network of one's own may lack it
+    """
+
+    img_resolution: int
+    img_channels: int
+    label_dim: int
+    metadata: dict[str, Any]
+
+
 def check_denoiser(net: Any, source: Any) -> None:
     """Calls `net` once, on its own device, as training does. source: names it in messages.
 

@@ -110,7 +110,11 @@ def run(
         extra = {}
         if job["what"] == "step":
             flops = counts[mathematics.index(job["mode"].mathematics())]
-            extra = {"published": turns.get(published), "flops_per_image": flops, "peaks": facts[PEAKS]}
+            extra = {
+                "published": None if published is None else turns[published],
+                "flops_per_image": flops,
+                "peaks": facts[PEAKS],
+            }
         rows.append({**row, **make_row(finished[index], turns[index], **extra)})
     return {**facts, "rows": rows}
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sid.config import DistillationConfig
 from sid.prepare import prepare
+from training.denoiser import DenoiserModule
 
 from .published_step import explicit_attention
 
@@ -113,7 +114,7 @@ def all_compiled() -> bool:
     return frames["total"] > 0 and frames["ok"] == frames["total"]
 
 
-def count_flops(teacher: torch.nn.Module, config: DistillationConfig, device: torch.device) -> float:
+def count_flops(teacher: DenoiserModule, config: DistillationConfig, device: torch.device) -> float:
     """Floating-point operations (a multiply-add is two) that one step needs per generated image.
 
     Counted by torch over one real step of `Distillation`, without recomputation, attention as matrix products.

@@ -30,7 +30,7 @@ def profile_step(task: StepTask, device: torch.device) -> dict[str, dict[str, fl
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as record:
         task()
-    return summarise(record.events(), "device" if device.type == "cuda" else "cpu")
+    return summarise(record.events() or [], "device" if device.type == "cuda" else "cpu")
 
 
 def summarise(events: list[Any], clock: str) -> dict[str, dict[str, float]]:

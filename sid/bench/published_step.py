@@ -19,6 +19,7 @@ from sid.config import DistillationConfig, resolve
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
 from torch_utils import misc
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
+from training.denoiser import DenoiserModule
 from training.networks import Conv2d, UNetBlock
 from training.training_loop import freeze_augment_mapping
 
@@ -35,7 +36,7 @@ class PublishedStep:
     teacher: phi, a network of training/networks.py; it is copied. config: only the method's settings are used.
     """
 
-    def __init__(self, teacher: torch.nn.Module, config: DistillationConfig, device: torch.device):
+    def __init__(self, teacher: DenoiserModule, config: DistillationConfig, device: torch.device):
         self.config = config = resolve(dataclasses.replace(config, precision=None), teacher, device)
         self.device, self.nimg = device, 0
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, 1)
@@ -74,6 +75,7 @@ class PublishedStep:
 
     def generate(self, labels: torch.Tensor | None) -> torch.Tensor:
         net, sigma = self.generator, self.config.init_sigma
+        assert sigma is not None
         z = torch.randn([self.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=self.device)
         levels = torch.full([self.batch_gpu, 1, 1, 1], sigma, dtype=torch.float32, device=self.device)
         return net(sigma * z, levels, labels)
@@ -118,11 +120,13 @@ class PublishedStep:
         loss.mul(self.config.lsg / self.config.batch).backward()
         return loss.detach()
 
-    def _update(self, net: torch.nn.Module) -> None:
+    def _update(self, net: DenoiserModule) -> None:
         """Cleans the gradients of one network and makes a step of Adam, one parameter after the other."""
         for parameter in self._trained[net]:
-            torch.nan_to_num(parameter.grad, nan=0, out=parameter.grad)
-            parameter.grad.clamp_(-GRADIENT_LIMIT, GRADIENT_LIMIT)
+            gradient = parameter.grad
+            assert gradient is not None
+            torch.nan_to_num(gradient, nan=0, out=gradient)
+            gradient.clamp_(-GRADIENT_LIMIT, GRADIENT_LIMIT)
         self._optimizers[net].step()
         self._optimizers[net].zero_grad(set_to_none=True)
 
@@ -149,7 +153,7 @@ class PublishedStep:
             yield labels
 
 
-def plain_network(net: torch.nn.Module, **overrides) -> torch.nn.Module:
+def plain_network(net: DenoiserModule, **overrides) -> DenoiserModule:
     """A copy whose attention is explicit and whose resampling is convolution, as in the published networks."""
     net = zoo.clone_network(net, **overrides)
     explicit_attention(net)

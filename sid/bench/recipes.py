@@ -2,12 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sid import recipes
 
 if TYPE_CHECKING:
-    import torch
+    from training.denoiser import DenoiserModule
 
 PUBLISHED_GPUS = 4  # of the published results; the benchmark does the share of one
 WEIGHT_NOISE = 0.01
@@ -102,7 +102,7 @@ RECIPES = {
 }
 
 
-def build_network(recipe: Recipe, seed: int = 0) -> "torch.nn.Module":
+def build_network(recipe: Recipe, seed: int = 0) -> "DenoiserModule":
     """The recipe's network with random weights, on the CPU. Draws from torch's default generator after seeding it.
 
     Layers that start at (almost) zero get noise as well: products with zeros would time other arithmetic (tiny
@@ -117,4 +117,4 @@ def build_network(recipe: Recipe, seed: int = 0) -> "torch.nn.Module":
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(WEIGHT_NOISE * torch.randn_like(parameter))
-    return net
+    return cast("DenoiserModule", net)

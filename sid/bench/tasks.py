@@ -13,6 +13,7 @@ from edm.metrics.small_classifier import SmallClassifier
 from edm.sampler import generate_images
 from sid.config import DistillationConfig
 from sid.prepare import prepare
+from training.denoiser import DenoiserModule
 
 from .measure import PhaseClock
 from .modes import Mode
@@ -46,7 +47,7 @@ class Task(ABC):
 class StepTask(Task):
     """A training step, in a mode. config: the recipe's, batch included; the mode's overrides come on top."""
 
-    def __init__(self, teacher: torch.nn.Module, config: DistillationConfig, mode: Mode, device: torch.device):
+    def __init__(self, teacher: DenoiserModule, config: DistillationConfig, mode: Mode, device: torch.device):
         super().__init__(device)
         config = dataclasses.replace(config, **mode.overrides)
         self.images, self.compiled = config.batch, config.compile
@@ -65,7 +66,7 @@ class StepTask(Task):
 class SamplingTask(Task):
     """Images from the generator in one evaluation, up to uint8 on the CPU."""
 
-    def __init__(self, generator: torch.nn.Module, images: int, device: torch.device):
+    def __init__(self, generator: DenoiserModule, images: int, device: torch.device):
         super().__init__(device)
         self.generator, self.images = generator.to(device).eval(), images
         self.precision = "fp16" if generator.use_fp16 and device.type != "cpu" else "fp32"
@@ -95,12 +96,17 @@ def make_config(job: dict[str, Any]) -> DistillationConfig:
     return DistillationConfig(**{**recipe.config, **sizes})
 
 
+def make_step(job: dict[str, Any], device: torch.device) -> StepTask:
+    """A training step of the job's recipe, in its mode. Errors: UserError."""
+    return StepTask(build_network(RECIPES[job["recipe"]]), make_config(job), job["mode"], device)
+
+
 def make_task(job: dict[str, Any], device: torch.device) -> Task:
     """job: what, recipe, batch, batch_gpu, eval_batch, detector and, for a step, mode. Errors: UserError."""
+    if job["what"] == "step":
+        return make_step(job, device)
     recipe = RECIPES[job["recipe"]]
     net = build_network(recipe)
-    if job["what"] == "step":
-        return StepTask(net, make_config(job), job["mode"], device)
     if job["what"] == "sampling":
         return SamplingTask(net, job["eval_batch"], device)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)

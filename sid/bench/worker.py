@@ -103,7 +103,7 @@ def _work(connection: Any, job: dict[str, Any]) -> None:
     if job["what"] == "profile":
         from . import profile, tasks
 
-        connection.send(("result", profile.profile_step(tasks.make_task({**job, "what": "step"}, device), device)))
+        connection.send(("result", profile.profile_step(tasks.make_step(job, device), device)))
         return
     runner = Runner(job, device)
     connection.send(("result", runner.first))

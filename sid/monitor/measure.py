@@ -1,5 +1,6 @@
 """Measures how a distillation is doing, once a tick on a few images. docs/method.md explains the figures."""
 
+import functools
 import itertools
 import math
 
@@ -73,7 +74,9 @@ class Health:
             net.eval()
         with same_dtype(state.ema, state.generator):  # otherwise rounding would count as distance
             rounds = [self._measure_round(r) for r in range(self._rounds)]
-        per_band, images, squares = (distributed.all_reduce_sum(sum(parts)) for parts in zip(*rounds))
+        per_band, images, squares = (
+            distributed.all_reduce_sum(functools.reduce(torch.add, parts)) for parts in zip(*rounds)
+        )
         count = per_band[:, 0].sum()
         statistics = {name: row[1] / row[0] for name, row in zip(self._bands, per_band)}
         l1, l2, psi, phi = per_band[:, 2:].sum(dim=0)
@@ -87,8 +90,7 @@ class Health:
     def _measure_round(self, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sums over one batch: [bands, 6] of per-image values, [2, pixels] of images, [4] of squares of images."""
         d, n = self._distillation, self._size
-        levels = [d.config.init_sigma]
-        theta, ema, start = (Generator(net, levels) for net in (d.state.generator, d.state.ema, d.teacher))
+        theta, ema, start = (Generator(net, d.start_levels) for net in (d.state.generator, d.state.ema, d.teacher))
         first = (r * distributed.world_size() + distributed.rank()) * n
         misc.seed_at(d.config.seed, HEALTH_PHASE, first)
         z = theta.latents(n, d.device)

@@ -230,7 +230,7 @@ def _alpha(window: Window, options: dict[str, Any]) -> Finding | None:
     follows = (window.median("Health/fake_score_ratio") or 1) < 1 and (
         window.median("Health/diversity") or 1
     ) > NARROWED
-    if not (grows and follows and _may_run_away(window, options)):
+    if growth is None or not (grows and follows and _may_run_away(window, options)):
         return None
     text = (
         f"the divergence from the teacher grows although the fake score keeps up ({growth:.2f} times the earlier value)"

@@ -95,6 +95,7 @@ def gradients(
     noise = (sigma, torch.randn(x_g.shape, device=x_g.device))
     networks = distillation.teacher, state.fake_score
     loss.generator_loss(*networks, x_g, labels, noise, score_gradient=score_gradient).sum().backward()
+    assert x_g.grad is not None
     images.backward(x_g.grad)
     theta = [p.grad.flatten() for p in state.generator.parameters() if p.grad is not None]
     return sigma.mean().item(), [x_g.grad.flatten(), torch.cat(theta)]

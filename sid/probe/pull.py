@@ -62,11 +62,12 @@ def pull(distillation: "Distillation", sigma: float, class_idx: int | None = Non
     misc.seed_at(0)
     labels = distillation.draw_conditions(distillation.batch_gpu)
     if class_idx is not None:
+        assert labels is not None
         labels = torch.eye(labels.shape[1], device=labels.device)[[class_idx] * len(labels)]
     x_g = distillation.generate(labels).requires_grad_()
     noise = torch.full([len(x_g), 1, 1, 1], sigma, device=x_g.device), torch.randn_like(x_g)
     x_t = (x_g + sigma * noise[1]).detach()
-    networks = [distillation.teacher, state.fake_score]
+    networks = distillation.teacher, state.fake_score
     with torch.no_grad():
         f_phi, f_psi = (net(x_t, noise[0], labels) for net in distillation.loss.score_networks(*networks))
 

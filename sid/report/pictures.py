@@ -7,6 +7,7 @@ import torch
 
 from edm import images as image_files
 from edm.sampler import generate_all
+from training.denoiser import DenoiserModule
 
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
@@ -24,7 +25,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int = GRID_COLUMNS) -> 
     image_files.save_grid(images, path, columns, image_files.visible_zoom(images, columns))
 
 
-def compare(teacher: torch.nn.Module, generator: torch.nn.Module, path: Path) -> None:
+def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path) -> None:
     """Saves three bands of the same seeds: teacher at 35 evaluations, teacher at one, generator at one.
 
     generator: records its `init_sigma`. Errors: OSError when `path` can't be written.

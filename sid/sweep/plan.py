@@ -18,7 +18,7 @@ from sid.options import SECTIONS, parse
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]  a package that only Python 3.10 needs
 
 PROGRAM = ("-m", "sid_train")  # what the runs execute: a file of a checkout or of an installed package
 KEYS = {"title", "include", "seeds", "common", "settings"}  # of a sweep file

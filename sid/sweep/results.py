@@ -38,10 +38,10 @@ def _plot_all(plan: Plan, records: list[dict[str, Any]], outdir: Path) -> None:
     metric = fid_metric(records)
     curves = {setting: curve(traces(records, setting, metric)) for setting in plan.settings}
     curves = {setting: line for setting, line in curves.items() if line.kimg}
-    if not curves:
+    if metric is None or not curves:
         return
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401  # pyright: ignore[reportMissingImports]  an optional package
     except ImportError:
         print("No plots: they need matplotlib; pip install '.[plots]'", flush=True)
         return
@@ -53,7 +53,9 @@ def _plot_all(plan: Plan, records: list[dict[str, Any]], outdir: Path) -> None:
 def plot(curves: dict[str, Curve], axis: str, metric: str, title: str, file: BinaryIO) -> None:
     """FID against 'kimg' or 'seconds', both logarithmic: the mean over seeds, and a band from lowest to highest."""
     import PIL.Image
-    from matplotlib.figure import Figure  # and no pyplot: no display, no global state
+
+    # Not pyplot, which needs a display and keeps global state.
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()

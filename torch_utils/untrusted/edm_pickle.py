@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch_utils import persistence
 
 from .bounds import Budget, Refused, weigh
 from .inert_pickle import GLOBALS, Record, read_file
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 MAX_PARTS = 50_000  # modules, parameters and buffers; the largest published network has below a tenth of it
 MAX_DEPTH = 32
@@ -202,6 +204,6 @@ def _without_numpy(value: Any) -> Any:
     return value
 
 
-def frozen_copy(net: torch.nn.Module) -> torch.nn.Module:
+def frozen_copy(net: Network) -> Network:
     """A copy on the CPU, in eval mode and without gradients, as snapshots hold it."""
     return copy.deepcopy(net).eval().requires_grad_(False).cpu()
