@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dnnlib import Command, FiniteRange, IntList, WholeRange
+from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, option
 from edm import own_classes
 
 from . import recipes
@@ -17,7 +18,6 @@ from .config import ADAM_STATES, DROP_LABELS, DistillationConfig
 from .objectives import OBJECTIVES, WEIGHTINGS
 
 D = DistillationConfig  # its class attributes are the defaults
-POSITIVE = FiniteRange(0, min_open=True)
 
 
 class StartLevel(FiniteRange):
@@ -25,21 +25,6 @@ class StartLevel(FiniteRange):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float | None:  # type: ignore[override]
         return None if value == "auto" else super().convert(value, param, ctx)
-
-
-NOT_NEGATIVE = FiniteRange(0)
-COUNT = WholeRange(1)
-FLAG = object()  # the type of an option that takes no value
-
-
-def option(name: str, text: str, kind: Any = None, default: Any = None, **attributes: Any) -> click.Option:
-    """An option with its help text, type and default; a help text with [default: ...] hides the latter."""
-    if kind is FLAG:
-        return click.Option(name.split("/"), help=text, is_flag=True, **attributes)
-    if isinstance(kind, tuple | list):
-        kind = click.Choice(kind)
-    shown = {} if default is not None or "[default:" in text else {"show_default": False}
-    return click.Option([name], help=text, type=kind, default=default, **shown, **attributes)
 
 
 USUAL = [name for name, objective in OBJECTIVES.items() if not objective.for_study]
@@ -129,7 +114,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option(
             "--augment",
             "Augmentation probability, 0 for none  [default: 0.12, or 0 for a teacher trained without]",
-            FiniteRange(0, 1),
+            PROBABILITY,
         ),
         option("--dropout", "Dropout probability  [default: the teacher's]", FiniteRange(0, 1, max_open=True)),
         option("--duration", "Length of the training in Mimg", POSITIVE, 500.0),

@@ -197,9 +197,18 @@ def test_a_guided_run_has_finite_statistics(tmp_path, data):
 # --- the doctor
 
 SHORT = {
-    "batch": 16, "batch_gpu": 16, "augment": 0, "lr": 1e-2, "glr": 1e-5, "alpha": 1.0, "gan_freeze_kimg": 0.256,
-    "gan_start_kimg": 0.512, "kimg_per_tick": 0.032, "total_kimg": 0.768, "ema_halflife_kimg": 0.5,
-}  # fmt: skip
+    "batch": 16,
+    "batch_gpu": 16,
+    "augment": 0,
+    "lr": 1e-2,
+    "glr": 1e-5,
+    "alpha": 1.0,
+    "gan_freeze_kimg": 0.256,
+    "gan_start_kimg": 0.512,
+    "kimg_per_tick": 0.032,
+    "total_kimg": 0.768,
+    "ema_halflife_kimg": 0.5,
+}
 RUNS = {
     "discriminator-wins": ({}, "--lsg_gan (0.01)"),
     "discriminator-blind": ({"lsd": 1e-3, "glr": 1e-3}, "raise --lsd (0.001)"),

@@ -267,9 +267,7 @@ def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     path = tmp_path / "network-snapshot-000000.040.safetensors"
     generator = zoo.load_network(path, classes={"Spy": lambda: Spy(label_dim)})
     assert zoo.network_hash(generator) == zoo.network_hash(ema)
-    assert generator.metadata == {
-        "kind": "sid-generator", "init_sigma": 2.5, "alpha": 1.2, "tmax": 800, "kimg": 0.04
-    }  # fmt: skip
+    assert generator.metadata == {"kind": "sid-generator", "init_sigma": 2.5, "alpha": 1.2, "tmax": 800, "kimg": 0.04}
     images = OneStepGenerator(generator)(3, class_idx=2 if label_dim else None)
     assert images.shape == (3, 3, 8, 8)
     again = prepare(Spy(label_dim), tiny_config(augment=None), CPU)

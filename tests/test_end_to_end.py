@@ -38,9 +38,19 @@ def test_from_images_to_fid(tmp_path):
     save_detector(SmallClassifier(**arguments), detector, arguments)
     run(fid.main, "ref", f"--data={data}", f"--detector={detector}", f"--dest={reference}", "--device=cpu")
     output = run(
-        sid_train.main, f"--edm_model={teacher}", f"--outdir={run_dir}", "--nosubdir", f"--data_stat={reference}",
-        "--metrics=fid32", "--batch=50", "--batch-gpu=25", "--duration=0.001", "--tick=0.5", "--snap=2", "--device=cpu",
-    )  # fmt: skip
+        sid_train.main,
+        f"--edm_model={teacher}",
+        f"--outdir={run_dir}",
+        "--nosubdir",
+        f"--data_stat={reference}",
+        "--metrics=fid32",
+        "--batch=50",
+        "--batch-gpu=25",
+        "--duration=0.001",
+        "--tick=0.5",
+        "--snap=2",
+        "--device=cpu",
+    )
     assert "fid32 at 0.0 kimg" in output
     assert "fid32 at 1.0 kimg" in output
 

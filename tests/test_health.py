@@ -138,9 +138,18 @@ def test_what_a_run_records(tmp_path):
 # --- the doctor
 
 HEALTHY = {
-    "total_kimg": 12, "batch": 64, "batch_gpu": 64, "augment": 0, "lr": 4e-2, "glr": 2e-2,
-    "kimg_per_tick": 0.6, "snapshot_ticks": 1000, "state_ticks": 1000, "ema_halflife_kimg": 1, "ema_rampup_ratio": 0.1,
-}  # fmt: skip
+    "total_kimg": 12,
+    "batch": 64,
+    "batch_gpu": 64,
+    "augment": 0,
+    "lr": 4e-2,
+    "glr": 2e-2,
+    "kimg_per_tick": 0.6,
+    "snapshot_ticks": 1000,
+    "state_ticks": 1000,
+    "ema_halflife_kimg": 1,
+    "ema_rampup_ratio": 0.1,
+}
 SICK = {
     "alpha-too-large": {"alpha": 3.0},
     "theta-too-fast": {"lr": 2.0, "glr": 1.0},

@@ -84,8 +84,16 @@ def test_a_network_with_one_bad_weight_is_refused(tmp_path, suffix, value, place
 
 
 def test_buffers(tmp_path):
-    net = EDMPrecond(8, 1, model_type="SongUNet", model_channels=8, channel_mult=[1, 2], num_blocks=1,
-                     attn_resolutions=[], resample_filter=[1, 3, 3, 1])  # fmt: skip
+    net = EDMPrecond(
+        8,
+        1,
+        model_type="SongUNet",
+        model_channels=8,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        attn_resolutions=[],
+        resample_filter=[1, 3, 3, 1],
+    )
     next(net.buffers()).reshape(-1)[0] = INF
     zoo.save_network(net, tmp_path / "net.safetensors")
     with pytest.raises(UserError, match="resample_filter holds NaN or infinity"):

@@ -360,8 +360,10 @@ def test_a_bad_update_changes_neither_weights_nor_moments(optimizer, at_once, mo
 @pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["host", "device"])
 def test_adam_without_a_first_moment_is_adam(at_once, monkeypatch):
     monkeypatch.setattr(adam, "AT_ONCE", at_once)
-    weights = {kind: [torch.randn(5, 3).double().requires_grad_(), torch.zeros(4).double().requires_grad_()]
-               for kind in ("ours", "theirs")}  # fmt: skip
+    weights = {
+        kind: [torch.randn(5, 3).double().requires_grad_(), torch.zeros(4).double().requires_grad_()]
+        for kind in ("ours", "theirs")
+    }
     for ours, theirs in zip(*weights.values()):
         theirs.data.copy_(ours.data)
     optimizers = [

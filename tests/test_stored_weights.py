@@ -22,13 +22,15 @@ class Foreign(torch.nn.Module):
         self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
         self.up = torch.nn.ConvTranspose2d(8, 8, 2, stride=2)
         self.dense = torch.nn.Linear(4, 8)
-        self.kept = torch.nn.ModuleDict({
-            "norm": torch.nn.GroupNorm(2, 8),
-            "in_full": torch.nn.Conv2d(8, 8, 1),
-            "normalised": torch.nn.Conv2d(8, 8, 1),
-            "used_twice": torch.nn.Conv2d(8, 8, 1),
-            "never_used": torch.nn.Linear(8, 8),
-        })  # fmt: skip
+        self.kept = torch.nn.ModuleDict(
+            {
+                "norm": torch.nn.GroupNorm(2, 8),
+                "in_full": torch.nn.Conv2d(8, 8, 1),
+                "normalised": torch.nn.Conv2d(8, 8, 1),
+                "used_twice": torch.nn.Conv2d(8, 8, 1),
+                "never_used": torch.nn.Linear(8, 8),
+            }
+        )
 
     def forward(self, x):
         x = self.kept["norm"](self.up(self.conv(x)) + self.dense(x[:, 0, 0, :4])[:, :, None, None])

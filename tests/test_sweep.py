@@ -51,8 +51,11 @@ def pretend(run, folder, points, total_kimg=8.0, seconds_per_kimg=2.0):
 
 
 def test_a_file_expands_to_runs(tmp_path):
-    path = write(tmp_path, "title = 'T'\ninclude = 'base.toml'\n[common]\nlr = 2e-5\n[settings.base]\n[settings.grid]\n"
-                 "lr = 3e-5\nalpha = [0.5, 1.0]\nweighting = ['none', 'sigma']\ncompile = true\n")  # fmt: skip
+    path = write(
+        tmp_path,
+        "title = 'T'\ninclude = 'base.toml'\n[common]\nlr = 2e-5\n[settings.base]\n[settings.grid]\n"
+        "lr = 3e-5\nalpha = [0.5, 1.0]\nweighting = ['none', 'sigma']\ncompile = true\n",
+    )
     write(tmp_path, COMMON, "base.toml")
     plan = load_plan(path)
     names = ["base", *(f"grid-alpha={a}-weighting={w}" for a in ("0.5", "1") for w in ("none", "sigma"))]
@@ -61,9 +64,7 @@ def test_a_file_expands_to_runs(tmp_path):
     common = ("--edm_model=t.pkl", "--data_stat=r.npz", "--metrics=fid8,is8", "--duration=0.008")
     assert plan.runs[5].arguments == (*common, "--lr=2e-05", "--seed=1")
     last = plan.runs[-1]
-    assert last.arguments == (
-        *common, "--lr=3e-05", "--alpha=1.0", "--weighting=sigma", "--compile=true", "--seed=1"
-    )  # fmt: skip
+    assert last.arguments == (*common, "--lr=3e-05", "--alpha=1.0", "--weighting=sigma", "--compile=true", "--seed=1")
     assert last.options == {"lr": 3e-5, "alpha": 1.0, "weighting": "sigma", "compile": True}
     found = {name: last.recorded[name] for name in ("total_kimg", "lr", "glr", "compile", "weighting", "seed")}
     assert found == {"total_kimg": 8, "lr": 3e-5, "glr": 1e-5, "compile": True, "weighting": "sigma", "seed": 1}

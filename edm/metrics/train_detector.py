@@ -23,8 +23,12 @@ TURNS = 4  # quarter turns
 
 @click.command(cls=dnnlib.LongCommand, context_settings={"show_default": True})
 @click.option("--data", help="Training images, labelled or not: folder or zip", type=str, required=True)
-@click.option("--test", type=str, show_default=False,
-              help="Test images: folder or zip  [default: a tenth of --data, drawn by --seed]")  # fmt: skip
+@click.option(
+    "--test",
+    type=str,
+    show_default=False,
+    help="Test images: folder or zip  [default: a tenth of --data, drawn by --seed]",
+)
 @click.option("--dest", help="Detector to write (.safetensors)", type=str, required=True)
 @click.option("--epochs", help="Passes over the training images", type=dnnlib.WholeRange(min=1), default=10)
 @click.option("--batch", help="Images per step", type=dnnlib.WholeRange(min=2), default=128)

@@ -19,11 +19,18 @@ PEAKS = "matmul_flops_per_sec"
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
-@click.option("--recipe", help="Networks and settings of run_sid.sh; micro only tests the benchmark itself",
-              type=click.Choice(list(RECIPES)), default="demo")  # fmt: skip
+@click.option(
+    "--recipe",
+    help="Networks and settings of run_sid.sh; micro only tests the benchmark itself",
+    type=click.Choice(list(RECIPES)),
+    default="demo",
+)
 @click.option("--what", help=f"Some of {','.join(WHAT)}", default="step")
-@click.option("--modes", default=f"{PUBLISHED},fp32",
-              help=f"{PUBLISHED}, {', '.join(MODES)}, or settings of DistillationConfig, joined by +")  # fmt: skip
+@click.option(
+    "--modes",
+    default=f"{PUBLISHED},fp32",
+    help=f"{PUBLISHED}, {', '.join(MODES)}, or settings of DistillationConfig, joined by +",
+)
 @click.option("--rounds", help="Turns of each mode, in alternation", type=WholeRange(1), default=3)
 @click.option("--seconds", help="Length of a turn, at least one step", type=FiniteRange(0, min_open=True), default=10.0)
 @click.option("--steps", help="Steps of a turn, instead of --seconds", type=WholeRange(1))

@@ -11,13 +11,11 @@ from typing import Any
 from ..config import parse_score_gradient
 from ..objectives import OBJECTIVES, PROJECTED
 
-OPTIONS = (
-    "objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates",
-    "batch", "ema_halflife_kimg", "ema_rampup_ratio",
-)  # fmt: skip
-LATER_OPTIONS = (  # older runs lack them
-    "gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan", "score_gradient", "spike_guard", "weighting",
-)  # fmt: skip
+OPTIONS = ("objective", "alpha", "lr", "glr", "lr_decay", "fake_score_updates", "batch")
+OPTIONS += ("ema_halflife_kimg", "ema_rampup_ratio")
+# Older runs lack them.
+LATER_OPTIONS = ("gan", "gan_freeze_kimg", "gan_start_kimg", "lsd", "lsg_gan")
+LATER_OPTIONS += ("score_gradient", "spike_guard", "weighting")
 MAY_BE_NONE = ("ema_rampup_ratio", "spike_guard", "weighting")
 DESTRUCTIVE = [name for name, objective in OBJECTIVES.items() if objective.for_study]
 MIN_TICKS = 6  # fewer are no evidence: the fake score starts as the teacher and needs time to reach the generator
