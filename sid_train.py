@@ -3,16 +3,18 @@
 import click
 
 from dnnlib import LongCommand
-from sid.options import SECTIONS, build_config
+from sid.options import SECTIONS, build_config, given_options
 
 
 @click.command(cls=LongCommand, sections=SECTIONS, context_settings={"show_default": True})
-def main(**options):
+@click.pass_context
+def main(context, **options):
     """Distil a pretrained diffusion model into a generator that needs one evaluation, without any data.
 
     The defaults are the published CIFAR-10 recipe; --recipe takes others. Several processes: torchrun.
     """
     config = build_config(options)
+    options["given"] = given_options(context)
     from sid.run import run  # torch loads here, not for --help
 
     run(options, config)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from dnnlib import Command, FiniteRange, IntList, WholeRange
 from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, option
@@ -117,6 +118,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             PROBABILITY,
         ),
         option("--dropout", "Dropout probability  [default: the teacher's]", FiniteRange(0, 1, max_open=True)),
+        option(
+            "--trials",
+            "Share of --duration for short trials of settings, of which the best goes on; 0: none",
+            FiniteRange(0, 0.5),
+            0.0,
+        ),
         option("--duration", "Length of the training in Mimg", POSITIVE, 500.0),
         option("--batch", "Images per update, all processes together", COUNT, D.batch),
     ],
@@ -197,8 +204,14 @@ def parse(arguments: Sequence[str]) -> tuple[DistillationConfig, dict[str, Any]]
 
     Errors: click.ClickException when sid_train.py would refuse it.
     """
-    options = Command(name="sid_train.py", sections=SECTIONS).make_context("sid_train.py", list(arguments)).params
-    return build_config(options), options
+    context = Command(name="sid_train.py", sections=SECTIONS).make_context("sid_train.py", list(arguments))
+    options, given = context.params, given_options(context)
+    return build_config(options), {**options, "given": given}
+
+
+def given_options(context: click.Context) -> list[str]:
+    """The names of the options that the command line gives, as opposed to defaults and those of a recipe."""
+    return [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def build_config(options: dict[str, Any]) -> DistillationConfig:

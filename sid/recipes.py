@@ -118,6 +118,18 @@ RECIPES: dict[str, dict[str, Any]] = {
             "afhq64-v2": 64,
         }.items()
     },
+    # For any teacher, such as one of your own: measures the start, tries settings, goes on with the best.
+    "auto": {
+        "init_sigma": "auto",
+        "trials": 0.2,
+        "batch": 32,
+        "lr_decay": "cosine",
+        "ema_rampup": 0.5,
+        "duration": 0.02,
+        "tick": 1,
+        "snap": 4,
+        "dump": 10,
+    },
     "demo": {
         "edm_model": str(DEMO / "teacher.safetensors"),
         "data_stat": str(DEMO / "reference.npz"),

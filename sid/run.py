@@ -1,5 +1,6 @@
 """A distillation from its checked options to its end: loads its inputs, resumes, trains."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -37,6 +38,7 @@ from .report.progress import Report
 from .start import choose_start, teacher_samples
 from .state import WeightHashes, check_state
 from .training_loop import training_loop
+from .trials import has_begun, plan_trials, run_trials
 
 
 def distil(
@@ -52,6 +54,7 @@ def distil(
     resume: str | None = None,
     override: bool = False,
     device: str | None = None,
+    trials: float = 0.0,
 ) -> OneStepGenerator:
     """Distils a denoiser into a one-step generator, with a run folder as sid_train.py makes it.
 
@@ -59,12 +62,22 @@ def distil(
              teacher.safetensors, for sid.report and sid_train.py.
     out:     the run folder itself. If it holds a training state of this run, the run goes on from there.
     start:   another denoiser, whose weights the generator starts from.
+    trials:  share of the config's length for short trials of settings (`sid.trials`), of which the best goes on. They
+             vary only what the config leaves at its default.
     data, data_stat, detector, metrics, resume, override, device: as the options of sid_train.py.
     Errors: UserError naming what doesn't fit; SystemExit when a signal such as Ctrl-C asked to stop, after saving.
     """
     check_denoiser(teacher, "teacher")
     given = {"data": data, "data_stat": data_stat, "detector": detector, "metrics": metrics, "resume": resume}
-    given |= {"override": override, "device": device, "nosubdir": True, "outdir": os.fspath(out)}
+    settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    given |= {
+        "trials": trials,
+        "given": settled,
+        "override": override,
+        "device": device,
+        "nosubdir": True,
+        "outdir": os.fspath(out),
+    }
     given["edm_model"] = str(Path(out) / TEACHER_FILE)
     generator = run({**parse([])[1], **given}, config, teacher, start)
     assert generator is not None  # only --dry-run makes none
@@ -108,15 +121,19 @@ def run(
             summary["real_images"] = len(inputs.dataset)
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
         torch.backends.cudnn.benchmark = options["bench"]
-        place = (options["outdir"], options["desc"] or describe(inputs.teacher, config), options["nosubdir"])
-        resume = run_folder.resolve_resume(options["resume"], *place)
+        place, resume = find_place(options, describe(inputs.teacher, config, options["trials"] > 0))
         samples = None
+        if (config.init_sigma is None or options["trials"]) and distributed.rank() == 0:
+            samples = teacher_samples(inputs.teacher.to(device).eval())
         if config.init_sigma is None:
-            if distributed.rank() == 0:
-                samples = teacher_samples(inputs.teacher.to(device).eval())
             level, summary["starts"] = find_start(inputs.teacher, samples, resume)
             config = dataclasses.replace(config, init_sigma=level)
             summary["init_sigma"] = level
+        trials = None
+        if options["trials"]:
+            trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
+            config = trials.fitting(resume and resume.read()["options"], options["given"])
+            summary |= config.options()
         distillation = build(inputs, config, device, resume, options["override"])  # may refuse: before the folder
         picture = first_images(inputs.dataset) if inputs.dataset is not None else None
         with run_folder.create(*place, summary, resume and resume.path) as run_dir:
@@ -124,10 +141,39 @@ def run(
             if teacher is not None and distributed.rank() == 0:
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
             training_begins.set()
+            if trials is not None and resume is None:
+                del distillation  # each trial has its own
+                resume = run_trials(
+                    trials,
+                    run_dir,
+                    lambda config, state: build(own_copy(inputs), config, device, state, options["override"]),
+                    lambda folder: Report(folder, None, picture, config.batch, samples),
+                )
+                config = trials.fitting(resume.read()["options"], options["given"])
+                if distributed.rank() == 0:
+                    run_folder.record_options(run_dir, {**summary, **config.options()})
+                distillation = build(inputs, config, device, resume, options["override"])
             report = Report(run_dir, inputs.evaluator, picture, config.batch, samples)
             net = training_loop(distillation, run_dir, report)
     distributed.shutdown()
     return OneStepGenerator(net)
+
+
+def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
+    """(outdir, description, nosubdir) of the run folder and the state to go on from, None for a new run.
+
+    A run that ended during its trials goes on in its folder, without a state of its own.
+    """
+    place = (options["outdir"], options["desc"] or description, options["nosubdir"])
+    begun = run_folder.find_begun(options["resume"], *place, has_begun) if options["trials"] else None
+    if begun is not None:
+        return (str(begun), "", True), None
+    return place, run_folder.resolve_resume(options["resume"], *place)
+
+
+def own_copy(inputs: Inputs) -> Inputs:
+    """The same with a teacher of its own, whose weights a distillation may store in another precision."""
+    return dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher))
 
 
 def find_start(
@@ -165,11 +211,12 @@ def memory_estimate(teacher: DenoiserModule, config: DistillationConfig, device:
     return {"batch_gpu": batch_gpu, **memory.estimate(teacher.to(device), config, batch_gpu).rounded()}
 
 
-def describe(teacher: DenoiserModule, config: DistillationConfig) -> str:
-    """The run folder's description when --desc isn't given."""
+def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: bool = False) -> str:
+    """The run folder's description when --desc isn't given. with_trials: alpha and rates aren't chosen yet."""
     cond = "cond" if teacher.label_dim else "uncond"
     size = f"{teacher.img_resolution}x{teacher.img_resolution}"
-    return f"sid-{size}-{cond}-alpha{config.alpha:g}-glr{config.glr:g}-batch{config.batch}"
+    chosen = "auto" if with_trials else f"alpha{config.alpha:g}-glr{config.glr:g}"
+    return f"sid-{size}-{cond}-{chosen}-batch{config.batch}"
 
 
 # --- resume: read the state, compare it with this run, build the distillation

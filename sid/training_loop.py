@@ -1,5 +1,6 @@
 """The distillation from its first iteration to its last: ticks, statistics, snapshots and states."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,18 @@ from .report.progress import Report
 from .state import DistillationState
 
 
-def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> torch.nn.Module:
+def training_loop(
+    distillation: Distillation,
+    run_dir: Path,
+    report: Report,
+    end: int | None = None,
+    resume_dir: Path | None = None,
+) -> torch.nn.Module:
     """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
     run_dir: takes statistics, snapshots and states. report: makes pictures of the generator and measures it.
+    end: images after which to stop, by default the config's; schedules keep the config's length.
+    resume_dir: what --resume names to go on with this run, by default `run_dir`.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     state, config, collector = distillation.state, distillation.config, distillation.collector
@@ -53,7 +62,8 @@ def training_loop(distillation: Distillation, run_dir: Path, report: Report) -> 
         begin=lambda: report.start(lora.merge(state.ema)),
     )
     with advised(run_dir, state, config.batch, "--lr and --glr", levels):
-        run_to_end(steps, state, state.networks, config, distillation.device, run_dir)
+        length = config if end is None else dataclasses.replace(config, total_kimg=end / 1000)
+        run_to_end(steps, state, state.networks, length, distillation.device, run_dir, resume_dir)
     return lora.merge(state.ema)
 
 

@@ -73,6 +73,37 @@ def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: 
     return file
 
 
+def find_begun(
+    resume: str | None, outdir: str, description: str, nosubdir: bool, is_begun: Callable[[Path], bool]
+) -> Path | None:
+    """The run folder that `resolve_resume` would look into, if `is_begun` says that a run without a state is there.
+
+    Such a run goes on in this folder from what it finds there. Returns the same on every process.
+    """
+
+    def find() -> Path | None:
+        restarted = bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        if resume not in (None, "auto"):
+            folder = Path(resume)
+        elif nosubdir:
+            folder = Path(outdir)
+        elif resume == "auto" or restarted:
+            folder = next(iter(_folders(Path(outdir), description)), None)
+            if resume is None and folder is not None and _recorded(folder, LAUNCH) != (_launch(),):
+                folder = None
+        else:
+            folder = None
+        return folder if folder is not None and folder.is_dir() and is_begun(folder) else None
+
+    return _on_process_0(find)
+
+
+def record_options(run_dir: Path, options: dict[str, Any]) -> None:
+    """Writes what a run was asked for into its folder, on process 0."""
+    with write_atomically(run_dir / OPTIONS_FILE) as file:
+        file.write((json.dumps({**options, LAUNCH: _launch()}, indent=2) + "\n").encode())
+
+
 def _check_same_everywhere(file: checkpoint.StateFile) -> None:
     """Errors: UserError, on every process, when one can't read the state that process 0 reads."""
     host = socket.gethostname()
@@ -216,8 +247,7 @@ def _open_folder(
         remove_unfinished(path)
         if own_state is not None:
             checkpoint.set_aside_later(own_state)
-        with write_atomically(path / OPTIONS_FILE) as file:
-            file.write((json.dumps({**options, LAUNCH: _launch()}, indent=2) + "\n").encode())
+        record_options(path, options)
         stack.enter_context(Logger(path / LOG_FILE))
     except OSError as error:
         raise UserError(f"--outdir={outdir}: can't write to {path} ({error.strerror}); name another folder") from None

@@ -169,11 +169,13 @@ def run_to_end(
     config: Any,
     device: torch.device,
     run_dir: Path,
+    resume_dir: Path | None = None,
 ) -> None:
     """Iterates until `config.total_kimg`, with ticks, training states and snapshots on the way.
 
     progress: has the attributes `checkpoint.PROGRESS`. networks: what must stay finite, and equal on all processes.
     config: as for `milestones`, with `keep_states` and `save_minutes`.
+    run_dir: takes statistics and states. resume_dir: what --resume names to go on with this run, by default the same.
     Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     states = checkpoint.StateFolder(run_dir, config.keep_states)
@@ -200,7 +202,7 @@ def run_to_end(
                 saved = states.save(steps.contents(), config.batch)
                 interruption.saved()
             if interruption.stop:
-                interruption.leave(run_dir, saved)
+                interruption.leave(resume_dir or run_dir, saved)
             if progress.at_snapshot:
                 steps.publish()
             if tick:

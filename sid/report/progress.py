@@ -20,6 +20,8 @@ from ..monitor.records import DISTANCES_FILE
 from ..start import distance_from
 from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_grid
 
+FIRST_PICTURE = "fakes_init.png"
+
 
 class Report:
     """Writes `fakes_*.png` and `metric-*.jsonl` into the run folder and remembers the best snapshot.
@@ -52,7 +54,7 @@ class Report:
         reals = self._reals
         if reals is not None and distributed.rank() == 0:
             attempt("saving reals.png", lambda: save_grid(reals, self._run_dir / "reals.png"))
-        self._show(ema, 0, "fakes_init.png")
+        self._show(ema, 0, FIRST_PICTURE)
 
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
         """Reports a snapshot. Every process must call it, with equal weights."""

@@ -1,0 +1,199 @@
+"""--trials: settings tried on the teacher at hand, the best of which goes on."""
+
+import dataclasses
+import json
+import math
+import signal
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_teacher
+
+import sid
+from dnnlib import UserError
+from edm import zoo
+from sid import trials
+from sid.distillation import Distillation
+from sid.options import parse
+from sid.trials import CANDIDATES, REFERENCE_FAN_IN, plan_trials, rate_scale
+from torch_utils import checkpoint
+from torch_utils.interruption import EXIT_CODE
+from torch_utils.updates import DivergenceError
+
+SHARE = 0.5
+SAME = {"augment": 0, "lr": 1e-5, "glr": 1e-5, "total_kimg": 0.12}  # the defaults of the rates: the candidates' matter
+
+
+def run(folder, teacher=None, **changes):
+    """(the generator's hash, the trials' results) of a short run with trials in `folder`."""
+    teacher = teacher or tiny_teacher(label_dim=0, augment_dim=0)
+    net = sid.distil(teacher, tiny_config(**{**SAME, **changes}), folder, device="cpu", trials=SHARE).net
+    return zoo.network_hash(net), json.loads((folder / "trials" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, *run(folder)
+
+
+def test_lengths_and_settings_of_the_trials():
+    teacher = tiny_teacher()
+    config, options = parse(["--recipe=auto", "--duration=0.02", "--alpha=1.1"])
+    plan = plan_trials(config, options["trials"], options["given"], teacher)
+    assert options["trials"] == 0.2
+    assert plan.images == 1984  # a tenth of 20 kimg, in batches of 32
+    assert {c.total_kimg for c in plan.configs.values()} == {20 - 1.984}  # one trial is lost, the other goes on
+    assert plan.images * len(plan.configs) <= 0.2 * 20_000
+    for name, candidate in plan.configs.items():
+        wanted = {**CANDIDATES[name], "alpha": 1.1}  # which the command line has settled
+        assert {k: candidate.options()[k] for k in wanted} == wanted
+        assert candidate.lr_decay == "cosine"
+
+
+def test_what_contradicts_the_settings_is_left_out(capsys):
+    teacher = tiny_teacher()
+    plan = plan_trials(tiny_config(augment=0.1), SHARE, ["augment"], teacher)
+    assert list(plan.configs) == ["slow-generator"]
+    assert "no trial of gradients-off: --share-noise: the generator's loss has no augmentation" in capsys.readouterr().out
+    everything = [*CANDIDATES["slow-generator"]]
+    assert len(plan_trials(tiny_config(**SAME), SHARE, everything, teacher).configs) == 1  # they would be the same
+    with pytest.raises(UserError, match="--trials"):
+        plan_trials(tiny_config(total_kimg=0.008), SHARE, [], teacher)
+
+
+def test_rates_go_down_with_the_width():
+    def net(*fan_ins):
+        return torch.nn.ModuleList(torch.nn.Linear(fan_in, 8, bias=True) for fan_in in fan_ins)
+
+    assert rate_scale(net(16, 32)) == 1
+    wide = 16 * REFERENCE_FAN_IN
+    assert rate_scale(net(int(wide))) == pytest.approx(1 / 16)
+    assert rate_scale(torch.nn.ReLU()) == 1
+    plan = plan_trials(tiny_config(**SAME), SHARE, ["lr"], net(int(wide)))
+    assert {c.lr for c in plan.configs.values()} == {1e-5}
+    assert plan.configs["slow-generator"].glr == pytest.approx(CANDIDATES["slow-generator"]["glr"] / 16)
+
+
+def test_the_closest_goes_on_from_its_own_state(unbroken):
+    folder, _, results = unbroken
+    assert set(results) == set(CANDIDATES)
+    best = min(results, key=lambda name: results[name]["distance"])
+    assert [name for name in results if results[name]["best"]] == [best]
+    assert {result["kimg"] for result in results.values()} == {0.024}
+    options = json.loads((folder / "training_options.json").read_text())
+    assert {name: options[name] for name in CANDIDATES[best]} == CANDIDATES[best]
+    assert options["total_kimg"] == 0.12 - 0.024
+    assert not [state for name in results for state in checkpoint.states(folder / "trials" / name)]
+    kimg = [json.loads(line)["Progress/kimg"] for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert kimg[0] <= 0.024  # the trial's records are the run's
+    assert kimg[-1] == 0.096
+    assert (folder / "fakes_init.png").exists()
+
+
+def test_the_distance_decides(tmp_path, monkeypatch):
+    chosen = {}
+    for name in CANDIDATES:
+
+        def trial(config, images, folder, build, report, name=name):
+            result = real(config, images, folder, build, report)
+            return {**result, "distance": 0.1 if folder.name == name else 0.2}
+
+        real = trials._trial
+        monkeypatch.setattr(trials, "_trial", trial)
+        run(tmp_path / name)
+        monkeypatch.undo()
+        chosen[name] = json.loads((tmp_path / name / "training_options.json").read_text())["score_gradient"]
+    assert chosen == {name: settings["score_gradient"] for name, settings in CANDIDATES.items()}
+
+
+@pytest.mark.parametrize("updates", [1, 5, 8])  # amid the first trial, amid the second, after both
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, unbroken, updates):
+    done = 0
+    average = Distillation.average
+
+    def interrupted(self):
+        nonlocal done
+        average(self)
+        done += 1
+        if done == updates:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Distillation, "average", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == EXIT_CODE
+    assert done == updates
+    assert run(tmp_path) == unbroken[1:]
+
+
+@pytest.mark.parametrize("step", ["unlink", "replace"])
+def test_a_kill_while_the_best_is_settled(tmp_path, monkeypatch, unbroken, step):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    settle = trials._settle
+
+    def settled(*arguments):
+        target = (trials.Path, "unlink") if step == "unlink" else (trials.os, "replace")
+        if step == "replace":  # write_atomically uses it, too
+            real = trials.os.replace
+            monkeypatch.setattr(*target, lambda a, b: kill() if "training-state" in str(b) else real(a, b))
+        else:
+            monkeypatch.setattr(*target, kill)
+        settle(*arguments)
+
+    monkeypatch.setattr(trials, "_settle", settled)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert run(tmp_path) == unbroken[1:]
+
+
+def test_a_candidate_that_diverges_loses(tmp_path, monkeypatch, capsys):
+    loop = trials.training_loop
+
+    def diverging(distillation, folder, *arguments):
+        if folder.name == "slow-generator":
+            raise DivergenceError("its weights aren't finite")
+        return loop(distillation, folder, *arguments)
+
+    monkeypatch.setattr(trials, "training_loop", diverging)
+    _, results = run(tmp_path)
+    assert results["slow-generator"]["distance"] == math.inf
+    assert results["gradients-off"]["best"]
+    assert "slow-generator after 0 kimg: energy distance from the teacher diverged" in capsys.readouterr().out
+    monkeypatch.setattr(trials, "training_loop", lambda *_: diverging(None, trials.Path("slow-generator")))
+    with pytest.raises(DivergenceError, match="every trial diverged"):
+        run(tmp_path / "all")
+
+
+def test_other_options_than_those_of_the_begun_trials_are_refused(tmp_path, monkeypatch):
+    loop = trials.training_loop
+
+    def stopping(distillation, folder, *arguments):
+        loop(distillation, folder, *arguments)
+        raise SystemExit(EXIT_CODE)
+
+    monkeypatch.setattr(trials, "training_loop", stopping)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--batch=16"):
+        run(tmp_path, batch=16)
+
+
+def test_a_begun_run_is_found_again(tmp_path):
+    """Without --nosubdir, too: by --resume=auto or the folder's name."""
+    teacher = tiny_teacher(label_dim=0, augment_dim=0)
+    config = dataclasses.replace(tiny_config(**SAME))
+    folder = tmp_path / "00000-sid-8x8-uncond-auto-batch8"
+    (folder / "trials").mkdir(parents=True)
+    for resume in ("auto", str(folder)):
+        options = {**parse([f"--outdir={tmp_path}", f"--resume={resume}", f"--trials={SHARE}"])[1]}
+        place, state = sid.run.find_place(options, sid.run.describe(teacher, config, True))
+        assert place == (str(folder), "", True)
+        assert state is None
