@@ -4,6 +4,7 @@
 #   bash run_sid.sh RECIPE [options of sid_train.py]
 #
 #   demo
+#   auto --edm_model=TEACHER    any teacher, such as one of your own: finds the settings by short trials
 #   cifar10-uncond  cifar10-cond  imagenet64-cond  ffhq64  afhq64-v2             SiD, without data
 #   the same names with -sida, such as cifar10-uncond-sida --data=images.zip     SiDA, with real images
 #
@@ -12,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 recipe=$1
 shift
@@ -29,6 +30,7 @@ imagenet64-cond-sida)  teacher=edm-imagenet-64x64-cond-adm   duration=300 ;;    
 ffhq64-sida)           teacher=edm-ffhq-64x64-uncond-vp      duration=300 ;;        # 1.040
 afhq64-v2-sida)        teacher=edm-afhqv2-64x64-uncond-vp    duration=300 ;;        # 1.276
 demo)                  teacher=assets/fashion-mnist-16/teacher.safetensors  duration=0.02 ;;
+auto)                  teacher=                                             duration=0.02 ;;
 *) usage ;;
 esac
 
@@ -40,7 +42,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # The options of the command line come last, so that they win.
 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" sid_train.py \
-    --recipe="$recipe" --edm_model="$teacher" --duration="$duration" "$@"
+    --recipe="$recipe" ${teacher:+--edm_model="$teacher"} --duration="$duration" "$@"
 
 if [ "$recipe" = demo ]; then
     case " $* " in *" -n "* | *" --dry-run "* | *--outdir* | *--nosubdir*) exit 0 ;; esac

@@ -120,6 +120,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # For any teacher, such as one of your own: measures the start, tries settings, goes on with the best.
     "auto": {
+        "edm_model": "",  # must be given
         "init_sigma": "auto",
         "trials": 0.2,
         "batch": 32,

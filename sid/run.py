@@ -96,6 +96,8 @@ def run(
     teacher, start: networks to use instead of loading --edm_model and --transfer; they aren't changed.
     Errors: UserError naming the option.
     """
+    if not options["edm_model"]:
+        raise UserError("--recipe=auto: name the teacher with --edm_model, such as the run folder of edm.train")
     if config.gan and not options["data"]:
         raise UserError("--gan learns from real images; name them with --data")
     reference = options["data_stat"] or (published_reference(options["edm_model"]) if teacher is None else None)
@@ -106,6 +108,7 @@ def run(
         if teacher is None:
             options = choose_snapshots(options)
         summary = {**config.options(), **options, "data_stat": reference, "metrics": metrics}
+        del summary["given"]
         summary["processes"] = distributed.world_size()
         if options["dry_run"] and zoo.is_here(options["edm_model"]):
             summary["memory_GB"] = dry_run(options, config, device)

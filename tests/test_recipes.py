@@ -78,6 +78,14 @@ def test_given_options_win_over_the_recipe_and_the_recipe_over_the_defaults():
     assert dry_run("--recipe=afhq64-v2", "--alpha=1.2")["alpha"] == 1.2  # the default, but given
 
 
+def test_the_recipe_for_any_teacher_needs_one():
+    result = CliRunner().invoke(sid_train.main, ["--recipe=auto", "-n"])
+    assert result.exit_code == 2
+    assert result.output.splitlines() == [
+        "Error: --recipe=auto: name the teacher with --edm_model, such as the run folder of edm.train"
+    ]
+
+
 def test_unknown_names_are_refused():
     result = CliRunner().invoke(sid_train.main, ["--recipe=cifar10", "-n"])
     assert result.exit_code == 2
@@ -86,7 +94,7 @@ def test_unknown_names_are_refused():
 
 def script_recipes():
     """{recipe: (teacher, duration in Mimg)} of run_sid.sh."""
-    lines = re.findall(r"^([\w-]+)\) +teacher=(\S+) +duration=(\S+) ;;", SCRIPT, re.MULTILINE)
+    lines = re.findall(r"^([\w-]+)\) +teacher=(\S*) +duration=(\S+) ;;", SCRIPT, re.MULTILINE)
     return {name: (teacher, float(duration)) for name, teacher, duration in lines}
 
 
@@ -119,7 +127,7 @@ def test_the_shell_script_passes_them_on(tmp_path):
 def test_the_documents_say_the_same():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, recipe in RECIPES.items():
-        if name == "demo":
+        if name in ("demo", "auto"):
             continue
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
         cells = [cell.strip() for cell in row.split("|")]
