@@ -59,11 +59,9 @@ class Plan:
     def fitting(self, options: dict[str, Any] | None, settled: Collection[str]) -> DistillationConfig:
         """The settings of the candidate that a state's options come from; the first one's if none fits."""
         configs = list(self.configs.values())
-        for config in configs if options is not None else ():
-            mine = config.options()
-            if all(mine[name] == options.get(name) for name in varied(settled)):
-                return config
-        return configs[0]
+        if options is None:
+            return configs[0]
+        return next((c for c in configs if all(c.options()[n] == options.get(n) for n in varied(settled))), configs[0])
 
 
 def varied(settled: Collection[str]) -> list[str]:
