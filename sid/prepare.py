@@ -14,7 +14,7 @@ from .adversarial import RealImages, make_loss
 from .config import DistillationConfig, resolve
 from .distillation import Distillation, Networks
 from .guidance import check_guidance
-from .state import DistillationState
+from .state import DistillationState, WeightHashes
 
 
 def prepare(
@@ -24,6 +24,7 @@ def prepare(
     start: DenoiserModule | None = None,
     resume: checkpoint.StateFile | Path | None = None,
     reals: RealImages | None = None,
+    hashes: WeightHashes | None = None,
 ) -> Distillation:
     """A distillation that is ready for its next iteration, on any number of processes.
 
@@ -32,6 +33,7 @@ def prepare(
     start:   another denoiser whose weights theta starts from.
     resume:  a training state to go on from, or its path.
     reals:   real images for the discriminator of `config.gan`.
+    hashes:  of the weights of `teacher` and `start`, if they are known already.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
     config = resolve(config, teacher, device)
@@ -42,7 +44,7 @@ def prepare(
     loss = make_loss(config, teacher, reals)
     if config.augment and getattr(teacher, "augment_dim", 0) != AugmentPipe(**EDM_MULTIPLIERS).augment_dim:
         raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
-    state = DistillationState(teacher, config, device, start)
+    state = DistillationState(teacher, config, device, start, hashes)
     networks = set_up_networks(teacher, state, config, device)
     if resume is not None:
         state.load(resume)

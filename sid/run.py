@@ -238,13 +238,14 @@ def build(
     """
     config = resolve(config, inputs.teacher, device)
     rules = resume_rules(config, override)
-    saved = None if resume is None else read_setting(resume, inputs, config, device, rules)
+    hashes = WeightHashes.of(inputs.teacher, inputs.start, config)
+    saved = None if resume is None else read_setting(resume, hashes, inputs.teacher, config, device, rules)
     reals = (
         RealImages(inputs.dataset, inputs.teacher.label_dim, device)
         if config.gan and inputs.dataset is not None
         else None
     )
-    distillation = prepare(inputs.teacher, config, device, inputs.start, resume, reals)
+    distillation = prepare(inputs.teacher, config, device, inputs.start, resume, reals, hashes)
     if resume is not None and saved is not None:
         current = checkpoint.setting(distillation.config.options(), device)
         run_folder.check_setting(resume.path, saved, current, rules)
@@ -253,19 +254,21 @@ def build(
 
 def read_setting(
     resume: checkpoint.StateFile,
-    inputs: Inputs,
+    hashes: WeightHashes,
+    teacher: DenoiserModule,
     config: DistillationConfig,
     device: torch.device,
     rules: run_folder.ResumeRules,
 ) -> dict[str, dict[str, Any]]:
     """Options and surroundings (`checkpoint.setting`) of the run that saved a state.
 
+    hashes: of the weights that this run builds on.
     Errors: UserError when the run distilled other weights, or had other options. --batch-gpu isn't compared here: a
     run that doesn't give it takes the state's.
     """
-    check_state(resume, WeightHashes.of(inputs.teacher, inputs.start, config))
+    check_state(resume, hashes)
     state = resume.read()
-    saved = saved_options(state["options"], inputs.teacher, device)
+    saved = saved_options(state["options"], teacher, device)
     asked = config.options()
     del asked["batch_gpu"]
     run_folder.refuse_changes(resume.path, saved, asked, rules)

@@ -28,8 +28,8 @@ class DistillationState:
     """Generator theta, fake score psi and theta's moving average, all starting as copies of the teacher phi.
 
     teacher: the denoiser to distil, already on `device`. start: another denoiser whose weights theta starts from, if
-    given. With config.lora_rank the networks share the teacher's weights (theta shares those of `start`, if given), and
-    states hold only what is trained.
+    given. hashes: of the weights of both, if they are known already. With config.lora_rank the networks share the
+    teacher's weights (theta shares those of `start`, if given), and states hold only what is trained.
     Errors: UserError when the teacher's weights are in half precision.
     """
 
@@ -39,6 +39,7 @@ class DistillationState:
         config: DistillationConfig,
         device: torch.device,
         start: DenoiserModule | None = None,
+        hashes: "WeightHashes | None" = None,
     ):
         if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in teacher.parameters()):
             raise UserError("the teacher's weights are in half precision, perhaps from another run; load it in float32")
@@ -48,7 +49,7 @@ class DistillationState:
         self.at_snapshot = False  # whether this iteration ends with a snapshot and its metrics
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
-        self._hashes = WeightHashes.of(teacher, start, config)
+        self._hashes = hashes or WeightHashes.of(teacher, start, config)
         overrides = config.network_overrides(teacher)
         self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
         self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
