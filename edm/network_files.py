@@ -1,4 +1,4 @@
-"""The formats of a network's file: EDM pickle, safetensors, and a folder as the diffusers library lays it out.
+"""The formats of a network's file: EDM pickle, safetensors, and a folder with config.json.
 
 Each holds the weights, the class by name, its constructor arguments, and metadata: plain values. Nothing that a file
 contains is executed. ONNX is written only.
@@ -39,14 +39,16 @@ LIMITS = {  # of what networks tell about themselves; the weights don't depend o
 SUFFIXES = (".pkl", ".safetensors")
 WRITTEN = (*SUFFIXES, ".onnx")
 FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # of what torch.save writes, mostly weights alone
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "network.safetensors"  # of a folder
+FORMER_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # with this name, the diffusers library took it for its own
+INDEX_FILE = "model_index.json"  # of a folder that the diffusers library wrote (`edm.diffusers_models`)
 OWN_KEYS = {"class_name": "_class_name", "init_args": "_init_args", "metadata": "_metadata"}  # in CONFIG_FILE
 OWN_KEYS[checkpoint.CHECKSUM] = "_sha256"
 
 
 def is_folder(path: str | os.PathLike) -> bool:
-    """Whether `path` is a network's folder."""
-    return (Path(path) / CONFIG_FILE).is_file()
+    """Whether `path` is a network's folder, written here or by the diffusers library."""
+    return any((Path(path) / name).is_file() for name in (CONFIG_FILE, INDEX_FILE))
 
 
 def read(path: Path, classes: Mapping[str, Callable[..., Any]]) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -112,7 +114,7 @@ def _read_pickle(path: Path, classes: Mapping[str, Callable[..., Any]]) -> tuple
             " and save that by edm.zoo.save_network"
         )
     net = edm_pickle.build(contents["ema"], classes, path)
-    return checked(net, path), _checked_metadata(contents.get("metadata") or {}, path)
+    return checked(net, path), checked_metadata(contents.get("metadata") or {}, path)
 
 
 # --- safetensors
@@ -209,7 +211,7 @@ def build(
         if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
             raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
         net = persistence.construct(classes[name], tuple(args), kwargs, state, path)
-        return checked(net, path), _checked_metadata(header.get("metadata"), path)
+        return checked(net, path), checked_metadata(header.get("metadata"), path)
 
 
 def checked(net: M, path: Path) -> M:
@@ -231,7 +233,7 @@ def checked(net: M, path: Path) -> M:
     return net
 
 
-def _checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
+def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     if type(metadata) is not dict or not edm_pickle.is_plain(metadata) or not all(type(k) is str for k in metadata):
         raise UserError(f"{path}: its metadata are not a dict of plain values")
     init_sigma = metadata.get("init_sigma", 1.0)
@@ -243,19 +245,29 @@ def _checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
 # --- a folder: constructor arguments by name in CONFIG_FILE, beside them `_class_name` and what else is ours
 
 
-def _write_folder(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` at the end and is removed after an error.
+
+    Errors: UserError when there is something at `path`; OSError.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: is there already: name a new folder")
-    header = _header(net, metadata)
-    config = {key: header[name] for name, key in OWN_KEYS.items() if header.get(name)} | header.get("init_kwargs", {})
-    config[OWN_KEYS[checkpoint.CHECKSUM]] = checksum(_folder_header(json.loads(json.dumps(config))), net.state_dict())
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()  # TemporaryDirectory's own is private
-        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with write_atomically(new / WEIGHTS_FILE) as file:
-            file.write(_tensors_bytes(net, {"format": "pt"}))
+        yield new
         os.replace(new, path)
+
+
+def _write_folder(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+    header = _header(net, metadata)
+    config = {key: header[name] for name, key in OWN_KEYS.items() if header.get(name)} | header.get("init_kwargs", {})
+    config[OWN_KEYS[checkpoint.CHECKSUM]] = checksum(_folder_header(json.loads(json.dumps(config))), net.state_dict())
+    with new_folder(path) as folder:
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with write_atomically(folder / WEIGHTS_FILE) as file:
+            file.write(_tensors_bytes(net, {"format": "pt"}))
 
 
 def _folder_contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:
@@ -264,7 +276,8 @@ def _folder_contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         header = _folder_header(read_json(config, MAX_HEADER_BYTES, MAX_HEADER_VALUES))
     except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
         raise UserError(f"{config}: doesn't say how to build the network: write it by edm.zoo convert") from None
-    return header, read_tensors(path / WEIGHTS_FILE)[1], config
+    former = path / FORMER_WEIGHTS_FILE
+    return header, read_tensors(former if former.is_file() else path / WEIGHTS_FILE)[1], config
 
 
 def _folder_header(values: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from dnnlib.util import printable
-from edm import network_files
+from edm import diffusers_models, network_files
 from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
@@ -39,7 +39,7 @@ NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(networks.EDMPrecond, networks.VPPrecond, networks.VEPrecond, networks.iDDPMPrecond),
-        *(networks.SongUNet, networks.DhariwalUNet),
+        *(networks.SongUNet, networks.DhariwalUNet, diffusers_models.DiffusersDenoiser),
     )
 }
 
@@ -68,6 +68,8 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
         return path
     known = names_of_kinds(kinds)
     near = difflib.get_close_matches(str(source), known, n=3) or known
+    if kind == "network" and diffusers_models.is_hub_name(source):
+        return diffusers_models.fetch(str(source))
     raise UserError(f"{source}: no such file, and no published {kind} has that name; published: {', '.join(near)}")
 
 
@@ -109,14 +111,19 @@ def is_here(source: str | os.PathLike) -> bool:
 def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> DenoiserModule:
     """A denoiser in eval mode, without gradients, float32, on the CPU. Runs nothing that the file contains.
 
-    source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, or a folder (`save_network`).
+    source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, or a folder, from `save_network`
+              or of the diffusers library, which may also be named as on the Hugging Face Hub.
     classes:  further classes that the file may name, {name: class}; for one whose constructor arguments the file
               doesn't record (`save_network`), a function of no arguments that builds the network.
     returns:  the network; its `metadata` dict holds what the file or the list of published files says about it, for
               instance {'kind': 'sid-generator', 'init_sigma': 2.5}.
     Errors:   UserError when it can't be had, is damaged, or names an unknown class.
     """
-    loaded, metadata = network_files.read(resolve(source), {**NETWORK_CLASSES, **(classes or {})})
+    path = resolve(source)
+    if diffusers_models.is_folder(path):
+        loaded, metadata = diffusers_models.read(path)
+    else:
+        loaded, metadata = network_files.read(path, {**NETWORK_CLASSES, **(classes or {})})
     net = cast(DenoiserModule, loaded.float().eval().requires_grad_(False))
     net.metadata = {**_published_metadata(str(source)), **metadata}
     try:
@@ -127,12 +134,13 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
 
 
 def load_denoiser(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> DenoiserModule:
-    """As `load_network`; a network of one of `classes` is also called once, to see that it is a denoiser.
+    """As `load_network`; a network of one of `classes`, or of the diffusers library, is also called once, to see that
+    it is a denoiser.
 
     Errors: UserError as `load_network` and `training.denoiser.check_denoiser`.
     """
     net = load_network(source, classes)
-    if type(net).__name__ in (classes or {}):
+    if type(net).__name__ in (classes or {}) or isinstance(net, diffusers_models.DiffusersDenoiser):
         check_denoiser(net, source)
     return net
 
@@ -151,8 +159,8 @@ def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: A
     """Saves a network, float32 and in eval mode; the file appears whole or not at all.
 
     path:      by suffix, .safetensors (weights; class, constructor arguments and metadata in the header) or .pkl
-               (opens in EDM's and SiD's own tools; persistent classes only); without a suffix, a new folder as the
-               diffusers library lays it out; .onnx for other programs (`edm.onnx_file`), which `load_network` doesn't
+               (opens in EDM's and SiD's own tools; persistent classes only); without a suffix, a new folder with
+               config.json; .onnx for other programs (`edm.onnx_file`), which `load_network` doesn't
                read. Of a class that isn't persistent the constructor arguments aren't known: `load_network` then
                needs a `classes` entry that takes none.
     metadata:  plain values that travel with the weights, for instance kind='sid-generator', init_sigma=2.5.
@@ -319,17 +327,21 @@ def verify_command(names: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("destination")
+@click.option("--to", type=click.Choice(["diffusers"]), help="Write a pipeline of the diffusers library")
 @classes_option
 @mirror_option
-def convert(source: str, destination: str, classes: str | None) -> None:
+def convert(source: str, destination: str, to: str | None, classes: str | None) -> None:
     """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
 
     DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), .onnx (to run elsewhere: a generator from noise to
-    8-bit images; can't be loaded again), or without a suffix a folder with config.json and
-    diffusion_pytorch_model.safetensors.
+    8-bit images; can't be loaded again), or without a suffix a folder with config.json. With --to=diffusers, a folder
+    that the diffusers library opens with DiffusionPipeline.from_pretrained; for networks of its own classes.
     """
     net: Any = load_denoiser(source, own_classes(classes))
-    save_network(net, destination, **net.metadata)
+    if to == "diffusers":
+        diffusers_models.write(net, Path(destination), net.metadata)
+    else:
+        save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
 
 

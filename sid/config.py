@@ -186,9 +186,10 @@ class DistillationConfig:
     def network_overrides(self, teacher: Any) -> dict[str, Any]:
         """Constructor arguments in which generator and fake score differ from the teacher.
 
+        `use_fp16` is an argument only of classes that have it; others are called in the precision that `resolve` gives.
         They don't inherit label dropout from the teacher's training: here only guidance drops labels.
         """
-        wanted = {"dropout": self.dropout, "use_fp16": self.use_fp16}
+        wanted = {"dropout": self.dropout, "use_fp16": self.use_fp16 if hasattr(teacher, "use_fp16") else None}
         if getattr(teacher, "init_kwargs", {}).get("label_dropout"):
             wanted["label_dropout"] = 0
         return {name: value for name, value in wanted.items() if value is not None}

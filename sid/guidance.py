@@ -80,12 +80,14 @@ def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
 def check_guidance(guidance: Guidance | None, teacher: "torch.nn.Module") -> str | None:
     """A warning if the teacher was never trained without labels, otherwise None.
 
-    Errors: UserError for a teacher without classes.
+    Errors: UserError for a teacher without classes, or without a way to be called without them.
     """
     if guidance is None:
         return None
     if not teacher.label_dim:
         raise UserError(f"--guidance={guidance}: the teacher has no classes to guide with; leave the option out")
+    if getattr(teacher, "null_class", 0) is None:
+        raise UserError(f"--guidance={guidance}: the teacher has no class that stands for none; leave the option out")
     if getattr(getattr(teacher, "model", None), "label_dropout", None) == 0:
         return (
             "--guidance calls the teacher without labels, which it was never trained for;"

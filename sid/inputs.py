@@ -9,6 +9,7 @@ import torch
 
 from dnnlib import UserError
 from edm import published, zoo
+from edm.diffusers_models import DiffusersDenoiser
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
@@ -89,7 +90,7 @@ def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, C
 
 def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None:
     """Errors: UserError when an option contradicts the teacher's architecture."""
-    init = getattr(teacher, "init_kwargs", None)
+    init = None if isinstance(teacher, DiffusersDenoiser) else getattr(teacher, "init_kwargs", None)
     found: dict[str, Any] = {"cond": bool(teacher.label_dim)}
     if init is not None:
         song = "ncsnpp" if init.get("embedding_type") == "fourier" else "ddpmpp"

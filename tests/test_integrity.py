@@ -78,7 +78,7 @@ KINDS = {
     "network.safetensors": (write_network, network),
     "network.pkl": (write_network, network),
     "network/config.json": (write_network, network),
-    "network/diffusion_pytorch_model.safetensors": (write_network, network),
+    "network/network.safetensors": (write_network, network),
     "detector-a.safetensors": (write_detector, detector),
     "reference.npz": (write_reference, reference),
     "training-state-000000.008.pt": (write_state, state),

@@ -74,7 +74,7 @@ def ends(load, *args):
 
 def network_folder(path, odd):
     path.mkdir()
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+    for name in ("config.json", "network.safetensors"):
         if odd != name:
             (path / name).write_text('{"_class_name": "Toy"}')
     return path / odd, zoo.load_network, path
@@ -87,7 +87,7 @@ def odd_places(folder):
     (folder / "x.toml").write_text('include = "other.toml"\n')
     return {
         "config": network_folder(folder / "one", "config.json"),
-        "weights": network_folder(folder / "two", "diffusion_pytorch_model.safetensors"),
+        "weights": network_folder(folder / "two", "network.safetensors"),
         "labels": (folder / "images" / "dataset.json", hostile.load_images, folder / "images"),
         "state": (folder / "x.pt", checkpoint.load_state, folder / "x.pt"),
         "included": (folder / "other.toml", load_plan, folder / "x.toml"),

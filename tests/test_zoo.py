@@ -269,7 +269,7 @@ def test_conversions_in_a_circle_are_exact(path, tmp_path):
     for name in ("init_args", "init_kwargs", "metadata"):
         assert getattr(first, name) == getattr(last, name)
     assert (tmp_path / "2.safetensors").read_bytes() == (tmp_path / "5.safetensors").read_bytes()
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+    for name in ("config.json", "network.safetensors"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     net = zoo.load_network(tmp_path / "1")
@@ -291,8 +291,14 @@ def test_damaged_folders_are_refused(tmp_path):
     (folder / "config.json").write_text("{")
     assert "config.json" in refused(zoo.load_network, folder, classes)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    assert "diffusion_pytorch_model" in refused(zoo.load_network, folder, classes)
+    (folder / "network.safetensors").unlink()
+    assert "network.safetensors" in refused(zoo.load_network, folder, classes)
+
+
+def test_folders_with_the_former_name_of_the_weights_are_read(tmp_path):
+    zoo.save_network(Linear(2), tmp_path / "net")
+    (tmp_path / "net" / "network.safetensors").rename(tmp_path / "net" / "diffusion_pytorch_model.safetensors")
+    assert zoo.load_network(tmp_path / "net", {"Linear": Linear}).metadata == {}
 
 
 def test_command_line(tmp_path, monkeypatch):

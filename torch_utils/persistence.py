@@ -68,11 +68,13 @@ def construct(
 
     The arguments may come from a file of strangers, so building may allocate no more than about what `state` holds,
     and takes a bounded number of steps.
-    No random numbers are drawn from the global generator. `source` names the file in messages.
+    No random numbers are drawn from the global generator. `source` names the file in messages. A class that imports
+    others when it is first built does so in a static method `import_library`, which isn't counted.
 
     Errors: UserError when the arguments or the weights don't fit the class.
     """
     elements = _stored_elements(state) if state is not None else 0
+    getattr(cls, "import_library", lambda: None)()
     args, kwargs = _unrepeatable(args), {name: _unrepeatable(value) for name, value in kwargs.items()}
     try:
         with torch.random.fork_rng(devices=[]), _AllocationLimit(2 * elements + SPARE_ELEMENTS):

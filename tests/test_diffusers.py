@@ -1,0 +1,397 @@
+"""Teachers and generators in the layout of the diffusers library, against the library itself."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from dnnlib import UserError
+from edm import diffusers_models, zoo
+from edm.diffusers_models import DiffusersDenoiser
+from edm.generate import main as generate
+from edm.sampler import generate_all
+from sid.guidance import Guidance, check_guidance
+from torch_utils.persistence import is_persistent
+from training.denoiser import known_sigma
+
+diffusers = pytest.importorskip("diffusers")
+diffusers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+
+UNET = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 8],
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+DIT = {
+    "_class_name": "DiTTransformer2DModel",
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "num_embeds_ada_norm": 3,
+}
+DDPM = {"_class_name": "DDPMScheduler", "clip_sample": False}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+TIMES = (0, 20, 500, 979, 998)
+
+
+def randomise(net):
+    """Weights that make every part matter, some of which the library initialises to zero."""
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    return net.eval().requires_grad_(False)
+
+
+def denoiser(model=None, scheduler=None, **changes):
+    return randomise(DiffusersDenoiser(model={**UNET, **(model or {})}, scheduler=scheduler or DDPM, **changes))
+
+
+def write(folder, net, pipeline="DDPMPipeline"):
+    """The library's own folder of the model and the scheduler behind a denoiser."""
+    scheduler = diffusers_models._scheduler_of(net)
+    getattr(diffusers, pipeline)(unet=net.net, scheduler=scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A pipeline's folder; it isn't changed."""
+    return write(tmp_path_factory.mktemp("diffusers") / "teacher", denoiser())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_clean_image_is_the_one_of_the_library(schedule, prediction, zero_snr):
+    """At every training step that is looked at, with a network that also predicts a variance."""
+    config = {"beta_schedule": schedule, "prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
+    net = denoiser({"out_channels": 2}, {**DDPM, **config, "variance_type": "learned_range"})
+    scheduler = diffusers.DDPMScheduler(**config, clip_sample=False, variance_type="learned_range")
+    for t in TIMES:
+        x_s = torch.randn(2, 1, 8, 8)
+        answer = net.net(x_s, torch.tensor([t])).sample
+        expected = scheduler.step(answer, t, x_s).pred_original_sample
+        a = scheduler.alphas_cumprod[t].double().sqrt()
+        sigma = ((1 - a**2).sqrt() / a).float().expand(2, 1, 1, 1)
+        found = net((x_s.double() / a).float(), sigma)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * (1 + sigma[0].item()))
+    if zero_snr and prediction != "epsilon":
+        x_s = torch.randn(2, 1, 8, 8)
+        expected = scheduler.step(net.net(x_s, torch.tensor([999])).sample, 999, x_s).pred_original_sample
+        found = net.scaled(x_s, torch.full([2, 1, 1, 1], torch.inf))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert net.sigma_max < 1e6
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_is_the_one_of_the_library(shift):
+    """One Euler step to t = 0 gives the clean image; a shift of the sampler's times changes nothing at one time."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    net, scheduler = denoiser(scheduler=config), diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    for s in (0.05, 0.5, 0.95):
+        scheduler.set_timesteps(sigmas=[s])
+        t = scheduler.sigmas[0]
+        x_s = torch.randn(2, 1, 8, 8)
+        expected = scheduler.step(net.net(x_s, scheduler.timesteps[:1]).sample, scheduler.timesteps[0], x_s).prev_sample
+        found = net(x_s / (1 - t), (t / (1 - t)).expand(2, 1, 1, 1))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_schedulers_add_the_same_noise():
+    expected = denoiser().times.levels
+    for name in sorted(diffusers_models.SCHEDULERS - diffusers_models.FLOW_SCHEDULERS - {"LMSDiscreteScheduler"}):
+        betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+        net = denoiser(scheduler={"_class_name": name, **betas})
+        torch.testing.assert_close(net.times.levels, expected, msg=name)
+
+
+def test_classes_are_passed_as_numbers():
+    net = denoiser({"num_class_embeds": 3})
+    x, sigma = torch.randn(3, 1, 8, 8), torch.full([3, 1, 1, 1], 2.0)
+    found = net(x, sigma, torch.eye(3))
+    t = net.times.time(sigma.flatten())
+    answer = net.net(x / 5**0.5, t, class_labels=torch.arange(3)).sample
+    torch.testing.assert_close(found, x - 2 * answer)
+    assert (found[0] - net(x, sigma, torch.eye(3)[[1, 1, 1]])[0]).abs().max() > 1e-3
+    with pytest.raises(UserError, match=r"--guidance=.*no class"):
+        check_guidance(Guidance(teacher=2.0), net)
+
+
+def test_a_transformer_of_pixels():
+    net = randomise(DiffusersDenoiser(model=DIT, scheduler=DDPM))
+    x, sigma = torch.randn(3, 1, 8, 8), torch.full([3, 1, 1, 1], 2.0)
+    t = net.times.time(sigma.flatten())
+    for condition, index in ((torch.eye(3), torch.arange(3)), (torch.zeros(3, 3), torch.full([3], 3))):
+        answer = net.net(x / 5**0.5, timestep=t, class_labels=index).sample[:, :1]
+        torch.testing.assert_close(net(x, sigma, condition), x - 2 * answer)
+    assert check_guidance(Guidance(teacher=2.0), net) is None
+    assert torch.equal(net.train()(x, sigma, torch.eye(3)), net.eval()(x, sigma, torch.eye(3)))  # drops no classes
+
+
+def test_an_embedding_table_of_times_gets_whole_numbers():
+    net = denoiser({"time_embedding_type": "learned", "num_train_timesteps": 1000})
+    sigma = torch.tensor([0.02, 2.5]).reshape(-1, 1, 1, 1)
+    known = known_sigma(net, sigma)
+    assert not torch.equal(known, sigma)
+    assert net(torch.randn(2, 1, 8, 8), known).isfinite().all()
+
+
+def layouts(folder, teacher):
+    """{name: the same model in another layout}"""
+    made = {"pipeline": teacher, "model": teacher / "unet"}
+    for name in ("flat", "alone", "sharded", "former names"):
+        made[name] = folder / name
+        shutil.copytree(teacher if name in ("sharded", "former names") else teacher / "unet", made[name])
+    shutil.copy(teacher / "model_index.json", made["flat"])
+    for name in ("flat", "alone"):
+        shutil.copy(teacher / "scheduler" / "scheduler_config.json", made[name])
+    weights = "diffusion_pytorch_model.safetensors"
+    state = load_file(teacher / "unet" / weights)
+    (made["sharded"] / "unet" / weights).unlink()
+    diffusers.UNet2DModel.from_pretrained(teacher / "unet").save_pretrained(
+        made["sharded"] / "unet", max_shard_size="10KB"
+    )
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in state.items():
+        for new, old in former.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = value
+    assert renamed.keys() != state.keys()
+    save_file(renamed, made["former names"] / "unet" / weights)
+    return made
+
+
+def test_every_layout_of_a_folder_is_read(teacher, tmp_path):
+    x, sigma = torch.randn(2, 1, 8, 8), torch.full([2, 1, 1, 1], 2.0)
+    reference = diffusers.UNet2DModel.from_pretrained(teacher / "unet")
+    for name, folder in layouts(tmp_path, teacher).items():
+        net = zoo.load_denoiser(folder)
+        assert net.metadata == {"kind": "teacher"}, name
+        t = net.times.time(sigma.flatten())
+        torch.testing.assert_close(net(x, sigma), x - 2 * reference(x / 5**0.5, t).sample, msg=name)
+    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
+
+
+def test_half_precision_and_the_licence_are_read(teacher, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(teacher, folder)
+    model = diffusers.UNet2DModel.from_pretrained(teacher / "unet").half()
+    shutil.rmtree(folder / "unet")
+    model.save_pretrained(folder / "unet", variant="fp16")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    net = zoo.load_denoiser(folder)
+    assert net.metadata == {"kind": "teacher", "licence": "apache-2.0"}
+    assert next(net.parameters()).dtype == torch.float32
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+WRONG = {  # what is done to the folder: what the message says
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler_config.json"),
+    "no weights": (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "has no diffusion_pytorch"),
+    "cut weights": (
+        lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\x10" + bytes(20)),
+        "damaged, or not a safetensors file",
+    ),
+    "pickled": (
+        lambda f: (f / "unet/diffusion_pytorch_model.safetensors").rename(f / "unet/diffusion_pytorch_model.bin"),
+        "pickled .*safe_serialization=True",
+    ),
+    "config that isn't JSON": (lambda f: (f / "unet/config.json").write_text("{"), "can't be read"),
+    "another class": (
+        lambda f: edit(f / "unet/config.json", _class_name="UNet2DConditionModel"),
+        "its model is a 'UNet2DConditionModel'; the supported classes",
+    ),
+    "another width": (lambda f: edit(f / "unet/config.json", block_out_channels=[8, 16]), "weights don't fit"),
+    "too large": (lambda f: edit(f / "unet/config.json", block_out_channels=[1 << 20, 8]), "far more"),
+    "latents": (lambda f: edit(f / "unet/config.json", in_channels=4, out_channels=4), "takes 4 channels"),
+    "no size": (lambda f: edit(f / "unet/config.json", sample_size=None), "sample_size is None"),
+    "Fourier times": (lambda f: edit(f / "unet/config.json", time_embedding_type="fourier"), "'fourier'"),
+    "classes as times": (
+        lambda f: edit(f / "unet/config.json", class_embed_type="timestep"),
+        "embedded as 'timestep'",
+    ),
+    "a VAE": (lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKL"]), "latents for a VAE"),
+    "own code": (lambda f: edit(f / "model_index.json", unet=None), "names no model"),
+    "another scheduler": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="CMStochasticIterativeScheduler"),
+        "scheduler is a 'CMStochasticIterativeScheduler'.*DDPMScheduler",
+    ),
+    "another prediction": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="score"),
+        "prediction_type is 'score'",
+    ),
+    "too many steps": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", num_train_timesteps=10**12),
+        "num_train_timesteps is 1000000000000",
+    ),
+    "falling noise": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", trained_betas=[0.1, -0.1, 0.1]),
+        "noise levels must",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit_is_one_line(wrong, teacher, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    change, message = WRONG[wrong]
+    change(folder)
+    with pytest.raises(UserError, match=message) as error:
+        zoo.load_denoiser(folder)
+    assert str(error.value).startswith(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_library_one_line_says_how_to_install_it(teacher, tmp_path, monkeypatch):
+    zoo.save_network(zoo.load_network(teacher), tmp_path / "teacher.safetensors")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for source in (teacher, tmp_path / "teacher.safetensors", "someone/unknown-model"):
+        with pytest.raises(UserError, match="pip install diffusers"):
+            zoo.load_network(source)
+
+
+def test_a_name_on_the_hub_is_read_from_the_cache(teacher, tmp_path, monkeypatch):
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--digits"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    with pytest.raises(UserError, match=r"^someone/digits: no such file or folder here, and the Hugging Face Hub"):
+        zoo.load_denoiser("someone/digits")
+    shutil.copytree(teacher, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.snapshot_download.__kwdefaults__", None, raising=False)
+    net = zoo.load_denoiser("someone/digits")
+    assert zoo.network_hash(net) == zoo.network_hash(zoo.load_denoiser(teacher))
+
+
+def test_snapshots_load_again(teacher, tmp_path):
+    net = zoo.load_denoiser(teacher)
+    assert is_persistent(net)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.full([2, 1, 1, 1], 2.0)
+    for name in ("net.safetensors", "folder"):
+        zoo.save_network(net, tmp_path / name, kind="sid-generator", init_sigma=2.5)
+        loaded = zoo.load_denoiser(tmp_path / name)
+        assert torch.equal(loaded(x, sigma), net(x, sigma))
+        assert loaded.metadata["init_sigma"] == 2.5
+    with pytest.raises(UserError, match=r"save as \.safetensors"):
+        zoo.save_network(net, tmp_path / "net.pkl")
+    clone = zoo.clone_network(net, dropout=0.5)
+    assert torch.equal(clone(x, sigma), net(x, sigma))
+    assert not torch.equal(clone.train()(x, sigma), net(x, sigma))
+
+
+def test_the_library_refuses_folders_of_this_project(tmp_path):
+    """With its own names of files it would take them for a model of its own, with other weights."""
+    zoo.save_network(denoiser(), tmp_path / "folder")
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        diffusers.UNet2DModel.from_pretrained(tmp_path / "folder")
+
+
+PIPELINES = {  # model and scheduler of the teacher
+    "epsilon": ({}, DDPM),
+    "v, zero terminal SNR": ({}, {**DDPM, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    "image, cosine": ({}, {**DDPM, "prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"}),
+    "sigmoid": ({}, {**DDPM, "beta_schedule": "sigmoid"}),
+    "learned variance": ({"out_channels": 2}, {**DDPM, "variance_type": "learned_range"}),
+    "classes": ({"num_class_embeds": 3}, DDPM),
+}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_generator_is_a_pipeline_of_the_library(kind, tmp_path):
+    """The library's one step makes the images of ours from the same noise, without any argument."""
+    net = denoiser(*PIPELINES[kind])
+    for parameter in net.net.conv_out.parameters():
+        parameter.data /= 10  # few pixels beyond white and black
+    zoo.save_network(net, tmp_path / "net.safetensors", kind="sid-generator", init_sigma=2.5)
+    command = ["convert", str(tmp_path / "net.safetensors"), str(tmp_path / "pipeline"), "--to=diffusers"]
+    done = CliRunner().invoke(zoo.main, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline_classes = {"class_labels": [0, 2]} if net.label_dim else {}
+    images = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt", **pipeline_classes).images
+    z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = net(2.5 * z, torch.full([2, 1, 1, 1], 2.5), torch.eye(3)[[0, 2]] if net.label_dim else None)
+    torch.testing.assert_close(images, (ours / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-5)
+    assert images.std() > 0.01
+    again = zoo.load_denoiser(tmp_path / "pipeline")
+    assert again.metadata == {"kind": "sid-generator", "init_sigma": 2.5}
+    torch.testing.assert_close(
+        generate_all(again, range(4)), generate_all(net_with(net, 2.5), range(4)), atol=1, rtol=0
+    )
+
+
+def net_with(net, level):
+    net.metadata = {"init_sigma": level}
+    return net
+
+
+def test_a_teacher_is_a_pipeline_of_the_library(tmp_path):
+    """It is read again as the same denoiser, and the library samples from it."""
+    for name, (model, scheduler) in {
+        **PIPELINES,
+        "flow": ({}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
+    }.items():
+        net, folder = denoiser(model, scheduler), tmp_path / name
+        diffusers_models.write(net, folder, {"kind": "teacher"})
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline(2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+        again = zoo.load_denoiser(folder)
+        x, sigma = torch.randn(2, 1, 8, 8), torch.full([2, 1, 1, 1], 0.7)
+        condition = torch.eye(3)[:2] if net.label_dim else None
+        torch.testing.assert_close(again(x, sigma, condition), net(x, sigma, condition), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_library_can_not_run_is_not_written(tmp_path):
+    from tiny import tiny_teacher
+
+    flow = denoiser(scheduler=FLOW)
+    learned = denoiser({"time_embedding_type": "learned", "num_train_timesteps": 1000})
+    for net, reason in ((tiny_teacher(), "a EDMPrecond isn't"), (flow, "starts a flow"), (learned, "whole")):
+        with pytest.raises(UserError, match=f"--to=diffusers.*{reason}"):
+            diffusers_models.write(net, tmp_path / "folder", {"init_sigma": 2.5})
+        assert not (tmp_path / "folder").exists()
+
+
+def test_commands_distil_resume_and_sample(teacher, tmp_path, monkeypatch):
+    import sid_train
+
+    monkeypatch.chdir(tmp_path)
+    common = [f"--edm_model={teacher}", "--batch=8", "--batch-gpu=8", "--device=cpu", "--outdir=run", "--nosubdir"]
+    for duration in ("0.000016", "0.000032"):
+        options = [*common, f"--duration={duration}", "--tick=0.008", "--snap=1", "--dump=1", "--dropout=0.1"]
+        done = CliRunner().invoke(sid_train.main, options, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    net = zoo.load_denoiser("run")
+    assert net.metadata["kind"] == "sid-generator"
+    assert zoo.network_hash(net) != zoo.network_hash(zoo.load_denoiser(teacher))
+    for network, grid in (("run", "one.png"), (str(teacher), "many.png")):
+        command = [f"--network={network}", f"--grid={grid}", "--seeds=0-3", "--device=cpu"]
+        assert CliRunner().invoke(generate, command, catch_exceptions=False).exit_code == 0
+        assert Path(grid).is_file()
