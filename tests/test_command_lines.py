@@ -22,6 +22,7 @@ from edm import dataset_tool, generate, train, zoo
 from edm.metrics import data_reference, evaluate, train_detector
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
+from edm.small_teachers import __main__ as small_teachers
 from sid import doctor
 from sid.bench import __main__ as bench
 from sid.config import DistillationConfig
@@ -43,6 +44,7 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "edm.train": (train.main, ["--outdir=runs", "--data={made}/images", "--cbase=4", "--cres=1", "--blocks=1", *TINY]),
     "edm.generate": (generate.main, ["--network={made}/net.safetensors", "--outdir=new", "--device=cpu"]),
     "edm.dataset_tool": (dataset_tool.main, ["--source={made}/images", "--dest=new"]),
+    "edm.small_teachers": (small_teachers.main, ["--outdir=new", "--only=digits"]),
     "edm.zoo list": (zoo.main, ["list"]),
     "edm.zoo fetch": (zoo.main, ["fetch", "{made}/net.safetensors"]),
     "edm.zoo verify": (zoo.main, ["verify"]),
@@ -150,6 +152,7 @@ def invoke(made, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(module, work, stop)
     monkeypatch.setattr(train_detector, "_augment", stop)
+    monkeypatch.setattr(small_teachers, "check_sources", stop)
     monkeypatch.setattr(download, "RETRIES", 0)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("DNNLIB_MIRROR", "")

@@ -63,6 +63,7 @@ COMMANDS = [
         for name in (
             "edm.train",
             "edm.dataset_tool",
+            "edm.small_teachers",
             "sid.report",
             "sid.doctor",
             "sid.bench",

@@ -1,0 +1,1 @@
+"""Small teachers of different kinds, made in minutes from what packages ship: python -m edm.small_teachers"""
