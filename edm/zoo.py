@@ -4,6 +4,7 @@ python -m edm.zoo list
 python -m edm.zoo fetch edm-cifar10-32x32-uncond-vp
 python -m edm.zoo verify
 python -m edm.zoo verify runs/00000-mine
+python -m edm.zoo inspect edm-cifar10-32x32-uncond-vp
 python -m edm.zoo convert edm-cifar10-32x32-uncond-vp teacher.safetensors
 """
 
@@ -32,6 +33,7 @@ from torch_utils.untrusted import edm_pickle
 from training import networks
 from training.conditions import learnt_classes
 from training.denoiser import DenoiserModule, check_denoiser
+from training.generator import start_levels
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -343,6 +345,29 @@ def convert(source: str, destination: str, to: str | None, classes: str | None) 
     else:
         save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
+
+
+@main.command("inspect")
+@click.argument("source")
+@classes_option
+@mirror_option
+def inspect_command(source: str, classes: str | None) -> None:
+    """Say what the network SOURCE is, and test whether it denoises its own samples as a teacher should.
+
+    A teacher whose prediction or times are declared wrongly is named; exit code 2.
+    """
+    from edm.inspection import facts, misfit
+
+    net = load_denoiser(source, own_classes(classes))
+    for name, text in facts(net).items():
+        click.echo(printable(f"{name:13} {text}"))
+    if start_levels(net) is not None:
+        click.echo("test          none: a one-step generator is no denoiser")
+        return
+    wrong = misfit(net)
+    if wrong is not None:
+        raise UserError(f"{source}: {wrong}")
+    click.echo("test          denoises its own samples as a teacher should")
 
 
 def _kind(name: str) -> str:

@@ -1,0 +1,154 @@
+"""What a network is, and whether its answers are those of the denoiser that it is declared as.
+
+The test needs no data. A denoiser's own samples are noised and denoised again. An exact denoiser leaves at most the
+error of the best linear one, sigma^2 v / (sigma^2 + v) per pixel for samples of variance v; on images, far less at some
+noise levels. A network whose prediction or time is declared wrongly leaves several times as much, is no better than the
+linear one anywhere (as the exact denoiser of white noise), or makes samples that are no images.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from edm.sampler import heun_sampler
+from training.conditions import Classes, as_ranges, learnt_classes
+from training.denoiser import known_sigma, noise_range, sigma_data
+from training.generator import start_levels
+from training.parameterisations import DiscreteTimes, WrappedDenoiser
+
+NUM_IMAGES, STEPS = 32, 12
+LEVELS = (0.3, 1.0, 3.0, 10.0)  # at which samples are noised, where they lie in the network's range
+MOST = 1.25  # times the linear denoiser's error: what a network that isn't exact may leave at any level
+LEAST = 0.7  # times the linear denoiser's error: what it must reach at some level
+MIN_VARIANCE, MAX_VARIANCE = 1e-3, 2.0  # of images with values in [-1, 1], with some room
+
+
+def facts(net: Any) -> dict[str, str]:
+    """{what: text}, for people to read."""
+    inner = f" around a {type(net.net).__name__}" if isinstance(net, WrappedDenoiser) else ""
+    metadata = getattr(net, "metadata", {})
+    low, high = noise_range(net)
+    levels = start_levels(net)
+    classes = learnt_classes(net)
+    learnt = f", of which {as_ranges(classes)} had images in training" if classes is not None else ""
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    told = {
+        "kind": metadata.get("kind", "generator" if levels else "teacher"),
+        "class": f"{type(net).__name__}{inner}",
+        "predicts": prediction(net) if isinstance(net, WrappedDenoiser) else "the clean image",
+        "noise levels": f"{low:g} to {high:g}",
+        "starts at": f"{levels[0]:g}" if levels else None,
+        "sigma_data": f"{sigma_data(net):g}",
+        "images": f"{net.img_channels} x {net.img_resolution} x {net.img_resolution}",
+        "classes": f"{net.label_dim}{learnt}" if net.label_dim else "none",
+        "parameters": f"{parameters / 1e6:.2f} million",
+        "licence": metadata.get("licence", "not told"),
+    }
+    return {name: str(text) for name, text in told.items() if text is not None}
+
+
+def prediction(net: WrappedDenoiser) -> str:
+    """What a wrapped network predicts, and its times, in words."""
+    times: Any = net.times
+    if isinstance(times, DiscreteTimes):
+        return f"{net.prediction}, at times 0 to {times.last}"
+    return f"{net.prediction}, at times {'1 to 0' if times.is_reversed else '0 to 1'}, times {times.scale:g}"
+
+
+@torch.no_grad()
+def denoising_errors(net: Any, seed: int = 0) -> dict[float, float]:
+    """{noise level: squared error on the network's own samples, over that of the best linear denoiser}.
+
+    Infinite where the samples are no images. Empty where the network knows none of LEVELS.
+    """
+    device = next(net.parameters()).device
+    draws = torch.Generator().manual_seed(seed)
+    condition = Classes.of(net).draw(NUM_IMAGES, device, lambda high: _whole(high, draws, device))
+    z = torch.randn([NUM_IMAGES, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
+    samples = heun_sampler(net, z.to(device), condition, num_steps=STEPS).float()
+    variance = samples.var(dim=0).mean().item()
+    low, high = noise_range(net)
+    errors = {}
+    for level in LEVELS:
+        if not low <= level <= high:
+            continue
+        sigma = known_sigma(net, torch.full([NUM_IMAGES, 1, 1, 1], level, device=device))
+        x = samples + sigma * torch.randn(samples.shape, generator=draws).to(device)
+        error = (net(x, sigma, condition) - samples).square().mean().item()
+        linear = level**2 * variance / (level**2 + variance)
+        sound = MIN_VARIANCE < variance < MAX_VARIANCE and math.isfinite(error)
+        errors[level] = error / linear if sound else math.inf
+    return errors
+
+
+def _whole(high: int, draws: torch.Generator, device: torch.device) -> torch.Tensor:
+    return torch.randint(high, [NUM_IMAGES], generator=draws).to(device)
+
+
+class _OtherTimes(torch.nn.Module):
+    """The times of a network, changed before it sees them."""
+
+    def __init__(self, times: Any, change: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.of, self.change = times, change
+        self.is_flow, self.is_reversed, self.scales = times.is_flow, times.is_reversed, times.scales
+        self.round_sigma = times.round_sigma
+
+    def time(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self.change(self.of.time(sigma))
+
+
+def alternatives(net: WrappedDenoiser) -> dict[str, WrappedDenoiser]:
+    """{how: the same network declared otherwise}"""
+    times: Any = net.times
+    is_discrete = isinstance(times, DiscreteTimes)
+    last = times.last if is_discrete else times.scale
+    steps = last + 1 if is_discrete else 1000
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "": lambda t: t,
+        "time running the other way": lambda t: last - t,
+    }
+    if not (is_discrete and times.nearest):  # whole numbers
+        changes[f"times divided by {steps}"] = lambda t: t / steps
+        changes[f"times multiplied by {steps}"] = lambda t: t * steps
+    predictions = ("flow", "reversed flow", "x0") if times.is_flow else ("epsilon", "v", "x0")
+    found = {}
+    for name, (how, change) in itertools.product(predictions, changes.items()):
+        other = copy.copy(net)
+        other._modules = dict(net._modules)
+        other.prediction = name.removeprefix("reversed ")
+        other.times = _OtherTimes(times, change)
+        if name == "reversed flow":
+            other.times.is_reversed = not times.is_reversed
+        found[" with ".join(filter(None, (name, how)))] = other
+    found.pop(net.prediction, None)
+    return found
+
+
+def fits(errors: dict[float, float]) -> bool:
+    """Whether `denoising_errors` are those of a denoiser of images."""
+    return max(errors.values()) <= MOST and min(errors.values()) <= LEAST
+
+
+def misfit(net: Any) -> str | None:
+    """What is wrong with a denoiser's declaration; None if its answers fit, or none of LEVELS is in its range."""
+    errors = denoising_errors(net)
+    if not errors or fits(errors):
+        return None
+    level = max(errors, key=errors.__getitem__)
+    found = f"at noise level {level:g} it leaves {errors[level]:.3g} times a linear denoiser's error on its own samples"
+    if not math.isfinite(errors[level]):
+        found = "its samples are no images"
+    elif errors[level] <= MOST:
+        found = "at no noise level does it denoise its own samples better than a linear denoiser"
+    if not isinstance(net, WrappedDenoiser):
+        return f"it doesn't denoise as a teacher should: {found}"
+    others = {how: denoising_errors(other) for how, other in alternatives(net).items()}
+    fitting = {how: max(errors.values()) for how, errors in others.items() if fits(errors)}
+    if not fitting:
+        return f"its answers don't fit {net.prediction} ({found}), nor another prediction that was tried"
+    return f"its answers don't fit {net.prediction} ({found}); they fit {min(fitting, key=fitting.__getitem__)}"
