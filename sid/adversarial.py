@@ -42,7 +42,7 @@ def accuracy(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def last_encoder_block(net: torch.nn.Module) -> torch.nn.Module:
-    """The last encoder block of a denoiser built on a U-Net of training/networks.py. Errors: UserError for others."""
+    """The last encoder block of a denoiser built on a U-Net of training/unets.py. Errors: UserError for others."""
     encoder = getattr(getattr(net, "model", None), "enc", None)
     if not isinstance(encoder, torch.nn.ModuleDict) or not len(encoder):
         raise UserError(

@@ -8,7 +8,7 @@ enough rank, this is ordinary training.
 The scale s = sqrt(in/r), in LoRA's terms alpha = sqrt(in r), keeps the meaning of learning rates: Adam's first
 step moves every number in B by lr, hence every number in s B A by lr in root mean square, whatever the rank.
 
-peft isn't used: it replaces layers of classes that it knows (torch.nn.Linear, Conv2d, ...), but training/networks.py
+peft isn't used: it replaces layers of classes that it knows (torch.nn.Linear, Conv2d, ...), but training/layers.py
 and foreign denoisers have their own layers. Its networks wouldn't keep their class and names either.
 """
 

@@ -1,6 +1,7 @@
 """Snapshots: EDM's files are read without running anything, ours open by executing the source that they embed."""
 
 import copy
+import importlib
 import io
 import pickle
 import random
@@ -374,6 +375,28 @@ def test_our_pickles_open_where_their_source_is_executed(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(EDM_FILES)
+
+
+def test_embedded_source_holds_what_it_imports_from_its_package(tmp_path, monkeypatch):
+    folder = tmp_path / "package_of_our_own"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    future = "from __future__ import annotations\n"
+    (folder / "low.py").write_text(f'"""Low."""\n{future}import math\nTWO = math.sqrt(4)\nTHREE = 3\n')
+    (folder / "middle.py").write_text(f"{future}from .low import TWO as two\nFOUR = two + two\n")
+    top = (
+        '"""Top."""\n'
+        + future
+        + "from .low import (\n    THREE,\n    TWO,\n)\nfrom .middle import FOUR\nSUM = TWO + THREE + FOUR\n"
+    )
+    (folder / "top.py").write_text(top)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("package_of_our_own.top")
+    source = edm_pickle.standalone_source("package_of_our_own.top")
+    found = {}
+    exec(source, found)
+    assert (found["SUM"], found["two"]) == (9, 2)
+    assert source.count("THREE = 3") == 1
 
 
 def test_our_reader_reads_them_back_exactly(tmp_path):

@@ -38,7 +38,8 @@ def persistent_class(cls: Class) -> Class:
     pickled by reference; a subclass that is decorated too records its own arguments instead of its base's.
 
     A snapshot for EDM's tools embeds the source of the class's module, so that module may import only torch, numpy,
-    the standard library and `torch_utils.persistence`.
+    the standard library, `torch_utils.persistence` and, by `from .name import ...`, modules next to it of the same
+    kind, whose source is embedded too.
     """
     construct = cls.__init__
 

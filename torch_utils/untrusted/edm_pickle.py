@@ -1,5 +1,6 @@
 """Snapshots in EDM's pickle format: read without running their code, written so that EDM's own tools open them."""
 
+import ast
 import copy
 import hashlib
 import inspect
@@ -141,9 +142,9 @@ def _is_short_int(value: Any) -> bool:
 def write(file: BinaryIO, **contents: Any) -> None:
     """Pickles objects of persistent classes and plain values, as EDM does: `write(file, ema=net)`.
 
-    The source of every class's module goes into the file, so that EDM's tools can rebuild the objects without this
-    project. Modules go as they are: copy, move to the CPU and freeze them before. The checksum of the pickle comes
-    after its end, where those tools don't look.
+    The source of every class's module goes into the file, with what it imports from its own package, so that EDM's
+    tools can rebuild the objects without this project. Modules go as they are: copy, move to the CPU and freeze them
+    before. The checksum of the pickle comes after its end, where those tools don't look.
 
     Errors: UserError when something in it has a class that the format has no place for.
     """
@@ -189,8 +190,36 @@ class _Pickler(pickle.Pickler):
         """One string object for each module, so that the file holds it once."""
         sources = vars(self).setdefault("sources", {})
         if module not in sources:
-            sources[module] = inspect.getsource(sys.modules[module])
+            sources[module] = standalone_source(module)
         return sources[module]
+
+
+def standalone_source(module: str) -> str:
+    """The source of an imported module that runs without the module's package.
+
+    Each `from .other import ...` at its top level is replaced by the source of `other`, once.
+    """
+    return "".join(_standalone_lines(module, {module}, nested=False))
+
+
+def _standalone_lines(module: str, included: set[str], nested: bool) -> list[str]:
+    """included: the modules whose source is in the text already. nested: whether this one is an inner part of it."""
+    source, package = inspect.getsource(sys.modules[module]), sys.modules[module].__package__
+    lines, text, done = source.splitlines(keepends=True), [], 0
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ImportFrom) or node.module is None or node.end_lineno is None:
+            continue
+        is_relative = node.level == 1
+        if is_relative or (nested and node.module == "__future__"):  # which only stands at the beginning
+            text += lines[done : node.lineno - 1]
+            done = node.end_lineno
+        name = f"{package}.{node.module}"
+        if is_relative and name not in included:
+            included.add(name)
+            text += _standalone_lines(name, included, nested=True)
+        if is_relative:
+            text += [f"{alias.asname} = {alias.name}\n" for alias in node.names if alias.asname]
+    return text + lines[done:]
 
 
 def _without_numpy(value: Any) -> Any:
