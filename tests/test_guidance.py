@@ -173,6 +173,12 @@ def test_labels_are_dropped_in_the_fake_scores_phase_only(monkeypatch, guidance,
     assert all(torch.equal(a, b) for a, b in zip(own, again["fake_score", False]))
 
 
+def test_labels_are_dropped_as_often_as_published():
+    """With probability 0.1 wherever kappa1 or kappa2 isn't 1 (SiD-LSG, arXiv:2406.01561); long guides phi alone."""
+    found = {text: parse_guidance(text).label_dropout for text in ("short=0.5", "long-short=1.5", "long=1.5")}
+    assert found == {"short=0.5": 0.1, "long-short=1.5": 0.1, "long=1.5": 0}
+
+
 @pytest.mark.parametrize("changes", [{}, {"guidance": "long=2"}])
 def test_without_a_guided_fake_score_no_label_is_dropped(changes):
     seen = labels_given(tiny_distillation(**changes))

@@ -55,6 +55,10 @@ def test_the_version_is_written_once(installed):
     assert distribution.version == sid.__version__
 
 
+def test_the_citation_names_this_version():
+    assert f"version: {sid.__version__}" in (ROOT / "CITATION.cff").read_text().splitlines()
+
+
 def test_every_command_is_a_command_of_this_project(installed):
     (distribution,) = importlib.metadata.distributions(path=[str(installed)])
     scripts = {entry.name: entry.load() for entry in distribution.entry_points.select(group="console_scripts")}
