@@ -9,7 +9,7 @@ from torch_utils import records
 from torch_utils.records import is_figure, measured_value
 
 from ..config import DistillationConfig
-from .rules import LATER_OPTIONS, MAY_BE_NONE, OPTIONS
+from .evidence import LATER_OPTIONS, MAY_BE_NONE, OPTIONS
 
 OPTIONS_FILE = "training_options.json"  # torch_utils.run_folder.OPTIONS_FILE, which loads torch; a test compares
 STATS_FILE = "stats.jsonl"
