@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dnnlib import UserError
 from dnnlib.download import hash_file
-from edm.metrics import train_detector
+from edm.metrics import frechet_distance, pretext, train_detector
 from edm.metrics.detector import load_detector, save_detector
 from edm.metrics.small_classifier import SmallClassifier
 
@@ -194,26 +194,103 @@ def test_training(tmp_path):
         assert result.output.splitlines()[-1].startswith(f"Error: {wrong[-1]}")
 
 
-def test_transformations_are_told_apart():
-    """Each class is another transformation, and class 0 the identity."""
-    for channels, count in ((1, 8), (3, 24)):
-        images = torch.arange(channels * 16, dtype=torch.uint8).reshape(1, channels, 4, 4).expand(count, -1, -1, -1)
-        assert train_detector.transformations(images) == count
-        made = train_detector.transformed(images, torch.arange(count))
-        assert torch.equal(made[0], images[0])
-        assert torch.equal(made[5], 255 - images[0].rot90(1, (1, 2)))
-        assert len({image.numpy().tobytes() for image in made}) == count
+def test_quarter_turns():
+    """Each image is turned by its own number of quarter turns, counterclockwise as numpy turns arrays."""
+    images = torch.arange(5 * 3 * 16, dtype=torch.uint8).reshape(5, 3, 4, 4)
+    turns = torch.tensor([0, 3, 1, 2, 1])
+    for made, image, turn in zip(pretext.turned(images, turns), images, turns.tolist()):
+        np.testing.assert_array_equal(made, np.rot90(image, turn, (1, 2)))
+
+
+def test_damages():
+    """0 leaves an image as it is, 1 blurs it, 2 adds noise, 3 makes it of aligned parts of several images."""
+    torch.manual_seed(0)
+    values = torch.arange(100, 140, dtype=torch.uint8)
+    flat = values[:, None, None, None].expand(-1, 3, 8, 8)  # image i is gray of value 100 + i
+    edges = torch.where(torch.arange(8) < 4, 60, 200).to(torch.uint8).expand(40, 3, 8, 8)
+    none, blurred, noisy, mixed = (torch.full([40], number) for number in range(4))
+    assert torch.equal(pretext.damaged(edges, none), edges)
+    assert torch.equal(pretext.damaged(flat, blurred), flat)
+    soft = pretext.damaged(edges, blurred).float()
+    assert soft.mean().item() == pytest.approx(130, abs=0.5)
+    assert 60 < soft[0, 0, 4, 3] < 130 < soft[0, 0, 4, 4] < 200
+    noise = (pretext.damaged(flat, noisy).float() - flat).std((1, 2, 3))
+    assert noise.min() > 5
+    assert noise.max() < 36
+    assert noise.std() > 2  # another level for each image
+    parts = pretext.damaged(flat, mixed)
+    assert torch.equal(parts[:, :, ::2, ::2].sort(0).values, flat[:, :, ::2, ::2])  # nothing is lost or made up
+    assert torch.equal(parts[:, :, ::2, ::2], parts[:, :, 1::2, 1::2])
+    assert (parts.amax((1, 2, 3)) > parts.amin((1, 2, 3))).all()
+    some = pretext.damaged(edges, torch.arange(40) % 4)
+    assert torch.equal(some[::4], edges[::4])
+
+
+def of_colour(colour, count, seed):
+    """uint8 [count, 3, 8, 8]: noise around one colour."""
+    noise = torch.randint(-20, 21, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed))
+    return (torch.tensor(colour)[:, None, None] + noise).to(torch.uint8)
+
+
+def test_clusters_are_found():
+    """Images around three colours lie around three centres: the colours."""
+    colours = [(200, 60, 60), (60, 200, 60), (60, 60, 200)]
+    images = torch.cat([of_colour(colour, 40, i) for i, colour in enumerate(colours)])
+    centres = pretext.find_clusters(images, 3, seed=1)
+    found = (centres.reshape(3, 3, 16) + 1) * 127.5  # colour by place
+    order = found.mean(2).argmax(1)
+    torch.testing.assert_close(found, torch.tensor(colours)[order][..., None].expand(3, 3, 16).float(), atol=6, rtol=0)
+    assert sorted(order.tolist()) == [0, 1, 2]
+
+
+def coloured_squares(count, seed):
+    """uint8 [count, 3, 8, 8]: yellow or red squares, bright at the upper left, at random places on a dark ground."""
+    draws = torch.Generator().manual_seed(seed)
+    rows, columns, kinds = (torch.randint(n, [count], generator=draws).tolist() for n in (5, 5, 2))
+    images = torch.full((count, 3, 8, 8), 20, dtype=torch.uint8)
+    for image, row, column, kind in zip(images, rows, columns, kinds):
+        colour = torch.tensor([(170, 140, 40), (160, 50, 30)][kind], dtype=torch.uint8)[:, None, None]
+        image[:, row : row + 4, column : column + 4] = colour
+        image[:, row : row + 2, column : column + 2] = colour + 80
+    return images
 
 
 def test_training_without_labels(tmp_path):
-    """A tenth of the images is held out; what the detector learns beats chance on them."""
-    gradient = np.add.outer(np.arange(8) * 20, np.arange(8) * 2).astype(np.uint8)
+    """A tenth of the images is held out, what the detector learns beats chance on them, and its features see much.
+
+    Images of the same kind lie near in its features; with exchanged colours, blurred or noisy, or of one of both
+    kinds, they lie far off.
+    """
     (tmp_path / "images").mkdir()
-    for i in range(80):
-        Image.fromarray(gradient + np.uint8(i)).save(tmp_path / f"images/{i}.png")
+    images = coloured_squares(400, seed=0)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"images/{i:03d}.png")
     dest = tmp_path / "detector.safetensors"
-    options = [f"--data={tmp_path}/images", f"--dest={dest}", "--epochs=8", "--batch=8", "--width=4", "--device=cpu"]
+    options = [f"--data={tmp_path}/images", f"--dest={dest}", "--epochs=15", "--batch=32", "--width=8", "--device=cpu"]
     result = CliRunner().invoke(train_detector.main, options)
     assert result.exit_code == 0, result.output
     assert "No labels" in result.output
-    assert load_detector(dest).metadata["test_accuracy"] > 0.4  # 1/8 by chance
+    detector = load_detector(dest)
+    assert detector.metadata["test_accuracy"] > 0.4  # about 1/5 by chance
+
+    def moments(images):
+        features = detector.features(images).double()
+        return features.mean(0).numpy(), torch.cov(features.T).numpy()
+
+    reference, others = moments(images), coloured_squares(400, seed=1)
+    near = frechet_distance(*moments(others), *reference)
+    red = others[others[:, 1].amax((1, 2)) < 180]
+    for number in (1, 2):
+        assert frechet_distance(*moments(pretext.damaged(others, torch.full([400], number))), *reference) > 5 * near
+    assert frechet_distance(*moments(others.roll(1, 1)), *reference) > 5 * near
+    assert frechet_distance(*moments(red), *reference) > 5 * near
+
+
+def test_too_few_images(tmp_path):
+    """One line for each, before any clustering."""
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((8, 8), i, dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
+    result = CliRunner().invoke(train_detector.main, [f"--data={tmp_path}/images", f"--dest={tmp_path}/x.safetensors"])
+    assert result.exit_code == 2
+    assert "--batch=128 is more than the 1 images of --data" in result.output

@@ -126,8 +126,9 @@ def test_the_questions_are_sound():
         plan = load_plan(str(path))  # sid_train.py takes every run
         assert len(plan.runs) == 3 * len(plan.settings)
         baseline = plan.runs[0]
-        assert baseline.options == {}
-        assert baseline.setting == {"second-teacher": "uncond", "other-images": "digits"}.get(path.stem, "sid")
+        assert set(baseline.options) <= ({"edm_model", "data_stat", "detector"} if "" not in plan.teachers else set())
+        names = {"second-teacher": "uncond", "other-images": "digits", "q9-teachers": "fashion-published"}
+        assert baseline.setting == names.get(path.stem, "sid")
         assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", 1.2, 20]
         for run in plan.runs:
             assert known.setdefault(run.name, run.recorded) == run.recorded  # one name, one run, whichever file asks
@@ -338,3 +339,61 @@ def test_plots(tmp_path, monkeypatch):
     assert result.exit_code == 0
     assert result.output.startswith("No plots: they need matplotlib; pip install '.[plots]'\n")
     assert {path.name for path in out.glob("sweep*")} == {"sweep.md", "sweep.jsonl"}
+
+
+# --- several teachers
+
+TEACHERS = (
+    'seeds = [0, 1]\n[common]\nmetrics = "fid8"\nduration = 0.008\nlr = 3e-5\n'
+    "[teachers.digits]\nedm_model = 'd.pkl'\ndata_stat = 'd.npz'\nlr = 2e-5\n[teachers.emoji]\nedm_model = 'e.pkl'\n"
+    "[settings.sid]\n[settings.after]\ntransfer = '{sid}'\nlr = [1e-4, 2e-4]\n"
+)
+
+
+def test_every_setting_with_every_teacher(tmp_path):
+    """Options of the setting go before its teacher's, and these before the common ones; sources keep to the teacher."""
+    plan = load_plan(write(tmp_path, TEACHERS))
+    names = ["sid", "after-lr=0.0001", "after-lr=0.0002"]
+    assert plan.teachers == {teacher: {name: f"{teacher}-{name}" for name in names} for teacher in ("digits", "emoji")}
+    assert plan.settings == [f"{teacher}-{name}" for teacher in ("digits", "emoji") for name in names]
+    found = [tuple(run.recorded[key] for key in ("edm_model", "data_stat", "lr", "transfer")) for run in plan.runs[:6]]
+    assert found == [
+        ("d.pkl", "d.npz", 2e-5, None),
+        ("d.pkl", "d.npz", 1e-4, "{digits-sid}"),
+        ("d.pkl", "d.npz", 2e-4, "{digits-sid}"),
+        ("e.pkl", None, 3e-5, None),
+        ("e.pkl", None, 1e-4, "{emoji-sid}"),
+        ("e.pkl", None, 2e-4, "{emoji-sid}"),
+    ]
+    chosen = sweep.choose(plan, "emoji,digits-sid", [1])
+    assert [run.setting for run in chosen] == ["digits-sid", *plan.settings[3:]]
+    with pytest.raises(UserError, match="no setting 'sid' in FILE"):
+        sweep.choose(plan, "sid", None)
+
+
+@pytest.mark.parametrize("teachers", ["teachers = 1\n", "teachers = {}\n", "teachers = {a = 1}\n"])
+def test_teachers_are_tables(tmp_path, teachers):
+    with pytest.raises(UserError, match=r"teachers(: write tables|\.a: not a table)"):
+        load_plan(write(tmp_path, teachers + TWO))
+
+
+def test_tables_over_teachers(tmp_path):
+    """The first has the mean FID at the end of all; those that follow compare the settings of one teacher."""
+    plan = load_plan(write(tmp_path, TEACHERS))
+    for run in plan.runs:
+        fid = {"digits-sid": 20.0, "emoji-sid": 60.0, "emoji-after-lr=0.0001": 30.0}.get(run.setting)
+        if fid is not None:
+            pretend(run, tmp_path / "out" / run.name, [(4.0, 2 * fid), (8.0, fid + run.seed)])
+    text = results.write_results(plan, tmp_path / "out")
+    first, digits, emoji = text.split("\n## ")
+    assert first.splitlines() == [
+        "| fid8 at the end | digits | emoji |",
+        "| --- | --- | --- |",
+        "| sid | 20.50 ± 0.71 | 60.50 ± 0.71 |",
+        "| after-lr=0.0001 |  | 30.50 ± 0.71 |",
+        "| after-lr=0.0002 |  |  |",
+    ]
+    assert digits.startswith("digits\n")
+    assert "emoji" not in digits
+    assert "kimg to 60.50" in emoji
+    assert (tmp_path / "out" / "sweep.md").read_text().endswith(text)

@@ -1,5 +1,6 @@
 """Trains a small classifier as the detector of a small data set: `python -m edm.metrics.train_detector --help`."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -12,13 +13,15 @@ import dnnlib
 if TYPE_CHECKING:
     import torch
 
+    from .pretext import Pretext
+
 PEAK_LR = 3e-3
 WARM_UP = 0.2  # share of the steps
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 MAX_SHIFT = 1  # pixels
 TEST_BATCH = 500
-TURNS = 4  # quarter turns
+EPOCHS, LEAST_STEPS = 10, 500
 
 
 @click.command(cls=dnnlib.LongCommand, context_settings={"show_default": True})
@@ -30,25 +33,30 @@ TURNS = 4  # quarter turns
     help="Test images: folder or zip  [default: a tenth of --data, drawn by --seed]",
 )
 @click.option("--dest", help="Detector to write (.safetensors)", type=str, required=True)
-@click.option("--epochs", help="Passes over the training images", type=dnnlib.WholeRange(min=1), default=10)
+@click.option("--epochs", type=dnnlib.WholeRange(min=1), show_default=False,
+              help=f"Passes over the training images  [default: {EPOCHS}, more if they make fewer than {LEAST_STEPS}"
+              " steps]")  # fmt: skip
 @click.option("--batch", help="Images per step", type=dnnlib.WholeRange(min=2), default=128)
 @click.option("--width", help="Channels at full resolution", type=dnnlib.WholeRange(4, 4096), default=32)
 @click.option("--seed", help="Of weights, order and augmentation", type=dnnlib.WholeRange(min=0), default=0)
 @click.option("--device", help="cuda, mps or cpu; by default the first that is there", type=str)
 def main(
-    data: str, test: str | None, dest: str, epochs: int, batch: int, width: int, seed: int, device: str | None
+    data: str, test: str | None, dest: str, epochs: int | None, batch: int, width: int, seed: int, device: str | None
 ) -> None:
     """Trains a small classifier whose hidden layer gives the features for FID, IS, KID and precision/recall.
 
-    Where --data has labels it learns those. Where it has none it learns to recognise how an image was transformed:
-    turned by a multiple of 90 degrees, inverted, its colour channels exchanged. Such features rank networks by FID and
-    KID, which is what following a training needs; the inception score then says nothing about classes.
+    Where --data has labels, the classifier learns those. Where it has none, it learns which of a few clusters of
+    similar images an image belongs to, how it was turned, and whether it was blurred, made noisy or put together from
+    parts of several images. Such features rank networks by FID and KID, which is what following a training needs; the
+    inception score then says nothing about classes.
     """
     if not dest.endswith(".safetensors"):
         raise dnnlib.UserError(f"--dest={dest} must end in .safetensors")
     if not Path(dest).parent.is_dir() or Path(dest).is_dir():
         raise dnnlib.UserError(f"--dest={dest} is a folder, or there is no folder {Path(dest).parent}: make it first")
     from torch_utils import distributed
+
+    from .pretext import Pretext
 
     place = distributed.init(device)
     images, labels, classes = load_images(data)
@@ -58,11 +66,20 @@ def main(
         images, labels = images[~held_out], None if labels is None else labels[~held_out]
     else:
         tested = load_images(test, "--test")
-    if labels is None or tested[1] is None:
-        print(f"No labels: the detector learns to recognise {transformations(images)} transformations", flush=True)
-        tested = transformed_evenly(tested[0])
-        labels, classes = None, transformations(images)
-    train_detector((images, labels, classes), tested, dest, epochs, batch, width, seed, place)
+    unlabelled = labels is None or tested[1] is None
+    check_fit((images, None if unlabelled else labels, classes), tested, batch)
+    pretext = Pretext(images, seed) if unlabelled else None
+    if pretext is not None:
+        clusters, turns, damages = pretext.sizes
+        print(
+            f"No labels: the detector learns {clusters} clusters of similar images, {turns} turns and {damages} kinds"
+            " of damage",
+            flush=True,
+        )
+        labels, tested = pretext.clusters(images), (tested[0], pretext.clusters(tested[0]), clusters)
+    if epochs is None:
+        epochs = max(EPOCHS, math.ceil(LEAST_STEPS / max(1, len(images) // batch)))
+    train_detector((images, labels, classes), tested, dest, epochs, batch, width, seed, place, pretext)
 
 
 def load_images(path: str, option: str = "--data") -> "tuple[torch.Tensor, torch.Tensor | None, int]":
@@ -101,40 +118,26 @@ def split_by_seed(count: int, seed: int) -> "torch.Tensor":
     return held_out
 
 
-def transformations(images: "torch.Tensor") -> int:
-    """How many transformations `transformed` knows for images [N, C, H, W]: 8, and 24 if they have 3 channels."""
-    return TURNS * 2 * images.shape[1]
+def check_fit(train: tuple, test: tuple, batch: int) -> None:
+    """Errors: UserError when the test images don't fit the training images, or those are fewer than `batch`.
 
-
-def transformed(images: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
-    """Image i of uint8 [N, C, H, W], with H = W, transformed as labels[i], int64 [N] below `transformations`, says.
-
-    A label is turns + 4 (inverted + 2 rolled): quarter turns, whether the values are inverted, and by how many places
-    the colour channels are rolled.
+    train, test: (uint8 images [N, C, H, W], int64 labels [N] or None, number of classes).
     """
-    result = images.clone()
-    for label in labels.unique().tolist():
-        turns, inverted, rolled = label % TURNS, label // TURNS % 2, label // (2 * TURNS)
-        chosen = images[labels == label].rot90(turns, (2, 3)).roll(rolled, 1)
-        result[labels == label] = 255 - chosen if inverted else chosen
-    return result
+    images, labels, classes = train
+    if test[0].shape[1:] != images.shape[1:] or (labels is not None and test[2] > classes):
+        raise dnnlib.UserError("--test must have the image size, channels and classes of --data")
+    if len(images) < batch:
+        raise dnnlib.UserError(f"--batch={batch} is more than the {len(images)} images of --data")
 
 
-def transformed_evenly(images: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor, int]":
-    """(transformed images, their labels, number of classes): the transformations take turns."""
-    import torch
+def train_detector(
+    train, test, dest: str, epochs: int, batch: int, width: int, seed: int, device, pretext: "Pretext | None" = None
+) -> float:
+    """Trains on `train`, writes `dest`, returns the share of answers about `test` that are right.
 
-    classes = transformations(images)
-    labels = torch.arange(len(images)) % classes
-    return transformed(images, labels), labels, classes
-
-
-def train_detector(train, test, dest: str, epochs: int, batch: int, width: int, seed: int, device) -> float:
-    """Trains on `train`, writes `dest`, returns the share of `test` that is classified right.
-
-    train, test: (uint8 images [N, C, H, W], int64 labels [N], number of classes). If the labels of `train` are None, a
-    label below the number of classes is drawn for each image and each epoch, and the image is `transformed` by it.
-    Errors: UserError when both don't fit together or there are fewer images than `batch`.
+    train, test: (uint8 images [N, C, H, W], int64 labels [N], number of classes).
+    pretext: the questions to learn about images without labels, whose `labels` are their clusters. Without it there is
+        one question, the class, about images of which half are mirrored.
     """
     import torch
     from torch.nn import functional as F
@@ -145,15 +148,17 @@ def train_detector(train, test, dest: str, epochs: int, batch: int, width: int, 
     from .small_classifier import SmallClassifier
 
     images, labels, classes = train
-    if test[0].shape[1:] != images.shape[1:] or test[2] > classes:
-        raise dnnlib.UserError("--test must have the image size, channels and classes of --data")
-    if len(images) < batch:
-        raise dnnlib.UserError(f"--batch={batch} is more than the {len(images)} images of --data")
     torch.manual_seed(seed)
+
+    def ask(images, labels):  # pictures, and the answers [N, questions]
+        return (_augment(images), labels[:, None]) if pretext is None else pretext.ask(_shift(images), labels)
+
+    sizes = [classes] if pretext is None else pretext.sizes
+    asked = (test[0], test[1][:, None]) if pretext is None else pretext.ask(*test[:2])
     init_kwargs = {
         "img_resolution": images.shape[2],
         "img_channels": images.shape[1],
-        "num_classes": classes,
+        "num_classes": sum(sizes),
         "width": width,
     }
     net = SmallClassifier(**init_kwargs).to(device)
@@ -165,18 +170,18 @@ def train_detector(train, test, dest: str, epochs: int, batch: int, width: int, 
     for epoch in range(epochs):
         net.train()
         for index in torch.randperm(len(images))[: steps * batch].split(batch):
-            if labels is None:
-                wanted = torch.randint(classes, [batch])
-                pictures = _shift(transformed(images[index], wanted))  # a mirror image may be another one turned
-            else:
-                wanted, pictures = labels[index], _augment(images[index])
-            _, logits = net(pictures.to(device))
-            loss = F.cross_entropy(logits, wanted.to(device), label_smoothing=LABEL_SMOOTHING)
+            pictures, answers = ask(images[index], labels[index])
+            logits = net(pictures.to(device))[1].split(sizes, 1)
+            losses = [
+                F.cross_entropy(own, answer, label_smoothing=LABEL_SMOOTHING)
+                for own, answer in zip(logits, answers.to(device).unbind(1))
+            ]
+            loss = torch.stack(losses).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        accuracy = measure_accuracy(net, test[0], test[1], device)
+        accuracy = measure_accuracy(net, *asked, sizes, device)
         took = dnnlib.format_time(time.time() - start)
         print(
             f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}  test accuracy {accuracy:.2%}  time {took}", flush=True
@@ -186,14 +191,18 @@ def train_detector(train, test, dest: str, epochs: int, batch: int, width: int, 
     return accuracy
 
 
-def measure_accuracy(net, images, labels, device) -> float:
-    """The share of images that `net`, in eval mode from here on, classifies right."""
+def measure_accuracy(net, images, answers, sizes: list[int], device) -> float:
+    """The share of answers, int64 [N, questions], that `net`, in eval mode from here on, gets right.
+
+    sizes: how many of its logits belong to each question.
+    """
     import torch
 
     net.eval()
     with torch.inference_mode():
-        predicted = torch.cat([net(part.to(device))[1].argmax(1).cpu() for part in images.split(TEST_BATCH)])
-    return (predicted == labels).float().mean().item()
+        logits = torch.cat([net(part.to(device))[1].cpu() for part in images.split(TEST_BATCH)])
+    predicted = torch.stack([own.argmax(1) for own in logits.split(sizes, 1)], dim=1)
+    return (predicted == answers).float().mean().item()
 
 
 def _augment(images):

@@ -11,7 +11,7 @@ import click
 from dnnlib import IntList, LongCommand, UserError, WholeRange, locked_folder
 from sid.sweep.elsewhere import is_finished, runs_elsewhere
 from sid.sweep.folders import STOPPED, status
-from sid.sweep.plan import Run, load_plan
+from sid.sweep.plan import Plan, Run, load_plan
 from sid.sweep.results import write_results
 from sid.sweep.runner import describe, run_all
 
@@ -20,7 +20,7 @@ from sid.sweep.runner import describe, run_all
 @click.argument("file")
 @click.option("--outdir", help="Folder for run folders and results; several sweeps may share it", default="sweeps")
 @click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)
-@click.option("--only", help="Settings to run, separated by commas")
+@click.option("--only", help="Settings or teachers to run, separated by commas")
 @click.option("--seeds", help="Seeds of FILE to run, separated by commas", type=IntList())
 @click.option(
     "--records", help="Folder with results of other sweeps, whose finished runs are not repeated", metavar="DIR"
@@ -45,7 +45,7 @@ def main(
     1: some failed; 75: stopped by a signal, run it again. docs/sweeps.md has the format of FILE.
     """
     plan, folder = load_plan(file, detector), Path(outdir)
-    asked = choose(plan.runs, only, seeds)
+    asked = choose(plan, only, seeds)
     elsewhere = {} if records is None else runs_elsewhere(plan, Path(records))
     chosen = without(asked, {name for name, run in elsewhere.items() if is_finished(run)}, folder)
     if records is not None:
@@ -70,10 +70,12 @@ def main(
     raise SystemExit(exit_code)
 
 
-def choose(runs: list[Run], only: str | None, seeds: list[int] | None) -> list[Run]:
-    """The runs of the settings that --only names and of the seeds that --seeds names; all without them."""
-    known = {run.setting for run in runs}
-    settings = known if only is None else set(only.split(","))
+def choose(plan: Plan, only: str | None, seeds: list[int] | None) -> list[Run]:
+    """The runs that --only names, by setting or teacher, of the seeds that --seeds names; all without them."""
+    runs, known = plan.runs, set(plan.settings)
+    named = known if only is None else set(only.split(","))
+    of_teachers = {name: set(plan.teachers[name].values()) for name in named & plan.teachers.keys() - known}
+    settings = (named - of_teachers.keys()).union(*of_teachers.values())
     unknown = sorted(settings - known)
     if unknown:
         raise UserError(f"--only={only}: no setting {unknown[0]!r} in FILE; it has {', '.join(sorted(known))}")

@@ -21,7 +21,7 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]  a package that only Python 3.10 needs
 
 PROGRAM = ("-m", "sid_train")  # what the runs execute: a file of a checkout or of an installed package
-KEYS = {"title", "include", "seeds", "common", "settings"}  # of a sweep file
+KEYS = {"title", "include", "seeds", "common", "teachers", "settings"}  # of a sweep file
 OWN = {"outdir", "nosubdir", "seed", "desc", "resume", "override", "dry-run"}  # options that the sweep sets
 NAME = re.compile(r"[A-Za-z0-9_][\w.=+-]{0,99}", re.ASCII)  # of a setting: becomes part of a folder's name
 SOURCE = re.compile(r"\{(.*)\}")  # transfer = "{NAME}": from the generator of setting NAME
@@ -63,12 +63,14 @@ class Plan:
 
     runs    ordered by seed, so that an interrupted sweep has results for every setting; the first is the baseline
     stem    names the files with the results
+    teachers  {teacher: {setting as the file names it: setting of the runs}}; one teacher "" if the file names none
     """
 
     title: str
     stem: str
     seeds: list[int]
     runs: list[Run]
+    teachers: dict[str, dict[str, str]]
 
     @property
     def settings(self) -> list[str]:
@@ -88,13 +90,15 @@ def load_plan(path: str, detector: str | None = None) -> Plan:
     if not isinstance(tables, dict) or not tables:
         raise UserError(f"{path}: needs tables [settings.NAME], each with options of sid_train.py")
     settings: dict[str, dict[str, Any]] = {}
-    for name, table in tables.items():
-        for full_name, options in _expand(path, name, table):
-            if not NAME.fullmatch(full_name) or full_name in settings:
-                raise UserError(f"{path}: setting {full_name!r}: give a unique name of letters, digits, _ . = + -")
-            settings[full_name] = options
-            if len(settings) * len(seeds) > MAX_RUNS:
-                raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
+    teachers: dict[str, dict[str, str]] = {}
+    for teacher, setting, options in _all_settings(path, content.get("teachers"), tables):
+        name = f"{teacher}-{setting}" if teacher else setting
+        if not NAME.fullmatch(name) or name in settings:
+            raise UserError(f"{path}: setting {name!r}: give a unique name of letters, digits, _ . = + -")
+        settings[name] = options
+        teachers.setdefault(teacher, {})[setting] = name
+        if len(settings) * len(seeds) > MAX_RUNS:
+            raise UserError(f"{path}: more than {MAX_RUNS} runs; shorten its lists")
     detectors = {name: {**common, **options}.get("detector") for name, options in settings.items()}
     for name, asked in detectors.items():
         _check_detector(path, name, asked, detector)
@@ -103,7 +107,7 @@ def load_plan(path: str, detector: str | None = None) -> Plan:
     _check_sources(path, {name: {**common, **own} for name, own in settings.items()})
     runs = [_make_run(path, name, seed, common, own) for seed in seeds for name, own in settings.items()]
     stem = Path(path).stem
-    return Plan(str(content.get("title", stem)), stem, seeds, runs)
+    return Plan(str(content.get("title", stem)), stem, seeds, runs, teachers)
 
 
 def _read(path: Path, may_include: bool = True) -> dict[str, Any]:
@@ -133,6 +137,22 @@ def _read(path: Path, may_include: bool = True) -> dict[str, Any]:
 
 def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is kind for item in value)
+
+
+def _all_settings(path: str, teachers: Any, tables: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(teacher, setting, options) of every setting with every teacher; without teachers, the teacher is ""."""
+    if teachers is not None and not (isinstance(teachers, dict) and teachers):
+        raise UserError(f"{path}: teachers: write tables [teachers.NAME], each with options of sid_train.py")
+    for teacher, given in (teachers or {"": {}}).items():
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: teachers.{teacher}: not a table of options")
+        for name, table in tables.items():
+            for setting, own in _expand(path, name, table):
+                options = {**given, **own}
+                source = source_setting(options.get("transfer"))
+                if teacher and source is not None:
+                    options["transfer"] = f"{{{teacher}-{source}}}"
+                yield teacher, setting, options
 
 
 def _expand(path: str, name: str, table: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from dnnlib import write_atomically
 
 from .folders import run_records
 from .plan import Plan
-from .table import Curve, curve, fid_metric, markdown, traces
+from .table import Curve, curve, fid_metric, markdown, over_teachers, traces
 
 INCHES, DOTS_PER_INCH, COLOURS = (8, 4.5), 100, 128
 LABELLED = "2357"  # first digits of the minor ticks that are labelled on a long axis
@@ -25,18 +25,30 @@ def write_results(plan: Plan, outdir: Path, elsewhere: dict[str, list[dict[str, 
     """
     found = {run.name: run_records(run, outdir / run.name) for run in plan.runs}
     records = [record for name, own in found.items() for record in own or (elsewhere or {}).get(name, [])]
-    table = markdown(records, plan.settings, plan.seeds)
+    table = tables(plan, records)
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     for name, text in ((f"{plan.stem}.jsonl", lines), (f"{plan.stem}.md", f"# {plan.title}\n\n{table}")):
         with write_atomically(outdir / name) as file:
             file.write(text.encode())
-    _plot_all(plan, records, outdir)
+    for teacher, settings in plan.teachers.items():
+        _plot_all(plan, f"{plan.stem}-{teacher}" if teacher else plan.stem, settings, records, outdir)
     return table
 
 
-def _plot_all(plan: Plan, records: list[dict[str, Any]], outdir: Path) -> None:
+def tables(plan: Plan, records: list[dict[str, Any]]) -> str:
+    """The tables of each teacher; if the file names teachers, they follow one with the FID at the end over all."""
+    if list(plan.teachers) == [""]:
+        return markdown(records, plan.settings, plan.seeds)
+    of_teachers = [
+        f"\n## {teacher}\n\n{markdown(records, list(settings.values()), plan.seeds)}"
+        for teacher, settings in plan.teachers.items()
+    ]
+    return over_teachers(records, plan.teachers) + "".join(of_teachers)
+
+
+def _plot_all(plan: Plan, stem: str, settings: dict[str, str], records: list[dict[str, Any]], outdir: Path) -> None:
     metric = fid_metric(records)
-    curves = {setting: curve(traces(records, setting, metric)) for setting in plan.settings}
+    curves = {setting: curve(traces(records, name, metric)) for setting, name in settings.items()}
     curves = {setting: line for setting, line in curves.items() if line.kimg}
     if metric is None or not curves:
         return
@@ -46,7 +58,7 @@ def _plot_all(plan: Plan, records: list[dict[str, Any]], outdir: Path) -> None:
         print("No plots: they need matplotlib; pip install '.[plots]'", flush=True)
         return
     for axis in ("kimg", "seconds"):
-        with write_atomically(outdir / f"{plan.stem}-{axis}.png") as file:
+        with write_atomically(outdir / f"{stem}-{axis}.png") as file:
             plot(curves, axis, metric, plan.title, file)
 
 

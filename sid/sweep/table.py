@@ -144,6 +144,18 @@ def markdown(records: list[dict[str, Any]], settings: list[str], seeds: list[int
     return text + ("\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else "")
 
 
+def over_teachers(records: list[dict[str, Any]], teachers: dict[str, dict[str, str]]) -> str:
+    """FID at the end by setting and teacher, which are as `Plan.teachers` has them; empty where no run is finished."""
+    metric = fid_metric(records)
+    settings = list(dict.fromkeys(setting for own in teachers.values() for setting in own))
+    rows = [[f"{metric or 'FID'} at the end", *teachers]]
+    for setting in settings:
+        runs = [traces(records, own[setting], metric) for own in teachers.values()]
+        ends = [_mean_sd([run.points[-1][1] for run in of if run.is_finished]) for of in runs]
+        rows.append([setting, *map(_text, ends)])
+    return _table(rows)
+
+
 def fid_by_kimg(records: list[dict[str, Any]], settings: list[str]) -> list[list[str]]:
     """Cells: FID wherever a run of the first setting was measured, and where each seed ended; the head comes first.
 

@@ -1,0 +1,116 @@
+"""What a detector learns from images without labels: to recognise what they look like and what was done to them."""
+
+import torch
+from torch.nn import functional as F
+
+TURNS = 4  # quarter turns
+DAMAGES = 4  # none, blurred, noisy, made of parts of several images
+BLUR_PIXELS = (0.5, 1.1)  # standard deviation of the blur, lowest and highest
+NOISE_LEVELS = (6.0, 32.0)  # standard deviation of the noise, of 255
+PARTS = (2, 4)  # per side
+CLUSTERS = 16
+CLUSTER_IMAGES = 10  # on average at least
+THUMBNAIL_PIXELS = 4
+ROUNDS = 20  # of k-means
+
+
+class Pretext:
+    """Three questions about an image: its cluster of similar images, how it was turned, and how it was damaged.
+
+    The clusters make features see colour and composition, and whether whole kinds of images are missing; turns need
+    shapes; damages make features see blur, noise and images that don't hang together.
+
+    sizes: the number of answers to each question.
+    """
+
+    def __init__(self, images: torch.Tensor, seed: int = 0):
+        """images: uint8 [N, C, H, W], whose clusters are found. seed: of the clusters."""
+        self._centres = find_clusters(images, max(1, min(CLUSTERS, len(images) // CLUSTER_IMAGES)), seed)
+        self.sizes = [len(self._centres), TURNS, DAMAGES]
+
+    def clusters(self, images: torch.Tensor) -> torch.Tensor:
+        """int64 [N]: the cluster that each of uint8 images [N, C, H, W] belongs to."""
+        return torch.cdist(_thumbnails(images), self._centres).argmin(1)
+
+    def ask(self, images: torch.Tensor, clusters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(uint8 images turned and damaged at random, answers int64 [N, 3]).
+
+        images: uint8 [N, C, H, W], H = W; clusters: theirs, int64 [N].
+        """
+        turns, damages = torch.randint(TURNS, [len(images)]), torch.randint(DAMAGES, [len(images)])
+        return damaged(turned(images, turns), damages), torch.stack([clusters, turns, damages], dim=1)
+
+
+def turned(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W], with H = W, each turned by its number, int64 [N], of quarter turns."""
+    result = images.clone()
+    for number in turns.unique().tolist():
+        result[turns == number] = images[turns == number].rot90(number, (2, 3))
+    return result
+
+
+def damaged(images: torch.Tensor, damages: torch.Tensor) -> torch.Tensor:
+    """uint8 images [N, C, H, W], each damaged as its number, int64 [N], says: not at all, blurred, noisy, mixed."""
+    result = images.clone()
+    for number, damage in enumerate((_blurred, _noisy, _mixed), start=1):
+        chosen = damages == number
+        if chosen.any():
+            result[chosen] = damage(images[chosen].to(torch.float32)).clamp(0, 255).round().to(torch.uint8)
+    return result
+
+
+def _blurred(images: torch.Tensor) -> torch.Tensor:
+    deviation = torch.empty(1).uniform_(*BLUR_PIXELS)
+    weights = torch.exp(-((torch.arange(-3, 4) / deviation) ** 2) / 2)
+    weights = (weights / weights.sum()).expand(images.shape[1], 1, 1, 7)
+    images = F.pad(images, [3] * 4, mode="replicate")
+    rows = F.conv2d(images, weights, groups=images.shape[1])
+    return F.conv2d(rows, weights.transpose(2, 3), groups=images.shape[1])
+
+
+def _noisy(images: torch.Tensor) -> torch.Tensor:
+    return images + torch.empty(len(images), 1, 1, 1).uniform_(*NOISE_LEVELS) * torch.randn_like(images)
+
+
+def _mixed(images: torch.Tensor) -> torch.Tensor:
+    """Each image is cut into square parts, and each part replaced by that of another of the images."""
+    parts = PARTS[int(torch.randint(len(PARTS), [1]))]
+    size = images.shape[-1] // parts
+    result = images.clone()
+    for row in range(0, parts * size, size):
+        for column in range(0, parts * size, size):
+            others = torch.randperm(len(images))
+            result[..., row : row + size, column : column + size] = images[
+                others, :, row : row + size, column : column + size
+            ]
+    return result
+
+
+def find_clusters(images: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
+    """Centres [count, C * THUMBNAIL_PIXELS²] of clusters of uint8 images [N, C, H, W], N >= count, by k-means.
+
+    Images are compared by their thumbnails: where they are bright, and in which colours.
+    """
+    points = _thumbnails(images)
+    centres = _first_centres(points, count, torch.Generator().manual_seed(seed))
+    for _ in range(ROUNDS):
+        nearest = torch.cdist(points, centres).argmin(1)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        means = torch.zeros_like(centres).index_add_(0, nearest, points) / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres
+
+
+def _first_centres(points: torch.Tensor, count: int, draws: torch.Generator) -> torch.Tensor:
+    """Points far from each other, as k-means++ draws them (Arthur and Vassilvitskii 2007)."""
+    chosen = [int(torch.randint(len(points), [1], generator=draws))]
+    squared = torch.full([len(points)], torch.inf)
+    while len(chosen) < count:
+        squared = torch.minimum(squared, (points - points[chosen[-1]]).square().sum(1))
+        chosen.append(int(torch.multinomial(squared + 1e-12, 1, generator=draws)))  # also where all points are equal
+    return points[chosen]
+
+
+def _thumbnails(images: torch.Tensor) -> torch.Tensor:
+    parts = [F.adaptive_avg_pool2d(part.to(torch.float32) / 127.5 - 1, THUMBNAIL_PIXELS) for part in images.split(4096)]
+    return torch.cat(parts).flatten(1)
