@@ -1,4 +1,4 @@
-"""Where images for a data set come from: folders, zips, CIFAR-10 and MNIST archives, LMDBs, told apart by contents."""
+"""Sources of images for a data set: folders, zips, CIFAR-10 and MNIST archives, LMDBs, recognised by their contents."""
 
 import gzip
 import io
@@ -27,15 +27,15 @@ MAX_EXTENSION_BYTES = 4096
 EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENSIONS += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 GZIP_MAGIC = b"\x1f\x8b"
-NAMED = 5  # so many names in a line about what was left out
+NAMED = 5  # names of left-out files that one line lists
 
 
 @dataclass
 class Source:
     """Images by index, as PIL images of mode 'L' or 'RGB', and their classes if they have any.
 
-    folders: the folder that each class was made of, if classes are folders.
-    notes: one line for each kind of thing that was found there and isn't among the images.
+    folders: the folder of each class, if the classes are folders.
+    notes: one line for each kind of file that was found in the source and left out.
     """
 
     image: Callable[[int], Image.Image]
@@ -46,7 +46,7 @@ class Source:
 
 
 def open_source(path: str | os.PathLike, labels_from_folders: bool = False) -> Source:
-    """Opens a folder or zip of images, a CIFAR-10 tar, an MNIST idx file or an LMDB, told apart by their contents.
+    """Opens a folder or zip of images, a CIFAR-10 tar, an MNIST idx file or an LMDB, recognised by its contents.
 
     labels_from_folders: folders are classes, as `training.labels.labels_from_folders` numbers them.
     Errors: UserError naming --source; nothing in a source is trusted or executed.
@@ -94,7 +94,7 @@ def _open_tree(path: Path, labels_from_folders: bool) -> Source:
 
 
 def _left_out(names: Iterable[str], why: str) -> list[str]:
-    """A line that names the first of what was left out; none if nothing was."""
+    """A line that names the first files that were left out; no line if there are none."""
     names = sorted(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return [f"left out ({why}): {', '.join(names[:NAMED])}{more}"] if names else []
@@ -115,7 +115,7 @@ def _open_mnist(path: Path) -> Source:
 
 
 def _labels_of_mnist(path: Path) -> Path | None:
-    """The labels file beside a file of images, compressed or not; `images.idx3` is a usual spelling, too."""
+    """The labels file that belongs to a file of images, compressed or not; `images.idx3` is common, too."""
     name = re.sub(r"images([-.])idx3", r"labels\1idx1", path.name)
     other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
     found = [path.with_name(n) for n in (name, other) if n != path.name and path.with_name(n).is_file()]

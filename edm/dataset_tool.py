@@ -56,9 +56,9 @@ def convert(
 ) -> str:
     """Writes the first `max_images` of `source` to the folder or zip `dest` and returns a text saying what was written.
 
-    Equal input gives equal bytes. Images stay gray if all of the source are. The text has what was left out, then a
-    table of the classes, then one line about the data set.
-    Errors: UserError; then `dest` stays absent.
+    Equal input gives equal bytes. Images stay gray if all images of the source are gray. The text lists what was left
+    out, then the classes in a table, and ends with one line about the data set.
+    Errors: UserError; `dest` isn't created then.
     """
     from training.dataset import LABELS_FILE
 
@@ -185,7 +185,7 @@ def main(
 ) -> None:
     """Turns images into a data set for training: square PNGs of one size and their labels in dataset.json.
 
-    MNIST takes its labels from the labels file beside the images; folders and zips from dataset.json, if there is one.
+    MNIST takes its labels from the labels file in the same folder; folders and zips from dataset.json, if there is one.
     Photos are turned upright by their EXIF orientation; transparent images are laid on white. The output ends with what
     was left out, a table of the classes and their numbers of images, and a line about the whole.
     """

@@ -35,7 +35,7 @@ class SeedRanges(click.ParamType):
             if first > last or len(seeds) + last - first >= MAX_SEEDS:
                 self.fail(f"{value!r} is no list of seeds; write for instance 0-63,100", param, ctx)
             seeds += range(first, last + 1)
-        return list(dict.fromkeys(seeds))  # each once
+        return list(dict.fromkeys(seeds))  # without repetitions
 
 
 @click.command(cls=LongCommand, context_settings={"show_default": True})
@@ -117,7 +117,7 @@ def main(
 
 
 def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Names the sampler that the options belong to. Errors: UserError when they belong to different ones."""
+    """The sampler that the options belong to. Errors: UserError when they belong to different ones."""
     from edm.sampler import default_sampler
 
     ablation = any(name in options for name in ABLATION)

@@ -19,7 +19,7 @@ from dnnlib import UserError, write_atomically
 from torch_utils import distributed
 
 MIN_GRID_PIXELS = 512
-ENCODED_AHEAD = 256  # so many images wait for their turn at most
+ENCODED_AHEAD = 256  # images that are encoded or waiting to be written, at most
 
 
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
@@ -74,7 +74,8 @@ def image_writer(dest: str | os.PathLike) -> Iterator[Callable[[torch.Tensor, in
             raise UserError(f"--outdir={dest} can't be written: {error.strerror}; choose another place") from None
 
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        coming: deque[tuple[int, Future[bytes]]] = deque()  # in order: a zip's bytes must not depend on the threads
+        # In order, so that a zip's bytes don't depend on the threads.
+        coming: deque[tuple[int, Future[bytes]]] = deque()
 
         def put_first() -> None:
             seed, data = coming.popleft()
@@ -91,7 +92,7 @@ def image_writer(dest: str | os.PathLike) -> Iterator[Callable[[torch.Tensor, in
 
 
 def _is_taken(dest: Path, is_zip: bool) -> bool:
-    """Whether something is there that images must not be mixed with: anything but a folder of hidden files."""
+    """Whether `path` holds something that must not be mixed with images: anything except hidden files in a folder."""
     if is_zip or not dest.is_dir():
         return os.path.lexists(dest)
     return any(not path.name.startswith(".") for path in dest.iterdir())

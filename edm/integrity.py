@@ -1,4 +1,4 @@
-"""Whether files are still as they were written: networks, training states, references, detectors, records, pictures."""
+"""Verifies files against their checksums: networks, training states, references, detectors, records, pictures."""
 
 import os
 import re
@@ -28,7 +28,7 @@ STATE_NAME = re.compile(rf"{checkpoint.STATE_PATTERN}(\.unused)?")
 
 @dataclass
 class Finding:
-    """What is known of a file. damaged: whether it isn't what was written; text: the answer in words."""
+    """The result for one file. damaged: whether the file differs from what was written; text: the result in words."""
 
     path: Path
     damaged: bool
@@ -63,7 +63,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _check(path: Path) -> str:
-    """What is known of a file. Errors: UserError when it is damaged."""
+    """Says how a file was verified. Errors: UserError when it is damaged."""
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path}: links to {os.readlink(path)}, which isn't there")
     if path.is_dir():
@@ -172,7 +172,7 @@ def _check_records(path: Path) -> str:
 
 
 def _check_best(path: Path, best: dict[str, Any]) -> None:
-    """Holds best.json against the snapshots and the records of metrics beside it."""
+    """Compares best.json with the snapshots and metric records in its folder."""
     name, metric = (os.path.basename(str(best.get(key))) for key in ("snapshot", "metric"))
     if not (path.parent / name).is_file():
         raise UserError(f"{path}: names {name}, which isn't there")

@@ -28,7 +28,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 MAX_HEADER_BYTES = 16 << 20
 MAX_HEADER_VALUES = 100_000
 MAX_SIGMA = 1e6
-LIMITS = {  # of what networks tell about themselves; the weights don't depend on the resolution, so they don't limit it
+LIMITS = {  # of the attributes that a file sets; the resolution needs a limit because the weights don't depend on it
     "img_resolution": (1, 8192),
     "img_channels": (1, 1024),
     "label_dim": (0, 1 << 20),
@@ -40,7 +40,7 @@ SUFFIXES = (".pkl", ".safetensors")
 WRITTEN = (*SUFFIXES, ".onnx")
 FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # of what torch.save writes, mostly weights alone
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "network.safetensors"  # of a folder
-FORMER_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # with this name, the diffusers library took it for its own
+FORMER_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in older folders
 INDEX_FILE = "model_index.json"  # of a folder that the diffusers library wrote (`edm.diffusers_models`)
 OWN_KEYS = {"class_name": "_class_name", "init_args": "_init_args", "metadata": "_metadata"}  # in CONFIG_FILE
 OWN_KEYS[checkpoint.CHECKSUM] = "_sha256"
@@ -141,9 +141,9 @@ def checksum(header: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
 
 @contextlib.contextmanager
 def verified(header: dict[str, Any], state: dict[str, torch.Tensor], source: Any) -> Iterator[None]:
-    """Raises UserError at the end, or when what is done meanwhile does, if the checksum in the header is wrong.
+    """Raises UserError if the checksum in the header is wrong: at the end, or in place of an error raised meanwhile.
 
-    Files of other makers, and older ones, have none.
+    Files from other programs, and older ones, have no checksum.
     """
     damage = None
     if checkpoint.CHECKSUM in header:
@@ -185,7 +185,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def _parse(text: str, names: Collection[str], path: Path) -> dict[str, Any]:
-    """The header of the tensors of these names."""
+    """The header that describes the tensors of these names."""
     try:
         header = parse_json(text, MAX_HEADER_VALUES)
         return {**header, "class_name": str(header["class_name"])}
@@ -215,7 +215,7 @@ def build(
 
 
 def checked(net: M, path: Path) -> M:
-    """The network in float32, if its weights are finite and what it tells about itself can be: sizes, noise levels."""
+    """The network in float32, once its weights are found finite and its sizes and noise levels plausible."""
     weight = misc.first_non_finite(net.float())
     if weight is not None:
         raise UserError(
@@ -242,7 +242,7 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     return metadata
 
 
-# --- a folder: constructor arguments by name in CONFIG_FILE, beside them `_class_name` and what else is ours
+# --- a folder: CONFIG_FILE holds the constructor arguments by name, `_class_name`, and further entries of this project
 
 
 @contextlib.contextmanager

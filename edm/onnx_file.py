@@ -21,7 +21,7 @@ EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
 
 
 class _OneStep(torch.nn.Module):
-    """All that a one-step generator does, from standard normal noise to 8-bit images."""
+    """Everything a one-step generator does, from standard normal noise to 8-bit images."""
 
     inputs, output = ("z",), "images"
 
@@ -51,7 +51,7 @@ def can_trace() -> bool:
 
 @torch.no_grad()
 def _check_finite(net: Any, init_sigma: float | None) -> None:
-    """Raises UserError unless weights and answers are finite: the model in the file can't check them any more."""
+    """Raises UserError unless weights and answers are finite: the exported model can't check them."""
     weight = first_non_finite(net)
     if weight is not None:
         raise UserError(f".onnx: {weight} holds NaN or infinity; take an earlier snapshot")
@@ -64,7 +64,7 @@ def _check_finite(net: Any, init_sigma: float | None) -> None:
 
 
 def _noise_levels(net: Any) -> list[float]:
-    """From the lowest to the highest that samplers use (arXiv:2206.00364, Table 1), within what the network knows."""
+    """Noise levels over the range that samplers use (arXiv:2206.00364, Table 1), within the network's own range."""
     lowest, highest = max(SIGMA_MIN, float(net.sigma_min)), min(SIGMA_MAX, float(net.sigma_max))
     levels = torch.logspace(math.log10(lowest), math.log10(highest), PROBED_LEVELS)
     return net.round_sigma(levels.clamp(lowest, highest)).tolist()
@@ -94,7 +94,8 @@ def model_bytes(net: Any, header: dict[str, Any]) -> bytes:
         arguments.append(torch.eye(net.label_dim)[[0] * EXAMPLES])
         names.append("class_labels")
     images = {0: torch.export.Dim("N", max=MOST)}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that these networks don't use
+    # Its warnings concern packages that these networks don't use.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         _check_finite(net, init_sigma)
         with warnings.catch_warnings():
@@ -113,7 +114,7 @@ def model_bytes(net: Any, header: dict[str, Any]) -> bytes:
     except UserError:
         raise
     except Exception as error:  # of the tracer, on what a network of any class does
-        reason = re.sub(r"\x1b\[\d+m", "", one_line(error))  # it is coloured
+        reason = re.sub(r"\x1b\[\d+m", "", one_line(error))  # without colours
         raise UserError(
             f"{type(net).__name__} can't be made an ONNX model by PyTorch {torch.__version__}: {reason}"
         ) from None

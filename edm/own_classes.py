@@ -1,4 +1,4 @@
-"""--classes: networks of one's own classes on the command line. It doesn't import torch, so that --help is quick."""
+"""--classes: networks of your own classes on the command line. It doesn't import torch, so that --help is quick."""
 
 import importlib
 import inspect
@@ -20,7 +20,7 @@ ENTRY = re.compile(r"(?:(?P<name>\w+)=)?(?P<module>[\w.]+):(?P<attribute>\w+)")
 
 
 def classes_option(function: Any) -> Any:
-    """Adds --classes to a command, which gets its text as the argument `classes`."""
+    """Adds --classes to a command; its value arrives as the argument `classes`."""
     return click.option("--classes", metavar="MODULE:CLASS", help=HELP)(function)
 
 

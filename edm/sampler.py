@@ -136,7 +136,7 @@ def ablation_sampler(
 
 
 def _denoise(net: Any, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-    """The network's answer to a float64 state [N, C, H, W] at one noise level, in float64; it is called in float32."""
+    """The network's answer to a float64 state [N, C, H, W] at one noise level, in float64; the call is in float32."""
     levels = sigma.to(torch.float32).expand(x.shape[0]).reshape(-1, 1, 1, 1)
     return net(x.to(torch.float32), levels, class_labels).to(torch.float64)
 
@@ -238,7 +238,7 @@ def _iddpm_steps(
 # ----------------------------------------------------------------------------
 # Seeded generation.
 
-SEEDS = 2**32  # so many different ones
+SEEDS = 2**32  # how many different seeds there are
 SAMPLERS: dict[str, Callable] = {"heun": heun_sampler, "ablation": ablation_sampler, "one-step": one_step_sampler}
 
 
@@ -248,7 +248,7 @@ class SeededDraws:
     def __init__(self, seeds: Iterable[int], device: torch.device):
         seeds = [int(seed) for seed in seeds]
         for seed in seeds:
-            if not 0 <= seed < SEEDS:  # the generator has no others: 2**32 would give the image of 0 again
+            if not 0 <= seed < SEEDS:  # torch's generator has only these: 2**32 would repeat the image of seed 0
                 raise UserError(f"--seeds: there is no seed {seed}; seeds go from 0 to {SEEDS - 1}")
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._device = device

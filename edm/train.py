@@ -105,7 +105,7 @@ def train(
             zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, **metadata)
 
         training_begins.set()
-        # Heun's method can't sample a denoiser of one noise level.
+        # Heun's method can't sample with a denoiser of a single noise level.
         training_loop(training, dataset, run_dir, save_snapshot, report.snapshot if sigma is None else None)
         distributed.print0(f"next: {training_report.next_command(run_dir, options, evaluator)}")
 
@@ -144,7 +144,7 @@ def resume_rules(config: "TrainingConfig", override: bool = False) -> "ResumeRul
 
 
 def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
-    """Errors: UserError when a network of these sizes can't be called, found out on a device without values."""
+    """Errors: UserError when a network of these sizes can't be called, which is tried on the meta device."""
     import torch
 
     from training import networks
@@ -154,7 +154,7 @@ def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
         try:
             net = getattr(networks, precond)(**network_kwargs)
         except (MemoryError, RuntimeError, OverflowError):
-            return  # `build_network` says so
+            return  # `build_network` reports it
         x, sigma = torch.zeros([2, network_kwargs["img_channels"], size, size]), torch.ones([2, 1, 1, 1])
         try:
             net(x, sigma, torch.zeros([2, labels]) if labels else None)
@@ -166,7 +166,7 @@ def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
 
 
 def build_network(precond: str, network_kwargs: dict[str, Any]) -> "torch.nn.Module":
-    """The network that is to be trained. Errors: UserError when there is no room for it."""
+    """The network to train. Errors: UserError when there is no memory for it."""
     from training import networks
 
     try:
@@ -177,7 +177,7 @@ def build_network(precond: str, network_kwargs: dict[str, Any]) -> "torch.nn.Mod
 
 
 def single_level_loss(sigma: float) -> "EDMLoss":
-    """EDM's loss at one noise level: a denoiser that gives the score of the data smoothed by sigma, and no other."""
+    """EDM's loss at one noise level; the denoiser then gives the score of the data smoothed by sigma alone."""
     import math
 
     from training.loss import EDMLoss
@@ -186,7 +186,10 @@ def single_level_loss(sigma: float) -> "EDMLoss":
 
 
 def copy_weights(source: "torch.nn.Module", target: "torch.nn.Module", name: str) -> None:
-    """Copies every parameter and buffer that both networks have in the same shape; refuses when none fits."""
+    """Copies all parameters and buffers that both networks have in the same shape.
+
+    Errors: UserError when there are none.
+    """
     state = target.state_dict()
     fitting = {k: v for k, v in source.state_dict().items() if k in state and state[k].shape == v.shape}
     if not fitting:

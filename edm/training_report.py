@@ -1,4 +1,4 @@
-"""What a training of a teacher shows: its size at the start, pictures and metrics at snapshots, the next command."""
+"""What training a teacher prints and draws: the sizes at the start, pictures and metrics, the next command."""
 
 import shlex
 from pathlib import Path
@@ -42,7 +42,7 @@ class TeacherReport:
         if self._metrics is not None:
             try:
                 self._metrics.measure(ema, nimg)
-            except UserError as error:  # a young network may make images that no metric takes
+            except UserError as error:  # early in training, images may be unfit for any metric
                 distributed.print0(f"Warning: no metrics at {nimg / 1e3:.1f} kimg: {error.message}; the run goes on")
 
     def _draw(self, ema: torch.nn.Module, path: Path) -> None:
@@ -66,7 +66,7 @@ def make_evaluator(options: dict[str, Any], device: torch.device) -> Evaluator |
 
 
 def describe_start(net: torch.nn.Module, dataset: Any, config: Any, device: torch.device) -> str:
-    """Three lines about what is trained on what, how, and for how long."""
+    """Three lines about the network, the data, and the length and pace of the training."""
     parameters = sum(p.numel() for p in net.parameters())
     classes = f"{dataset.label_dim} classes" if dataset.label_dim else "without classes"
     side, channels = dataset.resolution, dataset.num_channels

@@ -1,4 +1,4 @@
-"""Networks and other files by name, path or URL: loading, saving, cloning.
+"""Loads, saves and clones networks; finds them and other files by name, path or URL.
 
 python -m edm.zoo list
 python -m edm.zoo fetch edm-cifar10-32x32-uncond-vp
@@ -49,10 +49,10 @@ NETWORK_CLASSES: dict[str, type] = {
 def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
     """The local file behind a published file's short name, a path or a URL; downloaded if need be.
 
-    A run folder stands for its best snapshot, or its newest where it measured no FID.
+    A run folder stands for its best snapshot, or for its newest one if no FID was measured.
 
     kind: 'network' (any teacher or generator), 'reference', 'images' or 'detector'.
-    Errors: UserError when there is no such file, it can't be fetched, or a short name is also that of a network here.
+    Errors: UserError when the file doesn't exist or can't be downloaded, or a local network has the short name, too.
     """
     kinds = NETWORK_KINDS if kind == "network" else (kind,)
     entry = find(str(source))
@@ -76,7 +76,7 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
 
 
 def _refuse_ambiguous(name: str, kind: str) -> None:
-    """Errors: UserError when a file or a folder with networks lies here under the short name of a published file."""
+    """Errors: UserError when a local file or folder with networks has the short name of a published file."""
     path = user_path(name)
     folder = kind == "network" and (network_files.is_folder(path) or any(path.glob("network-snapshot-*")))
     if folder or path.is_file():
@@ -84,13 +84,13 @@ def _refuse_ambiguous(name: str, kind: str) -> None:
 
 
 def network_file(source: str) -> str:
-    """`source`, or the snapshot that stands for it where it is a run folder. Errors: UserError as `resolve`."""
+    """`source`, or its best or newest snapshot if it is a run folder. Errors: UserError as `resolve`."""
     is_path = find(source) is None and not is_url(source) and user_path(source).is_dir()
     return str(_snapshot(user_path(source))) if is_path and not network_files.is_folder(source) else source
 
 
 def _snapshot(folder: Path) -> Path:
-    """The best snapshot in a run folder, else the newest, and says which. Errors: UserError when there is none."""
+    """The best or otherwise the newest snapshot in a run folder; prints which. Errors: UserError when it has none."""
     best, snapshots = folder / checkpoint.BEST_LINK, checkpoint.snapshots(folder)
     if best.is_file():
         chosen, which = folder / os.readlink(best) if best.is_symlink() else best, "best"
@@ -104,7 +104,7 @@ def _snapshot(folder: Path) -> Path:
 
 
 def is_here(source: str | os.PathLike) -> bool:
-    """Whether a network's file is on this machine already, so that loading it downloads nothing."""
+    """Whether loading a network downloads nothing, because its file is on this machine already."""
     entry = find(str(source))
     address = entry.url if entry is not None else str(source)
     return cache_path(address).is_file() if is_url(address) else user_path(source).exists()
@@ -213,7 +213,7 @@ def network_hash(net: torch.nn.Module) -> str:
 
 
 def published(source: str) -> Published | None:
-    """The entry of a short name, of its URL, or of a file that has its name in the cache or elsewhere; else None."""
+    """The entry for a short name, a URL, or a file of that name in the cache or elsewhere; otherwise None."""
     entry = find(source)
     if entry is not None:
         return entry
@@ -259,7 +259,7 @@ def main() -> None:
 
 
 def mirror_option(function: Any) -> Any:
-    """--mirror, for this process and those that it starts."""
+    """Sets --mirror for this process and the processes that it starts."""
 
     def use(_context: Any, _option: Any, value: str | None) -> None:
         if value is not None:
@@ -295,11 +295,11 @@ def fetch(names: tuple[str, ...]) -> None:
 @main.command("verify")
 @click.argument("names", nargs=-1)
 def verify_command(names: tuple[str, ...]) -> None:
-    """Read files again and compare them with their checksums, one line for each.
+    """Compare files with their checksums and print one line for each.
 
     NAMES: short names of downloaded files, whose published or first-seen hashes are compared; files that this project
-    has written; run folders, of which every snapshot, state, reference, picture and record is read. Without, all files
-    that were downloaded. Exit code 2 if one is damaged or missing.
+    has written; run folders, with all their snapshots, states, references, pictures and records. Without NAMES: all
+    downloaded files. Exit code 2 if a file is damaged or missing.
     """
     wrong = 0
     for name in names or FILES:

@@ -1,8 +1,8 @@
 """Detectors: what turns images into features and class probabilities.
 
 Two kinds of file hold one: a TorchScript file called as NVIDIA's Inception is, and a `.safetensors` of one of the
-classes in DETECTOR_CLASSES (class and constructor arguments in its header; nothing in the file is executed). The former
-is a program in itself, so only the published one and what the user names is run.
+classes in DETECTOR_CLASSES (class and constructor arguments in its header; nothing in the file is executed). A
+TorchScript file is a program, so only the published one and those that the user names are run.
 """
 
 import json
@@ -27,7 +27,7 @@ from .small_classifier import SmallClassifier
 
 DEFAULT_DETECTOR = "inception-2015-12-05"
 DETECTOR_CLASSES = {"SmallClassifier": SmallClassifier}
-PROBE_RESOLUTION = 32  # a TorchScript file doesn't tell its number of features: it is asked with one such image
+PROBE_RESOLUTION = 32  # of the image with which a TorchScript file is called once, to learn how many features it gives
 
 
 class Detector(ABC):
@@ -108,7 +108,7 @@ class TorchScriptDetector(Detector):
 class ModuleDetector(Detector):
     """A network that lives here, called `(uint8 images) -> (features, logits)`; weights from a `.safetensors`.
 
-    metadata: what the header records beside the class: how it was made, its accuracy.
+    metadata: further entries of the header: how the detector was made, its accuracy.
     """
 
     def __init__(self, path: Path, device: torch.device):

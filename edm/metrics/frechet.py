@@ -28,7 +28,7 @@ def frechet_distance(mu: np.ndarray, sigma: np.ndarray, mu_ref: np.ndarray, sigm
 def _root(sigma: np.ndarray) -> np.ndarray:
     """R with RRᵀ = Σ: the Cholesky factor, or for a deficient rank [D, rank], several times slower.
 
-    Directions that are zero but for rounding are left out: a root would blow 1e-16 up to 1e-8 in each of them.
+    Directions that are zero up to rounding are left out: a root would blow 1e-16 up to 1e-8 in each of them.
     """
     rounding = len(sigma) * np.finfo(np.float64).eps
     try:

@@ -28,7 +28,7 @@ class InceptionScore:
         self._sums.index_add_(0, split, parts)
 
     def is_finite(self) -> bool:
-        """Whether all probabilities were."""
+        """Whether all probabilities were finite."""
         return self._sums is None or bool(self._sums.isfinite().all())
 
     def merge_processes(self, device: torch.device | str = "cpu") -> None:

@@ -20,14 +20,14 @@ GATHERED_ROWS = 4096  # rows of features in one message
 
 @dataclass
 class Measured:
-    """What a pass over images has left: by number of images from the first one, and features in order."""
+    """The results of a pass over images; the keys say how many images, from the first one, an entry covers."""
 
     statistics: dict[int, FeatureStatistics]
     scores: dict[int, InceptionScore]
     features: torch.Tensor | None  # float32 [N, D] on the CPU
 
     def is_finite(self) -> bool:
-        """Whether all features and probabilities were."""
+        """Whether all features and probabilities were finite."""
         scores = all(score.is_finite() for score in self.scores.values())
         features = self.features is None or bool(self.features.isfinite().all())
         return scores and features and all(moments.is_finite() for moments in self.statistics.values())
@@ -44,8 +44,8 @@ def measure(
 ) -> Measured:
     """Passes once over the images of all processes; every process must call it and gets the same result.
 
-    statistics, scores: numbers of images, from the first one, to take feature statistics and inception scores of.
-    features: of how many images to keep the features.
+    statistics, scores: for each number n, feature statistics or inception scores are taken of the first n images.
+    features: how many images' features to keep.
     Errors: UserError when the source has too few images, they don't fit the detector, or its features aren't finite.
     """
     moments = {num: FeatureStatistics(detector.feature_dim, detector.device) for num in statistics}

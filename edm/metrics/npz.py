@@ -1,4 +1,4 @@
-"""Arrays of `.npz` files of strangers: nothing is unpickled, and no claim about a size is believed."""
+"""Reads arrays from untrusted `.npz` files: nothing is unpickled, and sizes are checked before memory is taken."""
 
 import io
 import math
@@ -17,11 +17,11 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 def read_arrays(path: str | os.PathLike, kinds: dict[str, str], max_bytes: int) -> dict[str, np.ndarray]:
-    """Those of the arrays named in `kinds` that the file holds, writeable.
+    """The arrays named in `kinds` that the file holds, writeable.
 
     kinds: numpy's letter for the kind of each: 'f' real numbers, 'u' unsigned whole numbers, 'U' text.
     max_bytes: of each array; checked before memory is taken, and compressed ones are not read any further.
-    Errors: ValueError, with the reason in words, when the file is none, is damaged, or holds larger or other arrays.
+    Errors: ValueError, with the reason, when the file isn't an .npz, is damaged, or has arrays of other kinds or sizes.
     """
     try:
         with open_zip(path, MAX_ARRAYS) as archive:
@@ -58,7 +58,7 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind: str, max_bytes
             raise ValueError(f"{entry.filename} has another size than it claims")
         data = bytearray(start[header.tell() :])
         while len(data) < wanted and (chunk := file.read(min(wanted - len(data), 1 << 24))):
-            data += chunk  # in steps: as much memory as there is data, whatever is claimed
+            data += chunk  # in steps, so that memory follows the data and not the claimed size
     if len(data) != wanted:
         raise ValueError(f"{entry.filename} ends too early")
     array = np.frombuffer(data, dtype) if wanted else np.empty(0, dtype)

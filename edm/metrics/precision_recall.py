@@ -22,7 +22,7 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = NEIGH
     real, generated = finite_features(real), finite_features(generated)
     device = "cpu" if real.device.type == "mps" else real.device
     real, generated = real.to(device, torch.float64), generated.to(device, torch.float64)
-    center = real.mean(0)  # smaller norms, smaller rounding errors
+    center = real.mean(0)  # smaller norms have smaller rounding errors
     real, generated = real - center, generated - center
     precision = _covered(generated, real, _squared_radii(real, k)).mean().item()
     recall = _covered(real, generated, _squared_radii(generated, k)).mean().item()

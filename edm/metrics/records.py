@@ -1,4 +1,4 @@
-"""Records of metrics: joined over trials, as a line to read, as lines of JSON."""
+"""Records of metrics: summarised over trials, described in one line, appended to a file as JSON lines."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import dnnlib
 
 
 def summarise(trials: Sequence[Sequence[dict]]) -> list[dict]:
-    """Joins the records of the same metrics over trials: each value's mean, standard deviation and minimum.
+    """Summarises the records of the same metrics over trials: each value's mean, standard deviation and minimum.
 
-    The joint record is the first trial's with `seeds` from the first to the last trial's, `value` and `values` the
+    A summary is the first trial's record with `seeds` from the first to the last trial's, `value` and `values` the
     means, and `trials`: {'num', 'std', 'min', 'values'}; std is the sample's (÷(n-1)), 0 for one trial.
     """
     joined = []
@@ -29,7 +29,7 @@ def summarise(trials: Sequence[Sequence[dict]]) -> list[dict]:
 
 
 def describe(record: dict) -> str:
-    """A line to read: the metric, its values (over trials their mean, standard deviation and minimum), of what."""
+    """One line: the metric, its values (over trials: mean, standard deviation, minimum) and what was measured."""
     trials, parts = record.get("trials"), []
     for name, value in record["values"].items():
         spread = f" (sd {trials['std'][name]:.4g}, min {trials['min'][name]:.6g})" if trials else ""

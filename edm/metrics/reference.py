@@ -31,7 +31,7 @@ class Reference:
     """Mean [D] and covariance [D, D] of the features of real images.
 
     path, sha256: the file they came from. record: how they were made; empty for EDM's own files. Its keys:
-    detector, detector_sha256, detector_file (beside the reference), num_images, source, channels, resolution.
+    detector, detector_sha256, detector_file (in the reference's folder), num_images, source, channels, resolution.
     has_checksum: whether the file has one, which was verified.
     """
 
@@ -124,7 +124,7 @@ def _checksum(content: dict[str, np.ndarray]) -> str:
 
 
 def _is_covariance(sigma: np.ndarray) -> bool:
-    """Whether a square matrix is finite, symmetric but for rounding, and has no negative variance."""
+    """Whether a square matrix is finite, symmetric up to rounding, and has no negative variance."""
     if not np.isfinite(sigma).all():
         return False
     variances = sigma.diagonal()
@@ -133,7 +133,7 @@ def _is_covariance(sigma: np.ndarray) -> bool:
 
 
 def _checked_record(record: Any) -> dict:
-    """The record, if what is read of it has the type that `save_reference` gives it."""
+    """The record, if the entries that are read have the types that `save_reference` writes."""
     if type(record) is not dict:
         raise ValueError("its record is not a dict")
     for name, kind in RECORD_TYPES.items():

@@ -26,8 +26,8 @@ MAX_ARRAY_BYTES = 4 << 30  # of images in an .npz; OpenAI's reference batches ha
 class ImageSource(ABC):
     """Gives `num` images, in an order of their own, as uint8 batches.
 
-    size: how many images there are; None if as many as wanted.
-    channels, resolution: of every image; None if only the images tell.
+    size: how many images there are; None if there is no limit.
+    channels, resolution: of every image; None if they are only known once the images arrive.
     """
 
     size: int | None = None
@@ -40,13 +40,13 @@ class ImageSource(ABC):
 
     @abstractmethod
     def describe(self, num: int) -> dict[str, Any]:
-        """What a record says about `num` images from here: plain values."""
+        """Plain values that describe `num` images of this source in a metric's record."""
 
 
 class FolderSource(ImageSource):
     """The images of a folder or zip, in the order of their names.
 
-    max_size: keep so many, a subset drawn with `seed`. option: the command-line option that errors name.
+    max_size: keep this many images, a subset drawn with `seed`. option: the command-line option that errors name.
     """
 
     def __init__(self, path: str | os.PathLike, max_size: int | None = None, seed: int = 0, option: str = "--images"):
@@ -119,8 +119,7 @@ class NetworkSource(ImageSource):
 class TensorSource(ImageSource):
     """Uint8 tensors [N, C, H, W] of any lengths from an iterable that is the same on every process.
 
-    Of a list or tuple the number of images and their shape are known beforehand, of another iterable not.
-    name: what the record calls it.
+    Only a list or tuple tells the number and shape of its images in advance. name: for the record.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], name: str = "tensors"):
@@ -182,7 +181,7 @@ def _share(num: int, batch: int, rank: int, processes: int) -> Iterator[tuple[in
 
 
 def _on_own_stream(items: Iterator, device: torch.device) -> Iterator:
-    """Runs a generator's work on a CUDA stream of its own, after what is queued now: beside other work, not between."""
+    """Runs a generator's work on a CUDA stream of its own, after the work queued so far, alongside later work."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
 

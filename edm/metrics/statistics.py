@@ -26,7 +26,7 @@ class FeatureStatistics:
         return len(self._mean)
 
     def is_finite(self) -> bool:
-        """Whether all features were."""
+        """Whether all features were finite."""
         return bool(self._mean.isfinite().all() and self._scatter.isfinite().all())
 
     def append(self, features: torch.Tensor) -> None:
@@ -38,7 +38,7 @@ class FeatureStatistics:
             self._add(len(features), mean, deviations.T @ deviations)
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Adds what another one has seen."""
+        """Adds the features that another instance has seen."""
         if other.n:
             self._add(other.n, other._mean.to(self._device), other._scatter.to(self._device))
 
