@@ -1,4 +1,4 @@
-"""Files that mean harm, files that are good, and ways to damage them; tests and tests/fuzz/run.py share them."""
+"""Malicious files, good files, and ways to damage them, for the tests and for tests/fuzz/run.py."""
 
 import functools
 import gzip
@@ -37,7 +37,7 @@ IMAGES = ["1.png", "a/0.png"]
 
 @persistence.persistent_class
 class Toy(torch.nn.Module):
-    """The smallest network that the format holds."""
+    """The smallest network that the format can hold."""
 
     def __init__(self, width=2, scale=1.0):
         super().__init__()
@@ -69,7 +69,7 @@ def text(value: str) -> bytes:
 
 
 def ask(module: str, qualname: str) -> bytes:
-    """Asks for an object by name."""
+    """Pickles as a lookup of an object by name."""
     return text(module) + text(qualname) + b"\x93"
 
 
@@ -102,7 +102,7 @@ def small_snapshot() -> bytes:
 
 
 def running(mark: Path) -> dict[str, bytes]:
-    """{what: pickle} that would run something when Python's pickle or torch.load opened it; then `mark` exists."""
+    """{name: pickle}: each would run code, and so create `mark`, if Python's pickle or torch.load opened it."""
     touch, write = f"touch {mark}", f"open({str(mark)!r}, 'w')"
     evil = Call(eval, write)
     load, rebuild = torch.storage._load_from_bytes, torch._utils._rebuild_tensor_v2
@@ -170,7 +170,7 @@ def running(mark: Path) -> dict[str, bytes]:
 
 
 def heavy() -> dict[str, bytes]:
-    """{what: pickle} that claims or would take far more memory or time than it has bytes, or is no pickle at all."""
+    """{name: pickle}: each claims or would take far more memory or time than its size suggests, or isn't a pickle."""
     good, many = storage(torch.ones(4)), 200_000
     load, rebuild = torch.storage._load_from_bytes, torch._utils._rebuild_tensor_v2
     shared = torch.ones(2, 3)
@@ -250,7 +250,7 @@ def heavy() -> dict[str, bytes]:
 class Reader:
     """What reads one kind of file: good files of it, their suffix, and `load(path)`, which raises at most UserError.
 
-    wrap: makes the file of what is damaged, where that is only a part: lengths and checksums are then right.
+    wrap: if only a part of the file gets damaged, makes the file from that part, with correct lengths and checksums.
     """
 
     suffix: str
@@ -268,7 +268,7 @@ def load_images(path: Path) -> Any:
 
 
 def load_labels(path: Path) -> Any:
-    """A dataset.json beside its images, which lie in the folder already."""
+    """A dataset.json for images that are in the folder already."""
     return load_images(path.parent)
 
 
@@ -321,7 +321,7 @@ def cifar10(batch: bytes) -> bytes:
 
 
 def readers(folder: Path) -> dict[str, Reader]:
-    """{kind: its Reader}; `folder` is for temporary files and must hold what is damaged, too."""
+    """{kind: its Reader}. folder: for temporary files; the damaged files must be in it, too."""
     torch.manual_seed(0)
     kwargs = {
         "model_type": "SongUNet",
@@ -438,7 +438,7 @@ def mutate(rng: random.Random, data: bytes, other: bytes = b"") -> bytes:
 
 
 def outcome(reader: Reader, path: Path, data: bytes) -> str:
-    """'' when `data` is read, else the message of its refusal. Other errors pass."""
+    """The message with which `data` is refused, '' if it is read. Other errors aren't caught."""
     path.unlink(missing_ok=True)  # some file systems wait for the disk when a file is overwritten
     path.write_bytes(reader.wrap(data))
     message = ""

@@ -1,4 +1,4 @@
-"""What users get wrong: one line that names the option, no traceback, nothing written; and command lines that work."""
+"""Mistakes of users end in one line that names the option, without a traceback; correct command lines run."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def run(main, *options):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a teacher and a finished run of each kind, and with much that is broken."""
+    """A folder with a teacher, a finished run of each kind, and many broken files."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     for name, options in {
@@ -79,7 +79,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def work(made, tmp_path, monkeypatch):
-    """`made` as the current folder, an empty download cache, no second attempts, no network beyond this machine."""
+    """`made` is the current folder; the download cache is empty, and downloads neither repeat nor leave the machine."""
     monkeypatch.chdir(made)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(download, "RETRIES", 0)
@@ -93,7 +93,7 @@ def contents(folder):
 
 
 def refusal(main, options, expected):
-    """What is wrong about the way in which a command refuses some options; None when it is right."""
+    """What is wrong with the way a command refuses some options; None if it is as it should be."""
     result = run(main, *options)
     lines = result.output.splitlines()
     if not isinstance(result.exception, SystemExit) or result.exit_code == 0:
@@ -104,7 +104,7 @@ def refusal(main, options, expected):
 
 
 def assert_refused(folder, main, base, cases):
-    """All of some (further options, what the one line names) are refused, and nothing in the folder changes."""
+    """Each of the cases (further options, text of the refusal) is refused, and nothing in the folder changes."""
     before = contents(folder)
     found = {" ".join(options): refusal(main, [*base, *options], expected) for options, expected in cases}
     assert {options: problem for options, problem in found.items() if problem} == {}

@@ -26,7 +26,7 @@ CLASSES = [3, 1, 4, 1, 9]
 
 
 def run(*options, **named):
-    """What the tool prints."""
+    """The output of the tool."""
     arguments = [*options, *(f"--{name.replace('_', '-')}={value}" for name, value in named.items())]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
@@ -34,7 +34,7 @@ def run(*options, **named):
 
 
 def error(*options, **named):
-    """The one line that the tool refuses with, nothing being written."""
+    """The one line of the tool's refusal; nothing is written."""
     arguments = [*options, *(f"--{name.replace('_', '-')}={value}" for name, value in named.items())]
     before = listing(Path(named["dest"]).parent)
     result = CliRunner().invoke(main, arguments)
@@ -289,7 +289,7 @@ def test_lmdb(tmp_path, monkeypatch):
 
 
 def fake_lmdb(content):
-    """The part of lmdb that the tool calls, over a dict."""
+    """Those parts of lmdb that the tool calls, for a dict."""
 
     class Transaction:
         def __enter__(self):

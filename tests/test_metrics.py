@@ -308,7 +308,7 @@ def evaluate_noise(folder):
 
 
 def measure_pattern(folder):
-    """This process's images, and the statistics of all."""
+    """This process's images, and the statistics of the images of all processes."""
     source, detector = NetworkSource(Pattern().eval(), seed=5), load_detector(f"{folder}/detector.safetensors")
     place = {"rank": distributed.rank(), "processes": distributed.world_size()}
     images = dict(source.batches(150, 16, **place))
@@ -351,7 +351,7 @@ class FailsOnProcess1(Pattern):
 
 
 def refusal(folder):
-    """What this process is told, and that the group works afterwards."""
+    """The error that this process gets, and proof that the group works afterwards."""
     with pytest.raises(UserError) as error:
         evaluate(NetworkSource(FailsOnProcess1()), ["is60"], detector=f"{folder}/detector.safetensors", batch=16)
     return error.value.message, distributed.from_every_process(distributed.rank())

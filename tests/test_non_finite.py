@@ -1,4 +1,4 @@
-"""NaN and infinity, wherever they come from, end in one clear line and never in an image or a number."""
+"""NaN and infinity, wherever they arise, end in one clear line and never in an image or a metric."""
 
 import json
 
@@ -39,7 +39,7 @@ def teacher(label_dim=0):
 
 
 def with_value(net, value, place=-1):
-    """The network with one weight of another value."""
+    """The network with another value for one of its weights."""
     parameter = list(net.parameters())[place]
     parameter.data.reshape(-1)[0] = value
     return net
@@ -101,7 +101,7 @@ def test_buffers(tmp_path):
 
 
 class Masked(Spy):
-    """Infinity has a place here, and isn't saved."""
+    """Buffers that aren't saved may hold infinity."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ def test_every_command_refuses_the_network(tmp_path):
 
 
 class Overflows(Spy):
-    """Finite weights, finite answers but at one noise level and for one image."""
+    """Weights and answers are finite except at one noise level, for one image."""
 
     def __init__(self, label_dim=0, level=2.5, value=INF):
         super().__init__(label_dim)
@@ -242,7 +242,7 @@ def test_detectors_that_are_not_finite(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("metric", ["fid4", "is10", "kid4", "pr4"])
 def test_features_that_overflow(tmp_path, metric, monkeypatch):
-    """Finite weights whose answers are not: finite numbers of all metrics would come out, for some even good ones."""
+    """Weights are finite, answers aren't. All metrics would come out finite, some of them even good."""
     detector = load_detector(write_detector(tmp_path / "detector.safetensors"))
     data = write_images(tmp_path / "images")
     evaluator = Evaluator([metric], data=data, detector=detector)
@@ -356,7 +356,7 @@ def test_divergence_speaks_of_states_that_are_there(tmp_path):
 
 @pytest.mark.parametrize("nimg", [0, 16])
 def test_pictures_that_are_not_finite_end_a_distillation(tmp_path, nimg):
-    """At the start it is the teacher's fault (exit code 2), later the run has diverged (3); no picture is left."""
+    """At the start the teacher is at fault (exit code 2), later the run has diverged (3); no picture is left behind."""
     from sid.prepare import prepare
 
     config = tiny_config(augment=None, total_kimg=0.016, snapshot_ticks=1, init_sigma=2.5)

@@ -43,7 +43,7 @@ def measured(loss, psi):
 
 
 def exact(objective, psi, theta=THETA, mu=MU, alpha=ALPHA):
-    """The expectation and its derivatives by theta and mu, psi fixed, from the forms in noise predictions."""
+    """The expectation and its derivatives by theta and mu, with psi fixed, from the forms in noise predictions."""
     theta, mu = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (theta, mu))
     zero, one = torch.zeros([], dtype=torch.float64), torch.tensor([1.0, 0, 0], dtype=torch.float64)
     n = torch.tensor([0.0, 0, 1], dtype=torch.float64)
@@ -66,7 +66,7 @@ def exact(objective, psi, theta=THETA, mu=MU, alpha=ALPHA):
 @pytest.mark.parametrize("psi", [OPTIMAL, LAGGING], ids=["optimal", "lagging"])
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "dmd"])
 def test_value_and_gradient_have_their_closed_forms(objective, psi):
-    """With psi at its optimum and away from it: what is measured is within four standard errors."""
+    """With psi at its optimum and away from it, the measured values are within four standard errors."""
     for (mean, error), expected in zip(measured(loss_of(objective), psi), exact(objective, psi)):
         assert abs(mean - expected) < 4 * error + 1e-6
 
@@ -123,7 +123,7 @@ def test_table_of_gradients(theta, mu, alpha):
 
 @pytest.mark.parametrize("alpha", [4.0, 100.0])
 def test_where_full_l1_stands_still(alpha):
-    """Where the gap is (1-a)/sqrt(alpha): narrower than the data, and all widths lead there."""
+    """The gap is (1-a)/sqrt(alpha) there: the generator is narrower than the data, and all widths lead there."""
     b = A - (1 - A) / math.sqrt(alpha)
     theta = SIGMA * math.sqrt(b / (1 - b))
     assert theta < S

@@ -170,7 +170,7 @@ def module(class_name="Toy", parameters=(), modules=(), args=(2,), **kwargs):
 
 
 def storage_bytes(value):
-    """Of a tensor's storage, or of any other object, as pickles of tensors embed it."""
+    """The bytes of a tensor's storage, or of any other object, as pickles of tensors embed them."""
     buffer = io.BytesIO()
     if isinstance(value, torch.Tensor):
         value = value.__reduce_ex__(4)[1][0]
@@ -179,7 +179,7 @@ def storage_bytes(value):
 
 
 def hostile(mark):
-    """{what: bytes of a pickle that would create the file `mark`, or take unbounded time or memory}"""
+    """{name: bytes of a pickle that would create the file `mark`, or take unbounded time or memory}"""
     command = f"open({str(mark)!r}, 'w')"
     evil = pickle.dumps(Call(eval, command))
     import os

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, cut short by their disk or held up by a process: nothing is lost, all is told."""
+"""Runs that are stopped, killed, short of disk space or held up by a process lose nothing and say what happened."""
 
 import contextlib
 import gc
@@ -37,7 +37,7 @@ SCHEDULE = {"batch": BATCH, "batch_gpu": 1, "total_kimg": 0.018, "kimg_per_tick"
 
 
 def signalled(monkeypatch, cls, iterations, number=signal.SIGUSR1):
-    """Sends this process a signal amid some iterations, counted from now over all runs."""
+    """Sends this process a signal during certain iterations, counted over all runs from now on."""
     original, count = cls.iteration, iter(range(1, 1000))
 
     def iteration(self, *args):
@@ -146,7 +146,7 @@ def test_the_command_that_continues(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_stops_nothing_but_the_saves(tmp_path, capsys):
-    """A limit of 4 kB a file, by the system itself: states and snapshots fail, the run reaches its end."""
+    """The system limits files to 4 kB: states and snapshots fail, and the run reaches its end."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
@@ -208,7 +208,7 @@ def test_the_same_command_continues(tmp_path, options, monkeypatch):
 
 
 def test_a_state_lacks_an_option_that_came_later(tmp_path, options):
-    """Its run had that at its default, told or not."""
+    """A state from before an option existed: its run had the default."""
     run = [*options, "--metrics=none", f"--outdir={tmp_path}", "--nosubdir"]
     assert distil(run, "--duration=0.000008").exit_code == 0
     state = checkpoint.load_state(checkpoint.states(tmp_path)[0])
@@ -321,7 +321,7 @@ def test_hanging_and_disagreeing_processes_are_named(tmp_path, phase):
 
 
 def _elsewhere(folder):
-    """What each of two processes says whose second has another disk."""
+    """What two processes say when the second has another disk."""
     if distributed.rank() == 1:
         load = checkpoint.load_state
         checkpoint.load_state = lambda path: load(path.parent / "elsewhere" / path.name)

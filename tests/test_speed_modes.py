@@ -1,4 +1,4 @@
-"""Faster and smaller ways to make a training step: the same gradients as the plain one."""
+"""Faster training steps, and steps that need less memory, have the gradients of the plain step."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ from training.networks import EDMPrecond
 
 
 def gradients(distillation: Distillation) -> dict[str, torch.Tensor]:
-    """What one iteration hands to both optimisers, as one vector each."""
+    """The gradients that one iteration hands to the two optimisers, as one vector each."""
     found = {}
     for updater in (distillation.state.fake_score_updater, distillation.state.generator_updater):
 
@@ -61,7 +61,7 @@ def test_the_gradients_are_those_of_the_plain_step(mode):
 
 
 class FromHost(TorchFunctionMode):
-    """Fails where values of the host are copied to another device and the host waits for the copy."""
+    """Fails where the host waits for a copy of its values to another device."""
 
     COPIES = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.to, torch.Tensor.type_as)
 
@@ -89,7 +89,7 @@ UNET = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_reso
     ids=str,
 )
 def test_an_iteration_waits_for_no_device(architecture, mode, monkeypatch):
-    """Tensors on `meta` have no values: whatever the host would wait for, there it fails."""
+    """Tensors on `meta` have no values, so code in which the host waits for one fails there."""
     monkeypatch.setattr(zoo, "network_hash", lambda net: "")  # once, at the start
     generator = torch.Generator
     on_host = {"__new__": lambda cls, device="cpu": generator()}  # there is none for this device
@@ -104,7 +104,7 @@ def test_an_iteration_waits_for_no_device(architecture, mode, monkeypatch):
 
 
 def test_the_plain_step_is_one_backward_pass_through_all_three_networks():
-    """x_g in chunks and then theta is autograd's own answer for the whole graph."""
+    """Going back to x_g in chunks and then once through theta gives autograd's own gradient of the whole graph."""
     distillation = tiny_distillation(batch_gpu=4, chunk=2)
     distillation.iteration()  # psi is no copy of phi from here on
     state, config = distillation.state, distillation.config

@@ -1,6 +1,6 @@
-"""Servers that lie, change their mind, or never finish: the right bytes, or one line and nothing kept.
+"""Servers that lie, change the file, or never finish: the right bytes arrive, or one line and no file.
 
-A server here answers each request with whatever bytes a test scripts, headers included.
+The test server answers each request with the bytes that a test scripts, headers included.
 """
 
 import contextlib
@@ -170,7 +170,7 @@ def test_the_whole_in_place_of_the_rest_is_taken_as_the_whole(server, tmp_path):
         ([ONE], '"1"'),
         ([ONE, DATE, MODIFIED], '"1"'),
         ([DATE, MODIFIED], MODIFIED.split(": ")[1]),
-        ([MODIFIED], None),  # may have changed again within that second, for all one knows
+        ([MODIFIED], None),  # the file may have changed again within that second
         ([DATE.replace("01:00", "00:00"), MODIFIED], None),
         ([WEAK], None),
         ([WEAK, DATE, MODIFIED], None),
