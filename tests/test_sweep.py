@@ -126,7 +126,8 @@ def test_the_questions_are_sound():
         plan = load_plan(str(path))  # sid_train.py takes every run
         assert len(plan.runs) == 3 * len(plan.settings)
         baseline = plan.runs[0]
-        assert set(baseline.options) <= ({"edm_model", "data_stat", "detector"} if "" not in plan.teachers else set())
+        of_teacher = {"edm_model", "data_stat", "detector", "lr", "glr"}
+        assert set(baseline.options) == (set() if list(plan.teachers) == [""] else of_teacher)
         names = {"second-teacher": "uncond", "other-images": "digits", "q9-teachers": "fashion-published"}
         assert baseline.setting == names.get(path.stem, "sid")
         assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", 1.2, 20]
