@@ -378,6 +378,22 @@ def test_teachers_are_tables(tmp_path, teachers):
         load_plan(write(tmp_path, teachers + TWO))
 
 
+def test_a_run_may_choose_its_settings(tmp_path):
+    """What trials decide isn't a change of options, and neither is a measured start; what the file gives is."""
+    text = f"{COMMON}[settings.auto]\nrecipe = 'auto'\nglr = 3e-5\n"
+    run = load_plan(write(tmp_path, text)).runs[0]
+    pretend(run, tmp_path / run.name, [(4, 90)])
+    path = tmp_path / run.name / "training_options.json"
+    asked = json.loads(path.read_text())
+    chosen = {"init_sigma": 6.0, "total_kimg": 7.2, "alpha": 1.2, "lr": 4e-4, "sigma_schedule": "lognormal"}
+    path.write_text(json.dumps({**asked, **chosen}))
+    assert status(run, tmp_path / run.name) == "begun"
+    for name, value in (("glr", 1e-4), ("batch", 512)):
+        path.write_text(json.dumps({**asked, **chosen, name: value}))
+        with pytest.raises(UserError, match=f"has {name} = "):
+            status(run, tmp_path / run.name)
+
+
 def test_tables_over_teachers(tmp_path):
     """The first has the mean FID at the end of all; those that follow compare the settings of one teacher."""
     plan = load_plan(write(tmp_path, TEACHERS))

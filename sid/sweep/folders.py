@@ -15,7 +15,7 @@ FAILURE_FILE = "failure.json"
 REFUSED, DIVERGED, STOPPED = 2, 3, 75  # exit codes of sid_train.py: docs/reliability.md
 # Options that don't change a result, and values that only the run itself knows.
 FREE = {"outdir", "nosubdir", "desc", "resume", "override", "dry_run", "state_ticks", "save_minutes", "keep_states"}
-FREE |= {"timeout", "cache", "workers", "real_images"}
+FREE |= {"timeout", "cache", "workers", "real_images", "given"}
 
 
 def status(run: Run, folder: Path) -> str:
@@ -37,6 +37,7 @@ def status(run: Run, folder: Path) -> str:
 def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
     """Errors: UserError naming an option in which the run in `folder` differs from the one asked for."""
     there = {**recorded_options(()), **options}  # a run from before an option existed used its default
+    free = FREE | chosen_by_run(run.recorded)
     for name, wanted in run.recorded.items():
         found = there[name]
         if name == "metrics":  # recorded as a list, and resolved where not given, as is data_stat
@@ -46,11 +47,21 @@ def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
             found = wanted  # a run folder stands for one of its snapshots
         if name == "transfer" and run.source and found:
             found = wanted if Path(found).parent.name == run.source else found
-        if name not in FREE and found != wanted and not (name == "data_stat" and wanted is None):
+        if name not in free and found != wanted and not (name == "data_stat" and wanted is None):
             raise UserError(
                 f"{folder} has {name} = {json.dumps(found)}, setting {run.setting} asks for {json.dumps(wanted)}:"
                 f" give the setting another name, or remove the folder"
             )
+
+
+def chosen_by_run(recorded: dict[str, Any]) -> set[str]:
+    """The options that a run chooses by itself: the start if it is measured, and what trials decide or take up."""
+    measured = {"init_sigma"} if recorded["init_sigma"] is None else set()
+    if not recorded["trials"]:
+        return measured
+    from sid.trials import varied  # loads torch
+
+    return measured | {"total_kimg", *varied(recorded["given"])}
 
 
 def is_finished(folder: Path, options: dict[str, Any]) -> bool:

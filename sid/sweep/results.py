@@ -42,6 +42,7 @@ def tables(plan: Plan, records: list[dict[str, Any]]) -> str:
     of_teachers = [
         f"\n## {teacher}\n\n{markdown(records, list(settings.values()), plan.seeds)}"
         for teacher, settings in plan.teachers.items()
+        if any(record["setting"] in settings.values() for record in records)
     ]
     return over_teachers(records, plan.teachers) + "".join(of_teachers)
 
