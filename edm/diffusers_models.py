@@ -55,7 +55,7 @@ FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "t
 def library() -> Any:
     """The diffusers library. Errors: UserError when it isn't installed."""
     try:
-        import diffusers
+        import diffusers  # pyright: ignore[reportMissingImports]  an optional package
     except ImportError:
         raise UserError(f"a network of the diffusers library needs it installed: {INSTALL}") from None
     return diffusers
@@ -188,7 +188,7 @@ def fetch(name: str) -> Path:
     Errors: UserError when it can't be had.
     """
     library()
-    import huggingface_hub as hub
+    import huggingface_hub as hub  # pyright: ignore[reportMissingImports]  comes with diffusers
 
     files = ["*.json", "*.safetensors", "README.md"]
     try:

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -41,7 +42,7 @@ def digits(resolution: int) -> Iterator[Picture]:
     _check(importlib.util.find_spec("sklearn") is not None, "pip install scikit-learn")
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()  # without annotations of its own
     for image, label in zip(data["images"], data["target"]):
         yield _resized(Image.fromarray((image * (255 / 16)).astype(np.uint8)), resolution), int(label)
 
