@@ -2,8 +2,8 @@
 
 The test needs no data. A denoiser's own samples are noised and denoised again. An exact denoiser leaves at most the
 error of the best linear one, sigma^2 v / (sigma^2 + v) per pixel for samples of variance v; on images, far less at some
-noise levels. A network whose prediction or time is declared wrongly leaves several times as much, is no better than the
-linear one anywhere (as the exact denoiser of white noise), or makes samples that are no images.
+noise levels. A network whose prediction or time is declared wrongly leaves more than it does when declared rightly, is
+no better than the linear one anywhere (as the exact denoiser of white noise), or makes samples that are no images.
 """
 
 import copy
@@ -22,8 +22,11 @@ from training.parameterisations import DiscreteTimes, WrappedDenoiser
 
 NUM_IMAGES, STEPS = 32, 12
 LEVELS = (0.3, 1.0, 3.0, 10.0)  # at which samples are noised, where they lie in the network's range
-MOST = 1.25  # times the linear denoiser's error: what a network that isn't exact may leave at any level
-LEAST = 0.7  # times the linear denoiser's error: what it must reach at some level
+# Multiples of the linear denoiser's error. Exact networks of four images leave 0.2 on average over LEVELS and 0.9 at
+# most; a teacher that had seen 22 thousand digits 1.0, and 2.2 when its epsilon was read as v.
+SURE_MEAN, SURE_MOST = 0.6, 1.25  # below both, no other declaration is tried
+MOST_MEAN, LEAST = 1.5, 0.9  # on average over the levels, and at the best of them: what any teacher must reach
+BETTER = 1.5  # how many times smaller the error of another declaration must be
 MIN_VARIANCE, MAX_VARIANCE = 1e-3, 2.0  # of images with values in [-1, 1], with some room
 
 
@@ -102,8 +105,10 @@ class _OtherTimes(torch.nn.Module):
         return self.change(self.of.time(sigma))
 
 
-def alternatives(net: WrappedDenoiser) -> dict[str, WrappedDenoiser]:
-    """{how: the same network declared otherwise}"""
+def alternatives(net: Any) -> dict[str, WrappedDenoiser]:
+    """{how: the same network declared otherwise}; empty for networks that aren't wrapped."""
+    if not isinstance(net, WrappedDenoiser):
+        return {}
     times: Any = net.times
     is_discrete = isinstance(times, DiscreteTimes)
     last = times.last if is_discrete else times.scale
@@ -118,7 +123,7 @@ def alternatives(net: WrappedDenoiser) -> dict[str, WrappedDenoiser]:
     predictions = ("flow", "reversed flow", "x0") if times.is_flow else ("epsilon", "v", "x0")
     found = {}
     for name, (how, change) in itertools.product(predictions, changes.items()):
-        other = copy.copy(net)
+        other: Any = copy.copy(net)
         other._modules = dict(net._modules)
         other.prediction = name.removeprefix("reversed ")
         other.times = _OtherTimes(times, change)
@@ -129,26 +134,32 @@ def alternatives(net: WrappedDenoiser) -> dict[str, WrappedDenoiser]:
     return found
 
 
-def fits(errors: dict[float, float]) -> bool:
-    """Whether `denoising_errors` are those of a denoiser of images."""
-    return max(errors.values()) <= MOST and min(errors.values()) <= LEAST
+def mean(errors: dict[float, float]) -> float:
+    """The geometric mean of `denoising_errors`."""
+    return math.prod(errors.values()) ** (1 / len(errors))
+
+
+def _is_possible(errors: dict[float, float]) -> bool:
+    return mean(errors) <= MOST_MEAN and min(errors.values()) <= LEAST
 
 
 def misfit(net: Any) -> str | None:
     """What is wrong with a denoiser's declaration; None if its answers fit, or none of LEVELS is in its range."""
     errors = denoising_errors(net)
-    if not errors or fits(errors):
+    if not errors or (mean(errors) <= SURE_MEAN and max(errors.values()) <= SURE_MOST):
         return None
-    level = max(errors, key=errors.__getitem__)
-    found = f"at noise level {level:g} it leaves {errors[level]:.3g} times a linear denoiser's error on its own samples"
-    if not math.isfinite(errors[level]):
+    others = {how: denoising_errors(other) for how, other in alternatives(net).items()}
+    means = {how: mean(errors) for how, errors in others.items() if _is_possible(errors)}
+    best = min(means, key=means.__getitem__, default=None)
+    if _is_possible(errors) and (best is None or mean(errors) < BETTER * means[best]):
+        return None
+    found = f"it leaves {mean(errors):.3g} times a linear denoiser's error on its own samples"
+    if not math.isfinite(mean(errors)):
         found = "its samples are no images"
-    elif errors[level] <= MOST:
-        found = "at no noise level does it denoise its own samples better than a linear denoiser"
+    elif mean(errors) <= MOST_MEAN and best is None:
+        found = "it denoises its own samples no better than a linear denoiser"
+    if best is not None:
+        return f"its answers don't fit {net.prediction} ({found}); they fit {best}"
     if not isinstance(net, WrappedDenoiser):
         return f"it doesn't denoise as a teacher should: {found}"
-    others = {how: denoising_errors(other) for how, other in alternatives(net).items()}
-    fitting = {how: max(errors.values()) for how, errors in others.items() if fits(errors)}
-    if not fitting:
-        return f"its answers don't fit {net.prediction} ({found}), nor another prediction that was tried"
-    return f"its answers don't fit {net.prediction} ({found}); they fit {min(fitting, key=fitting.__getitem__)}"
+    return f"its answers don't fit {net.prediction} ({found}), nor another prediction that was tried"
