@@ -35,10 +35,15 @@ from .inputs import (
 from .options import parse
 from .prepare import prepare
 from .report.progress import Report
-from .start import choose_start, teacher_samples
+from .start import choose_start
 from .state import WeightHashes, check_state
+from .teacher_distance import TeacherDistance
 from .training_loop import training_loop
 from .trials import has_begun, plan_trials, run_trials
+
+# Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
+# takes as long as half a kimg of training.
+WORTH_SAMPLES_KIMG = 10
 
 
 def distil(
@@ -125,11 +130,16 @@ def run(
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
         torch.backends.cudnn.benchmark = options["bench"]
         place, resume = find_place(options, describe(inputs.teacher, config, options["trials"] > 0))
-        samples = None
-        if (config.init_sigma is None or options["trials"]) and distributed.rank() == 0:
-            samples = teacher_samples(inputs.teacher.to(device).eval())
+        makes_samples = getattr(inputs.teacher, "metadata", {}).get("sigma") is None
+        if options["trials"] and not makes_samples:
+            raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
+        wanted = config.init_sigma is None or options["trials"] or config.total_kimg >= WORTH_SAMPLES_KIMG
+        distance = None
+        if makes_samples and wanted and distributed.rank() == 0:
+            changes = resolve(config, inputs.teacher, device).precision in ("bf16", "fp16")
+            distance = TeacherDistance(inputs.teacher.to(device).eval(), keep=changes)
         if config.init_sigma is None:
-            level, summary["starts"] = find_start(inputs.teacher, samples, resume)
+            level, summary["starts"] = find_start(inputs.teacher, distance, resume)
             config = dataclasses.replace(config, init_sigma=level)
             summary["init_sigma"] = level
         trials = None
@@ -150,13 +160,13 @@ def run(
                     trials,
                     run_dir,
                     lambda config, state: build(own_copy(inputs), config, device, state, options["override"]),
-                    lambda folder: Report(folder, None, picture, config.batch, samples),
+                    lambda folder: Report(folder, None, picture, config.batch, distance),
                 )
                 config = trials.fitting(resume.read()["options"], options["given"])
                 if distributed.rank() == 0:
                     run_folder.record_options(run_dir, {**summary, **config.options()})
                 distillation = build(inputs, config, device, resume, options["override"])
-            report = Report(run_dir, inputs.evaluator, picture, config.batch, samples)
+            report = Report(run_dir, inputs.evaluator, picture, config.batch, distance)
             net = training_loop(distillation, run_dir, report)
     distributed.shutdown()
     return OneStepGenerator(net)
@@ -180,17 +190,17 @@ def own_copy(inputs: Inputs) -> Inputs:
 
 
 def find_start(
-    teacher: DenoiserModule, samples: torch.Tensor | None, resume: checkpoint.StateFile | None
+    teacher: DenoiserModule, distance: TeacherDistance | None, resume: checkpoint.StateFile | None
 ) -> tuple[float, dict[str, float]]:
     """Chooses the start of --init_sigma=auto and returns (noise level, measured distances).
 
-    samples: the teacher's, on process 0 only. resume: the state of a run to go on with, which keeps its level.
+    distance: on process 0, of a teacher that makes samples. resume: a state to go on from, whose level stays.
     """
     if resume is not None:
         level = resume.read()["options"].get("init_sigma")
         if isinstance(level, float | int):
             return float(level), {}
-    chosen_there = None if samples is None else choose_start(teacher, samples)  # on process 0
+    chosen_there = choose_start(teacher, distance) if distributed.rank() == 0 else None
     level, measured = distributed.from_process_0(chosen_there)
     for candidate, distance in measured.items():
         chosen = "  <- the generator starts here" if float(candidate) == level else ""

@@ -13,7 +13,8 @@ from edm import zoo
 from edm.metrics.energy import energy_distance
 from sid import doctor, start
 from sid.monitor.rules import judge_distance
-from sid.start import NUM_IMAGES, choose_start, measure_starts, teacher_samples
+from sid.start import choose_start, measure_starts
+from sid.teacher_distance import NUM_IMAGES, TeacherDistance
 from torch_utils import checkpoint
 
 PIXELS = 64
@@ -54,25 +55,52 @@ def test_the_energy_distance_sees_what_changes():
 
 def test_the_start_is_the_usual_level_unless_another_is_clearly_closer(monkeypatch):
     teacher = TwoImages()
-    samples = teacher_samples(teacher)
+    distance = TeacherDistance(teacher)
+    samples = distance.samples
     assert samples.shape == (NUM_IMAGES, 1, 8, 8)
     assert set(samples.flatten(1).float().mean(dim=1).round().tolist()) == {25.0, 230.0}  # the two images themselves
-    measured = measure_starts(teacher, samples)
+    measured = measure_starts(teacher, distance)
     assert measured[1.0] < 0.02  # tanh saturates: both images, equally often
     assert measured[40.0] > 0.5  # gray images
     assert list(measured.values())[1:] == sorted(list(measured.values())[1:])
-    record = choose_start(teacher, samples)[1]
+    record = choose_start(teacher, distance)[1]
     assert record == {f"{level:g}": round(distance, 4) for level, distance in measured.items()}
     far, close = measured | {2.5: 0.31, 10.0: 0.1}, measured | {2.5: 0.29, 10.0: 0.1}
     for given, expected in ((far, 10.0), (close, 2.5)):  # more and less than three times as far as the best
         others = {sigma: 0.5 for sigma in given if sigma not in (2.5, 10.0)}
         monkeypatch.setattr(start, "measure_starts", lambda *_, given=given, others=others: {**given, **others})
-        assert choose_start(teacher, samples)[0] == expected
+        assert choose_start(teacher, distance)[0] == expected
     monkeypatch.undo()
     teacher.sigma_min, teacher.sigma_max = 3.0, 12.0
-    assert list(measure_starts(teacher, samples)) == [4.0, 6.0, 10.0]
+    assert list(measure_starts(teacher, distance)) == [4.0, 6.0, 10.0]
     teacher.metadata = {"sigma": 5.0}
-    assert choose_start(teacher, samples) == (5.0, {})
+    assert choose_start(teacher, None) == (5.0, {})
+
+
+def test_the_distance_sees_the_whole_and_the_detail():
+    """Of an exact denoiser: its samples are at distance 0, blank ones far in pixels, noisy ones far in detail."""
+    distance = TeacherDistance(TwoImages())
+
+    class Changed(torch.nn.Module):
+        img_resolution, img_channels, label_dim = 8, 1, 0
+
+        def __init__(self, contrast, noise):
+            super().__init__()
+            self.contrast, self.noise = torch.nn.Parameter(torch.tensor(contrast)), noise
+
+        def forward(self, x, sigma, class_labels=None, augment_labels=None):
+            whole = torch.sign(x[:, :, :1, :1]) * 0.803 * torch.ones_like(x)  # the same 8-bit values as the samples'
+            return self.contrast * whole + self.noise * torch.sign(x)
+
+    def of(contrast, noise):
+        return distance(Changed(contrast, noise), sampler="one-step", init_sigma=1.0)
+
+    same, gray, noisy = of(1.0, 0), of(0.1, 0), of(1.0, 0.15)
+    assert abs(same.value) < 0.02
+    assert same.value == same.pixels + same.detail
+    assert gray.pixels > 0.5
+    assert noisy.pixels < 0.05
+    assert noisy.detail > 0.3
 
 
 def test_a_run_with_a_measured_start(tmp_path):

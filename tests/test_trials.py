@@ -54,9 +54,9 @@ def test_lengths_and_settings_of_the_trials():
 def test_what_contradicts_the_settings_is_left_out(capsys):
     teacher = tiny_teacher()
     plan = plan_trials(tiny_config(augment=0.1), SHARE, ["augment"], teacher)
-    assert list(plan.configs) == ["slow-generator"]
+    assert list(plan.configs) == ["same-levels"]
     assert "no trial of gradients-off: --share-noise: the generator's loss has no augm" in capsys.readouterr().out
-    everything = [*CANDIDATES["slow-generator"]]
+    everything = [*CANDIDATES["same-levels"]]
     assert len(plan_trials(tiny_config(**SAME), SHARE, everything, teacher).configs) == 1  # they would be the same
     with pytest.raises(UserError, match="--trials"):
         plan_trials(tiny_config(total_kimg=0.008), SHARE, [], teacher)
@@ -72,7 +72,7 @@ def test_rates_go_down_with_the_width():
     assert rate_scale(torch.nn.ReLU()) == 1
     plan = plan_trials(tiny_config(**SAME), SHARE, ["lr"], net(int(wide)))
     assert {c.lr for c in plan.configs.values()} == {1e-5}
-    assert plan.configs["slow-generator"].glr == pytest.approx(CANDIDATES["slow-generator"]["glr"] / 16)
+    assert plan.configs["same-levels"].glr == pytest.approx(CANDIDATES["same-levels"]["glr"] / 16)
 
 
 def test_the_closest_goes_on_from_its_own_state(unbroken):
@@ -155,16 +155,16 @@ def test_a_candidate_that_diverges_loses(tmp_path, monkeypatch, capsys):
     loop = trials.training_loop
 
     def diverging(distillation, folder, *arguments):
-        if folder.name == "slow-generator":
+        if folder.name == "same-levels":
             raise DivergenceError("its weights aren't finite")
         return loop(distillation, folder, *arguments)
 
     monkeypatch.setattr(trials, "training_loop", diverging)
     _, results = run(tmp_path)
-    assert results["slow-generator"]["distance"] == math.inf
+    assert results["same-levels"]["distance"] == math.inf
     assert results["gradients-off"]["best"]
-    assert "slow-generator after 0 kimg: energy distance from the teacher diverged" in capsys.readouterr().out
-    monkeypatch.setattr(trials, "training_loop", lambda *_: diverging(None, trials.Path("slow-generator")))
+    assert "same-levels after 0 kimg: distance from the teacher diverged" in capsys.readouterr().out
+    monkeypatch.setattr(trials, "training_loop", lambda *_: diverging(None, trials.Path("same-levels")))
     with pytest.raises(DivergenceError, match="every trial diverged"):
         run(tmp_path / "all")
 

@@ -17,15 +17,14 @@ def energy_distance(images: torch.Tensor, reference: torch.Tensor) -> float:
     x, y = (part.to(torch.float32) / 127.5 - 1 for part in (images, reference))
     distances = []
     for _ in range(SCALES):
-        within_x, within_y = (_mean_distance(part) for part in (x, y))
-        between = torch.cdist(x.flatten(1), y.flatten(1)).mean()
-        distances.append((2 * between - within_x - within_y) / within_y.clamp(min=1e-6))
+        distances.append(energy_distance_of_vectors(x.flatten(1), y.flatten(1)))
         if x.shape[-1] < 2 * SMALLEST:
             break
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    return torch.stack(distances).mean().item()
+    return sum(distances) / len(distances)
 
 
-def _mean_distance(x: torch.Tensor) -> torch.Tensor:
-    """The mean distance between two different images of x [N, C, H, W]."""
-    return torch.pdist(x.flatten(1)).mean()
+def energy_distance_of_vectors(x: torch.Tensor, y: torch.Tensor, floor: float = 1e-6) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| over E|y - y'|, at least `floor`, of vectors float32 [N, D] and [M, D]."""
+    within_x, within_y = torch.pdist(x).mean(), torch.pdist(y).mean()
+    return ((2 * torch.cdist(x, y).mean() - within_x - within_y) / within_y.clamp(min=floor)).item()

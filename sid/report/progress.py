@@ -1,5 +1,6 @@
 """Pictures and metrics of a generator while it is distilled."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from torch_utils.records import measured_value, sound_records
 from torch_utils.training_stats import append_line
 
 from ..monitor.records import DISTANCES_FILE
-from ..start import distance_from
+from ..teacher_distance import TeacherDistance
 from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_grid
 
 FIRST_PICTURE = "fakes_init.png"
@@ -30,7 +31,7 @@ class Report:
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
-    samples: the teacher's (`sid.start`), from which the distance is measured and recorded; None: it isn't.
+    distance: measures how far the images are from the teacher's, for the record; None: nobody does.
     Files that can't be written, to a full disk for instance, are reported and skipped.
     """
 
@@ -40,14 +41,14 @@ class Report:
         evaluator: Evaluator | None = None,
         reals: torch.Tensor | None = None,
         batch: int = 1,
-        samples: torch.Tensor | None = None,
+        distance: TeacherDistance | None = None,
     ):
         self._run_dir = run_dir
         self._batch = batch
         self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator)
         self._fid = None if evaluator is None else _first_fid(evaluator)
         self._reals = reals
-        self._samples = samples
+        self._distance = distance
 
     def start(self, ema: torch.nn.Module) -> None:
         """Reports before the first iteration, when `ema` is the teacher used as a one-step generator."""
@@ -64,23 +65,25 @@ class Report:
         if distributed.rank() == 0:
             images = sample(ema, GRID_COLUMNS * GRID_ROWS)
             attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name))
-            samples = self._samples
-            if samples is not None:
-                attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg, samples))
+            distance = self._distance
+            if distance is not None:
+                attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg, distance))
         if self._metrics is not None:
             self._metrics.measure(ema, nimg)
             if distributed.rank() == 0:
                 attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
 
-    def _record_distance(self, ema: torch.nn.Module, nimg: int, samples: torch.Tensor) -> None:
-        """Appends the energy distance from the teacher's samples to the run's record, once per snapshot."""
+    def _record_distance(self, ema: torch.nn.Module, nimg: int, distance: TeacherDistance) -> None:
+        """Appends the distance from the teacher's samples to the run's record, once per snapshot."""
         path, kimg = self._run_dir / DISTANCES_FILE, nimg / 1e3
         sha256 = network_hash(ema)
         if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
             return  # resumed at this snapshot
-        value = distance_from(samples, ema)
-        print(f"energy distance from the teacher at {kimg:.1f} kimg: {value:.3f}", flush=True)
-        append_line(path, json.dumps({"kimg": kimg, "value": value, "network_sha256": sha256}))
+        found = distance(ema)
+        parts = f"pixels {found.pixels:.3f}, detail {found.detail:.3f}"
+        print(f"distance from the teacher at {kimg:.1f} kimg: {found.value:.3f} ({parts})", flush=True)
+        line = {"kimg": kimg, "value": found.value, **dataclasses.asdict(found), "network_sha256": sha256}
+        append_line(path, json.dumps(line))
 
     def _remember_best(self) -> None:
         """best.json and best.safetensors: the snapshot with the lowest value of the first requested FID."""
