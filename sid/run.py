@@ -202,9 +202,9 @@ def find_start(
             return float(level), {}
     chosen_there = choose_start(teacher, distance) if distributed.rank() == 0 else None
     level, measured = distributed.from_process_0(chosen_there)
-    for candidate, distance in measured.items():
+    for candidate, found in measured.items():
         chosen = "  <- the generator starts here" if float(candidate) == level else ""
-        distributed.print0(f"start at {candidate:>4}: energy distance from the teacher {distance:.3f}{chosen}")
+        distributed.print0(f"start at {candidate:>4}: energy distance from the teacher {found:.3f}{chosen}")
     return level, measured
 
 

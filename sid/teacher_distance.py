@@ -10,7 +10,7 @@ import torch
 from edm.metrics.energy import energy_distance, energy_distance_of_vectors
 from edm.sampler import generate_all
 from training.decoder import PixelDecoder
-from training.denoiser import known_sigma, sigma_data
+from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
 NUM_IMAGES = 256
 STEPS = 10  # of Heun's sampler, for the teacher's own samples
@@ -43,7 +43,7 @@ class TeacherDistance:
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
     """
 
-    def __init__(self, teacher: torch.nn.Module, keep: bool = False):
+    def __init__(self, teacher: DenoiserModule, keep: bool = False):
         self._device = next(teacher.parameters()).device
         self._moves = keep and self._device.type != "cpu"
         self._teacher = copy.deepcopy(teacher) if keep else teacher
