@@ -118,11 +118,14 @@ RECIPES: dict[str, dict[str, Any]] = {
             "afhq64-v2": 64,
         }.items()
     },
-    # For any teacher, such as one of your own: measures the start, tries settings, goes on with the best.
+    # For any teacher, such as one of your own: measures the start, tries learning rates, goes on with the best. psi
+    # learns at theta's noise levels: with EDM's for psi, images whose brightness varies much drift away.
     "auto": {
         "edm_model": "",  # must be given
         "init_sigma": "auto",
         "trials": 0.2,
+        "alpha": 1.0,
+        "fake_sigma_schedule": "karras",
         "batch": 32,
         "lr_decay": "cosine",
         "ema_rampup": 0.5,

@@ -130,23 +130,19 @@ def run(
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
         torch.backends.cudnn.benchmark = options["bench"]
         place, resume = find_place(options, describe(inputs.teacher, config, options["trials"] > 0))
-        makes_samples = getattr(inputs.teacher, "metadata", {}).get("sigma") is None
-        if options["trials"] and not makes_samples:
-            raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
-        wanted = config.init_sigma is None or options["trials"] or config.total_kimg >= WORTH_SAMPLES_KIMG
-        distance = None
-        if makes_samples and wanted and distributed.rank() == 0:
-            changes = resolve(config, inputs.teacher, device).precision in ("bf16", "fp16")
-            distance = TeacherDistance(inputs.teacher.to(device).eval(), keep=changes)
+        saved = None if resume is None else resume.read().get("options")
+        saved = saved if isinstance(saved, dict) else None  # a file of another kind is refused by `build`
+        distance = measure_teacher(inputs.teacher, config, options["trials"] > 0, device)
         if config.init_sigma is None:
-            level, summary["starts"] = find_start(inputs.teacher, distance, resume)
+            level, summary["starts"] = find_start(inputs.teacher, distance, saved)
             config = dataclasses.replace(config, init_sigma=level)
-            summary["init_sigma"] = level
         trials = None
         if options["trials"]:
             trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
-            config = trials.fitting(resume and resume.read()["options"], options["given"])
-            summary |= config.options()
+            config = trials.fitting(saved, options["given"])
+            if len(trials.configs) == 1 or resume is not None:  # nothing to choose, or chosen already
+                trials = None
+        summary |= config.options()
         distillation = build(inputs, config, device, resume, options["override"])  # may refuse: before the folder
         picture = first_images(inputs.dataset) if inputs.dataset is not None else None
         with run_folder.create(*place, summary, resume and resume.path) as run_dir:
@@ -154,7 +150,7 @@ def run(
             if teacher is not None and distributed.rank() == 0:
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
             training_begins.set()
-            if trials is not None and resume is None:
+            if trials is not None:
                 del distillation  # each trial has its own
                 resume = run_trials(
                     trials,
@@ -189,17 +185,35 @@ def own_copy(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher))
 
 
+def measure_teacher(
+    teacher: DenoiserModule, config: DistillationConfig, with_trials: bool, device: torch.device
+) -> TeacherDistance | None:
+    """The distance from the teacher's samples, on process 0, if the run wants it and the teacher makes any.
+
+    Errors: UserError when trials need it and the teacher makes no samples.
+    """
+    if getattr(teacher, "metadata", {}).get("sigma") is not None:
+        if with_trials:
+            raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
+        return None
+    wanted = with_trials or config.init_sigma is None or config.total_kimg >= WORTH_SAMPLES_KIMG
+    if not wanted or distributed.rank() != 0:
+        return None
+    changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
+    return TeacherDistance(teacher.to(device).eval(), keep=changes)
+
+
 def find_start(
-    teacher: DenoiserModule, distance: TeacherDistance | None, resume: checkpoint.StateFile | None
+    teacher: DenoiserModule, distance: TeacherDistance | None, saved: dict[str, Any] | None
 ) -> tuple[float, dict[str, float]]:
     """Chooses the start of --init_sigma=auto and returns (noise level, measured distances).
 
-    distance: on process 0, of a teacher that makes samples. resume: a state to go on from, whose level stays.
+    distance: on process 0, of a teacher that makes samples. saved: the options of a state to go on from, whose level
+    stays.
     """
-    if resume is not None:
-        level = resume.read()["options"].get("init_sigma")
-        if isinstance(level, float | int):
-            return float(level), {}
+    level = None if saved is None else saved.get("init_sigma")
+    if isinstance(level, float | int):
+        return float(level), {}
     chosen_there = choose_start(teacher, distance) if distributed.rank() == 0 else None
     level, measured = distributed.from_process_0(chosen_there)
     for candidate, found in measured.items():

@@ -24,30 +24,12 @@ from .training_loop import training_loop
 
 TRIALS = "trials"  # in the run folder: one folder per trial, as of a run of its own
 RESULTS_FILE = "results.json"  # in it, once the best is known
-# Two settings, of which one served each of the teachers of docs/ablations.md. The first lets psi learn at the noise
-# levels where theta is judged, with theta slower than psi. The second, the demo's, is faster where it doesn't diverge.
-# The rates are those of networks up to REFERENCE_FAN_IN.
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "same-levels": {
-        "alpha": 1.0,
-        "score_gradient": "on",
-        "sigma_schedule": "karras",
-        "fake_sigma_schedule": "karras",
-        "share_noise": False,
-        "lr": 4e-4,
-        "glr": 1e-4,
-    },
-    "gradients-off": {
-        "alpha": 1.2,
-        "score_gradient": "off",
-        "sigma_schedule": "lognormal",
-        "fake_sigma_schedule": "lognormal",
-        "share_noise": True,
-        "lr": 4e-4,
-        "glr": 4e-4,
-    },
-}
+# Each was the better one on some teachers (docs/ablations.md). For networks up to REFERENCE_FAN_IN.
 RATES = ("lr", "glr")
+CANDIDATES = {
+    "equal-rates": {"lr": 4e-4, "glr": 4e-4},
+    "slow-generator": {"lr": 4e-4, "glr": 1e-4},
+}
 REFERENCE_FAN_IN = 440.0  # of the demo's teacher; narrower networks take the same rates
 
 
@@ -60,15 +42,10 @@ class Plan:
 
     def fitting(self, options: dict[str, Any] | None, settled: Collection[str]) -> DistillationConfig:
         """The settings of the candidate that a state's options come from; the first one's if none fits."""
-        configs = list(self.configs.values())
+        configs, free = list(self.configs.values()), [rate for rate in RATES if rate not in settled]
         if options is None:
             return configs[0]
-        return next((c for c in configs if all(c.options()[n] == options.get(n) for n in varied(settled))), configs[0])
-
-
-def varied(settled: Collection[str]) -> list[str]:
-    """The options in which the candidates differ, without those that the user has settled."""
-    return [name for name in CANDIDATES["same-levels"] if name not in settled]
+        return next((c for c in configs if all(getattr(c, rate) == options.get(rate) for rate in free)), configs[0])
 
 
 def plan_trials(config: DistillationConfig, share: float, settled: Collection[str], teacher: torch.nn.Module) -> Plan:
@@ -76,22 +53,12 @@ def plan_trials(config: DistillationConfig, share: float, settled: Collection[st
 
     config: what the user asked for; its length includes the trials. settled: names of options that the user has
     given, which no candidate changes.
-    Errors: UserError when no candidate goes with the options that are settled.
+    Errors: UserError when the run is too short.
     """
     scale = rate_scale(teacher)
-    candidates, refused = {}, None
-    for name, settings in CANDIDATES.items():
-        own = {k: v * scale if k in RATES else v for k, v in settings.items() if k not in settled}
-        try:
-            candidates[name] = dataclasses.replace(config, **own)
-        except UserError as error:
-            refused = error
-            distributed.print0(f"no trial of {name}: {error.message}")
-    if not candidates:
-        assert refused is not None
-        raise refused
-    unique = {str(candidate.options()): name for name, candidate in reversed(candidates.items())}
-    candidates = {name: candidates[name] for name in reversed(unique.values())}
+    settings = {n: {k: v * scale for k, v in c.items() if k not in settled} for n, c in CANDIDATES.items()}
+    different = {str(rates): name for name, rates in reversed(settings.items())}  # the first of equal ones
+    candidates = {n: dataclasses.replace(config, **settings[n]) for n in CANDIDATES if n in different.values()}
     iterations = max(1, int(share * config.total_kimg * 1000 / (config.batch * len(candidates))))
     images = iterations * config.batch
     own_kimg = config.total_kimg - (len(candidates) - 1) * images / 1000  # of the run that goes on
@@ -166,7 +133,7 @@ def _trial(
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     distillation = build(config, checkpoint.newest_good_state(folder))
-    record = {name: config.options()[name] for name in CANDIDATES["same-levels"]}
+    record = {name: getattr(config, name) for name in RATES}
     try:
         training_loop(distillation, folder, report(folder), images, folder.parent.parent)
     except DivergenceError as error:
@@ -211,5 +178,4 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _settings(config: DistillationConfig) -> str:
-    options = config.options()
-    return " ".join(f"--{name.replace('_', '-')}={options[name]}" for name in CANDIDATES["same-levels"])
+    return " ".join(f"--{name}={getattr(config, name):g}" for name in RATES)
