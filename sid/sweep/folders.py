@@ -59,9 +59,9 @@ def chosen_by_run(recorded: dict[str, Any]) -> set[str]:
     measured = {"init_sigma"} if recorded["init_sigma"] is None else set()
     if not recorded["trials"]:
         return measured
-    from sid.trials import varied  # loads torch
+    from sid.trials import RATES  # loads torch
 
-    return measured | {"total_kimg", *varied(recorded["given"])}
+    return measured | {"total_kimg", *(set(RATES) - set(recorded["given"]))}
 
 
 def is_finished(folder: Path, options: dict[str, Any]) -> bool:
