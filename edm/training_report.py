@@ -84,7 +84,7 @@ def describe_start(net: torch.nn.Module, dataset: Any, config: Any, device: torc
 
 def next_command(run_dir: Path, options: dict[str, Any], evaluator: Evaluator | None) -> str:
     """The command that distils the run's newest snapshot, quoted for a shell."""
-    arguments = [f"--edm_model={run_dir}", f"--outdir={options['outdir']}-sid"]
+    arguments = ["--recipe=auto", f"--edm_model={run_dir}", f"--outdir={options['outdir']}-sid"]
     if evaluator is not None and options["data_stat"] is not None:
         given = [name for name in ("data_stat", "detector") if options[name] is not None]
         arguments += [f"--{name}={options[name]}" for name in given]

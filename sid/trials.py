@@ -140,7 +140,10 @@ def _trial(
         distributed.print0(f"It diverged: {error.message}")
         return {**record, "kimg": distillation.state.nimg / 1000, "distance": math.inf}
     distances = distributed.from_process_0(sound_records(folder / DISTANCES_FILE, "kimg", "value"))
-    return {**record, "kimg": images / 1000, "distance": distances[-1]["value"]}
+    found = [line["value"] for line in distances if line["kimg"] == images / 1000]
+    if not found:  # a full disk, for instance
+        raise UserError(f"{folder / DISTANCES_FILE}: lacks the trial's end; remove {folder} and start again")
+    return {**record, "kimg": images / 1000, "distance": found[-1]}
 
 
 def _settle(folder: Path, results: dict[str, dict[str, Any]], run_dir: Path) -> None:
@@ -161,10 +164,14 @@ def _settle(folder: Path, results: dict[str, dict[str, Any]], run_dir: Path) -> 
 
 
 def _read_results(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The recorded results; None if they are missing or damaged, after which the trials are judged again."""
     try:
-        return json.loads((folder / RESULTS_FILE).read_text())
-    except (OSError, ValueError):
+        results = json.loads((folder / RESULTS_FILE).read_text())
+        [best] = [name for name, result in results.items() if result["best"]]
+        sound = best in CANDIDATES and all({"kimg", "distance", *RATES} <= result.keys() for result in results.values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+    return results if sound else None
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:

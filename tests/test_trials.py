@@ -168,6 +168,20 @@ def test_a_candidate_that_diverges_loses(tmp_path, monkeypatch, capsys):
         run(tmp_path / "all")
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"x": {"best": true}}', '{"equal-rates": {"best": 1}}', "{" * 9999]
+)
+def test_damaged_results_are_none(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    assert trials._read_results(tmp_path) is None
+
+
+def test_a_trial_without_its_distance_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "sound_records", lambda *_: [{"kimg": 0.0, "value": 0.1}])
+    with pytest.raises(UserError, match="lacks the trial's end"):
+        run(tmp_path)
+
+
 def test_other_options_than_those_of_the_begun_trials_are_refused(tmp_path, monkeypatch):
     loop = trials.training_loop
 
