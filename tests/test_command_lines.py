@@ -18,7 +18,7 @@ from PIL import Image
 import fid
 import sid_train
 from dnnlib import IntList, download
-from edm import dataset_tool, generate, train, zoo
+from edm import dataset_tool, generate, inspection, train, zoo
 from edm.metrics import data_reference, evaluate, train_detector
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
@@ -49,6 +49,7 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "edm.zoo fetch": (zoo.main, ["fetch", "{made}/net.safetensors"]),
     "edm.zoo verify": (zoo.main, ["verify"]),
     "edm.zoo convert": (zoo.main, ["convert", "{made}/net.safetensors", "new.pkl"]),
+    "edm.zoo inspect": (zoo.main, ["inspect", "{made}/net.safetensors"]),
     "sid.report": (report.main, ["{made}/run"]),
     "sid.doctor": (doctor.main, ["{made}/run"]),
     "sid.probe.gradients": (gradients.main, ["{made}/run"]),
@@ -141,6 +142,7 @@ def invoke(made, tmp_path, monkeypatch):
     for work in ("sid.run.training_loop", "training.training_loop.training_loop", "edm.sampler.generate_images"):
         monkeypatch.setattr(work, stop)
     for module, work in (
+        (inspection, "misfit"),
         (data_reference, "measure"),
         (evaluate, "measure"),
         (pictures, "compare"),
