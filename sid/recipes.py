@@ -119,7 +119,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         }.items()
     },
     # For any teacher, such as one of your own: measures the start, tries learning rates, goes on with the best. psi
-    # learns at theta's noise levels: with EDM's for psi, images whose brightness varies much drift away.
+    # learns at theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.
     "auto": {
         "edm_model": "",  # must be given
         "init_sigma": "auto",

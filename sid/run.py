@@ -196,11 +196,13 @@ def measure_teacher(
         if with_trials:
             raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
         return None
-    wanted = with_trials or config.init_sigma is None or config.total_kimg >= WORTH_SAMPLES_KIMG
-    if not wanted or distributed.rank() != 0:
+    if not (with_trials or config.init_sigma is None or config.total_kimg >= WORTH_SAMPLES_KIMG):
         return None
-    changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
-    return TeacherDistance(teacher.to(device).eval(), keep=changes)
+    with distributed.shared_errors():  # such as samples that aren't finite
+        if distributed.rank() != 0:
+            return None
+        changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
+        return TeacherDistance(teacher.to(device).eval(), keep=changes)
 
 
 def find_start(

@@ -62,12 +62,13 @@ class Report:
         self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
 
     def _show(self, ema: torch.nn.Module, nimg: int, name: str) -> None:
-        if distributed.rank() == 0:
-            images = sample(ema, GRID_COLUMNS * GRID_ROWS)
-            attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name))
-            distance = self._distance
-            if distance is not None:
-                attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg, distance))
+        with distributed.shared_errors():
+            if distributed.rank() == 0:
+                images = sample(ema, GRID_COLUMNS * GRID_ROWS)
+                attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name))
+                distance = self._distance
+                if distance is not None:
+                    attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg, distance))
         if self._metrics is not None:
             self._metrics.measure(ema, nimg)
             if distributed.rank() == 0:
