@@ -8,9 +8,7 @@ from dnnlib import Command, UserError
 from torch_utils.records import is_figure
 
 from .monitor.records import DISTANCES_FILE, STATS_FILE, best_metric, read_options, read_records
-from .monitor.rules import diagnose, judge_distance
-
-NO_PROBLEM = ("healthy", "converged", "unknown")  # findings that don't hold when the images get worse
+from .monitor.rules import diagnose
 
 
 @click.command(cls=Command)
@@ -24,14 +22,12 @@ def main(run: str) -> None:
         wrong = [name for name, value in record.items() if not is_figure(value)]
         if wrong:
             raise UserError(f"{stats}: line {number}: its {wrong[0]} is not a number; remove the line")
+    distances = run_dir / DISTANCES_FILE
+    measured = read_records(distances, "kimg", "value") if distances.exists() else []
     try:
-        findings = diagnose(records, options)
+        findings = diagnose(records, options, measured)
     except ArithmeticError as error:
         raise UserError(f"{stats}: no distillation has such figures ({error}); restore the file") from None
-    distances = run_dir / DISTANCES_FILE
-    away = judge_distance(read_records(distances, "kimg", "value")) if distances.exists() else None
-    if away is not None:  # then the figures of the loss, which only compare with the fake score, mean little
-        findings = [away, *(finding for finding in findings if finding.name not in NO_PROBLEM)]
     metric = best_metric(run_dir)
     for finding in findings:
         print(f"{finding.name}: {finding.text}")

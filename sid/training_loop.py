@@ -10,6 +10,7 @@ from edm import zoo
 from edm.sampler import NonFiniteImagesError
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt, snapshot_path
+from torch_utils.records import sound_records
 from torch_utils.updates import DivergenceError
 from training.denoiser import DenoiserModule
 from training.training_loop import Steps, advised, run_to_end
@@ -18,6 +19,7 @@ from . import lora
 from .config import DistillationConfig
 from .distillation import Distillation
 from .monitor.measure import EDGE, PER_CLASS, Health, worst_class
+from .monitor.records import DISTANCES_FILE
 from .monitor.rules import Watch
 from .report.progress import Report
 from .state import DistillationState
@@ -40,7 +42,8 @@ def training_loop(
     state, config, collector = distillation.state, distillation.config, distillation.collector
     if state.statistics:
         collector.load_state_dict(state.statistics, distillation.device)
-    health, watch = Health(distillation), Watch(config.options())
+    health = Health(distillation)
+    watch = Watch(config.options(), lambda: sound_records(run_dir / DISTANCES_FILE, "kimg", "value"))
 
     def statistics() -> dict[str, dict[str, float]]:
         found = {**collector.collect(), **worst_class(collector.collect_groups(PER_CLASS))}

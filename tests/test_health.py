@@ -11,7 +11,7 @@ from tiny import CPU, NoReport, Spy, equal, on_two_processes, tiny_config, tiny_
 from sid import doctor
 from sid.config import DistillationConfig
 from sid.monitor.measure import Health
-from sid.monitor.rules import diagnose
+from sid.monitor.rules import Watch, diagnose
 from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import spike_guard
@@ -246,6 +246,37 @@ def test_a_generator_that_goes_astray(ratios, options, said, certain):
     assert said is None or said in finding.text
     early = diagnose(records[:11], {**DistillationConfig().options(), **options})[0]
     assert early.name != "astray"
+
+
+@pytest.mark.parametrize(
+    ("distances", "found"),
+    [
+        ([], "astray"),
+        ([0.204], "astray"),
+        ([0.204, 0.067, 0.048, 0.037, 0.025], "healthy"),  # icons with --recipe=auto (docs/ablations.md)
+        ([0.204, 0.067, 0.048, 0.12], "away-from-teacher"),
+        ([0.6, 0.4, 0.3], "far-from-teacher"),
+    ],
+)
+def test_measured_samples_overrule_what_the_fake_score_suggests(distances, found):
+    """The icons' ratio of the two denoising losses would say astray, while their images approached the teacher's."""
+    records = ticks(15, fake_score_ratio=lambda i: 0.6, divergence=lambda i: 0.1)
+    options = DistillationConfig().options()
+    measured = [{"kimg": float(i), "value": value} for i, value in enumerate(distances)]
+    [finding] = diagnose(records, options, measured)
+    assert finding.name == found
+    assert found != "healthy" or "distance from the teacher's samples 0.025 (start: 0.204)" in finding.text
+    assert diagnose(records[:2], options, measured)[0].name == (found if "teacher" in found else "too-early")
+
+
+def test_a_running_distillation_warns_once_when_it_leaves_the_teacher():
+    measured = [{"kimg": 0.0, "value": 0.3}, {"kimg": 1.0, "value": 0.2}]
+    watch = Watch(DistillationConfig().options(), lambda: measured)
+    assert watch.tick(1000, {}) == []
+    measured.append({"kimg": 2.0, "value": 0.4})
+    [warning] = watch.tick(2000, {})
+    assert warning.startswith("warning: its images are farther from the teacher's samples than the snapshot at 1 kimg")
+    assert watch.tick(3000, {}) == []
 
 
 def test_a_spike_guard_that_is_too_strict(tmp_path, monkeypatch, capsys):

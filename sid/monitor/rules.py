@@ -6,7 +6,7 @@ all. docs/method.md has a table of them and says where the thresholds come from.
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..objectives import PROJECTED
@@ -29,18 +29,25 @@ class Finding:
 Rule = Callable[[Run], Finding | None]
 
 
-def diagnose(records: Records, options: dict[str, Any]) -> list[Finding]:
+def diagnose(records: Records, options: dict[str, Any], distances: Sequence[dict[str, Any]] = ()) -> list[Finding]:
     """What is wrong with the run, or how it is doing if nothing is.
 
     records: of stats.jsonl, oldest first. options: from training_options.json, by the names in `evidence.OPTIONS` and
-    `evidence.LATER_OPTIONS`.
+    `evidence.LATER_OPTIONS`. distances: of teacher-distance.jsonl, with kimg and value, the first of the start.
     """
+    away = judge_distance(distances)
     phase, since = since_last_change(records, options)
     if len(phase) < MIN_TICKS:
-        return [Finding("too-early", f"{len(phase)} ticks{since} are too few to judge; it takes {MIN_TICKS}", False)]
+        early = Finding("too-early", f"{len(phase)} ticks{since} are too few to judge; it takes {MIN_TICKS}", False)
+        return [away or early]
     run = Run(records, options)
-    problems = [first_finding(alternatives, run) for alternatives in PROBLEMS]
-    return [finding for finding in problems if finding] or [first_finding(STATES, run) or progress(run)]
+    problems = [finding for alternatives in PROBLEMS if (finding := first_finding(alternatives, run))]
+    if away is not None:  # then figures of the loss, which only compare with the fake score, can't say that all is well
+        return [away, *problems]
+    if len(distances) < 2:
+        return problems or [first_finding(STATES, run) or progress(run)]
+    # Where samples have been compared, no figure of the fake score has to stand in for them.
+    return problems or [frozen(run) or measured_progress(run, distances)]
 
 
 def first_finding(rules: Iterable[Rule], run: Run) -> Finding | None:
@@ -321,6 +328,13 @@ def progress(run: Run) -> Finding:
     return Finding("healthy", f"no problem found, and {falls}: {figure}", False)
 
 
+def measured_progress(run: Run, distances: Sequence[dict[str, Any]]) -> Finding:
+    """`progress`, with the distance from the teacher's samples beside it."""
+    found, start, last = progress(run), distances[0]["value"], distances[-1]["value"]
+    text = f"{found.text}; distance from the teacher's samples {last:.3g} (start: {start:.3g})"
+    return dataclasses.replace(found, text=text)
+
+
 # In each line, only what the first rule that applies says is reported: it explains the others.
 PROBLEMS: list[list[Rule]] = [
     [skipped],
@@ -332,7 +346,7 @@ PROBLEMS: list[list[Rule]] = [
     [lost_class],
     [average_too_short],
 ]
-# Of a run without problems; if none applies, `progress` does.
+# Of a run without problems whose distance nobody measured; if none applies, `progress` does.
 STATES: list[Rule] = [astray, lost_ground, frozen]
 
 
@@ -342,7 +356,7 @@ NOTICED = 0.03  # less is the noise of 256 images
 FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
 
 
-def judge_distance(records: list[dict[str, Any]]) -> Finding | None:
+def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
     """A finding when the snapshots went away from the teacher or are still far from it.
 
     records: of teacher-distance.jsonl, with kimg and value, the first of the start.
@@ -356,7 +370,7 @@ def judge_distance(records: list[dict[str, Any]]) -> Finding | None:
             return None
         text = f"its images are still far from the teacher's samples: distance {last:.3g} (start: {start:.3g}), where"
         text += f" good generators have less than {FAR:g}; go on while it falls, otherwise try --recipe=auto"
-        return Finding("far-from-teacher", text)
+        return Finding("far-from-teacher", text, certain=False)  # it may be on its way
     where = "the start" if best is records[0] else f"the snapshot at {best['kimg']:g} kimg"
     text = f"its images are farther from the teacher's samples than {where}: distance {last:.3g}"
     remedy = "take that snapshot, or resume from an earlier state with lower --glr and --lr"
@@ -366,10 +380,13 @@ def judge_distance(records: list[dict[str, Any]]) -> Finding | None:
 
 
 class Watch:
-    """Warns of problems in a running distillation that are certain, once each."""
+    """Warns of problems in a running distillation that are certain, once each.
 
-    def __init__(self, options: dict[str, Any]):
-        self._options = options
+    options: the run's. distances: returns the records of the distance from the teacher's samples so far.
+    """
+
+    def __init__(self, options: dict[str, Any], distances: Callable[[], Sequence[dict[str, Any]]] = tuple):
+        self._options, self._distances = options, distances
         self._records: deque[dict[str, float]] = deque(maxlen=WATCHED_TICKS)
         self._told: set[str] = set()
 
@@ -377,6 +394,7 @@ class Watch:
         """The new warnings. collected: the statistics, as for `TickLog.tick`."""
         means = {name: record["mean"] for name, record in collected.items()}
         self._records.append({"Progress/kimg": nimg / 1e3, **means})
-        new = [f for f in diagnose(list(self._records), self._options) if f.certain and f.name not in self._told]
+        findings = diagnose(list(self._records), self._options, self._distances())
+        new = [finding for finding in findings if finding.certain and finding.name not in self._told]
         self._told.update(finding.name for finding in new)
         return [f"warning: {finding.text}" for finding in new]
