@@ -18,6 +18,7 @@ from edm.sampler import heun_sampler
 from training.conditions import Classes, as_ranges, learnt_classes
 from training.denoiser import known_sigma, noise_range, sigma_data
 from training.generator import start_levels
+from training.networks_edm2 import Precond
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
 
 NUM_IMAGES, STEPS = 32, 12
@@ -33,6 +34,7 @@ MIN_VARIANCE, MAX_VARIANCE = 1e-3, 2.0  # of images with values in [-1, 1], with
 def facts(net: Any) -> dict[str, str]:
     """{what: text}, for people to read."""
     inner = f" around a {type(net.net).__name__}" if isinstance(net, WrappedDenoiser) else ""
+    inner = " of EDM2" if isinstance(net, Precond) else inner
     metadata = getattr(net, "metadata", {})
     low, high = noise_range(net)
     levels = start_levels(net)

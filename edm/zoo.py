@@ -30,7 +30,7 @@ from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.untrusted import edm_pickle
-from training import networks
+from training import networks, networks_edm2
 from training.conditions import learnt_classes
 from training.denoiser import DenoiserModule, check_denoiser
 from training.generator import start_levels
@@ -41,7 +41,7 @@ NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(networks.EDMPrecond, networks.VPPrecond, networks.VEPrecond, networks.iDDPMPrecond),
-        *(networks.SongUNet, networks.DhariwalUNet, diffusers_models.DiffusersDenoiser),
+        *(networks.SongUNet, networks.DhariwalUNet, networks_edm2.Precond, diffusers_models.DiffusersDenoiser),
     )
 }
 

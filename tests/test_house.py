@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ["dnnlib", "torch_utils", "training", "edm", "sid"]  # bottom up; the command lines of the root stand on top
 TOP = len(FLOORS)
 # Their source goes into snapshots.
-EMBEDDED = [f"training/{name}.py" for name in ("networks", "unets", "layers", "loss", "augment")]
+EMBEDDED = [f"training/{name}.py" for name in ("networks", "networks_edm2", "unets", "layers", "loss", "augment")]
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))])
 COMMAND_LINES = sorted(ROOT.glob("*.py"))
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dnnlib import UserError
@@ -215,10 +216,13 @@ def update_ema(ema: torch.nn.Module, net: torch.nn.Module, beta: float) -> None:
         average.copy_(value)
 
 
-def lr_factor(nimg: int, total_img: float, rampup_img: float = 0, decay: str = "none") -> float:
-    """Learning-rate multiplier: linear from 0 over the first `rampup_img` images, times the decay over the whole run.
+def lr_factor(
+    nimg: int, total_img: float, rampup_img: float = 0, decay: str = "none", constant_img: float = 0
+) -> float:
+    """Learning-rate multiplier: linear from 0 over the first `rampup_img` images, times the decay.
 
-    decay: 'none', 'linear' or 'cosine' (both end at 0).
+    decay: 'none'; 'linear' or 'cosine', which end at 0 after `total_img` images; 'sqrt', the inverse square root of the
+           images seen, which begins after `constant_img` images and doesn't depend on the length (EDM2).
     """
     factor = min(nimg / rampup_img, 1.0) if rampup_img > 0 else 1.0
     progress = min(nimg / total_img, 1.0) if total_img > 0 else 1.0
@@ -226,4 +230,22 @@ def lr_factor(nimg: int, total_img: float, rampup_img: float = 0, decay: str = "
         factor *= 1 - progress
     elif decay == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * progress))
+    elif decay == "sqrt":
+        factor /= math.sqrt(max(nimg / constant_img, 1.0)) if constant_img > 0 else 1.0
     return factor
+
+
+def power_function_exponent(std: float) -> float:
+    """gamma of the power-function average whose profile has the relative standard deviation `std` (EDM2, section 3.1).
+
+    std: of the ages in the average relative to the length of the training, in (0, 0.289). Errors: ValueError.
+    """
+    if not 0 < std < 12**-0.5:  # that of the plain mean of all weights, gamma = 0
+        raise ValueError(f"a power-function average has a standard deviation above 0 and below {12**-0.5:.4f}")
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])  # (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = std^2
+    return float(roots.real.max())
+
+
+def power_function_beta(batch: int, nimg: float, std: float) -> float:
+    """Weight of the old average after one batch that follows `nimg` images (EDM2, section 3.1)."""
+    return (nimg / (nimg + batch)) ** (power_function_exponent(std) + 1)

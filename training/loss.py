@@ -1,4 +1,4 @@
-"""Denoising losses that train diffusion models (arXiv:2206.00364, Table 1). Per-pixel, [N, C, H, W].
+"""Denoising losses that train diffusion models (arXiv:2206.00364, Table 1; EDM2). Per-pixel, [N, C, H, W].
 
 Snapshots embed this file's source, so it imports nothing but torch, numpy, the standard library and
 torch_utils.persistence. Random numbers are drawn in this order: noise level [N, 1, 1, 1], augmentation, noise.
@@ -14,18 +14,17 @@ import torch
 from torch_utils import persistence
 
 
-def _denoising_loss(
+def _squared_error(
     net: Callable[..., torch.Tensor],
     images: torch.Tensor,
     sigma: torch.Tensor,
-    weight: torch.Tensor,
     labels: torch.Tensor | None,
     augment_pipe: Callable[..., Any] | None,
 ) -> torch.Tensor:
-    """weight * (D(y + sigma n; sigma) - y)^2, where y are the augmented images."""
+    """(D(y + sigma n; sigma) - y)^2, where y are the augmented images."""
     y, augment_labels = augment_pipe(images) if augment_pipe is not None else (images, None)
     noise = torch.randn_like(y) * sigma
-    return weight * (net(y + noise, sigma, labels, augment_labels=augment_labels) - y) ** 2
+    return (net(y + noise, sigma, labels, augment_labels=augment_labels) - y) ** 2
 
 
 @persistence.persistent_class
@@ -46,7 +45,7 @@ class VPLoss:
     ) -> torch.Tensor:
         t = 1 + torch.rand([images.shape[0], 1, 1, 1], device=images.device) * (self.epsilon_t - 1)
         sigma = ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
-        return _denoising_loss(net, images, sigma, 1 / sigma**2, labels, augment_pipe)
+        return 1 / sigma**2 * _squared_error(net, images, sigma, labels, augment_pipe)
 
 
 @persistence.persistent_class
@@ -66,7 +65,7 @@ class VELoss:
     ) -> torch.Tensor:
         u = torch.rand([images.shape[0], 1, 1, 1], device=images.device)
         sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** u
-        return _denoising_loss(net, images, sigma, 1 / sigma**2, labels, augment_pipe)
+        return 1 / sigma**2 * _squared_error(net, images, sigma, labels, augment_pipe)
 
 
 @persistence.persistent_class
@@ -86,6 +85,10 @@ class EDMLoss:
         """Random noise levels [N, 1, 1, 1] for images [N, C, H, W]."""
         return (torch.randn([images.shape[0], 1, 1, 1], device=images.device) * self.P_std + self.P_mean).exp()
 
+    def weighted(self, net: Any, error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The loss for squared errors [N, C, H, W] of a denoiser at noise levels sigma [N, 1, 1, 1]."""
+        return self.weight(sigma) * error
+
     def __call__(
         self,
         net: Callable[..., torch.Tensor],
@@ -96,4 +99,19 @@ class EDMLoss:
     ) -> torch.Tensor:
         """The loss per pixel, [N, C, H, W]. sigma: the noise levels [N, 1, 1, 1]; None draws them."""
         sigma = self.draw_sigma(images) if sigma is None else sigma
-        return _denoising_loss(net, images, sigma, self.weight(sigma), labels, augment_pipe)
+        return self.weighted(net, _squared_error(net, images, sigma, labels, augment_pipe), sigma)
+
+
+@persistence.persistent_class
+class EDM2Loss(EDMLoss):
+    """EDM2 (arXiv:2312.02696): EDM's loss divided by e^u, plus u, where the network learns u(sigma), `net.logvar`.
+
+    At the optimum e^u is the mean weighted error at sigma, so that all noise levels have gradients of one size.
+    """
+
+    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5):
+        super().__init__(P_mean, P_std, sigma_data)
+
+    def weighted(self, net: Any, error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        logvar = net.logvar(sigma)
+        return self.weight(sigma) / logvar.exp() * error + logvar

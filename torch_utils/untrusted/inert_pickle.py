@@ -51,13 +51,14 @@ class Record:
 
 
 def read_file(path: str | os.PathLike) -> Any:
-    """The value pickled in a file: plain values, CPU tensors and `Record`s.
+    """The value pickled in a file: plain values, CPU tensors, `Array`s and `Record`s.
 
     Errors: UserError, one line that names the file, when it isn't such a pickle, is damaged or names anything else.
     """
     try:
         with open_plain(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return Machine(GLOBALS).run(view)  # mapped: a claimed length cannot allocate more than the file has
+            # Mapped: a claimed length cannot allocate more than the file has.
+            return Machine({**GLOBALS, **ARRAY_GLOBALS}).run(view)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: check the file name") from None
     except Refused as refusal:
@@ -69,21 +70,19 @@ def read_file(path: str | os.PathLike) -> Any:
 def read_cifar10(data: bytes) -> tuple[np.ndarray, list[Any]]:
     """(pixels uint8 [N, 3072], labels) of a batch of CIFAR-10's Python version. Errors: ValueError when it is none."""
     try:
-        batch = Machine(CIFAR10_GLOBALS).run(io.BytesIO(data))
+        batch = Machine({**ARRAY_GLOBALS, **CIFAR10_GLOBALS}).run(io.BytesIO(data))
         values = {key.decode() if type(key) is bytes else key: value for key, value in typed(batch, dict).items()}
-        return _cifar10_pixels(typed(values["data"], _Array)), typed(values["labels"], list)
+        return _cifar10_pixels(typed(values["data"], Array).numpy()), typed(values["labels"], list)
     except Refused as refusal:
         raise ValueError(f"a batch {refusal}, which CIFAR-10 has no use for") from None
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
         raise ValueError(f"not a batch of CIFAR-10, or damaged: {error}") from None
 
 
-def _cifar10_pixels(array: "_Array") -> np.ndarray:
-    """The array that a numpy state stands for: (version, shape, dtype, whether in Fortran order, bytes)."""
-    _, (count, width), dtype, fortran, data = array.state
-    if typed(dtype, _Dtype).code != "u1" or width != 3072:
-        raise TypeError(f"an array of {dtype.code} with {width} columns, not u1 with 3072")
-    return np.frombuffer(_bytes(data), np.uint8).reshape((count, width), order="F" if typed(fortran, bool) else "C")
+def _cifar10_pixels(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+        raise TypeError(f"an array of {pixels.dtype} {list(pixels.shape)}, not uint8 [N, 3072]")
+    return pixels
 
 
 # --- values that stand for the admitted names: markers of our own, never the real functions
@@ -111,10 +110,23 @@ class Storage:
 
 
 @dataclass(slots=True, eq=False)
-class _Array:
-    """A numpy array of which only the state it was pickled with is known: the last item has its bytes."""
+class Array:
+    """A pickled numpy array of plain numbers.
+
+    state: (version, shape, dtype, whether in Fortran order, bytes), as numpy pickles it.
+    """
 
     state: tuple = ()
+
+    def numpy(self) -> np.ndarray:
+        """The array, read-only. Errors: TypeError or ValueError when the parts don't fit together."""
+        _, shape, dtype, fortran, data = self.state
+        numbers = np.dtype(typed(dtype, _Dtype).code).newbyteorder(dtype.order)
+        shape = tuple(typed(n, int) for n in typed(shape, tuple)[:MAX_DIMENSIONS])
+        values = np.frombuffer(_bytes(data), numbers)
+        if min(shape, default=0) < 0:  # numpy would choose that dimension itself
+            raise ValueError("an array has a negative size")
+        return values.reshape(shape, order="F" if typed(fortran, bool) else "C")
 
 
 def _bytes(text: Any) -> bytes:
@@ -214,16 +226,17 @@ GLOBALS = {
         "numpy._core.multiarray scalar": _scalar,
     }.items()
 }
-CIFAR10_GLOBALS = {
+ARRAY_GLOBALS = {  # of numpy arrays, which only the files of others hold
     key: Global(key, build)
     for key, build in {
         "numpy ndarray": _no_call,
         "numpy dtype": _dtype,
-        "numpy.core.multiarray _reconstruct": lambda _, args: _Array(),
-        "numpy._core.multiarray _reconstruct": lambda _, args: _Array(),
-        "_codecs encode": lambda _, args: _bytes(args[0]),  # how Python 3 writes bytes for Python 2
+        "numpy.core.multiarray _reconstruct": lambda _, args: Array(),
+        "numpy._core.multiarray _reconstruct": lambda _, args: Array(),
     }.items()
 }
+# How Python 3 writes bytes for Python 2.
+CIFAR10_GLOBALS = {"_codecs encode": Global("_codecs encode", lambda _, args: _bytes(args[0]))}
 
 
 # --- the stack machine
@@ -379,7 +392,7 @@ class Machine:
             target.state = typed(state, dict)
         elif type(target) is _Dtype:
             target.order = typed(typed(state, tuple)[1], str)
-        elif type(target) is _Array:
+        elif type(target) is Array:
             target.state = typed(state, tuple)
         elif type(target) is OrderedDict:  # a module's state, which notes the versions of its parts
             metadata = typed(typed(state, dict).get("_metadata"), OrderedDict)
