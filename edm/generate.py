@@ -16,6 +16,7 @@ MAX_SEEDS = 10_000_000
 MAX_SEED = 2**32 - 1  # as edm.sampler
 MAX_SIGMA = 1e6
 MAX_STEPS = 100_000
+GUIDANCE = ("guidance", "guide")
 ABLATION = ("solver", "discretization", "schedule", "scaling")
 POSITIVE = FiniteRange(0, MAX_SIGMA, min_open=True)
 
@@ -63,6 +64,12 @@ class SeedRanges(click.ParamType):
 @click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Likewise")
 @click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Likewise")
 @click.option("--scaling", type=click.Choice(["vp", "none"]), help="Likewise")
+@click.option(
+    "--guidance",
+    type=FiniteRange(0),
+    help="How strongly to guide a diffusion model; 1: not. By --guide, or without it by its classes",
+)
+@click.option("--guide", help="A weaker network that guides --network away from its own images (autoguidance)")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
 def main(
     network: str,
@@ -96,8 +103,10 @@ def main(
     place = distributed.init(device)
     if grid is not None and distributed.world_size() > 1:
         raise UserError("--grid needs one process; several write a folder, --outdir")
-    net = zoo.load_denoiser(network, own_classes(classes)).to(place)
-    options = sampler_options(net, {name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    net = zoo.load_denoiser(network, own_classes(classes))
+    net, options, _ = guided(net, sampler_options(net, given), own_classes(classes))
+    net = net.to(place)
     kept = []
     with contextlib.ExitStack() as stack:
         write = stack.enter_context(image_writer(outdir)) if outdir else None
@@ -123,13 +132,40 @@ def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     ablation = any(name in options for name in ABLATION)
     one_step = not ablation and (options["steps"] == 1 if "steps" in options else default_sampler(net) == "one-step")
     if one_step:
-        wrong = options.keys() & {"sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise"}
+        wrong = options.keys() & {"sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", *GUIDANCE}
     else:
         wrong = options.keys() & ({"init_sigma"} | ({"S_churn", "S_min", "S_max", "S_noise"} if ablation else set()))
     if wrong:
         sampler = "one step" if one_step else "the ablation sampler" if ablation else "Heun's sampler"
         raise UserError(f"--{sorted(wrong)[0]} means nothing to {sampler}; leave it out")
     return {**options, "sampler": "ablation" if ablation else "one-step" if one_step else "heun"}
+
+
+def guided(net: Any, options: dict[str, Any], classes: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """(the network that --guidance and --guide ask for, the other options, the former for a metric's record).
+
+    Errors: UserError when the network can't be guided so.
+    """
+    from edm import zoo
+    from torch_utils import distributed
+    from training.guidance import GuidedDenoiser, check_class_guidance, check_guide
+
+    weight, source = options.get("guidance"), options.get("guide")
+    options = {name: value for name, value in options.items() if name not in GUIDANCE}
+    if weight is None:
+        if source is not None:
+            raise UserError("--guide: say how strongly the weaker network guides with --guidance=W, such as 1.7")
+        return net, options, {}
+    record: dict[str, Any] = {"guidance": weight}
+    if source is None:
+        guide, warning = None, check_class_guidance(net, f"--guidance={weight:g}")
+    else:
+        guide = zoo.load_denoiser(source, classes)
+        warning = check_guide(guide, net)
+        record |= {"guide": Path(source).name, "guide_sha256": zoo.network_hash(guide)}
+    if warning:
+        distributed.print0(f"Warning: {warning}")
+    return GuidedDenoiser(net, guide, weight).eval(), options, record
 
 
 if __name__ == "__main__":

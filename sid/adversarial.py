@@ -173,11 +173,16 @@ class SiDALoss(SiDLoss):
         return self.weighted(terms, sigma, images, f_phi)
 
 
-def make_loss(config: DistillationConfig, teacher: torch.nn.Module, reals: RealImages | None) -> SiDLoss:
-    """The losses of a config. Errors: UserError when --gan has no real images or doesn't work with the network."""
+def make_loss(
+    config: DistillationConfig, teacher: torch.nn.Module, reals: RealImages | None, guide: Callable | None = None
+) -> SiDLoss:
+    """The losses of a config. guide: the network of --guide, as training calls it.
+
+    Errors: UserError when --gan has no real images or doesn't work with the network.
+    """
     names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule", "guidance")
     options = {name: getattr(config, name) for name in names}
-    options |= {"sigma_data": sigma_data(teacher), "conditions": Classes.of(teacher)}
+    options |= {"sigma_data": sigma_data(teacher), "conditions": Classes.of(teacher), "guide": guide}
     if not config.gan:
         return SiDLoss(**options)
     if reals is None:

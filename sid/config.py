@@ -104,7 +104,7 @@ class DistillationConfig:
     share_noise: bool = False  # and one draw of noise for them: the fake score is called once
     adam_state: str = "fp32"  # Adam's second moments, one of ADAM_STATES
     lora_rank: int | None = None  # rank of the updates that generator and fake score learn; None: all weights
-    guidance: Guidance | None = None  # classifier-free guidance of the score networks
+    guidance: Guidance | None = None  # of the score networks: by classes, and of the teacher by a weaker one
     drop_labels: str = "before"  # where guidance drops labels: before generating, as published, or after
     gan: bool = False  # SiDA: an additional adversarial loss, from real images
     gan_freeze_kimg: float = 100  # with gan, how long the generator isn't updated
@@ -173,7 +173,7 @@ class DistillationConfig:
         """Both losses must be able to use the same output of the fake score."""
         if self.gan:
             raise UserError("--share-noise: --gan shows the fake score real images, too; use --share-images=1")
-        if self.guidance is not None and self.guidance != Guidance(teacher=self.guidance.teacher):
+        if self.guidance is not None and (self.guidance.fake_score_step, self.guidance.fake_score) != (1, 1):
             raise UserError(f"--share-noise: --guidance={self.guidance} guides the fake score; only long=K fits")
         schedules = {self.sigma_schedule, self.fake_sigma_schedule}
         if len(schedules) > 1 and any(isinstance(schedule, Single) for schedule in schedules):

@@ -23,12 +23,13 @@ FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # give the two phases different random
 
 @dataclasses.dataclass
 class Networks:
-    """The three networks as training calls them, possibly compiled, inside `autocast`."""
+    """The networks as training calls them, possibly compiled, inside `autocast`."""
 
     teacher: Callable
     fake_score: Callable
     generator: Callable
     autocast_dtype: torch.dtype  # float32 where the networks keep their own precision
+    guide: Callable | None = None  # the weaker network that guides the teacher
 
 
 class Distillation:

@@ -1,4 +1,5 @@
-"""Classifier-free guidance of the score networks in a distillation (SiD-LSG, arXiv:2406.01561).
+"""Guidance of the score networks in a distillation: by classes (SiD-LSG, arXiv:2406.01561) and by a weaker teacher
+(autoguidance, arXiv:2406.02507).
 
 It doesn't import torch, so that command lines can check options at once.
 """
@@ -6,7 +7,7 @@ It doesn't import torch, so that command lines can check options at once.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dnnlib import UserError, format_number
 
@@ -20,11 +21,19 @@ LABEL_DROPOUT = 0.1  # SiD-LSG's value
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Guidance weights kappa for each place where a score network is called; 1 means no guidance."""
+    """Guidance weights: kappa of the classes for each place where a score network is called, and the weight of phi over
+    the weaker network --guide. 1 means no guidance.
+    """
 
     fake_score_step: float = 1.0  # kappa1: psi in its own loss
     fake_score: float = 1.0  # kappa2 = kappa3: psi in the generator's loss
     teacher: float = 1.0  # kappa4: phi in the generator's loss
+    over_guide: float | None = None  # phi over --guide, at every call of phi, before the classes; None without --guide
+
+    @property
+    def by_class(self) -> bool:
+        """Whether any network is guided by its classes."""
+        return any(kappa != 1 for kappa in (self.fake_score_step, self.fake_score, self.teacher))
 
     @property
     def label_dropout(self) -> float:
@@ -32,32 +41,47 @@ class Guidance:
         return LABEL_DROPOUT if self.fake_score_step != 1 or self.fake_score != 1 else 0.0
 
     def __str__(self) -> str:
-        if self == Guidance(teacher=self.teacher):
-            return f"long={format_number(self.teacher)}"
-        if self == Guidance(fake_score_step=self.fake_score_step):
-            return f"short={format_number(self.fake_score_step)}"
-        return f"long-short={format_number(self.teacher)}"
+        weight = [] if self.over_guide is None else [format_number(self.over_guide)]
+        kappas = self.fake_score_step, self.fake_score, self.teacher
+        if weight and not self.by_class:
+            return weight[0]
+        if kappas == (1, 1, self.teacher):
+            text = f"long={format_number(self.teacher)}"
+        elif kappas == (self.fake_score_step, 1, 1):
+            text = f"short={format_number(self.fake_score_step)}"
+        else:
+            text = f"long-short={format_number(self.teacher)}"
+        return ",".join([*weight, text])
 
 
 def parse_guidance(value: "str | Guidance | None") -> Guidance | None:
-    """Parses long=K, short=K or long-short=K; None and a Guidance are returned unchanged.
+    """Parses W, long=K, short=K, long-short=K, or W with one of these; None and a Guidance are returned unchanged.
 
     Errors: UserError naming --guidance.
     """
     if not isinstance(value, str):
         return value
-    kind, _, text = value.partition("=")
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if kind == "long" and 1 < scale < math.inf:
-        return Guidance(teacher=scale)
-    if kind == "short" and 0 <= scale < 1:
-        return Guidance(fake_score_step=scale)
-    if kind == "long-short" and 1 < scale < math.inf:
-        return Guidance(scale, scale, scale)
-    raise UserError(f"--guidance={value}: give long=K or long-short=K with K > 1, or short=K with K < 1")
+    weight, kappas = None, None
+    for part in value.split(","):
+        kind, _, text = part.rpartition("=")
+        try:
+            scale = float(text)
+        except ValueError:
+            scale = math.nan
+        if kind == "" and "=" not in part and 1 <= scale < math.inf and weight is None:
+            weight = scale
+        elif kind == "long" and 1 < scale < math.inf and kappas is None:
+            kappas = (1.0, 1.0, scale)
+        elif kind == "short" and 0 <= scale < 1 and kappas is None:
+            kappas = (scale, 1.0, 1.0)
+        elif kind == "long-short" and 1 < scale < math.inf and kappas is None:
+            kappas = (scale, scale, scale)
+        else:
+            raise UserError(
+                f"--guidance={value}: give long=K or long-short=K with K > 1, or short=K with K < 1; with --guide a"
+                " weight of 1 or more, such as 1.7, alone or as 1.7,long=2"
+            )
+    return Guidance(*(kappas or (1.0, 1.0, 1.0)), over_guide=weight)
 
 
 def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
@@ -77,20 +101,30 @@ def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
     return call
 
 
-def check_guidance(guidance: Guidance | None, teacher: "torch.nn.Module") -> str | None:
-    """A warning if the teacher was never trained without labels, otherwise None.
+def check_guidance(guidance: Guidance | None, teacher: Any, guide: Any = None) -> list[str]:
+    """Warnings about guidance that may do nothing, or not what it should.
 
-    Errors: UserError for a teacher without classes, or without a way to be called without them.
+    guide: the network of --guide, if there is one.
+    Errors: UserError when the teacher can't be guided so.
     """
-    if guidance is None:
-        return None
-    if not teacher.label_dim:
-        raise UserError(f"--guidance={guidance}: the teacher has no classes to guide with; leave the option out")
-    if getattr(teacher, "null_class", 0) is None:
-        raise UserError(f"--guidance={guidance}: the teacher has no class that stands for none; leave the option out")
-    if getattr(getattr(teacher, "model", None), "label_dropout", None) == 0:
-        return (
-            "--guidance calls the teacher without labels, which it was never trained for;"
-            " edm.train --label-dropout=0.1 makes one that did"
+    from training.guidance import check_class_guidance, check_guide
+
+    check_weight(guidance, guide is not None)
+    warnings = []
+    if guidance is not None and (guidance.by_class or guidance.over_guide is None):
+        warnings.append(check_class_guidance(teacher, f"--guidance={guidance}", "the teacher"))
+    if guide is not None:
+        warnings.append(check_guide(guide, teacher))
+    return [warning for warning in warnings if warning]
+
+
+def check_weight(guidance: Guidance | None, with_guide: bool) -> None:
+    """Errors: UserError when there is a weight for a guide without a guide, or the other way round."""
+    weight = None if guidance is None else guidance.over_guide
+    if with_guide and weight is None:
+        raise UserError("--guide: say how strongly the weaker network guides with --guidance=W, such as 1.7")
+    if weight is not None and not with_guide:
+        raise UserError(
+            f"--guidance={guidance}: a weight alone is for --guide, a weaker network; name it, or guide by classes with"
+            f" long={format_number(weight)}"
         )
-    return None

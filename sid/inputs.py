@@ -17,14 +17,16 @@ from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
 from training.denoiser import DenoiserModule, noise_range
+from training.guidance import check_guide
 
 from .config import DistillationConfig
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
 from .schedules import Single
 
-TEACHER_FILE = "teacher.safetensors"  # in the run folder of a teacher that was given as a module
+# In the run folder, of networks that were given as modules.
+TEACHER_FILE, GUIDE_FILE = "teacher.safetensors", "guide.safetensors"
 DEFAULT_METRIC = "fid50k_full"
-NETWORKS = ("edm_model", "transfer")  # options that name one
+NETWORKS = ("edm_model", "transfer", "guide")  # options that name one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Inputs:
     start: DenoiserModule | None  # whose weights theta starts from
     dataset: ImageFolderDataset | None  # real images
     evaluator: Evaluator | None  # computes the metrics
+    guide: DenoiserModule | None = None  # a weaker network that guides the teacher
 
 
 def load_inputs(
@@ -45,11 +48,12 @@ def load_inputs(
     device: torch.device,
     teacher: DenoiserModule | None = None,
     start: DenoiserModule | None = None,
+    guide: DenoiserModule | None = None,
 ) -> Inputs:
     """Loads everything.
 
     options: the options of sid_train.py, by name.
-    teacher, start: networks to use instead of loading --edm_model and --transfer.
+    teacher, start, guide: networks to use instead of loading --edm_model, --transfer and --guide.
     Errors: UserError naming the option that doesn't fit.
     """
     teacher = checked_teacher(config, options, teacher)
@@ -62,12 +66,13 @@ def load_inputs(
         start=start,
         dataset=load_dataset(options["data"], teacher, config, options) if options["data"] else None,
         evaluator=make_evaluator(metrics, reference, options, device) if metrics else None,
+        guide=checked_guide(teacher, options, guide),
     )
 
 
 def choose_snapshots(options: dict[str, Any]) -> dict[str, Any]:
     """The options with a snapshot in place of each run folder: chosen once, since a better one may appear later."""
-    named = [name for name in NETWORKS if options[name]]
+    named = [name for name in NETWORKS if options.get(name)]
     return options | {name: distributed.from_process_0(zoo.network_file(options[name])) for name in named}
 
 
@@ -86,6 +91,26 @@ def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, C
     """The teacher of a run: the one in its folder, where `sid.distil` keeps it, otherwise the recorded --edm_model."""
     is_kept = options.get("nosubdir") and options["edm_model"] == str(Path(options["outdir"]) / TEACHER_FILE)
     return zoo.load_denoiser(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
+
+
+def checked_guide(
+    teacher: DenoiserModule, options: dict[str, Any], guide: DenoiserModule | None = None
+) -> DenoiserModule | None:
+    """`guide`, or the network of --guide; None if there is none. Errors: UserError when it doesn't fit the teacher."""
+    if guide is None and options.get("guide"):
+        guide = zoo.load_denoiser(options["guide"], own_classes(options["classes"]))
+    if guide is not None:
+        check_guide(guide, teacher)
+    return guide
+
+
+def load_guide(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule | None:
+    """The weaker network that guides a run's teacher, found as `load_teacher` finds that; None if there is none."""
+    source = options.get("guide")
+    if not source:
+        return None
+    is_kept = options.get("nosubdir") and source == str(Path(options["outdir"]) / GUIDE_FILE)
+    return zoo.load_denoiser(run_dir / GUIDE_FILE if is_kept else source, classes)
 
 
 def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None:

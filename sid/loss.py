@@ -10,6 +10,7 @@ import torch
 
 from training.conditions import Classes
 from training.denoiser import SIGMA_DATA, known_sigma
+from training.guidance import autoguided
 from training.loss import EDMLoss
 
 from .guidance import Guidance, guided
@@ -52,7 +53,8 @@ class SiDLoss:
     huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2 only
     score_gradient    whether gradients pass through f_phi and f_psi; methods may override it; False: sid and l2 only
     sigma_schedule, fake_sigma_schedule    noise levels of the generator's and of the fake score's loss, or their names
-    guidance     classifier-free guidance of the score networks; None: none
+    guidance     of the score networks; None: none
+    guide        the weaker denoiser of guidance.over_guide; None: none
     conditions   what the networks are conditioned on
 
     Noise levels are limited and rounded to levels that the network knows (`training.denoiser.known_sigma`).
@@ -72,6 +74,7 @@ class SiDLoss:
         sigma_schedule: str | Schedule = "karras",
         fake_sigma_schedule: str | Schedule = "lognormal",
         guidance: Guidance | None = None,
+        guide: Callable | None = None,
         conditions: Classes | None = None,
     ):
         self.alpha = alpha
@@ -79,6 +82,7 @@ class SiDLoss:
         self.huber = huber
         self.score_gradient = score_gradient
         self.guidance = guidance or Guidance()
+        self.guide = guide
         self.conditions = conditions or Classes(0)
         self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule", tmax)
         self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule", tmax)
@@ -181,6 +185,7 @@ class SiDLoss:
 
     def score_networks(self, teacher: Callable, fake_score: Callable) -> tuple[Callable, Callable]:
         """(phi, psi) as the generator's loss calls them, guided if there is guidance."""
+        teacher = autoguided(teacher, self.guide, self.guidance.over_guide or 1)
         kappas = self.guidance.teacher, self.guidance.fake_score
         phi, psi = (guided(net, kappa, self.conditions) for net, kappa in zip((teacher, fake_score), kappas))
         return phi, psi

@@ -1,9 +1,10 @@
 """Estimates the memory of a distillation before it starts, from shapes alone, and shrinks the teacher's share."""
 
+import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import psutil
@@ -52,24 +53,19 @@ class Estimate:
         return {name: float(f"{value:.3g}") for name, value in figures.items()}
 
 
-def estimate(teacher: DenoiserModule, config: DistillationConfig, batch_gpu: int) -> Estimate:
+def estimate(
+    teacher: DenoiserModule, config: DistillationConfig, batch_gpu: int, guide: DenoiserModule | None = None
+) -> Estimate:
     """The memory of a distillation, from shapes alone.
 
-    teacher: any denoiser; it isn't changed. batch_gpu: images per process and round. The precision must be resolved
-    (not None).
+    teacher: any denoiser; it isn't changed. batch_gpu: images per process and round. guide: the weaker network that
+    guides the teacher. The precision must be resolved (not None).
     """
     assert config.precision is not None
     device = next(teacher.parameters()).device
-    shapes = {id(p): torch.nn.Parameter(_in_full(p), p.requires_grad) for p in teacher.parameters()}
-    net = copy.deepcopy(teacher, shapes).to("meta")  # no weight is copied
     dtype = precision.DTYPES[config.precision]
-    native = precision.set_compute_dtype(net, dtype)
-    if config.checkpoint:
-        precision.checkpoint_blocks(net)
-    # Runs the device's own kernels without memory or arithmetic.
-    with FakeTensorMode(allow_non_fake_inputs=True), precision.autocast(device, torch.float32 if native else dtype):
-        net.to_empty(device=device).requires_grad_(False)
-        part = config.chunk or batch_gpu
+    part = config.chunk or batch_gpu
+    with _shapes_of(teacher, config, device) as net:
         phi = psi = _kept_activations(net, part, device, input_gradient=True)
         stored = _bytes(net.parameters())
         if config.lora_rank:  # psi also keeps the weights that it computes from phi's
@@ -81,10 +77,15 @@ def estimate(teacher: DenoiserModule, config: DistillationConfig, batch_gpu: int
         trained = _bytes(net.parameters())
         if dtype != torch.float32 and not config.lora_rank:  # phi's matrices are stored in it
             net.requires_grad_(False)
-            for parameter in precision.only_cast(net, dtype, lambda: _kept_activations(net, part, device)):
-                parameter.data = parameter.data.to(dtype)
+            _store_casts(net, dtype, part, device)
             phi = _kept_activations(net, part, device, input_gradient=True)
             stored = _bytes(net.parameters())
+    if guide is not None:
+        with _shapes_of(guide, config, device) as net:
+            if dtype != torch.float32 and not config.lora_rank:
+                _store_casts(net, dtype, part, device)
+            phi += _kept_activations(net, part, device, input_gradient=True)
+            stored += _bytes(net.parameters())
     kappa = config.guidance or Guidance()  # a guided network is called twice
     fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
     through = psi * (1 + (kappa.fake_score != 1)) * (config.passes_scores or config.share_noise)
@@ -103,7 +104,34 @@ def estimate(teacher: DenoiserModule, config: DistillationConfig, batch_gpu: int
     )
 
 
-def fitting_batch_gpu(teacher: DenoiserModule, config: DistillationConfig, images: int, device: torch.device) -> int:
+@contextlib.contextmanager
+def _shapes_of(net: DenoiserModule, config: DistillationConfig, device: torch.device) -> Iterator[DenoiserModule]:
+    """A frozen copy of a network without weights, set up as training does, in a mode that computes shapes only."""
+    shapes = {id(p): torch.nn.Parameter(_in_full(p), p.requires_grad) for p in net.parameters()}
+    net = copy.deepcopy(net, shapes).to("meta")  # no weight is copied
+    assert config.precision is not None
+    dtype = precision.DTYPES[config.precision]
+    native = precision.set_compute_dtype(net, dtype)
+    if config.checkpoint:
+        precision.checkpoint_blocks(net)
+    # Runs the device's own kernels without memory or arithmetic.
+    with FakeTensorMode(allow_non_fake_inputs=True), precision.autocast(device, torch.float32 if native else dtype):
+        yield net.to_empty(device=device).requires_grad_(False)
+
+
+def _store_casts(net: DenoiserModule, dtype: torch.dtype, images: int, device: torch.device) -> None:
+    """Stores those weights in `dtype` that the network only casts to it, as `store_teacher` does."""
+    for parameter in precision.only_cast(net, dtype, lambda: _kept_activations(net, images, device)):
+        parameter.data = parameter.data.to(dtype)
+
+
+def fitting_batch_gpu(
+    teacher: DenoiserModule,
+    config: DistillationConfig,
+    images: int,
+    device: torch.device,
+    guide: DenoiserModule | None = None,
+) -> int:
     """The largest divisor of `images` (per process and update) whose estimate fits into the free memory.
 
     At least --chunk, or 1. Errors: UserError when --chunk doesn't divide `images`.
@@ -119,7 +147,7 @@ def fitting_batch_gpu(teacher: DenoiserModule, config: DistillationConfig, image
     if not divisors:
         return config.chunk or 1
     most, least = divisors[0], divisors[-1]
-    ends = [estimate(teacher, config, n) for n in dict.fromkeys((least, most))]
+    ends = [estimate(teacher, config, n, guide) for n in dict.fromkeys((least, most))]
 
     def peak(n: int) -> float:
         return ends[0].between(ends[-1], (n - least) / max(most - least, 1)).peak

@@ -128,7 +128,11 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--batch", "Images per update, all processes together", COUNT, D.batch),
     ],
     "Guidance and real images": [
-        option("--guidance", "Guides a class-conditional teacher: long=K, short=K or long-short=K"),
+        option(
+            "--guidance",
+            "Guides a class-conditional teacher: long=K, short=K or long-short=K; with --guide a weight, such as 1.7",
+        ),
+        option("--guide", "A weaker network than the teacher, which then guides the teacher (autoguidance)"),
         option(
             "--drop-labels",
             "Whether guidance drops labels before generating, as published, or after",

@@ -25,6 +25,7 @@ def prepare(
     resume: checkpoint.StateFile | Path | None = None,
     reals: RealImages | None = None,
     hashes: WeightHashes | None = None,
+    guide: DenoiserModule | None = None,
 ) -> Distillation:
     """A distillation that is ready for its next iteration, on any number of processes.
 
@@ -33,26 +34,28 @@ def prepare(
     start:   another denoiser whose weights theta starts from.
     resume:  a training state to go on from, or its path.
     reals:   real images for the discriminator of `config.gan`.
-    hashes:  of the weights of `teacher` and `start`, if they are known already.
+    hashes:  of the weights of `teacher`, `start` and `guide`, if they are known already.
+    guide:   a weaker denoiser that guides the teacher (`Guidance.over_guide`); treated as the teacher is.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
     config = resolve(config, teacher, device)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    warning = check_guidance(config.guidance, teacher)
-    if warning:
+    for warning in check_guidance(config.guidance, teacher, guide):
         distributed.print0(f"Warning: {warning}")
-    loss = make_loss(config, teacher, reals)
+    hashes = hashes or WeightHashes.of(teacher, start, config, guide)
     if config.augment and getattr(teacher, "augment_dim", 0) != AugmentPipe(**EDM_MULTIPLIERS).augment_dim:
         raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
     state = DistillationState(teacher, config, device, start, hashes)
-    networks = set_up_networks(teacher, state, config, device)
+    guide = None if guide is None else guide.to(device).eval().requires_grad_(False)
+    networks = set_up_networks(teacher, state, config, device, guide)
+    loss = make_loss(config, teacher, reals, networks.guide)
     if resume is not None:
         state.load(resume)
     parts = (teacher, config, device, loss, state, networks)
     batch_gpu = config.batch_gpu or former_batch_gpu(state, config)
     if batch_gpu is not None:
         return Distillation(*parts, batch_gpu)
-    distillation = Distillation(*parts, estimated_batch_gpu(teacher, config, device))
+    distillation = Distillation(*parts, estimated_batch_gpu(teacher, config, device, guide))
     while not distillation.fits():
         smaller = next_smaller(distillation.batch_gpu, config.chunk)
         if smaller is None:
@@ -68,10 +71,16 @@ def next_smaller(batch_gpu: int, chunk: int | None) -> int | None:
 
 
 def set_up_networks(
-    teacher: DenoiserModule, state: DistillationState, config: DistillationConfig, device: torch.device
+    teacher: DenoiserModule,
+    state: DistillationState,
+    config: DistillationConfig,
+    device: torch.device,
+    guide: DenoiserModule | None = None,
 ) -> Networks:
-    """Sets precision, memory layout and compilation of the three networks; none of it is part of the state."""
+    """Sets precision, memory layout and compilation of the networks; none of it is part of the state."""
     networks = {"teacher": teacher, "fake_score": state.fake_score, "generator": state.generator}
+    if guide is not None:
+        networks["guide"] = guide
     assert config.precision is not None
     precision.set_up(config.precision, device)
     dtype = precision.DTYPES[config.precision]
@@ -82,7 +91,8 @@ def set_up_networks(
         if config.checkpoint:
             precision.checkpoint_blocks(net)
     if dtype != torch.float32 and not config.lora_rank:  # LoRA's updates need the weights in full precision
-        memory.store_teacher(teacher, dtype, lambda: precision.autocast(device, autocast_dtype))
+        for frozen in filter(None, (teacher, guide)):
+            memory.store_teacher(frozen, dtype, lambda: precision.autocast(device, autocast_dtype))
     hooked = {"fake_score"} if config.gan else set()  # the discriminator's hooks don't work on a compiled network
     calls = {
         name: precision.Compiled(net, config.share_noise) if config.compile and name not in hooked else net
@@ -98,7 +108,9 @@ def former_batch_gpu(state: DistillationState, config: DistillationConfig) -> in
     return former if sound and config.batch % (former * distributed.world_size()) == 0 else None
 
 
-def estimated_batch_gpu(teacher: DenoiserModule, config: DistillationConfig, device: torch.device) -> int:
+def estimated_batch_gpu(
+    teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None
+) -> int:
     """The most images per process and round that fit into every process's memory, by estimate."""
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
-    return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device))
+    return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device, guide))

@@ -15,15 +15,19 @@ from torch_utils import checkpoint, distributed, misc, run_folder
 from torch_utils.untrusted import edm_pickle
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
+from training.guidance import GuidedDenoiser
 
 from . import memory
 from .adversarial import RealImages
 from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation
 from .generator import OneStepGenerator
+from .guidance import check_weight
 from .inputs import (
+    GUIDE_FILE,
     TEACHER_FILE,
     Inputs,
+    checked_guide,
     checked_teacher,
     choose_metrics,
     choose_snapshots,
@@ -52,6 +56,7 @@ def distil(
     out: str | os.PathLike,
     *,
     start: torch.nn.Module | None = None,
+    guide: torch.nn.Module | None = None,
     data: str | None = None,
     data_stat: str | None = None,
     detector: str | None = None,
@@ -67,12 +72,16 @@ def distil(
              teacher.safetensors, for sid.report and sid_train.py.
     out:     the run folder itself. If it holds a training state of this run, the run goes on from there.
     start:   another denoiser, whose weights the generator starts from.
+    guide:   a weaker denoiser, which guides the teacher with the weight that the config's guidance gives; kept as
+             guide.safetensors.
     trials:  share of the config's length for short trials of settings (`sid.trials`), of which the best goes on. They
              vary only what the config leaves at its default.
     data, data_stat, detector, metrics, resume, override, device: as the options of sid_train.py.
     Errors: UserError naming what doesn't fit; SystemExit when a signal such as Ctrl-C asked to stop, after saving.
     """
     check_denoiser(teacher, "teacher")
+    if guide is not None:
+        check_denoiser(guide, "guide")
     given = {"data": data, "data_stat": data_stat, "detector": detector, "metrics": metrics, "resume": resume}
     settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     given |= {
@@ -84,7 +93,9 @@ def distil(
         "outdir": os.fspath(out),
     }
     given["edm_model"] = str(Path(out) / TEACHER_FILE)
-    generator = run({**parse([])[1], **given}, config, teacher, start)
+    if guide is not None:
+        given["guide"] = str(Path(out) / GUIDE_FILE)
+    generator = run({**parse([])[1], **given}, config, teacher, start, guide)
     assert generator is not None  # only --dry-run makes none
     return generator
 
@@ -94,17 +105,19 @@ def run(
     config: DistillationConfig,
     teacher: torch.nn.Module | None = None,
     start: torch.nn.Module | None = None,
+    guide: torch.nn.Module | None = None,
 ) -> OneStepGenerator | None:
     """Runs a distillation from its options to its end; None after --dry-run.
 
     options: the options of sid_train.py that aren't part of the config, by name.
-    teacher, start: networks to use instead of loading --edm_model and --transfer; they aren't changed.
+    teacher, start, guide: networks to use instead of loading --edm_model, --transfer and --guide; they aren't changed.
     Errors: UserError naming the option.
     """
     if not options["edm_model"]:
         raise UserError("--recipe=auto: name the teacher with --edm_model, such as the run folder of edm.train")
     if config.gan and not options["data"]:
         raise UserError("--gan learns from real images; name them with --data")
+    check_weight(config.guidance, bool(options["guide"]))
     reference = options["data_stat"] or (published_reference(options["edm_model"]) if teacher is None else None)
     metrics = choose_metrics(options["metrics"], reference, options["data"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
@@ -122,7 +135,7 @@ def run(
         if options["dry_run"]:
             return None
 
-        copies = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start)]
+        copies = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start, guide)]
         networks = cast(list[DenoiserModule | None], copies)
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
         if config.gan and inputs.dataset is not None:
@@ -132,7 +145,7 @@ def run(
         place, resume = find_place(options, describe(inputs.teacher, config, options["trials"] > 0))
         saved = None if resume is None else resume.read().get("options")
         saved = saved if isinstance(saved, dict) else None  # a file of another kind is refused by `build`
-        distance = measure_teacher(inputs.teacher, config, options["trials"] > 0, device)
+        distance = measure_teacher(inputs, config, options["trials"] > 0, device)
         if config.init_sigma is None:
             level, summary["starts"] = find_start(inputs.teacher, distance, saved)
             config = dataclasses.replace(config, init_sigma=level)
@@ -149,6 +162,8 @@ def run(
             distributed.print0(f"Run folder: {run_dir}")
             if teacher is not None and distributed.rank() == 0:
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
+                if guide is not None:
+                    zoo.save_network(guide, run_dir / GUIDE_FILE, **getattr(guide, "metadata", {}))
             training_begins.set()
             if trials is not None:
                 del distillation  # each trial has its own
@@ -181,17 +196,20 @@ def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, st
 
 
 def own_copy(inputs: Inputs) -> Inputs:
-    """The same with a teacher of its own, whose weights a distillation may store in another precision."""
-    return dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher))
+    """The same with a teacher and a guide of its own, whose weights a distillation may store in another precision."""
+    return dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher), guide=copy.deepcopy(inputs.guide))
 
 
 def measure_teacher(
-    teacher: DenoiserModule, config: DistillationConfig, with_trials: bool, device: torch.device
+    inputs: Inputs, config: DistillationConfig, with_trials: bool, device: torch.device
 ) -> TeacherDistance | None:
     """The distance from the teacher's samples, on process 0, if the run wants it and the teacher makes any.
 
+    A teacher with a guide makes guided samples.
+
     Errors: UserError when trials need it and the teacher makes no samples.
     """
+    teacher: Any = inputs.teacher
     if getattr(teacher, "metadata", {}).get("sigma") is not None:
         if with_trials:
             raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
@@ -201,6 +219,8 @@ def measure_teacher(
     with distributed.shared_errors():  # such as samples that aren't finite
         if distributed.rank() != 0:
             return None
+        if inputs.guide is not None and config.guidance is not None:
+            teacher = GuidedDenoiser(teacher, inputs.guide, config.guidance.over_guide or 1)
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
         return TeacherDistance(teacher.to(device).eval(), keep=changes)
 
@@ -229,15 +249,18 @@ def dry_run(options: dict[str, Any], config: DistillationConfig, device: torch.d
     teacher = checked_teacher(config, options)
     if options["transfer"] and zoo.is_here(options["transfer"]):
         load_start(options["transfer"], teacher, options["classes"])
-    return memory_estimate(teacher, config, device)
+    guide = checked_guide(teacher, options) if options["guide"] and zoo.is_here(options["guide"]) else None
+    return memory_estimate(teacher, config, device, guide)
 
 
-def memory_estimate(teacher: DenoiserModule, config: DistillationConfig, device: torch.device) -> dict[str, float]:
+def memory_estimate(
+    teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None = None
+) -> dict[str, float]:
     """GB per process by purpose, at --batch-gpu or at the largest that fits."""
     config = resolve(config, teacher, device)
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
-    batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device)
-    return {"batch_gpu": batch_gpu, **memory.estimate(teacher.to(device), config, batch_gpu).rounded()}
+    batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device, guide)
+    return {"batch_gpu": batch_gpu, **memory.estimate(teacher.to(device), config, batch_gpu, guide).rounded()}
 
 
 def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: bool = False) -> str:
@@ -264,14 +287,14 @@ def build(
     """
     config = resolve(config, inputs.teacher, device)
     rules = resume_rules(config, override)
-    hashes = WeightHashes.of(inputs.teacher, inputs.start, config)
+    hashes = WeightHashes.of(inputs.teacher, inputs.start, config, inputs.guide)
     saved = None if resume is None else read_setting(resume, hashes, inputs.teacher, config, device, rules)
     reals = (
         RealImages(inputs.dataset, inputs.teacher.label_dim, device)
         if config.gan and inputs.dataset is not None
         else None
     )
-    distillation = prepare(inputs.teacher, config, device, inputs.start, resume, reals, hashes)
+    distillation = prepare(inputs.teacher, config, device, inputs.start, resume, reals, hashes, inputs.guide)
     if resume is not None and saved is not None:
         current = checkpoint.setting(distillation.config.options(), device)
         run_folder.check_setting(resume.path, saved, current, rules)

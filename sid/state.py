@@ -21,6 +21,7 @@ GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 FACTORS_PHASE = 4  # random stream of the initial low-rank factors, separate from training's draws
 ROUNDING_PHASE = 5  # random stream of the stochastic rounding of Adam's second moments
+INHERITED = ("classes", "licence")  # what a generator's metadata take from its teacher's
 PARTS = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")  # of a state's file
 
 
@@ -66,8 +67,10 @@ class DistillationState:
         for net in (self.generator, self.fake_score):
             distributed.broadcast_module(net)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        learnt = {name: v for name, v in getattr(teacher, "metadata", {}).items() if name == "classes"}
-        self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma, **learnt}
+        inherited = {name: v for name, v in getattr(teacher, "metadata", {}).items() if name in INHERITED}
+        self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma, **inherited}
+        if self._hashes.guide:
+            self.ema.metadata["guide_sha256"] = self._hashes.guide
 
         fp16 = config.precision == "fp16"
         adam = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
@@ -93,6 +96,8 @@ class DistillationState:
         hashes = {"teacher_hash": self._hashes.teacher}
         if self._hashes.rank:
             hashes["base_hash"] = self._hashes.base
+        if self._hashes.guide:
+            hashes["guide_hash"] = self._hashes.guide
         return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 
     def load(self, resume: checkpoint.StateFile | Path) -> None:
@@ -113,16 +118,25 @@ class WeightHashes:
     """Identifies the weights that a distillation builds on but doesn't save; a resumed run needs the same.
 
     teacher: `zoo.network_hash` of phi. base: of what theta's low-rank updates are added to. rank: theirs, if any.
+    guide: of the weaker network of --guide, if there is one.
     """
 
     teacher: str
     base: str
     rank: int | None
+    guide: str | None = None
 
     @classmethod
-    def of(cls, teacher: torch.nn.Module, start: torch.nn.Module | None, config: DistillationConfig) -> "WeightHashes":
+    def of(
+        cls,
+        teacher: torch.nn.Module,
+        start: torch.nn.Module | None,
+        config: DistillationConfig,
+        guide: torch.nn.Module | None = None,
+    ) -> "WeightHashes":
         teacher_hash, rank = zoo.network_hash(teacher), config.lora_rank
-        return cls(teacher_hash, zoo.network_hash(start) if rank and start is not None else teacher_hash, rank)
+        base = zoo.network_hash(start) if rank and start is not None else teacher_hash
+        return cls(teacher_hash, base, rank, None if guide is None else zoo.network_hash(guide))
 
 
 def check_state(file: checkpoint.StateFile, hashes: WeightHashes) -> None:
@@ -132,6 +146,10 @@ def check_state(file: checkpoint.StateFile, hashes: WeightHashes) -> None:
         raise UserError(f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train")
     if state["teacher_hash"] != hashes.teacher:
         raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
+    guide = state.get("guide_hash")
+    if guide != hashes.guide:
+        other, advice = ("another", "give the --guide it was started with") if guide else ("no", "leave --guide out")
+        raise UserError(f"--resume={path}: its teacher was guided by {other} network; {advice}")
     rank = state["options"].get("lora_rank")
     if rank != hashes.rank:
         advice = f"has --lora-rank={rank!r}; give that" if rank else "has no --lora-rank; leave it out"

@@ -42,6 +42,9 @@ def work(tmp_path_factory):
     invoke("ref", f"--data={folder}/real", f"--detector={folder}/detector.safetensors", f"--dest={folder}/ref.npz")
     net = EDMPrecond(8, 1, model_type="SongUNet", model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[])
     zoo.save_network(net, folder / "network.safetensors", kind="sid-generator", init_sigma=2.5)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    zoo.save_network(net, folder / "other.safetensors")
     return folder
 
 
@@ -115,8 +118,12 @@ def test_eval(work):
     assert np.isfinite([record["value"] for record in records]).all()
 
 
-@pytest.mark.parametrize("options", [[], ["--steps=3", "--S_churn=8"], ["--solver=euler", "--steps=2"]], ids=str)
+GUIDED = ["--guide={work}/other.safetensors", "--guidance=2", "--solver=euler", "--steps=2"]
+
+
+@pytest.mark.parametrize("options", [[], ["--steps=3", "--S_churn=8"], GUIDED], ids=str)
 def test_eval_equals_generate_then_calc(work, tmp_path, options):
+    options = [option.format(work=work) for option in options]
     network, ref = f"--network={work}/network.safetensors", f"--ref={work}/ref.npz"
     done = CliRunner().invoke(
         generate.main, [network, f"--outdir={tmp_path}/made", "--seeds=0-99", "--device=cpu", *options]
@@ -124,8 +131,9 @@ def test_eval_equals_generate_then_calc(work, tmp_path, options):
     assert done.exit_code == 0, done.output
     at_once = invoke("eval", network, ref, "--metrics=fid100", *options)
     from_files = invoke("calc", f"--images={tmp_path}/made", ref, "--num=100")
-    values = [json.loads(output.strip().splitlines()[-1])["values"]["fid"] for output in (at_once, from_files)]
-    assert values[0] == values[1]  # the same uint8 images in the same batches
+    records = [json.loads(output.strip().splitlines()[-1]) for output in (at_once, from_files)]
+    assert records[0]["values"]["fid"] == records[1]["values"]["fid"]  # the same uint8 images in the same batches
+    assert records[0].get("guide") == ("other.safetensors" if any("--guide=" in option for option in options) else None)
 
 
 def test_data_alone_is_enough(work, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def load(run_dir: Path, batch: int, device: "torch.device", classes: str | None 
 
     from edm.own_classes import own_classes
     from sid.config import DistillationConfig
-    from sid.inputs import load_start, load_teacher
+    from sid.inputs import load_guide, load_start, load_teacher
     from sid.prepare import prepare
     from torch_utils import checkpoint, run_folder
 
@@ -68,7 +68,8 @@ def load(run_dir: Path, batch: int, device: "torch.device", classes: str | None 
     config = DistillationConfig(**{**{name: options[name] for name in names}, **changes})
     teacher = load_teacher(run_dir, options, own_classes(classes))
     start = load_start(options["transfer"], teacher, classes) if options.get("transfer") else None
-    return prepare(teacher, config, device, start, state)
+    guide = load_guide(run_dir, options, own_classes(classes))
+    return prepare(teacher, config, device, start, state, guide=guide)
 
 
 def gradients(

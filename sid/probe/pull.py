@@ -73,7 +73,7 @@ def pull(distillation: "Distillation", sigma: float, class_idx: int | None = Non
 
     def descent(**options) -> "torch.Tensor":
         """Descent of the loss along f_phi - f_psi, by its gradient with respect to the images."""
-        shared = {"guidance": config.guidance, "conditions": distillation.conditions}
+        shared = {name: getattr(distillation.loss, name) for name in ("guidance", "guide", "conditions")}
         loss = SiDLoss(weighting=config.weighting, **shared, **options)
         value = loss.generator_loss(*networks, x_g, labels, noise).sum()
         (gradient,) = torch.autograd.grad(value, x_g)

@@ -6,6 +6,7 @@ import click
 
 from dnnlib import Command, UserError
 from edm.own_classes import classes_option, own_classes
+from sid.guidance import parse_guidance
 from sid.monitor.records import OPTIONS_FILE, read_run_options
 
 
@@ -15,10 +16,11 @@ from sid.monitor.records import OPTIONS_FILE, read_run_options
 def main(run: str, classes: str | None) -> None:
     """Summarise the distillation in the folder RUN: a table of FID and a picture."""
     from edm import zoo
-    from sid.inputs import load_teacher
+    from sid.inputs import load_guide, load_teacher
     from sid.report.pictures import TEACHER_EVALUATIONS, compare
     from sid.report.summary import summarise
     from torch_utils import checkpoint
+    from training.guidance import GuidedDenoiser
 
     run_dir, options, own = Path(run), read_run_options(run), own_classes(classes)
     snapshots = checkpoint.snapshots(run_dir)
@@ -30,10 +32,13 @@ def main(run: str, classes: str | None) -> None:
     generator = zoo.load_denoiser(snapshots[0], own)
     if "init_sigma" not in generator.metadata:
         raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")
+    guide, guidance = load_guide(run_dir, options, own), parse_guidance(options.get("guidance"))
+    guided = teacher if guide is None else GuidedDenoiser(teacher, guide, (guidance and guidance.over_guide) or 1)
     picture = run_dir / "comparison.png"
     try:
-        compare(teacher, generator, picture)
-        pictures = f"{picture}  (teacher at {TEACHER_EVALUATIONS} evaluations, at one, generator at one)"
+        compare(guided, generator, picture)
+        which = "teacher" if guide is None else "teacher with its guide"
+        pictures = f"{picture}  ({which} at {TEACHER_EVALUATIONS} evaluations, at one, generator at one)"
     except OSError as error:
         pictures = f"none, since {picture} can't be written ({error.strerror})"
 
