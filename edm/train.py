@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib import LongCommand, UserError, without_passwords
-from edm.train_options import COMMAND_LINE, PRECONDITIONINGS, SECTIONS, network_arguments, training_config
+from edm.train_options import COMMAND_LINE, SECTIONS, network_and_loss, network_arguments, training_config
 
 if TYPE_CHECKING:
     import torch
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from torch_utils.run_folder import ResumeRules
     from training.augment import AugmentPipe
     from training.dataset import ImageFolderDataset
-    from training.loss import EDMLoss
     from training.training_loop import TrainingConfig
 
 
 @click.command(cls=LongCommand, sections=SECTIONS, context_settings={"show_default": True})
 def main(**options: Any) -> None:
-    """Train a diffusion model (EDM, VP or VE) on a folder or zip of images."""
+    """Train a diffusion model (EDM, EDM2, VP or VE) on a folder or zip of images."""
     import json
 
     from torch_utils import distributed, misc
@@ -36,9 +35,10 @@ def main(**options: Any) -> None:
     pipe = augment.AugmentPipe(p=options["augment"], **augment.EDM_MULTIPLIERS) if options["augment"] else None
     network_kwargs = network_arguments(options, dataset, pipe.augment_dim if pipe else 0)
     config = training_config(options)
-    precond, _ = PRECONDITIONINGS[options["precond"]]
+    precond, loss_name, loss_kwargs = network_and_loss(options)
     check_sizes(precond, network_kwargs)
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
+    summary |= {"loss": {"class_name": loss_name, **loss_kwargs}}
     summary |= {name: options[name] for name in ("sigma", "resume")}
     summary = without_passwords({**summary, **metadata_of(dataset.classes, dataset.label_dim)})
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
@@ -77,9 +77,9 @@ def train(
 
     torch.backends.cudnn.benchmark = options["bench"]
     misc.seed_at(config.seed)
-    precond, loss_name = PRECONDITIONINGS[options["precond"]]
+    precond, loss_name, loss_kwargs = network_and_loss(options)
     sigma = options["sigma"]
-    loss_fn = getattr(loss, loss_name)() if sigma is None else single_level_loss(sigma)
+    loss_fn = getattr(loss, loss_name)(**loss_kwargs)
     net = build_network(precond, network_kwargs)
     if options["transfer"]:
         copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
@@ -87,7 +87,8 @@ def train(
     place = (options["outdir"], description, options["nosubdir"])
     resume = run_folder.resolve_resume(options["resume"], *place)
     asked = {**network_kwargs, **vars(config)}
-    asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma")} | {"images": len(dataset)}
+    asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma", "p_mean", "p_std")}
+    asked |= {"images": len(dataset)}
     if resume is not None:
         check_resume(resume, net, options, config, asked, device)
         summary["lr_rampup_kimg"] = config.lr_rampup_kimg
@@ -138,8 +139,8 @@ def resume_rules(config: "TrainingConfig", override: bool = False) -> "ResumeRul
     from torch_utils.run_folder import ResumeRules
     from training.training_loop import FREE_ON_RESUME, ROUNDING
 
-    # Without a decay the end changes nothing before it.
-    free = FREE_ON_RESUME | ({"total_kimg"} if config.lr_decay == "none" else set())
+    # Without a decay, and with this one, the end changes nothing before it.
+    free = FREE_ON_RESUME | ({"total_kimg"} if config.lr_decay in ("none", "sqrt") else set())
     return ResumeRules(free, ROUNDING, override, COMMAND_LINE)
 
 
@@ -147,12 +148,10 @@ def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
     """Errors: UserError when a network of these sizes can't be called, which is tried on the meta device."""
     import torch
 
-    from training import networks
-
     size, labels = network_kwargs["img_resolution"], network_kwargs["label_dim"]
     with torch.device("meta"):
         try:
-            net = getattr(networks, precond)(**network_kwargs)
+            net = network_class(precond)(**network_kwargs)
         except (MemoryError, RuntimeError, OverflowError):
             return  # `build_network` reports it
         x, sigma = torch.zeros([2, network_kwargs["img_channels"], size, size]), torch.ones([2, 1, 1, 1])
@@ -165,24 +164,20 @@ def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
             ) from None
 
 
+def network_class(name: str) -> Any:
+    """The class of a network to train, by name."""
+    from training import networks, networks_edm2
+
+    return getattr(networks_edm2 if hasattr(networks_edm2, name) else networks, name)
+
+
 def build_network(precond: str, network_kwargs: dict[str, Any]) -> "torch.nn.Module":
     """The network to train. Errors: UserError when there is no memory for it."""
-    from training import networks
-
     try:
-        return getattr(networks, precond)(**network_kwargs)
+        return network_class(precond)(**network_kwargs)
     except (MemoryError, RuntimeError, OverflowError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
-
-
-def single_level_loss(sigma: float) -> "EDMLoss":
-    """EDM's loss at one noise level; the denoiser then gives the score of the data smoothed by sigma alone."""
-    import math
-
-    from training.loss import EDMLoss
-
-    return EDMLoss(P_mean=math.log(sigma), P_std=0.0)
 
 
 def copy_weights(source: "torch.nn.Module", target: "torch.nn.Module", name: str) -> None:

@@ -3,6 +3,7 @@
 Importing it doesn't load torch, so that command lines are checked at once.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import click
 
 from dnnlib import FiniteRange, IntList, UserError, WholeRange
 from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, option
+
+from . import train_presets
 
 if TYPE_CHECKING:
     from training.dataset import ImageFolderDataset
@@ -42,8 +45,11 @@ ARCHITECTURES = {
         "channel_mult": [2, 2, 2],
     },
     "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
+    "edm2": {"model_channels": 192, "channel_mult": [1, 2, 3, 4]},
 }
 PRECONDITIONINGS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
+EDM2 = ("Precond", "EDM2Loss")  # its network has EDM's preconditioning inside
+MAX_EMA_STD = 0.288  # that of a plain mean of all weights is 0.2887
 
 # The options that change a network's constructor arguments.
 NETWORK_OPTIONS = {
@@ -57,6 +63,8 @@ COMMAND_LINE = {
     "total_kimg": ("duration", 1000),
     "ema_halflife_kimg": ("ema", 1000),
     "lr_rampup_kimg": ("lr-rampup", 1),
+    "lr_constant_kimg": ("lr-constant", 1),
+    "ema_std": ("ema-std", 1),
     "loss_scaling": ("ls", 1),
     "use_fp16": ("fp16", 1),
     "images": ("data (images)", 1),
@@ -66,6 +74,15 @@ COMMAND_LINE = {
 
 SECTIONS: dict[str, Sequence[click.Parameter]] = {
     "Where": [
+        option(
+            "--preset",
+            f"Settings by name, which other options override: {', '.join(train_presets.PRESETS)}",
+            click.Choice(list(train_presets.PRESETS)),
+            metavar="NAME",
+            callback=train_presets.use,
+            is_eager=True,
+            expose_value=False,
+        ),
         option("--outdir", "Folder for run folders", required=True),
         option("--data", "Training images: folder or zip", required=True),
         option("--transfer", "Network whose weights the training starts from"),
@@ -91,6 +108,12 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
     ],
     "Training": [
         option("--sigma", "The only noise level to train for  [default: all, as --precond draws them]", POSITIVE),
+        option(
+            "--p-mean",
+            "Mean of ln sigma in training, with --precond=edm  [default: -1.2; --arch=edm2: -0.4]",
+            FiniteRange(),
+        ),
+        option("--p-std", "Its standard deviation  [default: 1.2; --arch=edm2: 1]", NOT_NEGATIVE),
         option("--augment", "Augmentation probability, 0 for none", PROBABILITY, 0.12),
         option("--xflip", "Add the mirror images of --data", bool, False),
         option("--duration", "Length of the training in Mimg", POSITIVE, 200.0),
@@ -101,8 +124,20 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
             f"Warm-up in kimg  [default: {LR_RAMPUP_KIMG}, at most a 20th of --duration]",
             NOT_NEGATIVE,
         ),
-        option("--lr-decay", "Decay of the learning rate over --duration", ["none", "linear", "cosine"], "none"),
+        option(
+            "--lr-decay",
+            "Decay of the learning rate: linear or cosine over --duration; sqrt: with the square root of the images",
+            ["none", "linear", "cosine", "sqrt"],
+            "none",
+        ),
+        option("--lr-constant", "Kimg before --lr-decay=sqrt begins", NOT_NEGATIVE, 0.0),
+        option("--beta2", "Adam's second beta", FiniteRange(0, 1, max_open=True), 0.999),
         option("--ema", "Half-life of the moving average in Mimg", NOT_NEGATIVE, 0.5),
+        option(
+            "--ema-std",
+            "In place of --ema, a moving average whose width is this share of the training so far (EDM2)",
+            FiniteRange(0.01, MAX_EMA_STD),
+        ),
         option("--ls", "Scale of the loss", POSITIVE, 1.0),
     ],
     "Speed and memory": [
@@ -149,14 +184,44 @@ def network_arguments(options: dict[str, Any], dataset: "ImageFolderDataset", au
         "label_dim": dataset.label_dim,
         "use_fp16": options["fp16"],
         "dropout": options["dropout"],
-        "label_dropout": options["label_dropout"],
-        "augment_dim": augment_dim,
+        **({} if is_edm2(options) else {"label_dropout": options["label_dropout"], "augment_dim": augment_dim}),
         **{name: options[given] for name, given in NETWORK_OPTIONS.items() if options[given] is not None},
     }
     _check_multipliers(arguments["channel_mult"], dataset.resolution, options["data"])
     if arguments["model_channels"] % 2:
         raise UserError(f"--cbase={arguments['model_channels']} must be even")
+    if is_edm2(options):
+        heads = math.gcd(64, *(arguments["model_channels"] * mult for mult in arguments["channel_mult"]))
+        arguments |= {} if heads == 64 else {"channels_per_head": heads}
     return arguments
+
+
+def is_edm2(options: dict[str, Any]) -> bool:
+    """Whether EDM2's network is to be trained. Errors: UserError naming an option that it doesn't have."""
+    if options["arch"] != "edm2":
+        return False
+    for name, value in {"precond": "edm", "augment": 0, "label_dropout": 0}.items():
+        if options[name] != value:
+            raise UserError(f"--{name.replace('_', '-')}={options[name]}: --arch=edm2 needs {value}; give that")
+    return True
+
+
+def network_and_loss(options: dict[str, Any]) -> tuple[str, str, dict[str, float]]:
+    """(class of the network, class of its loss, arguments of the loss).
+
+    Errors: UserError naming an option that doesn't fit the loss.
+    """
+    network, loss = EDM2 if is_edm2(options) else PRECONDITIONINGS[options["precond"]]
+    given = {name: options[name.lower()] for name in ("P_mean", "P_std") if options[name.lower()] is not None}
+    if options["sigma"] is not None:
+        if given:
+            raise UserError(f"--sigma={options['sigma']:g} is the only noise level; leave --p-mean and --p-std out")
+        given = {"P_mean": math.log(options["sigma"]), "P_std": 0.0}
+        loss = loss if is_edm2(options) else "EDMLoss"
+    elif given and options["precond"] != "edm":
+        names = " and ".join(f"--{name.lower().replace('_', '-')}" for name in given)
+        raise UserError(f"{names}: --precond={options['precond']} has noise levels of its own; give --precond=edm")
+    return network, loss, given
 
 
 def _check_multipliers(multipliers: Sequence[int], resolution: int, data: str) -> None:
@@ -195,7 +260,10 @@ def training_config(options: dict[str, Any]) -> "TrainingConfig":
         lr=options["lr"],
         lr_rampup_kimg=lr_rampup,
         lr_decay=options["lr_decay"],
+        lr_constant_kimg=options["lr_constant"],
+        beta2=options["beta2"],
         ema_halflife_kimg=options["ema"] * 1000,
+        ema_std=options["ema_std"],
         loss_scaling=options["ls"],
         kimg_per_tick=tick,
         snapshot_ticks=snap,

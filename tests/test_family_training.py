@@ -6,7 +6,7 @@ from test_bad_input import NETWORK
 from tiny import BATCH, BATCH_GPU, CPU, Spy, equal, tiny_config, tiny_distillation, weights
 
 from dnnlib import UserError
-from edm import train
+from edm import train_options
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
 from sid.inputs import check_noise_levels
 from sid.objectives import OBJECTIVES
@@ -71,8 +71,10 @@ def test_fake_score_updates():
 
 
 def test_one_noise_level_from_teacher_to_generator():
-    loss = train.single_level_loss(0.37)
-    assert type(loss) is EDMLoss
+    options = {"arch": "ddpmpp", "precond": "vp", "sigma": 0.37, "p_mean": None, "p_std": None}
+    _, name, arguments = train_options.network_and_loss(options)
+    assert name == "EDMLoss"
+    loss = EDMLoss(**arguments)
     torch.testing.assert_close(loss.draw_sigma(torch.zeros(5, 1, 2, 2)), torch.full([5, 1, 1, 1], 0.37))
     teacher = EDMPrecond(8, 1, **NETWORK)
     teacher.metadata = {"sigma": 0.37}

@@ -25,7 +25,18 @@ from torch_utils import persistence
 
 from .layers import attention
 
-__all__ = ["Block", "MPConv", "MPFourier", "Precond", "UNet", "mp_cat", "mp_silu", "mp_sum", "normalize"]
+__all__ = [
+    "Block",
+    "MPConv",
+    "MPFourier",
+    "Precond",
+    "UNet",
+    "mp_cat",
+    "mp_silu",
+    "mp_sum",
+    "normalize",
+    "normalize_weights",
+]
 
 EPSILON = 1e-4  # of `normalize`
 SILU_GAIN = 0.596  # root mean square of silu(x) for standard normal x
@@ -336,3 +347,10 @@ class Precond(torch.nn.Module):
         for module in self.modules():
             if isinstance(module, MPConv):
                 module.normalize_weight()
+
+
+def normalize_weights(net: torch.nn.Module) -> None:
+    """Normalises the stored weights of a network that has a method for it (`Precond.normalize_weights`)."""
+    method = getattr(net, "normalize_weights", None)
+    if method is not None:
+        method()

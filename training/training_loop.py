@@ -13,10 +13,19 @@ from dnnlib import UserError
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.interruption import Interruption, ignore_signals
 from torch_utils.training_stats import Collector, TickLog
-from torch_utils.updates import DivergenceError, Updater, check_finite, ema_beta, lr_factor, update_ema
+from torch_utils.updates import (
+    DivergenceError,
+    Updater,
+    check_finite,
+    ema_beta,
+    lr_factor,
+    power_function_beta,
+    update_ema,
+)
 from torch_utils.watchdog import check_equal_weights
 
 from .decoder import PixelDecoder
+from .networks_edm2 import normalize_weights
 
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
 ROUNDING = {"batch_gpu"}
@@ -32,8 +41,11 @@ class TrainingConfig:
     batch_gpu: int | None = None  # images per process and round; None: no accumulation
     lr: float = 1e-3
     lr_rampup_kimg: float = 10_000
-    lr_decay: str = "none"  # none, linear or cosine, over total_kimg
+    lr_decay: str = "none"  # none, linear or cosine over total_kimg, or sqrt (`lr_factor`)
+    lr_constant_kimg: float = 0  # before the decay sqrt begins
+    beta2: float = 0.999  # Adam's
     ema_halflife_kimg: float = 500
+    ema_std: float | None = None  # width of a power-function average, in place of the half-life
     ema_rampup_ratio: float | None = 0.05
     loss_scaling: float = 1.0
     kimg_per_tick: float = 50
@@ -66,12 +78,14 @@ class Training:
         self._loss, self._augment_pipe, self._options = loss, augment_pipe, options
         self.batch_gpu, self._rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
         net.train().requires_grad_(True).to(device)
+        normalize_weights(net)
         if augment_pipe is None:
             freeze_augment_mapping(net)
         distributed.broadcast_module(net)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.collector = Collector()
-        self._parts = {"net": net, "ema": self.ema, "updater": Updater.adam("network", net, config.lr, beta1=0.9)}
+        updater = Updater.adam("network", net, config.lr, beta1=0.9, beta2=config.beta2)
+        self._parts = {"net": net, "ema": self.ema, "updater": updater}
         self.nimg, self.tick, self.elapsed_sec, self.at_snapshot = 0, 0, 0.0, False
         if resume is not None:
             state = resume.take()
@@ -88,9 +102,15 @@ class Training:
             value = self._loss(self.net, images, labels, self._augment_pipe)
             self.collector.report("Loss/loss", value)
             (value.sum() * (config.loss_scaling / config.batch)).backward()
-        factor = lr_factor(self.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
+        kimg = config.total_kimg, config.lr_rampup_kimg, config.lr_constant_kimg
+        total, rampup, constant = (1000 * value for value in kimg)
+        factor = lr_factor(self.nimg, total, rampup, config.lr_decay, constant)
         self.collector.report("Gradient/norm", self._parts["updater"].step(factor))
-        beta = ema_beta(config.batch, self.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
+        normalize_weights(self.net)
+        if config.ema_std is None:
+            beta = ema_beta(config.batch, self.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
+        else:
+            beta = power_function_beta(config.batch, self.nimg, config.ema_std)
         update_ema(self.ema, self.net, beta)
         if self.device.type == "cpu":
             self.check()
