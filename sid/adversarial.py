@@ -42,8 +42,8 @@ def accuracy(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def last_encoder_block(net: torch.nn.Module) -> torch.nn.Module:
-    """The last encoder block of a denoiser built on a U-Net of training/unets.py. Errors: UserError for others."""
-    encoder = getattr(getattr(net, "model", None), "enc", None)
+    """The last encoder block of a denoiser built on a U-Net of EDM or EDM2. Errors: UserError for others."""
+    encoder = getattr(getattr(net, "model", None) or getattr(net, "unet", None), "enc", None)
     if not isinstance(encoder, torch.nn.ModuleDict) or not len(encoder):
         raise UserError(
             f"--gan: {type(net).__name__} has no encoder net.model.enc to discriminate with; leave --gan out"
@@ -141,7 +141,7 @@ class SiDALoss(SiDLoss):
             report("Health/logit_fake", of_fake.mean(dim=[1, 2]))
             report("Health/discriminator_accuracy", accuracy(of_real, of_fake))
         per_pixel = self.lsd * discrimination / y[0].numel()
-        return self.denoising.weight(sigma) * ((denoised - y) ** 2 + per_pixel)
+        return self.denoising.weighted(fake_score, (denoised - y) ** 2 + per_pixel, sigma)
 
     def generator_loss(
         self,
@@ -170,7 +170,7 @@ class SiDALoss(SiDLoss):
             terms = terms + SHARE * self.lsg_gan * entropy
             if report is not None:
                 report("Loss/adversarial", entropy)
-        return self.weighted(terms, sigma, images, f_phi)
+        return self.balanced(self.weighted(terms, sigma, images, f_phi), fake_score, sigma)
 
 
 def make_loss(
@@ -180,8 +180,12 @@ def make_loss(
 
     Errors: UserError when --gan has no real images or doesn't work with the network.
     """
-    names = ("alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule", "guidance")
-    options = {name: getattr(config, name) for name in names}
+    names = ["alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule", "guidance"]
+    options = {name: getattr(config, name) for name in [*names, "uncertainty"]}
+    if config.uncertainty and not hasattr(teacher, "logvar"):
+        raise UserError(
+            f"--uncertainty: {type(teacher).__name__} has no u(sigma), which EDM2's networks have; leave the option out"
+        )
     options |= {"sigma_data": sigma_data(teacher), "conditions": Classes.of(teacher), "guide": guide}
     if not config.gan:
         return SiDLoss(**options)

@@ -75,6 +75,7 @@ class DistillationConfig:
     batch_gpu: int | None = None  # images per process and round; None: the most that fits
     objective: str = "sid"  # one of OBJECTIVES
     alpha: float = 1.2  # weight of L1 in L2 - alpha L1
+    uncertainty: bool = False  # the fake score learns u(sigma), and both losses are balanced by it (EDM2)
     weighting: str | None = None  # one of WEIGHTINGS; None: what the objective was published with
     huber: float | None = None  # c of the pseudo-Huber distance, in pixels; None: the squared distance
     score_gradient: GradientFrom = GradientFrom()  # when gradients pass through the score networks

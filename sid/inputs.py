@@ -18,6 +18,7 @@ from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
 from training.denoiser import DenoiserModule, noise_range
 from training.guidance import check_guide
+from training.networks_edm2 import Precond
 
 from .config import DistillationConfig
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
@@ -121,6 +122,8 @@ def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None
         song = "ncsnpp" if init.get("embedding_type") == "fourier" else "ddpmpp"
         found["arch"] = "adm" if init.get("model_type", "DhariwalUNet") == "DhariwalUNet" else song
         found["precond"] = type(teacher).__name__.removesuffix("Precond").lower()
+        if isinstance(teacher, Precond):
+            found |= {"arch": "edm2", "precond": "edm"}
         found["cbase"] = init.get("model_channels")
         found["cres"] = list(init["channel_mult"]) if "channel_mult" in init else None
     for name, value in found.items():

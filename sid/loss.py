@@ -5,13 +5,14 @@ x_t = x_g + sigma n. `sid.objectives` has the formulas; `SiDLoss` draws noise an
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from training.conditions import Classes
 from training.denoiser import SIGMA_DATA, known_sigma
 from training.guidance import autoguided
-from training.loss import EDMLoss
+from training.loss import EDM2Loss, EDMLoss, squared_error
 
 from .guidance import Guidance, guided
 from .objectives import check_objective
@@ -56,6 +57,8 @@ class SiDLoss:
     guidance     of the score networks; None: none
     guide        the weaker denoiser of guidance.over_guide; None: none
     conditions   what the networks are conditioned on
+    uncertainty  whether psi learns u(sigma), the logarithm of its weighted error: psi's loss is EDM2's, and theta's is
+                 divided by e^u. For EDM2's networks
 
     Noise levels are limited and rounded to levels that the network knows (`training.denoiser.known_sigma`).
     Errors: UserError when these don't fit together.
@@ -76,6 +79,7 @@ class SiDLoss:
         guidance: Guidance | None = None,
         guide: Callable | None = None,
         conditions: Classes | None = None,
+        uncertainty: bool = False,
     ):
         self.alpha = alpha
         self.objective = check_objective(objective, weighting, huber, score_gradient)
@@ -86,7 +90,8 @@ class SiDLoss:
         self.conditions = conditions or Classes(0)
         self.sigma_schedule = parse_schedule(sigma_schedule, "--sigma-schedule", tmax)
         self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule", tmax)
-        self.denoising = EDMLoss(sigma_data=sigma_data)  # its noise levels are given to it
+        self.uncertainty = uncertainty
+        self.denoising = (EDM2Loss if uncertainty else EDMLoss)(sigma_data=sigma_data)  # given its noise levels
 
     def draw_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sigma [N, 1, 1, 1], n [N, C, H, W]) of the generator's loss on `images` [N, C, H, W]."""
@@ -130,7 +135,8 @@ class SiDLoss:
         x_t, f_phi, f_psi = self.denoised(teacher, fake_score, images, sigma, n, labels, score_gradient)
         if report is not None:
             report("Health/divergence", divergence(images, f_phi, f_psi), groups=labels)
-        return self.weighted(self.terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
+        loss = self.weighted(self.terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
+        return self.balanced(loss, fake_score, sigma)
 
     def denoised(
         self,
@@ -167,16 +173,17 @@ class SiDLoss:
         sigma = known_sigma(teacher, sigma)
         x_t = images + sigma * n
         through_scores = self.passes_scores(score_gradient)
+        psi = fake_score
         teacher, fake_score = self.score_networks(teacher, fake_score)
         with torch.set_grad_enabled(through_scores):
             f_phi = teacher(x_t, sigma, labels)
         f_psi = fake_score(x_t if through_scores else x_t.detach(), sigma, labels)
-        denoising = self.denoising.weight(sigma) * (f_psi - images.detach()) ** 2
+        denoising = self.denoising.weighted(psi, (f_psi - images.detach()) ** 2, sigma)
         f_psi = f_psi if through_scores else f_psi.detach()
         if report is not None:
             report("Health/divergence", weight_theta.flatten() * divergence(images, f_phi, f_psi), groups=labels)
         loss = self.weighted(self.terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
-        return weight_theta * loss, weight_psi * denoising
+        return weight_theta * self.balanced(loss, psi, sigma), weight_psi * denoising
 
     def passes_scores(self, score_gradient: bool | None = None) -> bool:
         """Whether theta's gradient passes through phi and psi; None means the constructor's score_gradient."""
@@ -204,7 +211,9 @@ class SiDLoss:
         """
         sigma = known_sigma(fake_score, self.fake_sigma_schedule.draw(len(images), images.device))
         net = guided(fake_score, self.guidance.fake_score_step, self.conditions)
-        return self.denoising(net, images.detach(), labels, augment_pipe, sigma=sigma)
+        return self.denoising.weighted(
+            fake_score, squared_error(net, images.detach(), sigma, labels, augment_pipe), sigma
+        )
 
     def terms(self, x_g: torch.Tensor, x_t: torch.Tensor, f_phi: torch.Tensor, f_psi: torch.Tensor) -> torch.Tensor:
         """The objective per pixel, before weighting."""
@@ -218,3 +227,10 @@ class SiDLoss:
         if self.objective.weighting == "omega":
             return terms / omega(x_g, f_phi)
         return terms / sigma**2 if self.objective.weighting == "sigma" else terms
+
+    def balanced(self, loss: torch.Tensor, fake_score: Callable, sigma: torch.Tensor) -> torch.Tensor:
+        """theta's loss [N, C, H, W], with `uncertainty` divided by e^u of psi at noise levels sigma [N, 1, 1, 1]."""
+        if not self.uncertainty:
+            return loss
+        psi: Any = fake_score
+        return loss / psi.logvar(sigma).detach().exp()

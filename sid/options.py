@@ -67,6 +67,13 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         ),
         option("--alpha", "Weight of L1 in L2 - alpha L1", FiniteRange(), D.alpha),
         option(
+            "--uncertainty",
+            "Let the fake score learn the size of its error at each noise level, and balance both losses by it; for"
+            " EDM2's networks",
+            bool,
+            D.uncertainty,
+        ),
+        option(
             "--weighting",
             "Divides the loss by omega, sigma^2 or nothing  [default: none for diff-instruct, otherwise omega]",
             WEIGHTINGS,

@@ -12,6 +12,7 @@ from edm import zoo
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.denoiser import DenoiserModule
+from training.networks_edm2 import freeze_logvar, normalize_weights
 from training.training_loop import freeze_augment_mapping
 
 from . import lora
@@ -57,13 +58,19 @@ class DistillationState:
         if start is not None:
             self.generator.load_state_dict(start.state_dict())
         freeze_augment_mapping(self.generator)
+        freeze_logvar(self.generator)
         if not config.augment:
             freeze_augment_mapping(self.fake_score)
+        if not config.uncertainty:
+            freeze_logvar(self.fake_score)
         if config.lora_rank:
             bases = [(self.generator, teacher if start is None else None), (self.fake_score, teacher)]
             for i, (net, base) in enumerate(bases):
                 misc.seed_at(config.seed, FACTORS_PHASE, i)
                 lora.adapt(net, config.lora_rank, base)
+        else:
+            for net in (self.generator, self.fake_score):
+                normalize_weights(net)
         for net in (self.generator, self.fake_score):
             distributed.broadcast_module(net)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)

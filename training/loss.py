@@ -14,7 +14,7 @@ import torch
 from torch_utils import persistence
 
 
-def _squared_error(
+def squared_error(
     net: Callable[..., torch.Tensor],
     images: torch.Tensor,
     sigma: torch.Tensor,
@@ -45,7 +45,7 @@ class VPLoss:
     ) -> torch.Tensor:
         t = 1 + torch.rand([images.shape[0], 1, 1, 1], device=images.device) * (self.epsilon_t - 1)
         sigma = ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
-        return 1 / sigma**2 * _squared_error(net, images, sigma, labels, augment_pipe)
+        return 1 / sigma**2 * squared_error(net, images, sigma, labels, augment_pipe)
 
 
 @persistence.persistent_class
@@ -65,7 +65,7 @@ class VELoss:
     ) -> torch.Tensor:
         u = torch.rand([images.shape[0], 1, 1, 1], device=images.device)
         sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** u
-        return 1 / sigma**2 * _squared_error(net, images, sigma, labels, augment_pipe)
+        return 1 / sigma**2 * squared_error(net, images, sigma, labels, augment_pipe)
 
 
 @persistence.persistent_class
@@ -99,7 +99,7 @@ class EDMLoss:
     ) -> torch.Tensor:
         """The loss per pixel, [N, C, H, W]. sigma: the noise levels [N, 1, 1, 1]; None draws them."""
         sigma = self.draw_sigma(images) if sigma is None else sigma
-        return self.weighted(net, _squared_error(net, images, sigma, labels, augment_pipe), sigma)
+        return self.weighted(net, squared_error(net, images, sigma, labels, augment_pipe), sigma)
 
 
 @persistence.persistent_class

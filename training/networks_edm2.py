@@ -31,6 +31,7 @@ __all__ = [
     "MPFourier",
     "Precond",
     "UNet",
+    "freeze_logvar",
     "mp_cat",
     "mp_silu",
     "mp_sum",
@@ -354,3 +355,9 @@ def normalize_weights(net: torch.nn.Module) -> None:
     method = getattr(net, "normalize_weights", None)
     if method is not None:
         method()
+
+
+def freeze_logvar(net: torch.nn.Module) -> None:
+    """Excludes u(sigma) of an EDM2 network from training, where it gets no gradient; other networks have none."""
+    if isinstance(net, Precond):
+        net.logvar_linear.requires_grad_(False)
