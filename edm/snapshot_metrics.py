@@ -1,5 +1,6 @@
 """Metrics of the snapshots of a training, of a teacher or of a generator, recorded in its run folder."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,8 +12,18 @@ from edm.metrics.evaluate import Evaluator
 from edm.metrics.sources import NetworkSource
 from edm.zoo import network_hash
 from torch_utils import distributed
-from torch_utils.records import sound_records
+from torch_utils.records import is_figure, measured_value, sound_records
 from torch_utils.training_stats import append_line
+
+EVALUATIONS = "evaluations_"  # in a network's metadata: FID at so many evaluations per image
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiStepFid:
+    """FID of a network that is sampled with several evaluations per image."""
+
+    value: float
+    evaluations: int
 
 
 class SnapshotMetrics:
@@ -22,10 +33,12 @@ class SnapshotMetrics:
     an earlier part of the run measured only in part. Damaged lines are skipped.
 
     steps: how many steps of Heun's sampler make an image; None: as the network's metadata says, one for a generator.
+    goal: the teacher's FID, to be printed beside a generator's first FID.
     """
 
-    def __init__(self, run_dir: Path, evaluator: Evaluator, steps: int | None = None):
+    def __init__(self, run_dir: Path, evaluator: Evaluator, steps: int | None = None, goal: MultiStepFid | None = None):
         self._run_dir, self._evaluator, self._steps = run_dir, evaluator, steps
+        self._goals = {} if goal is None else {first_fid(evaluator): goal}
 
     def measure(self, net: torch.nn.Module, nimg: int) -> None:
         """Measures the snapshot after `nimg` images. Every process must call it, with equal weights.
@@ -43,7 +56,9 @@ class SnapshotMetrics:
         for record in records:
             if record["metric"] in missing:
                 values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
-                print(f"{record['metric']} at {nimg / 1e3:.1f} kimg{evaluations}: {values}", flush=True)
+                goal = self._goals.get(record["metric"])
+                beside = "" if goal is None else f" (teacher: {goal.value:.4g} with {goal.evaluations} evaluations)"
+                print(f"{record['metric']} at {nimg / 1e3:.1f} kimg{evaluations}: {values}{beside}", flush=True)
                 line = json.dumps({"kimg": nimg / 1e3, **record})
                 append_line(_metric_file(self._run_dir, record["metric"]), line)
 
@@ -54,9 +69,38 @@ class SnapshotMetrics:
         return [name for name in names if sha256 not in known[name]]
 
 
+def recorded_fid(net: Any, source: str | os.PathLike, metric: str, detector_sha256: str | None) -> MultiStepFid | None:
+    """A teacher's FID as its file or the run that trained it recorded it; None if neither did, by this measure.
+
+    net: the loaded network. source: its file. metric: such as fid5k. detector_sha256: of the detector to compare by.
+    """
+    found = getattr(net, "metadata", {}).get("fid")
+    if isinstance(found, dict) and (found.get("metric"), found.get("detector_sha256")) == (metric, detector_sha256):
+        values = {int(name.removeprefix(EVALUATIONS)): value for name, value in found.items() if _is_count(name)}
+        several = {count: value for count, value in values.items() if count > 1 and is_figure(value)}
+        if several:
+            return MultiStepFid(several[max(several)], max(several))
+    records = read_metrics(Path(source).parent, metric) if Path(source).is_file() else []
+    wanted = {"network_sha256": network_hash(net), "detector_sha256": detector_sha256} if records else {}
+    for record in reversed(records):
+        steps = record.get("steps")
+        if all(record.get(name) == value for name, value in wanted.items()) and isinstance(steps, int) and steps > 1:
+            return MultiStepFid(measured_value(record), 2 * steps - 1)
+    return None
+
+
+def _is_count(name: str) -> bool:
+    return name.startswith(EVALUATIONS) and name.removeprefix(EVALUATIONS).isdecimal()
+
+
 def read_metrics(run_dir: str | os.PathLike, name: str) -> list[dict[str, Any]]:
     """The records of `metric-<name>.jsonl`, oldest first, without damaged ones; none if there is no such file."""
     return sound_records(_metric_file(run_dir, name), "kimg", "value")
+
+
+def first_fid(evaluator: Evaluator) -> str | None:
+    """The name of the first FID among an evaluator's metrics."""
+    return next((metric.name for metric in evaluator.metrics if metric.kind == "fid"), None)
 
 
 def _metric_file(run_dir: str | os.PathLike, name: str) -> Path:

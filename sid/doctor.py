@@ -7,7 +7,7 @@ import click
 from dnnlib import Command, UserError
 from torch_utils.records import is_figure
 
-from .monitor.records import DISTANCES_FILE, STATS_FILE, best_metric, read_options, read_records
+from .monitor.records import DISTANCES_FILE, STATS_FILE, read_fid, read_options, read_records
 from .monitor.rules import diagnose
 
 
@@ -24,15 +24,15 @@ def main(run: str) -> None:
             raise UserError(f"{stats}: line {number}: its {wrong[0]} is not a number; remove the line")
     distances = run_dir / DISTANCES_FILE
     measured = read_records(distances, "kimg", "value") if distances.exists() else []
+    fid = read_fid(run_dir)
     try:
-        findings = diagnose(records, options, measured)
+        findings = diagnose(records, options, measured, fid)
     except ArithmeticError as error:
         raise UserError(f"{stats}: no distillation has such figures ({error}); restore the file") from None
-    metric = best_metric(run_dir)
     for finding in findings:
         print(f"{finding.name}: {finding.text}")
-    if metric:
-        print(metric)
+    if fid is not None:
+        print(fid)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from edm.diffusers_models import DiffusersDenoiser
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
+from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
 from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
@@ -231,3 +232,16 @@ def make_evaluator(
     return Evaluator(
         metrics, loaded, options["detector"], options["data"], batch=options["metrics_batch"], device=device
     )
+
+
+def teacher_fid(inputs: Inputs, source: str) -> MultiStepFid | None:
+    """The teacher's FID by the run's first FID metric, if its file or its training recorded it; on every process.
+
+    source: the teacher's file.
+    """
+    metric = None if inputs.evaluator is None else first_fid(inputs.evaluator)
+    if inputs.evaluator is None or metric is None:
+        return None
+    detector = inputs.evaluator.detector.sha256
+    found = recorded_fid(inputs.teacher, source, metric, detector) if distributed.rank() == 0 else None
+    return distributed.from_process_0(found)

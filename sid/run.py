@@ -35,6 +35,7 @@ from .inputs import (
     load_inputs,
     load_start,
     published_reference,
+    teacher_fid,
 )
 from .options import parse
 from .prepare import prepare
@@ -141,6 +142,9 @@ def run(
         if config.gan and inputs.dataset is not None:
             summary["real_images"] = len(inputs.dataset)
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
+        goal = teacher_fid(inputs, options["edm_model"])
+        if goal is not None:
+            summary["teacher_fid"] = dataclasses.asdict(goal)
         torch.backends.cudnn.benchmark = options["bench"]
         place, resume = find_place(options, describe(inputs.teacher, config, options["trials"] > 0))
         saved = None if resume is None else resume.read().get("options")
@@ -177,7 +181,7 @@ def run(
                 if distributed.rank() == 0:
                     run_folder.record_options(run_dir, {**summary, **config.options()})
                 distillation = build(inputs, config, device, resume, options["override"])
-            report = Report(run_dir, inputs.evaluator, picture, config.batch, distance)
+            report = Report(run_dir, inputs.evaluator, picture, config.batch, distance, goal)
             net = training_loop(distillation, run_dir, report)
     distributed.shutdown()
     return OneStepGenerator(net)

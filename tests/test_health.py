@@ -11,6 +11,7 @@ from tiny import CPU, NoReport, Spy, equal, on_two_processes, tiny_config, tiny_
 from sid import doctor
 from sid.config import DistillationConfig
 from sid.monitor.measure import Health
+from sid.monitor.records import read_fid
 from sid.monitor.rules import Watch, diagnose
 from sid.prepare import prepare
 from sid.training_loop import training_loop
@@ -267,6 +268,25 @@ def test_measured_samples_overrule_what_the_fake_score_suggests(distances, found
     assert finding.name == found
     assert found != "healthy" or "distance from the teacher's samples 0.025 (start: 0.204)" in finding.text
     assert diagnose(records[:2], options, measured)[0].name == (found if "teacher" in found else "too-early")
+
+
+@pytest.mark.parametrize(
+    ("last", "teacher", "found"),
+    [(28.8, 7.8, "far-from-teacher"), (15.0, 7.8, "healthy"), (28.8, None, "healthy")],
+)
+def test_a_good_generator_has_at_most_twice_the_teachers_fid(tmp_path, last, teacher, found):
+    """Letters with --recipe=auto ended at 28.8, close to the teacher by the distance of samples."""
+    values = "".join(json.dumps({"kimg": k, "value": v}) + "\n" for k, v in ((0, 300.0), (9, last)))
+    (tmp_path / "metric-fid2k.jsonl").write_text(values)
+    recorded = None if teacher is None else {"value": teacher, "evaluations": 35}
+    (tmp_path / "training_options.json").write_text(json.dumps({"teacher_fid": recorded}))
+    records = ticks(15, divergence=lambda i: 0.1)
+    distances = [{"kimg": 0.0, "value": 0.309}, {"kimg": 9.0, "value": 0.012}]
+    [finding] = diagnose(records, DistillationConfig().options(), distances, read_fid(tmp_path))
+    assert finding.name == found
+    assert found == "healthy" or "its fid2k of 28.8 is 3.7 times the teacher's 7.8" in finding.text
+    expected = f"fid2k: best {last} at 9 kimg, last {last} at 9 kimg"
+    assert str(read_fid(tmp_path)) == expected.replace(".0", "") + ("" if teacher is None else "; the teacher has 7.8")
 
 
 def test_a_running_distillation_warns_once_when_it_leaves_the_teacher():

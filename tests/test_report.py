@@ -10,6 +10,7 @@ import torch
 from edm.published import FILES
 from edm.snapshot_metrics import read_metrics
 from edm.training_report import TeacherReport
+from edm.zoo import network_hash
 from sid.inputs import published_reference
 from sid.report.progress import Report
 from sid.report.summary import summarise
@@ -105,23 +106,39 @@ def test_other_weights_are_measured_even_after_as_many_images(tmp_path, kind):
     assert [record["value"] for record in read_metrics(tmp_path, "fid2")] == [4.0, 2.0]
 
 
+OWN_FID = {"metric": "fid5k", "detector_sha256": "d", "evaluations_35": 15.2, "evaluations_1": 452.3}
+LINE = {"kimg": 9.0, "value": 15.2, "steps": 18, "detector_sha256": "d"}  # of the run that trained the teacher
+
+
 @pytest.mark.parametrize(
-    ("recorded", "row"),
+    ("recorded", "line", "row"),
     [
-        ({"detector_sha256": "d", "evaluations_35": 15.2, "evaluations_5": 452.3}, [("teacher", 35, 15.2)]),
-        ({"detector_sha256": "another", "evaluations_35": 15.2}, []),
-        ({"detector_sha256": "d", "evaluations_35": "15.2"}, []),
-        (None, []),
+        (OWN_FID, None, [("teacher", 35, 15.2)]),
+        (OWN_FID | {"detector_sha256": "another"}, None, []),
+        (OWN_FID | {"metric": "fid50k"}, None, []),
+        (OWN_FID | {"evaluations_35": "15.2"}, None, []),
+        (None, None, []),
+        (None, LINE, [("teacher", 35, 15.2)]),
+        (None, LINE | {"detector_sha256": "another"}, []),
+        (None, LINE | {"network_sha256": "another"}, []),
+        (None, LINE | {"steps": None}, []),
     ],
 )
-def test_the_summary_takes_the_teachers_fid_from_its_file(tmp_path, recorded, row):
+def test_the_summary_takes_the_teachers_fid_from_its_file_or_training(tmp_path, recorded, line, row):
     records = [{"kimg": kimg, "value": value, "detector_sha256": "d"} for kimg, value in ((0, 300.0), (5, 30.0))]
     (tmp_path / "metric-fid5k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    training = tmp_path / "teacher"
+    training.mkdir()
+    (training / "network.safetensors").touch()
     teacher = Net(0.1)
     teacher.metadata = {"fid": recorded}
-    rows = summarise(tmp_path, teacher)
+    if line is not None:
+        line = {"network_sha256": network_hash(teacher), **line}
+        (training / "metric-fid5k.jsonl").write_text(json.dumps(line) + "\n")
+    source = str(training / "network.safetensors")
+    rows = summarise(tmp_path, teacher, source)
     assert rows == [*row, ("teacher = generator before", 1, 300.0), ("generator after", 1, 30.0)]
-    assert summarise(tmp_path, teacher, "other.safetensors")[-2] == ("generator before (--transfer)", 1, 300.0)
+    assert summarise(tmp_path, teacher, source, "another")[-2] == ("generator before (--transfer)", 1, 300.0)
 
 
 def test_the_reference_of_a_published_teacher(tmp_path):

@@ -1,5 +1,6 @@
 """Reads the records in a run folder: options, statistics of the ticks, metrics. Any of them may be damaged."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,35 @@ def read_records(path: Path, *needed: str) -> list[Any]:
     return records.read_records(path, *needed, wanted=WANTED)
 
 
-def best_metric(run_dir: Path) -> str | None:
-    """A sentence about the first FID metric: its best and its last value. None if there is none."""
+@dataclasses.dataclass(frozen=True)
+class MeasuredFid:
+    """The first FID that a run measures: records with kimg and value, oldest first; the teacher's figure if known."""
+
+    name: str
+    records: list[dict[str, Any]]
+    teacher: float | None
+
+    @property
+    def last(self) -> float:
+        return measured_value(self.records[-1])
+
+    def __str__(self) -> str:
+        """A sentence about its best and its last value."""
+        best, last = min(self.records, key=measured_value), self.records[-1]
+        never = ", never better than at the start" if best is self.records[0] and len(self.records) > 1 else ""
+        values = (f"{record['value']:.4g} at {record['kimg']:g} kimg" for record in (best, last))
+        beside = "" if self.teacher is None else f"; the teacher has {self.teacher:.4g}"
+        return f"{self.name}: best {next(values)}, last {next(values)}{never}{beside}"
+
+
+def read_fid(run_dir: Path) -> MeasuredFid | None:
+    """The first FID of a run; None if it measured none. Errors: UserError when its records are damaged."""
+    teacher = read_run_options(run_dir).get("teacher_fid")
+    value = teacher.get("value") if isinstance(teacher, dict) else None
     for path in sorted(run_dir.glob("metric-fid*.jsonl")):
-        measured = read_records(path, "kimg", "value")
-        if not measured:
-            continue
-        best, last = min(measured, key=measured_value), measured[-1]
-        name = path.stem.removeprefix("metric-")
-        never = ", never better than at the start" if best is measured[0] and len(measured) > 1 else ""
-        best, last = (f"{record['value']:.4g} at {record['kimg']:g} kimg" for record in (best, last))
-        return f"{name}: best {best}, last {last}{never}"
+        if measured := read_records(path, "kimg", "value"):
+            name = path.stem.removeprefix("metric-")
+            return MeasuredFid(name, measured, value if is_figure(value) else None)
     return None
 
 

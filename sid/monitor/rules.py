@@ -11,6 +11,7 @@ from typing import Any
 
 from ..objectives import PROJECTED
 from .evidence import Records, Run, median, since_last_change
+from .records import MeasuredFid
 
 MIN_TICKS = 6  # fewer are no evidence: the fake score starts as the teacher and needs time to reach the generator
 WATCHED_TICKS = 60  # how far back the run's own warnings look
@@ -29,13 +30,19 @@ class Finding:
 Rule = Callable[[Run], Finding | None]
 
 
-def diagnose(records: Records, options: dict[str, Any], distances: Sequence[dict[str, Any]] = ()) -> list[Finding]:
+def diagnose(
+    records: Records,
+    options: dict[str, Any],
+    distances: Sequence[dict[str, Any]] = (),
+    fid: MeasuredFid | None = None,
+) -> list[Finding]:
     """What is wrong with the run, or how it is doing if nothing is.
 
     records: of stats.jsonl, oldest first. options: from training_options.json, by the names in `evidence.OPTIONS` and
     `evidence.LATER_OPTIONS`. distances: of teacher-distance.jsonl, with kimg and value, the first of the start.
+    fid: what the run measured.
     """
-    away = judge_distance(distances)
+    away = judge_distance(distances) or judge_fid(fid)
     phase, since = since_last_change(records, options)
     if len(phase) < MIN_TICKS:
         early = Finding("too-early", f"{len(phase)} ticks{since} are too few to judge; it takes {MIN_TICKS}", False)
@@ -377,6 +384,19 @@ def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
     if best is records[0]:
         remedy = "try --recipe=auto, or lower --glr and --lr"
     return Finding("away-from-teacher", f"{text} instead of {best['value']:.3g} (start: {start:.3g}); {remedy}")
+
+
+GOOD = 2.0  # a generator's FID over its teacher's
+
+
+def judge_fid(fid: MeasuredFid | None) -> Finding | None:
+    """A finding when the last FID is far above the teacher's."""
+    if fid is None or fid.teacher is None or not fid.last > GOOD * fid.teacher:
+        return None
+    ratio = f"{fid.last / fid.teacher:.1f} times the teacher's {fid.teacher:.4g}"
+    text = f"its {fid.name} of {fid.last:.4g} is {ratio}, where good generators have less than {GOOD:g} times;"
+    text += " go on while it falls, otherwise try --recipe=auto"
+    return Finding("far-from-teacher", text, certain=False)
 
 
 class Watch:

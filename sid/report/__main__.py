@@ -28,7 +28,9 @@ def main(run: str, classes: str | None) -> None:
         raise UserError(f"{run}: has no snapshot yet; wait for the first one")
     if "edm_model" not in options:
         raise UserError(f"{run_dir / OPTIONS_FILE}: names no edm_model; name a run folder of sid_train.py")
-    rows = summarise(run_dir, teacher := load_teacher(run_dir, options, own), options.get("transfer"))
+    rows = summarise(
+        run_dir, teacher := load_teacher(run_dir, options, own), options["edm_model"], options.get("transfer")
+    )
     generator = zoo.load_denoiser(snapshots[0], own)
     if "init_sigma" not in generator.metadata:
         raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")

@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import kimg_name, write_atomically
 from edm.metrics.evaluate import Evaluator
-from edm.snapshot_metrics import SnapshotMetrics, read_metrics
+from edm.snapshot_metrics import MultiStepFid, SnapshotMetrics, first_fid, read_metrics
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
@@ -31,6 +31,7 @@ class Report:
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
+    goal: the teacher's FID, if it is known.
     distance: measures how far the images are from the teacher's, for the record; None: nobody does.
     Files that can't be written, to a full disk for instance, are reported and skipped.
     """
@@ -42,11 +43,12 @@ class Report:
         reals: torch.Tensor | None = None,
         batch: int = 1,
         distance: TeacherDistance | None = None,
+        goal: MultiStepFid | None = None,
     ):
         self._run_dir = run_dir
         self._batch = batch
-        self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator)
-        self._fid = None if evaluator is None else _first_fid(evaluator)
+        self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator, goal=goal)
+        self._fid = None if evaluator is None else first_fid(evaluator)
         self._reals = reals
         self._distance = distance
 
@@ -99,10 +101,6 @@ class Report:
             with write_atomically(self._run_dir / "best.json") as file:
                 file.write(json.dumps(content, indent=2).encode())
             _link(self._run_dir / BEST_LINK, snapshot)
-
-
-def _first_fid(evaluator: Evaluator) -> str | None:
-    return next((metric.name for metric in evaluator.metrics if metric.kind == "fid"), None)
 
 
 def _link(path: Path, target: str) -> None:

@@ -5,15 +5,17 @@ from pathlib import Path
 import torch
 
 from dnnlib import UserError
+from edm.snapshot_metrics import recorded_fid
 
 from ..monitor.records import read_records
-from .pictures import TEACHER_EVALUATIONS
 
 
-def summarise(run_dir: Path, teacher: torch.nn.Module, transfer: str | None = None) -> list[tuple[str, int, float]]:
-    """Rows (network, evaluations per image, FID) from a run's records and the teacher's metadata.
+def summarise(
+    run_dir: Path, teacher: torch.nn.Module, source: str, transfer: str | None = None
+) -> list[tuple[str, int, float]]:
+    """Rows (network, evaluations per image, FID) from a run's records and the teacher's.
 
-    transfer: the network that the generator started from, if it isn't the teacher.
+    source: the teacher's file. transfer: the network that the generator started from, if it isn't the teacher.
     Empty when the run measured no FID. Errors: UserError when its records are damaged or hold nothing yet.
     """
     files = sorted(run_dir.glob("metric-fid*.jsonl"))
@@ -22,12 +24,11 @@ def summarise(run_dir: Path, teacher: torch.nn.Module, transfer: str | None = No
     records = read_records(files[0], "kimg", "value")
     if not records:
         raise UserError(f"{files[0]}: holds no record; wait for the first snapshot of the run")
-    rows, evaluations = [], TEACHER_EVALUATIONS
-    recorded = getattr(teacher, "metadata", {}).get("fid")
-    if isinstance(recorded, dict) and recorded.get("detector_sha256") == records[0].get("detector_sha256"):
-        value = recorded.get(f"evaluations_{evaluations}")
-        if isinstance(value, int | float):
-            rows.append(("teacher", evaluations, float(value)))
+    rows = []
+    metric = files[0].stem.removeprefix("metric-")
+    goal = recorded_fid(teacher, source, metric, records[0].get("detector_sha256"))
+    if goal is not None:
+        rows.append(("teacher", goal.evaluations, goal.value))
     if records[0]["kimg"] == 0:
         before = "generator before (--transfer)" if transfer else "teacher = generator before"
         rows.append((before, 1, records[0]["value"]))
