@@ -4,6 +4,7 @@ import contextlib
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -111,7 +112,7 @@ def evaluate_network(
         options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
         net = zoo.load_denoiser(network, own_classes(classes))
         given = {name: value for name, value in sampling.items() if value is not None}
-        made_by = {"name": Path(network).name, "sha256": zoo.network_hash(net)}
+        made_by: dict[str, Any] = {"name": Path(network).name, "sha256": zoo.network_hash(net)}
         net, sampling, guidance = generate.guided(net, generate.sampler_options(net, given), own_classes(classes))
         net = net.to(device)
         evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)

@@ -1,6 +1,8 @@
 """Trains an EDM-family diffusion model: python -m edm.train --outdir=runs --data=images.zip --duration=200"""
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,46 +71,72 @@ def train(
     """
     import torch
 
-    from edm import training_report, zoo
-    from torch_utils import checkpoint, distributed, misc, run_folder
+    from edm import training_report
+    from torch_utils import distributed, misc, run_folder
     from training import loss
-    from training.conditions import metadata_of
     from training.training_loop import Training, training_loop
 
     torch.backends.cudnn.benchmark = options["bench"]
     misc.seed_at(config.seed)
     precond, loss_name, loss_kwargs = network_and_loss(options)
-    sigma = options["sigma"]
     loss_fn = getattr(loss, loss_name)(**loss_kwargs)
-    net = build_network(precond, network_kwargs)
-    if options["transfer"]:
-        copy_weights(zoo.load_network(options["transfer"]), net, options["transfer"])
+    net = build_network(precond, network_kwargs, options["transfer"])
     description = options["desc"] or f"{dataset.name}-{options['arch']}-{options['precond']}-batch{config.batch}"
     place = (options["outdir"], description, options["nosubdir"])
-    resume = run_folder.resolve_resume(options["resume"], *place)
-    asked = {**network_kwargs, **vars(config)}
+    former = run_folder.find_run(options["resume"], *place)
+    resume = None if former is None else former.state
+    asked = {**network_kwargs, **vars(config), "images": len(dataset)}
     asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma", "p_mean", "p_std")}
-    asked |= {"images": len(dataset)}
     if resume is not None:
         check_resume(resume, net, options, config, asked, device)
         summary["lr_rampup_kimg"] = config.lr_rampup_kimg
     evaluator = training_report.make_evaluator(options, device)
     distributed.print0(training_report.describe_start(net, dataset, config, device))
     training = Training(config, net, loss_fn, pipe, device, asked, resume)
-    metadata = {"data": dataset.name, **metadata_of(dataset.classes, dataset.label_dim)}
-    metadata |= {} if sigma is None else {"sigma": sigma}
     with run_folder.create(*place, summary, resume and resume.path) as run_dir:
-        report = training_report.TeacherReport(run_dir, evaluator, config.batch)
         distributed.print0(f"Run folder: {run_dir}")
-
-        def save_snapshot(ema: torch.nn.Module, nimg: int) -> None:
-            path = checkpoint.snapshot_path(run_dir, nimg, config.batch)
-            zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, **metadata)
-
-        training_begins.set()
+        report = training_report.TeacherReport(run_dir, evaluator, config.batch)
         # Heun's method can't sample with a denoiser of a single noise level.
-        training_loop(training, dataset, run_dir, save_snapshot, report.snapshot if sigma is None else None)
+        pictures = report.snapshot if options["sigma"] is None else None
+        training_begins.set()
+        training_loop(training, dataset, run_dir, snapshot_writer(run_dir, options, dataset, config), pictures)
         distributed.print0(f"next: {training_report.next_command(run_dir, options, evaluator)}")
+
+
+def build_network(precond: str, network_kwargs: dict[str, Any], transfer: str | None) -> "torch.nn.Module":
+    """The network to train, with the weights of `transfer` where they fit.
+
+    Errors: UserError when there is no memory for it, or no weight fits.
+    """
+    from edm import zoo
+
+    try:
+        net = network_class(precond)(**network_kwargs)
+    except (MemoryError, RuntimeError, OverflowError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
+    if transfer:
+        copy_weights(zoo.load_network(transfer), net, transfer)
+    return net
+
+
+def snapshot_writer(
+    run_dir: Path, options: dict[str, Any], dataset: "ImageFolderDataset", config: "TrainingConfig"
+) -> Callable[["torch.nn.Module", int], None]:
+    """A function that saves the average of the weights after a number of images as a snapshot of the run."""
+    from edm import zoo
+    from torch_utils import checkpoint
+    from training.conditions import metadata_of
+
+    metadata = {"data": dataset.name, **metadata_of(dataset.classes, dataset.label_dim)}
+    if options["sigma"] is not None:
+        metadata["sigma"] = options["sigma"]
+
+    def save_snapshot(ema: "torch.nn.Module", nimg: int) -> None:
+        path = checkpoint.snapshot_path(run_dir, nimg, config.batch)
+        zoo.save_network(ema, path, kind="teacher", kimg=nimg / 1000, **metadata)
+
+    return save_snapshot
 
 
 def check_resume(
@@ -169,15 +197,6 @@ def network_class(name: str) -> Any:
     from training import networks, networks_edm2
 
     return getattr(networks_edm2 if hasattr(networks_edm2, name) else networks, name)
-
-
-def build_network(precond: str, network_kwargs: dict[str, Any]) -> "torch.nn.Module":
-    """The network to train. Errors: UserError when there is no memory for it."""
-    try:
-        return network_class(precond)(**network_kwargs)
-    except (MemoryError, RuntimeError, OverflowError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(f"--cbase, --cres, --blocks: a network of these can't be made here ({reason})") from None
 
 
 def copy_weights(source: "torch.nn.Module", target: "torch.nn.Module", name: str) -> None:

@@ -147,16 +147,6 @@ def load_denoiser(source: str | os.PathLike, classes: Mapping[str, Callable[...,
     return net
 
 
-def load_item(source: str | os.PathLike, name: str, classes: Mapping[str, Callable[..., Any]] | None = None) -> Any:
-    """Another item of an EDM pickle: 'loss_fn', 'augment_pipe' or 'dataset_kwargs'; None if it isn't there.
-
-    classes: those that the item may name, {name: class}. Errors: UserError as `load_network`.
-    """
-    path = resolve(source)
-    item = edm_pickle.read(path).get(name)
-    return edm_pickle.build(item, classes or {}, path) if type(item) is edm_pickle.Record else item
-
-
 def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: Any) -> None:
     """Saves a network, float32 and in eval mode; the file appears whole or not at all.
 

@@ -24,6 +24,7 @@ from training.networks_edm2 import Precond
 from .config import DistillationConfig
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
 from .schedules import Single
+from .state import WeightHashes
 
 # In the run folder, of networks that were given as modules.
 TEACHER_FILE, GUIDE_FILE = "teacher.safetensors", "guide.safetensors"
@@ -39,6 +40,7 @@ class Inputs:
     start: DenoiserModule | None  # whose weights theta starts from
     dataset: ImageFolderDataset | None  # real images
     evaluator: Evaluator | None  # computes the metrics
+    hashes: WeightHashes  # of the weights of the networks
     guide: DenoiserModule | None = None  # a weaker network that guides the teacher
 
 
@@ -63,12 +65,14 @@ def load_inputs(
         start = fitting_start(start, "start", teacher)
     elif options["transfer"]:
         start = load_start(options["transfer"], teacher, options["classes"])
+    guide = checked_guide(teacher, options, guide)
     return Inputs(
+        hashes=WeightHashes.of(teacher, start, config, guide),
         teacher=teacher,
         start=start,
         dataset=load_dataset(options["data"], teacher, config, options) if options["data"] else None,
         evaluator=make_evaluator(metrics, reference, options, device) if metrics else None,
-        guide=checked_guide(teacher, options, guide),
+        guide=guide,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dnnlib import Command, FiniteRange, IntList, WholeRange
+from dnnlib import Command, FiniteRange, IntList, UserError, WholeRange
 from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, option
 from edm import own_classes
 
@@ -218,6 +218,23 @@ def parse(arguments: Sequence[str]) -> tuple[DistillationConfig, dict[str, Any]]
     context = Command(name="sid_train.py", sections=SECTIONS).make_context("sid_train.py", list(arguments))
     options, given = context.params, given_options(context)
     return build_config(options), {**options, "given": given}
+
+
+def other_options(values: dict[str, Any]) -> dict[str, Any]:
+    """All options but those of the training, by name: `values`, and for the others, or where it is None, the default.
+
+    Errors: UserError when sid_train.py would refuse a value.
+    """
+    types = {option.name: option.type for options in SECTIONS.values() for option in options}
+    found = parse([])[1]
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            found[name] = types[name].convert(value, None, None)
+        except click.UsageError as error:
+            raise UserError(f"{name}={value}: {error.message}") from None
+    return found
 
 
 def given_options(context: click.Context) -> list[str]:

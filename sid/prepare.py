@@ -14,7 +14,7 @@ from .adversarial import RealImages, make_loss
 from .config import DistillationConfig, resolve
 from .distillation import Distillation, Networks
 from .guidance import check_guidance
-from .state import DistillationState, WeightHashes
+from .state import DistillationState, SavedState, WeightHashes
 
 
 def prepare(
@@ -22,7 +22,7 @@ def prepare(
     config: DistillationConfig,
     device: torch.device,
     start: DenoiserModule | None = None,
-    resume: checkpoint.StateFile | Path | None = None,
+    resume: SavedState | checkpoint.StateFile | Path | None = None,
     reals: RealImages | None = None,
     hashes: WeightHashes | None = None,
     guide: DenoiserModule | None = None,
@@ -34,7 +34,7 @@ def prepare(
     start:   another denoiser whose weights theta starts from.
     resume:  a training state to go on from, or its path.
     reals:   real images for the discriminator of `config.gan`.
-    hashes:  of the weights of `teacher`, `start` and `guide`, if they are known already.
+    hashes:  of the weights of `teacher`, `start` and `guide`, if they are known already; `resume` may bring them, too.
     guide:   a weaker denoiser that guides the teacher (`Guidance.over_guide`); treated as the teacher is.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
@@ -42,6 +42,8 @@ def prepare(
     teacher = teacher.to(device).eval().requires_grad_(False)
     for warning in check_guidance(config.guidance, teacher, guide):
         distributed.print0(f"Warning: {warning}")
+    if isinstance(resume, SavedState):
+        hashes = resume.hashes
     hashes = hashes or WeightHashes.of(teacher, start, config, guide)
     if config.augment and getattr(teacher, "augment_dim", 0) != AugmentPipe(**EDM_MULTIPLIERS).augment_dim:
         raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")

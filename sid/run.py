@@ -37,14 +37,14 @@ from .inputs import (
     published_reference,
     teacher_fid,
 )
-from .options import parse
+from .options import other_options
 from .prepare import prepare
 from .report.progress import Report
 from .start import choose_start
-from .state import WeightHashes, check_state
+from .state import SavedState
 from .teacher_distance import TeacherDistance
 from .training_loop import training_loop
-from .trials import has_begun, plan_trials, run_trials
+from .trials import Plan, has_begun, plan_trials, run_trials
 
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
 # takes as long as half a kimg of training.
@@ -85,18 +85,11 @@ def distil(
         check_denoiser(guide, "guide")
     given = {"data": data, "data_stat": data_stat, "detector": detector, "metrics": metrics, "resume": resume}
     settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    given |= {
-        "trials": trials,
-        "given": settled,
-        "override": override,
-        "device": device,
-        "nosubdir": True,
-        "outdir": os.fspath(out),
-    }
-    given["edm_model"] = str(Path(out) / TEACHER_FILE)
+    given |= {"trials": trials, "override": override, "device": device}
+    given |= {"nosubdir": True, "outdir": os.fspath(out), "edm_model": str(Path(out) / TEACHER_FILE)}
     if guide is not None:
         given["guide"] = str(Path(out) / GUIDE_FILE)
-    generator = run({**parse([])[1], **given}, config, teacher, start, guide)
+    generator = run({**other_options(given), "given": settled}, config, teacher, start, guide)
     assert generator is not None  # only --dry-run makes none
     return generator
 
@@ -114,11 +107,7 @@ def run(
     teacher, start, guide: networks to use instead of loading --edm_model, --transfer and --guide; they aren't changed.
     Errors: UserError naming the option.
     """
-    if not options["edm_model"]:
-        raise UserError("--recipe=auto: name the teacher with --edm_model, such as the run folder of edm.train")
-    if config.gan and not options["data"]:
-        raise UserError("--gan learns from real images; name them with --data")
-    check_weight(config.guidance, bool(options["guide"]))
+    check_required(options, config)
     reference = options["data_stat"] or (published_reference(options["edm_model"]) if teacher is None else None)
     metrics = choose_metrics(options["metrics"], reference, options["data"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
@@ -126,82 +115,153 @@ def run(
         misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
         if teacher is None:
             options = choose_snapshots(options)
-        summary = {**config.options(), **options, "data_stat": reference, "metrics": metrics}
-        del summary["given"]
-        summary["processes"] = distributed.world_size()
-        if options["dry_run"] and zoo.is_here(options["edm_model"]):
-            summary["memory_GB"] = dry_run(options, config, device)
-        summary = without_passwords(json.loads(json.dumps(summary)))
+        summary = summarise(options, config, reference, metrics, device)
         distributed.print0(json.dumps(summary, indent=2))
         if options["dry_run"]:
             return None
 
+        torch.backends.cudnn.benchmark = options["bench"]
         copies = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start, guide)]
         networks = cast(list[DenoiserModule | None], copies)
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
         if config.gan and inputs.dataset is not None:
-            summary["real_images"] = len(inputs.dataset)
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
         goal = teacher_fid(inputs, options["edm_model"])
         if goal is not None:
             summary["teacher_fid"] = dataclasses.asdict(goal)
-        torch.backends.cudnn.benchmark = options["bench"]
-        place, resume = find_place(options, describe(inputs.teacher, config, options["trials"] > 0))
-        saved = None if resume is None else resume.read().get("options")
-        saved = saved if isinstance(saved, dict) else None  # a file of another kind is refused by `build`
-        distance = measure_teacher(inputs, config, options["trials"] > 0, device)
-        if config.init_sigma is None:
-            level, summary["starts"] = find_start(inputs.teacher, distance, saved)
-            config = dataclasses.replace(config, init_sigma=level)
-        trials = None
-        if options["trials"]:
-            trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
-            config = trials.fitting(saved, options["given"])
-            if len(trials.configs) == 1 or resume is not None:  # nothing to choose, or chosen already
-                trials = None
-        summary |= config.options()
-        distillation = build(inputs, config, device, resume, options["override"])  # may refuse: before the folder
-        picture = first_images(inputs.dataset) if inputs.dataset is not None else None
-        with run_folder.create(*place, summary, resume and resume.path) as run_dir:
+        plan = make_plan(inputs, config, options, device)
+        summary |= plan.summary()
+        distillation = build(inputs, plan.config, device, plan.saved, options["override"])  # may refuse: no folder yet
+        with run_folder.create(*plan.place, summary, plan.saved and plan.saved.path) as run_dir:
             distributed.print0(f"Run folder: {run_dir}")
             if teacher is not None and distributed.rank() == 0:
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
                 if guide is not None:
                     zoo.save_network(guide, run_dir / GUIDE_FILE, **getattr(guide, "metadata", {}))
+            picture = first_images(inputs.dataset) if inputs.dataset is not None else None
             training_begins.set()
-            if trials is not None:
+            if plan.trials is not None:
                 del distillation  # each trial has its own
-                resume = run_trials(
-                    trials,
-                    run_dir,
-                    lambda config, state: build(own_copy(inputs), config, device, state, options["override"]),
-                    lambda folder: Report(folder, None, picture, config.batch, distance),
-                )
-                config = trials.fitting(resume.read()["options"], options["given"])
+                plan = after_trials(plan, inputs, run_dir, picture, device, options)
                 if distributed.rank() == 0:
-                    run_folder.record_options(run_dir, {**summary, **config.options()})
-                distillation = build(inputs, config, device, resume, options["override"])
-            report = Report(run_dir, inputs.evaluator, picture, config.batch, distance, goal)
-            net = training_loop(distillation, run_dir, report)
+                    run_folder.record_options(run_dir, summary | plan.summary())
+                distillation = build(inputs, plan.config, device, plan.saved, options["override"])
+            report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance, goal)
+            net = training_loop(distillation, run_dir, report, dropped=plan.dropped, before=plan.dropped)
     distributed.shutdown()
     return OneStepGenerator(net)
 
 
+def check_required(options: dict[str, Any], config: DistillationConfig) -> None:
+    """Errors: UserError when an option is missing that others need, or doesn't fit them."""
+    if not options["edm_model"]:
+        raise UserError("--recipe=auto: name the teacher with --edm_model, such as the run folder of edm.train")
+    if config.gan and not options["data"]:
+        raise UserError("--gan learns from real images; name them with --data")
+    check_weight(config.guidance, bool(options["guide"]))
+
+
+def summarise(
+    options: dict[str, Any],
+    config: DistillationConfig,
+    reference: str | None,
+    metrics: list[str],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the run was asked for, as plain values without passwords; with --dry-run, also the memory that it needs."""
+    asked = {name: value for name, value in options.items() if name != "given"}
+    summary = {**config.options(), **asked, "data_stat": reference, "metrics": metrics}
+    summary["processes"] = distributed.world_size()
+    if options["dry_run"] and zoo.is_here(options["edm_model"]):
+        summary["memory_GB"] = dry_run(options, config, device)
+    return without_passwords(json.loads(json.dumps(summary)))
+
+
+# --- everything that is settled before there is a run folder
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """How a run begins.
+
+    config      its settings with the start chosen; with trials, the settings of the first candidate
+    place       outdir, description and nosubdir of the run folder
+    saved       the state to go on from; None at the beginning of a run
+    trials      the trials that are still to be run, if any
+    distance    measures how far images are from the teacher's, on process 0; None if the run doesn't
+    starts      {noise level: distance from the teacher} of the starts that were measured; None if none was to be
+    dropped     images of the trials that don't go on, whether they are still to be run or not
+    """
+
+    config: DistillationConfig
+    place: tuple[str, str, bool]
+    saved: SavedState | None
+    trials: Plan | None
+    distance: TeacherDistance | None
+    starts: dict[str, float] | None
+    dropped: int
+
+    def summary(self) -> dict[str, Any]:
+        """What it adds to the record of the run."""
+        return self.config.options() | ({} if self.starts is None else {"starts": self.starts})
+
+
+def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any], device: torch.device) -> RunPlan:
+    """Finds the state to go on from, measures the teacher, and chooses the start and the trials.
+
+    config: what the user asked for. Errors: UserError when an option doesn't fit the teacher or the state.
+    """
+    with_trials = options["trials"] > 0
+    place, file = find_place(options, describe(inputs.teacher, config, with_trials))
+    saved = None if file is None else SavedState(file, inputs.hashes)
+    distance = measure_teacher(inputs, config, with_trials, device)
+    starts, trials, dropped = None, None, 0
+    if config.init_sigma is None:
+        level, starts = find_start(inputs.teacher, distance, saved)
+        config = dataclasses.replace(config, init_sigma=level)
+    if with_trials:
+        trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
+        config = trials.fitting(saved and saved.options, options["given"])
+        dropped = trials.dropped_images
+        if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
+            trials = None
+    return RunPlan(config, place, saved, trials, distance, starts, dropped)
+
+
 def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
-    """(outdir, description, nosubdir) of the run folder and the state to go on from, None for a new run.
+    """(outdir, description, nosubdir) of the run folder and the state to go on from, None at the beginning of a run.
 
     A run that ended during its trials goes on in its folder, without a state of its own.
     """
     place = (options["outdir"], options["desc"] or description, options["nosubdir"])
-    begun = run_folder.find_begun(options["resume"], *place, has_begun) if options["trials"] else None
-    if begun is not None:
-        return (str(begun), "", True), None
-    return place, run_folder.resolve_resume(options["resume"], *place)
+    former = run_folder.find_run(options["resume"], *place, has_begun if options["trials"] else lambda folder: False)
+    if former is None:
+        return place, None
+    return place if former.state is not None else (str(former.folder), "", True), former.state
 
 
-def own_copy(inputs: Inputs) -> Inputs:
-    """The same with a teacher and a guide of its own, whose weights a distillation may store in another precision."""
-    return dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher), guide=copy.deepcopy(inputs.guide))
+def after_trials(
+    plan: RunPlan,
+    inputs: Inputs,
+    run_dir: Path,
+    picture: torch.Tensor | None,
+    device: torch.device,
+    options: dict[str, Any],
+) -> RunPlan:
+    """Runs the trials to their ends; how the run goes on from the best of them."""
+
+    def build_candidate(config: DistillationConfig, state: checkpoint.StateFile | None) -> Distillation:
+        # Networks of its own, whose weights it may store in another precision.
+        own = dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher), guide=copy.deepcopy(inputs.guide))
+        return build(own, config, device, state and SavedState(state, inputs.hashes), options["override"])
+
+    def report(folder: Path) -> Report:
+        return Report(folder, None, picture, plan.config.batch, plan.distance)
+
+    assert plan.trials is not None
+    saved = SavedState(run_trials(plan.trials, run_dir, build_candidate, report), inputs.hashes)
+    config = plan.trials.fitting(saved.options, options["given"])
+    return dataclasses.replace(plan, config=config, saved=saved, trials=None)
 
 
 def measure_teacher(
@@ -230,14 +290,13 @@ def measure_teacher(
 
 
 def find_start(
-    teacher: DenoiserModule, distance: TeacherDistance | None, saved: dict[str, Any] | None
+    teacher: DenoiserModule, distance: TeacherDistance | None, saved: SavedState | None
 ) -> tuple[float, dict[str, float]]:
     """Chooses the start of --init_sigma=auto and returns (noise level, measured distances).
 
-    distance: on process 0, of a teacher that makes samples. saved: the options of a state to go on from, whose level
-    stays.
+    distance: on process 0, of a teacher that makes samples. saved: the state to go on from, whose level stays.
     """
-    level = None if saved is None else saved.get("init_sigma")
+    level = None if saved is None else saved.options.get("init_sigma")
     if isinstance(level, float | int):
         return float(level), {}
     chosen_there = choose_start(teacher, distance) if distributed.rank() == 0 else None
@@ -275,57 +334,32 @@ def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: b
     return f"sid-{size}-{cond}-{chosen}-batch{config.batch}"
 
 
-# --- resume: read the state, compare it with this run, build the distillation
+# --- resume: compare the state's options with this run's, then build the distillation
 
 
 def build(
-    inputs: Inputs,
-    config: DistillationConfig,
-    device: torch.device,
-    resume: checkpoint.StateFile | None,
-    override: bool,
+    inputs: Inputs, config: DistillationConfig, device: torch.device, saved: SavedState | None, override: bool
 ) -> Distillation:
-    """The distillation, ready for its next iteration. resume: the state that it goes on from.
+    """The distillation, ready for its next iteration. saved: the state that it goes on from.
 
     Errors: UserError when the options don't fit the teacher, the processes or the run that saved the state.
     """
     config = resolve(config, inputs.teacher, device)
     rules = resume_rules(config, override)
-    hashes = WeightHashes.of(inputs.teacher, inputs.start, config, inputs.guide)
-    saved = None if resume is None else read_setting(resume, hashes, inputs.teacher, config, device, rules)
-    reals = (
-        RealImages(inputs.dataset, inputs.teacher.label_dim, device)
-        if config.gan and inputs.dataset is not None
-        else None
-    )
-    distillation = prepare(inputs.teacher, config, device, inputs.start, resume, reals, hashes, inputs.guide)
-    if resume is not None and saved is not None:
+    former: dict[str, Any] = {} if saved is None else saved_options(saved.options, inputs.teacher, device)
+    if saved is not None:
+        asked = config.options()
+        del asked["batch_gpu"]  # a run that doesn't give it takes the state's
+        run_folder.refuse_changes(saved.path, former, asked, rules)
+    reals = None
+    if config.gan and inputs.dataset is not None:
+        reals = RealImages(inputs.dataset, inputs.teacher.label_dim, device)
+    distillation = prepare(inputs.teacher, config, device, inputs.start, saved, reals, inputs.hashes, inputs.guide)
+    if saved is not None:
         current = checkpoint.setting(distillation.config.options(), device)
-        run_folder.check_setting(resume.path, saved, current, rules)
+        there = {"options": former, "surroundings": saved.surroundings}
+        run_folder.check_setting(saved.path, there, current, rules)
     return distillation
-
-
-def read_setting(
-    resume: checkpoint.StateFile,
-    hashes: WeightHashes,
-    teacher: DenoiserModule,
-    config: DistillationConfig,
-    device: torch.device,
-    rules: run_folder.ResumeRules,
-) -> dict[str, dict[str, Any]]:
-    """Options and surroundings (`checkpoint.setting`) of the run that saved a state.
-
-    hashes: of the weights that this run builds on.
-    Errors: UserError when the run distilled other weights, or had other options. --batch-gpu isn't compared here: a
-    run that doesn't give it takes the state's.
-    """
-    check_state(resume, hashes)
-    state = resume.read()
-    saved = saved_options(state["options"], teacher, device)
-    asked = config.options()
-    del asked["batch_gpu"]
-    run_folder.refuse_changes(resume.path, saved, asked, rules)
-    return {"options": saved, "surroundings": state["surroundings"]}
 
 
 def resume_rules(config: DistillationConfig, override: bool = False) -> run_folder.ResumeRules:

@@ -107,12 +107,13 @@ class DistillationState:
             hashes["guide_hash"] = self._hashes.guide
         return {**parts, **counters, **setting, "statistics": statistics, **hashes}
 
-    def load(self, resume: checkpoint.StateFile | Path) -> None:
-        """Restores a saved state. Errors: UserError when the file isn't a state of a distillation of this teacher."""
-        file = resume if isinstance(resume, checkpoint.StateFile) else checkpoint.StateFile(resume)
-        check_state(file, self._hashes)
-        state = file.take()
-        checkpoint.restore(self, self._parts(), state, file.path)
+    def load(self, saved: "SavedState | checkpoint.StateFile | Path") -> None:
+        """Restores a saved state. Errors: UserError when it isn't a state of a distillation of this teacher."""
+        if not isinstance(saved, SavedState):
+            file = saved if isinstance(saved, checkpoint.StateFile) else checkpoint.StateFile(saved)
+            saved = SavedState(file, self._hashes)
+        state = saved.file.take()
+        checkpoint.restore(self, self._parts(), state, saved.path)
         self.statistics = state["statistics"]
         self.setting = {name: state[name] for name in ("options", "surroundings")}
 
@@ -146,9 +147,22 @@ class WeightHashes:
         return cls(teacher_hash, base, rank, None if guide is None else zoo.network_hash(guide))
 
 
-def check_state(file: checkpoint.StateFile, hashes: WeightHashes) -> None:
-    """Reads a training state. Errors: UserError when it isn't a distillation's, or one of other weights."""
-    path, state = file.path, file.read()
+class SavedState:
+    """A training state of a distillation, read and found to belong to the weights that this run builds on.
+
+    options, surroundings: what that run was asked for and where it ran (`checkpoint.setting`).
+    Errors: UserError when the file isn't a state of a distillation, or is one of other weights.
+    """
+
+    def __init__(self, file: checkpoint.StateFile, hashes: WeightHashes):
+        state = file.read()
+        _check_contents(state, hashes, file.path)
+        self.file, self.path, self.hashes = file, file.path, hashes
+        self.options: dict[str, Any] = state["options"]
+        self.surroundings: dict[str, Any] = state["surroundings"]
+
+
+def _check_contents(state: dict[str, Any], hashes: WeightHashes, path: Path) -> None:
     if not {*PARTS, "teacher_hash"} <= state.keys() or not checkpoint.is_complete(state):
         raise UserError(f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train")
     if state["teacher_hash"] != hashes.teacher:

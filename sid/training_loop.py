@@ -31,12 +31,15 @@ def training_loop(
     report: Report,
     end: int | None = None,
     resume_dir: Path | None = None,
+    dropped: int = 0,
+    before: int = 0,
 ) -> torch.nn.Module:
     """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
     run_dir: takes statistics, snapshots and states. report: makes pictures of the generator and measures it.
     end: images after which to stop, by default the config's; schedules keep the config's length.
     resume_dir: what --resume names to go on with this run, by default `run_dir`.
+    dropped: images of the run's trials that don't go on. before: those of its trials that come before this training.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     state, config, collector = distillation.state, distillation.config, distillation.collector
@@ -66,7 +69,8 @@ def training_loop(
     )
     with advised(run_dir, state, config.batch, "--lr and --glr", levels):
         length = config if end is None else dataclasses.replace(config, total_kimg=end / 1000)
-        run_to_end(steps, state, state.networks, length, distillation.device, run_dir, resume_dir)
+        whole = int(config.total_kimg * 1000) + dropped
+        run_to_end(steps, state, state.networks, length, distillation.device, run_dir, resume_dir, whole, before)
     return lora.merge(state.ema)
 
 

@@ -40,6 +40,11 @@ class Plan:
     configs: dict[str, DistillationConfig]
     images: int
 
+    @property
+    def dropped_images(self) -> int:
+        """The images of all trials but the one that goes on."""
+        return (len(self.configs) - 1) * self.images
+
     def fitting(self, options: dict[str, Any] | None, settled: Collection[str]) -> DistillationConfig:
         """The settings of the candidate that a state's options come from; the first one's if none fits."""
         configs, free = list(self.configs.values()), [rate for rate in RATES if rate not in settled]
@@ -105,9 +110,9 @@ def run_trials(
     results = distributed.from_process_0(_read_results(folder))
     if results is None:
         results = {}
-        for name, config in trials.configs.items():
+        for number, (name, config) in enumerate(trials.configs.items()):
             distributed.print0(f"Trial of {name}: {trials.images / 1000:g} kimg with {_settings(config)}")
-            results[name] = _trial(config, trials.images, folder / name, build, report)
+            results[name] = _trial(trials, number, config, folder / name, build, report)
         best = min(results, key=lambda name: results[name]["distance"])
         if results[best]["distance"] == math.inf:
             raise DivergenceError("every trial diverged; give lower --lr and --glr, or another teacher")
@@ -122,8 +127,9 @@ def run_trials(
 
 
 def _trial(
+    trials: Plan,
+    number: int,
     config: DistillationConfig,
-    images: int,
     folder: Path,
     build: Callable[[DistillationConfig, checkpoint.StateFile | None], Distillation],
     report: Callable[[Path], Report],
@@ -133,9 +139,10 @@ def _trial(
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     distillation = build(config, checkpoint.newest_good_state(folder))
-    record = {name: getattr(config, name) for name in RATES}
+    record, images = {name: getattr(config, name) for name in RATES}, trials.images
+    places = {"resume_dir": folder.parent.parent, "dropped": trials.dropped_images, "before": number * images}
     try:
-        training_loop(distillation, folder, report(folder), images, folder.parent.parent)
+        training_loop(distillation, folder, report(folder), images, **places)
     except DivergenceError as error:
         distributed.print0(f"It diverged: {error.message}")
         return {**record, "kimg": distillation.state.nimg / 1000, "distance": math.inf}

@@ -1,4 +1,4 @@
-"""Adam's second moment in bfloat16, rounded at random: exact in the mean, the same everywhere, half the bytes."""
+"""Adam's second moment in bfloat16, stochastically rounded: unbiased, equal on every process, half the bytes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs of SiDA: their schedule, against themselves, resumed, with low-rank updates, and what the doctor says."""
+"""Runs of SiDA: schedule, several processes, resuming, low-rank updates and the doctor's findings."""
 
 import json
 
@@ -51,7 +51,7 @@ def changed(a, b, network):
 
 @pytest.mark.parametrize("share_images", [False, True])
 def test_schedule(data, share_images):
-    """theta is frozen for two iterations, and follows the discriminator from the fifth on."""
+    """theta is frozen for two iterations and follows the discriminator from the fifth iteration on."""
     times = {"gan_freeze_kimg": 2 * BATCH / 1e3, "gan_start_kimg": 4 * BATCH / 1e3, "share_images": share_images}
     start = weights(make(data))
     ours, others = (states_of(make(data, **times, lsg_gan=scale), 5) for scale in (1.0, 100.0))
@@ -62,7 +62,7 @@ def test_schedule(data, share_images):
 
 
 def test_the_average_forgets_the_frozen_generator(data):
-    """Its half-life grows with the images since theta moves, so it starts at theta's first step, not at the teacher."""
+    """Its half-life grows with the images since theta's first step, so the average starts there, not at the teacher."""
     states = states_of(make(data, gan_freeze_kimg=3 * BATCH / 1e3, ema_rampup_ratio=1.0), 5)
     apart = [any(not torch.equal(s[f"ema.{n[10:]}"], s[n]) for n in s if n.startswith("generator.")) for s in states]
     assert apart == [False, False, False, False, True]
@@ -110,15 +110,18 @@ def test_two_processes_train_as_one_does(tmp_path, data, rank):
         assert first[1][name]["mean"] == pytest.approx(statistics[name]["mean"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("stop", "rank"), [(1, None), (3, None), (1, RANK), (3, RANK)])  # while theta is frozen, later
-def test_a_resumed_run_is_bit_equal(tmp_path, data, stop, rank):
-    whole, stopped = (make(data, lora_rank=rank) for _ in range(2))
-    expected = states_of(whole, 4)[-1]
-    states_of(stopped, stop)
-    path = save(stopped, tmp_path)
-    torch.manual_seed(1234)
-    resumed = make(data, resume=path, lora_rank=rank)
-    assert equal(states_of(resumed, 4 - stop)[-1], expected)
+@pytest.mark.parametrize("rank", [None, RANK])
+def test_a_resumed_run_is_bit_equal(tmp_path, data, rank):
+    """From a state while theta is frozen, and from a later one."""
+    whole, paths = make(data, lora_rank=rank), []
+    for iterations in (1, 2):
+        states_of(whole, iterations)
+        paths.append(save(whole, tmp_path))
+    expected = states_of(whole, 1)[-1]
+    for path, left in zip(paths, (3, 1)):
+        torch.manual_seed(1234)
+        resumed = make(data, resume=path, lora_rank=rank)
+        assert equal(states_of(resumed, left)[-1], expected)
     was = resumed.state.setting
     for changes, said in (
         ({"gan": False}, "no --gan"),
@@ -242,7 +245,8 @@ class RealsOnMeta:
 def test_an_iteration_waits_for_no_device(mode, monkeypatch):
     """As in tests/test_speed_modes.py, for both losses of SiDA and their statistics."""
     monkeypatch.setattr(zoo, "network_hash", lambda net: "")
-    config, meta = tiny_config(gan=True, gan_freeze_kimg=0, gan_start_kimg=0, **mode), torch.device("meta")
+    times = {"gan_freeze_kimg": 0, "gan_start_kimg": 0}
+    config, meta = tiny_config(gan=True, batch_gpu=BATCH, **times, **mode), torch.device("meta")
     distillation = prepare(tiny_teacher().to(meta), config, meta, reals=RealsOnMeta())
     with FromHost():
         distillation.iteration()
@@ -250,7 +254,7 @@ def test_an_iteration_waits_for_no_device(mode, monkeypatch):
 
 
 def test_the_generators_adversarial_loss_is_recorded(data):
-    """Where theta has one: at chance ln 2, at the limit of its logits 10, whichever images those are."""
+    """Once theta has an adversarial loss: ln 2 at chance, and 10 at the limit of the logits, for any images."""
     for logit, expected in ((0.0, np.log(2)), (-50.0, 10.0)):
         distillation = make(data, gan_freeze_kimg=0)  # the adversarial part begins at the third iteration
         distillation.state.fake_score_updater.step = lambda factor: torch.zeros([])
@@ -307,7 +311,7 @@ def test_gradients_are_those_of_all_weights_seen_through_the_factors(data, train
 
 
 def test_training_moves_the_factors_only(data):
-    """Those of theta from the time on when it isn't frozen; the teacher's weights, which all share, stay."""
+    """theta's factors move once it isn't frozen. The teacher's weights, which all networks share, stay as they are."""
     teacher = tiny_teacher()
     before = zoo.network_hash(teacher)
     low = prepare(teacher, tiny_config(**GAN, lora_rank=RANK), CPU, reals=reals_of(data))

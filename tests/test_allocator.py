@@ -1,4 +1,4 @@
-"""The C library's allocator keeps what a step frees."""
+"""The C library's allocator keeps the memory that a step frees."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other settings")
 @pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
 def test_freed_memory_is_kept(variables, kept):
-    """Counted in pages that the system had to clear; what the user's environment sets stays."""
+    """Counted in pages that the system had to clear. Settings in the user's environment are respected."""
     command = [sys.executable, "-c", FAULTS]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
     assert (int(run.stdout) < 64) == kept  # 128 would be cleared with the largest pages

@@ -1,4 +1,4 @@
-"""Mistakes of users end in one line that names the option, without a traceback; correct command lines run."""
+"""Users' mistakes end in one line that names the option, without a traceback; correct command lines run."""
 
 import json
 from pathlib import Path
@@ -381,7 +381,7 @@ def dry_run(folder, *options):
     return json.loads(result.output)
 
 
-def test_a_dry_run_tells_the_memory_where_the_teacher_is_here(work):
+def test_a_dry_run_shows_the_memory_if_the_teacher_is_on_this_machine(work):
     sizes = dry_run(work, "--edm_model=teacher.safetensors", "--batch=8", "--batch-gpu=4", "-n")["memory_GB"]
     assert sizes["batch_gpu"] == 4
     assert sizes["peak"] >= sizes["weights"] > 0

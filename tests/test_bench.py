@@ -199,7 +199,7 @@ def test_modes_take_turns_in_processes_of_their_own(tmp_path):
     assert len(report["rows"][1]["ratio_to_published"]["rounds"]) == 2
 
 
-def test_what_a_mode_cannot_do_here_is_told(monkeypatch):
+def test_what_a_mode_cannot_do_here_is_reported(monkeypatch):
     context = multiprocessing.get_context("forkserver")  # which has loaded torch already
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     with pytest.raises(UserError, match="fp16 needs a GPU"):

@@ -1,4 +1,4 @@
-"""Where downloads lie in the cache: inside it, each in a place of its own, and never behind somebody's link."""
+"""Where downloads lie in the cache: inside it, each in its own place, and never behind a symbolic link."""
 
 import itertools
 import os

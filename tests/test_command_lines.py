@@ -1,8 +1,9 @@
-"""Every option of every command, found by looking: whatever is given, it works or one line says why not.
+"""Every option of every command: each value works or is refused in one line.
 
-New options and commands are covered without a line here, but for a command's own entry in COMMANDS.
+The options are found by inspection, so new ones are covered at once; a new command needs an entry in COMMANDS.
 """
 
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from PIL import Image
 import fid
 import sid_train
 from dnnlib import IntList, download
-from edm import dataset_tool, generate, inspection, train, zoo
+from edm import dataset_tool, generate, inspection, network_files, train, zoo
 from edm.metrics import data_reference, evaluate, train_detector
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
@@ -154,6 +155,25 @@ def invoke(made, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(module, work, stop)
     monkeypatch.setattr(train_detector, "_augment", stop)
+    read, network = network_files.read, str(made / "net.safetensors")
+
+    @functools.cache
+    def read_once(path, mtime):
+        return read(path, zoo.NETWORK_CLASSES)
+
+    def reading(path, classes):  # what is read a hundred times is read once
+        known = str(path) == network
+        return read_once(path, os.stat(path).st_mtime_ns) if known else read(path, classes)
+
+    monkeypatch.setattr(network_files, "read", reading)
+    check, passed = train.check_sizes, set()
+
+    def check_once(*sizes):
+        if repr(sizes) not in passed:
+            check(*sizes)
+        passed.add(repr(sizes))
+
+    monkeypatch.setattr(train, "check_sizes", check_once)
     monkeypatch.setattr(small_teachers, "check_sources", stop)
     monkeypatch.setattr(download, "RETRIES", 0)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
@@ -209,7 +229,7 @@ def test_every_command_is_listed():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_no_python(name):
+def test_help_shows_no_python_values(name):
     main, options = COMMANDS[name]
     command = [options[0]] if isinstance(main, click.Group) else []
     for arguments in ([*command, "--help"], ["--help"]):
@@ -225,7 +245,7 @@ def test_the_command_lines_work(invoke, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_bad_values(invoke, name):
-    """Every value for options that read text; for numbers, choices and flags, which click checks, for one of a type."""
+    """Options of text get every value; of the numbers, choices and flags, which click checks, one of each type."""
     seen = set()
     for parameter in (found for (command, _), found in PARAMETERS.items() if command == name):
         kind = parameter.type

@@ -56,7 +56,7 @@ def source(request, tmp_path):
 @pytest.mark.parametrize("cache", [False, True])
 def test_items_are_the_images_and_labels(source, cache):
     data = ImageFolderDataset(source, use_labels=True, cache=cache)
-    assert (data.name, data.resolution, data.num_channels, data.label_dim, data.has_labels) == ("set", 8, 3, 3, True)
+    assert (data.name, data.resolution, data.num_channels, data.label_dim) == ("set", 8, 3, 3)
     images, labels = zip(*data)
     assert len(data) == 5
     assert images[0].dtype == np.uint8
@@ -70,7 +70,7 @@ def test_items_are_the_images_and_labels(source, cache):
 
 def test_without_labels(source):
     data = ImageFolderDataset(source)
-    assert (data.label_dim, data.has_labels, data[4][1].shape) == (0, False, (0,))
+    assert (data.label_dim, data[4][1].shape) == (0, (0,))
     with pytest.raises(IndexError):
         data[5]
 

@@ -1,4 +1,4 @@
-"""Everything calls a denoiser as training/networks.py says: float32 [N, C, H, W] at documented noise levels."""
+"""All callers keep to a denoiser's contract: float32 [N, C, H, W] at documented noise levels."""
 
 import numpy as np
 import onnxruntime
@@ -141,7 +141,7 @@ def test_a_distillation(changes):
 
 
 def test_half_precision_ends_at_the_network():
-    """Losses are differences of answers: those of an own network under autocast come in float32."""
+    """Losses are differences of answers, so the answers of a user's network under autocast are converted to float32."""
     distillation = tiny_distillation(strict_denoiser(), augment=0, precision="bf16")
     x = torch.randn(2, *SHAPE)
     for net in (distillation.teacher, distillation.state.fake_score, distillation.state.generator):
@@ -193,7 +193,7 @@ def half_precision_flag():
 
 
 def test_products_of_float16_are_summed_in_float32(half_precision_flag):
-    """As published. The flag is the process's: a command sets it, and so does a distillation from Python."""
+    """As published. The flag belongs to the process; a command sets it, and so does a distillation from Python."""
     for start in (lambda: distributed.init("cpu"), lambda: precision.set_up("fp32", CPU)):
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
         start()

@@ -256,7 +256,7 @@ def coloured_squares(count, seed):
 
 
 def test_training_without_labels(tmp_path):
-    """A tenth of the images is held out, what the detector learns beats chance on them, and its features see much.
+    """The detector beats chance on the tenth of the images that is held out, and its features are sensitive to a lot.
 
     Images of the same kind lie near in its features; with exchanged colours, blurred or noisy, or of one of both
     kinds, they lie far off.
@@ -287,7 +287,7 @@ def test_training_without_labels(tmp_path):
 
 
 def test_too_few_images(tmp_path):
-    """One line for each, before any clustering."""
+    """Each is refused in one line, before any clustering."""
     (tmp_path / "images").mkdir()
     for i in range(2):
         Image.fromarray(np.full((8, 8), i, dtype=np.uint8)).save(tmp_path / f"images/{i}.png")

@@ -80,7 +80,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_the_clean_image_is_the_one_of_the_library(schedule, prediction, zero_snr):
-    """At every training step that is looked at, with a network that also predicts a variance."""
+    """At several training steps, with and without a network that also predicts a variance."""
     config = {"beta_schedule": schedule, "prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
     net = denoiser({"out_channels": 2}, {**DDPM, **config, "variance_type": "learned_range"})
     scheduler = diffusers.DDPMScheduler(**config, clip_sample=False, variance_type="learned_range")
@@ -304,7 +304,7 @@ def test_snapshots_load_again(teacher, tmp_path):
 
 
 def test_the_library_refuses_folders_of_this_project(tmp_path):
-    """With its own names of files it would take them for a model of its own, with other weights."""
+    """If the files had the library's names, it would load them as one of its own models, with other weights."""
     zoo.save_network(denoiser(), tmp_path / "folder")
     with pytest.raises(OSError, match="diffusion_pytorch_model"):
         diffusers.UNet2DModel.from_pretrained(tmp_path / "folder")
@@ -322,7 +322,7 @@ PIPELINES = {  # model and scheduler of the teacher
 
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_a_generator_is_a_pipeline_of_the_library(kind, tmp_path):
-    """The library's one step makes the images of ours from the same noise, without any argument."""
+    """One step of the library's pipeline, with its defaults, makes our images from the same noise."""
     net = denoiser(*PIPELINES[kind])
     for parameter in net.net.conv_out.parameters():
         parameter.data /= 10  # few pixels beyond white and black
@@ -351,7 +351,7 @@ def net_with(net, level):
 
 
 def test_a_teacher_is_a_pipeline_of_the_library(tmp_path):
-    """It is read again as the same denoiser, and the library samples from it."""
+    """It loads again as the same denoiser, and the library samples from it."""
     for name, (model, scheduler) in {
         **PIPELINES,
         "flow": ({}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}),

@@ -1,4 +1,4 @@
-"""The distillation against plain formulas, against itself on two processes, and against itself resumed."""
+"""The distillation against plain formulas, and against itself on two processes and after a resume."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""dnnlib.download against a local server: whole or not at all, resumed, checked, shared between processes."""
+"""dnnlib.download against a local server: files arrive whole or not at all, resumed, checked and shared."""
 
 import contextlib
 import hashlib
@@ -131,7 +131,7 @@ def test_a_killed_download_is_resumed_only_under_a_known_hash(server, tmp_path):
     assert fetch(f"{server.url}/file", tmp_path, SHA256).read_bytes() == CONTENT
 
 
-def test_not_found_is_said_at_once(server, tmp_path):
+def test_a_missing_file_is_reported_at_once(server, tmp_path):
     assert "404" in refused(f"{server.url}/absent", tmp_path)
     assert len(server.requests) == 1
     assert not leftovers(tmp_path)
@@ -197,7 +197,7 @@ def test_passwords_are_not_shown(server, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["http://[", "https://[::1/x", "https://host:port/x", "https:///x", "https://a..b/x"])
-def test_addresses_that_are_none(tmp_path, url):
+def test_invalid_addresses(tmp_path, url):
     refused(url, tmp_path)
 
 

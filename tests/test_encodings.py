@@ -1,4 +1,4 @@
-"""Text in other encodings: of the locale, of file names, of files that editors on Windows wrote."""
+"""Text in other encodings: locales, file names, and files written by editors on Windows."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("settings", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}])
 def test_a_locale_without_unicode_is_named(tmp_path, settings):
-    """The path is right; what can't take it is the locale, if it is that."""
+    """The path exists but the locale can't encode it, which is what the message names."""
     if settings and sys.platform == "darwin":
         pytest.skip("file names are UTF-8 in every locale here")
     (tmp_path / "bün").mkdir()

@@ -1,10 +1,9 @@
 """The examples run, at tiny length, and the toy one learns."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import PIL.Image
 import pytest
 import torch
@@ -16,11 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(folder, name, *arguments):
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return forked.run([str(ROOT / "examples" / name), *arguments], folder)
 
 
 def test_one_step(tmp_path):

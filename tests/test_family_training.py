@@ -1,4 +1,4 @@
-"""The family's options in the training: more updates of psi, score gradients that come later, one noise level."""
+"""Options of the family in training: more updates of psi, late score gradients, a single noise level."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_every_objective_trains(objective):
 
 
 def test_score_gradients_that_come_later():
-    """Until then the run is that without them; from then on it is not."""
+    """Until then the run equals one without score gradients; from then on it doesn't."""
     later, without = (tiny_distillation(score_gradient=s) for s in (f"from={2 * BATCH / 1000}", "off"))
     for expected in (True, True, False):
         for distillation in (later, without):
@@ -48,7 +48,7 @@ def test_score_gradients_that_come_later():
 
 
 def test_fake_score_updates():
-    """N updates of psi, each on draws of its own, the last on those of N = 1, then one of theta."""
+    """N updates of psi, each with its own draws (the last with the draws of N = 1), then one update of theta."""
     runs = {n: prepare(Spy(3), tiny_config(augment=0, fake_score_updates=n), CPU) for n in (1, 3)}
     rounds, levels = BATCH // BATCH_GPU, {}
     for n, distillation in runs.items():

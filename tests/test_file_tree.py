@@ -1,4 +1,4 @@
-"""Names, links and labels of folders and zips: everything is found under one name, or refused in one line."""
+"""Names, links and labels in folders and zips: each image is found under one name, or refused in one line."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Guidance against its formula, and the labels that are dropped: by guidance alone, by seed and image alone."""
+"""Guidance against its formula; labels are dropped by guidance alone, and depend on seed and image alone."""
 
 import json
 
@@ -158,7 +158,7 @@ def dropped(labels):
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("guidance", ["short=0.5", "long-short=2"])
 def test_labels_are_dropped_in_the_fake_scores_phase_only(monkeypatch, guidance, where):
-    """Before generating, as published, theta generates without the label too; after, psi alone loses it."""
+    """Dropped before generating, as published, a label is missing for theta too; dropped after, for psi alone."""
     monkeypatch.setattr("sid.guidance.LABEL_DROPOUT", 0.5)  # the batches are small
     seen = labels_given(tiny_distillation(guidance=guidance, drop_labels=where))
     own, fakes = seen["fake_score", False], seen["generator", False]
@@ -195,7 +195,7 @@ def test_shared_images_keep_the_labels_of_the_generators_loss():
 
 
 def test_the_teachers_own_label_dropout_stays_with_the_teacher(tmp_path):
-    """Bit-equal to a distillation of the same weights in a network without; nor do snapshots have it."""
+    """Bit-equal to distilling the same weights in a network without label dropout; snapshots have none either."""
     plain, forgetful = (prepare(forgetful_teacher(p), tiny_config(augment=0), CPU) for p in (0, 0.5))
     for distillation in (plain, forgetful):
         training_loop(distillation, tmp_path, NoReport())

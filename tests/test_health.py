@@ -1,4 +1,4 @@
-"""The health of a distillation: its figures against plain formulas and closed forms, its diagnoses of sick runs."""
+"""The health of a distillation: figures against plain formulas and closed forms, and diagnoses of sick runs."""
 
 import json
 import math
@@ -112,7 +112,7 @@ def measured():
 
 
 def test_half_precision_is_no_distance():
-    """Of the average from the generator, where both are equal."""
+    """Half precision adds nothing to the distance of the average from the generator, where both are equal."""
     distillation = tiny_distillation(precision="bf16", ema_rampup_ratio=0.0)  # an average of nothing but the last
     distillation.iteration()
     assert Health(distillation).measure()["Health/ema_distance"]["mean"] == 0

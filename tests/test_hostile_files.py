@@ -30,9 +30,10 @@ from training import dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNNING, HEAVY = hostile.running(Path("mark")), hostile.heavy()
-KINDS = {"pickle": 10_000, "safetensors": 2_000, "zip": 1_000, "labels": 500, "reference": 500, "images": 500}
-KINDS |= {"image": 2_000, "idx": 500, "cifar10": 500, "detector": 200, "state": 200}
-KINDS |= {"header": 2_000, "array": 1_000, "batch": 1_000, "state's pickle": 500}  # damaged files of each
+# Damaged files of each kind; tests/fuzz/run.py tries as many as one likes.
+KINDS = {"pickle": 2_000, "safetensors": 500, "zip": 300, "labels": 200, "reference": 150, "images": 200}
+KINDS |= {"image": 500, "idx": 150, "cifar10": 150, "detector": 60, "state": 60}
+KINDS |= {"header": 500, "array": 300, "batch": 300, "state's pickle": 150}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_nothing_in_a_pickle_runs(tmp_path, what):
 
 
 def test_they_would_run_elsewhere(tmp_path):
-    """Most of the above do what they mean to where pickle opens them, so the tests of them can fail."""
+    """Most of these files work when pickle opens them, so the tests above can fail."""
     mark, ran = tmp_path / "mark", set()
     for what, data in hostile.running(mark).items():
         if any(word in what for word in ("hub", "import", "numpy", "torch.load")):

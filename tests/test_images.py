@@ -1,4 +1,4 @@
-"""The files that generated images go to: each image under its seed, the same bytes whatever the threads do."""
+"""Files of generated images: each image is named by its seed, and threads don't change the bytes."""
 
 import zipfile
 

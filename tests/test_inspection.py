@@ -1,4 +1,4 @@
-"""python -m edm.zoo inspect: what a network is, and whether it is declared as what it is."""
+"""python -m edm.zoo inspect: what a network is, and whether its declaration is right."""
 
 import itertools
 
@@ -51,7 +51,7 @@ KINDS += [("flow", FlowTimes(1.0, is_reversed=True))]
 
 
 @pytest.mark.parametrize(("prediction", "times"), KINDS)
-def test_a_teacher_that_is_declared_rightly_fits(prediction, times):
+def test_a_rightly_declared_teacher_fits(prediction, times):
     net = declared(ExactNet(prediction, times), prediction, times)
     assert misfit(net) is None
     assert mean(denoising_errors(net)) < 0.7
@@ -61,7 +61,7 @@ WRONG = [(is_, as_) for is_, as_ in itertools.permutations(("epsilon", "v", "x0"
 
 
 @pytest.mark.parametrize(("actual", "claimed"), WRONG)
-def test_a_prediction_that_is_declared_wrongly_is_named(actual, claimed):
+def test_a_wrongly_declared_prediction_is_named(actual, claimed):
     text = misfit(declared(ExactNet(actual, discrete()), claimed, discrete()))
     assert text.startswith(f"its answers don't fit {claimed}")
     assert text.endswith(f"they fit {actual}")
@@ -76,7 +76,7 @@ def test_a_prediction_that_is_declared_wrongly_is_named(actual, claimed):
         ("v", lambda t: 999 - t, "time running the other way"),
     ],
 )
-def test_times_that_are_declared_wrongly_are_named(prediction, change, name):
+def test_wrongly_declared_times_are_named(prediction, change, name):
     text = misfit(declared(ExactNet(prediction, discrete(), change), prediction, discrete()))
     assert text.endswith(f"they fit {prediction} with {name}")
 
@@ -88,7 +88,7 @@ def test_a_flow_whose_time_runs_the_other_way_is_named():
     assert "they fit flow with times divided by 1000" in misfit(declared(net, "flow", FlowTimes(1000.0)))
 
 
-def test_what_fits_nothing_is_said_so():
+def test_a_network_that_fits_nothing_is_reported():
     net = declared(torch.nn.Conv2d(1, 1, 1), "epsilon", discrete())
     net.answer = lambda x_s, t, condition: torch.zeros_like(x_s) + 0.5
     text = misfit(net)
@@ -97,7 +97,7 @@ def test_what_fits_nothing_is_said_so():
 
 
 def test_the_command(tmp_path):
-    """A network with random weights is named; a generator isn't tested."""
+    """It points out a network with random weights; a generator isn't tested."""
     net = tiny_teacher()
     zoo.save_network(net, tmp_path / "net.safetensors", licence="MIT")
     done = CliRunner().invoke(zoo.main, ["inspect", str(tmp_path / "net.safetensors")])

@@ -1,4 +1,4 @@
-"""Damaged files are found: every kind that this project writes, by loading it and by `edm.zoo verify`."""
+"""Damage to any kind of file that this project writes is found by loading it and by `edm.zoo verify`."""
 
 import json
 import random
@@ -93,7 +93,7 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path, name):
     write(whole)
     content, good = path.read_bytes(), read(whole)
     rng, refused = random.Random(0), 0
-    places = range(len(content)) if len(content) < 700 else sorted(rng.sample(range(len(content)), 700))
+    places = sorted(rng.sample(range(len(content)), min(len(content), 250)))
     for place in places:
         damaged = bytearray(content)
         damaged[place] ^= 1 << rng.randrange(8)
@@ -115,7 +115,7 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path, name):
 
 
 def test_most_flips_of_weights_were_finite_numbers_before(tmp_path):
-    """What only a checksum finds: another weight, of the same name and shape, that is as plausible."""
+    """Only a checksum finds them: the weight has the same name and shape and a plausible value."""
     path = tmp_path / "net.safetensors"
     write_network(path)
     content = bytearray(path.read_bytes())

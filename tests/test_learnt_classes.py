@@ -1,4 +1,4 @@
-"""Classes without images: no network learns them, and nothing draws them."""
+"""Classes without images: no network learns them, and no one draws them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Low-rank updates: exact gradients, one frozen copy of the weights, ordinary networks and small states out of it."""
+"""Low-rank updates: exact gradients, one frozen copy of the weights, small states, ordinary networks as results."""
 
 import copy
 import math
@@ -136,7 +136,7 @@ def test_a_merged_network_is_an_ordinary_one(make):
     assert not others & {p.data_ptr() for p in merged.parameters()}
 
 
-def test_weights_that_are_shared_or_frozen_or_the_root_s_own():
+def test_shared_and_frozen_weights_and_those_of_the_root():
     class Tied(torch.nn.Module):
         def __init__(self):
             super().__init__()

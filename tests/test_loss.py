@@ -178,7 +178,7 @@ class Strict(torch.nn.Module):
 @pytest.mark.parametrize("levels", [None, torch.logspace(-1.69, 2, 40)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_networks_are_asked_at_noise_levels_that_they_know(levels, compiled, monkeypatch):
-    """In both losses, apart and with shared noise; levels below the lowest become the lowest, and none is left out."""
+    """In both losses, with separate and shared noise. Levels below the lowest become the lowest; none is dropped."""
     monkeypatch.setattr(torch, "compile", lambda net, **options: net)
     net = Strict(levels)
     call = precision.Compiled(net) if compiled else net
@@ -197,7 +197,7 @@ def test_networks_are_asked_at_noise_levels_that_they_know(levels, compiled, mon
 
 
 def test_noise_levels_of_a_discrete_teacher_are_its_own():
-    """No noise level of improved DDPM is 0, whatever is drawn, and each is one of its list."""
+    """Every drawn level is one of improved DDPM's list, and none is 0."""
     net = parity.seeded_network("iddpm-adm-cond")
     sigma = torch.tensor([1e-9, 0.002, 0.3, 2.5, 79.0, 1e6]).reshape(-1, 1, 1, 1)
     found = known_sigma(net, sigma).flatten()

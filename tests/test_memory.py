@@ -1,4 +1,4 @@
-"""The memory estimate against what autograd keeps in a real step, and the batch chosen by it."""
+"""The memory estimate against what autograd keeps in a real step, and the batch chosen from it."""
 
 import dataclasses
 
@@ -86,7 +86,7 @@ def test_weights_gradients_and_moments():
 
 
 @pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"precision": "bf16", "lora_rank": 2}], ids=str)
-def test_two_estimates_tell_those_of_all_batches(mode, monkeypatch):
+def test_two_estimates_give_those_of_all_batches(mode, monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**{**RESOLVED, **mode})
     exact = {n: memory.estimate(teacher, config, n).peak for n in (24, 8, 4)}
     asked, found, original = [], [], memory.estimate

@@ -84,7 +84,7 @@ def test_label_dropout_only_in_training():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
 def test_blocks_keep_the_memory_layout(model_type, layout):
-    """Attention with one head gives a transposed view: unchecked, all that follows would be in the other layout."""
+    """Attention with one head gives a transposed view, which could turn all later layers to the other layout."""
     kwargs = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8, 4]}
     net = networks.EDMPrecond(8, 3, 0, model_type=model_type, **kwargs).to(memory_format=layout)
     found = []
@@ -119,7 +119,7 @@ def test_attention_in_every_precision(dtype):
 @pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
 @pytest.mark.parametrize(("size", "levels", "fits"), [(9, 1, True), (9, 2, False), (6, 2, True), (30, 3, False)])
 def test_sizes_that_fit(model_type, size, levels, fits):
-    """The sizes that are refused are those at which the decoder wouldn't meet the encoder's sizes again."""
+    """Sizes are refused exactly where the decoder's sizes wouldn't match the encoder's."""
 
     def build():
         return networks.EDMPrecond(

@@ -1,4 +1,4 @@
-"""NaN and infinity, wherever they arise, end in one clear line and never in an image or a metric."""
+"""NaN and infinity end in one clear line wherever they arise, and never in an image or a metric."""
 
 import json
 
@@ -242,7 +242,7 @@ def test_detectors_that_are_not_finite(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("metric", ["fid4", "is10", "kid4", "pr4"])
 def test_features_that_overflow(tmp_path, metric, monkeypatch):
-    """Weights are finite, answers aren't. All metrics would come out finite, some of them even good."""
+    """The weights are finite but the answers aren't. All metrics would be finite, some of them even good."""
     detector = load_detector(write_detector(tmp_path / "detector.safetensors"))
     data = write_images(tmp_path / "images")
     evaluator = Evaluator([metric], data=data, detector=detector)
@@ -289,7 +289,7 @@ def test_figures_themselves():
         ([0, 0], [[1, 0.5], [0, 1]]),
     ],
 )
-def test_references_that_are_none(tmp_path, mu, sigma):
+def test_files_that_are_no_references(tmp_path, mu, sigma):
     np.savez(tmp_path / "reference.npz", mu=np.array(mu, dtype=float), sigma=np.array(sigma, dtype=float))
     with pytest.raises(UserError, match="not a mean and a covariance of finite numbers"):
         load_reference(tmp_path / "reference.npz")
@@ -356,7 +356,7 @@ def test_divergence_speaks_of_states_that_are_there(tmp_path):
 
 @pytest.mark.parametrize("nimg", [0, 16])
 def test_pictures_that_are_not_finite_end_a_distillation(tmp_path, nimg):
-    """At the start the teacher is at fault (exit code 2), later the run has diverged (3); no picture is left behind."""
+    """At the start the teacher is at fault (exit code 2); later the run has diverged (3). No picture is left behind."""
     from sid.prepare import prepare
 
     config = tiny_config(augment=None, total_kimg=0.016, snapshot_ticks=1, init_sigma=2.5)

@@ -1,11 +1,10 @@
 """Networks of the user's own classes: --classes on the command lines, and `sid.distil`."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from click.testing import CliRunner
@@ -106,12 +105,11 @@ def test_what_is_no_denoiser_is_refused(module, name, message):
 
 def test_commands_distil_and_sample_an_own_class(module):
     zoo.save_network(own_classes("own_nets:Net")["Net"](), "net.safetensors")
-    environment, own = {**os.environ, "PYTHONPATH": str(ROOT)}, "--classes=own_nets:Net"
+    own = "--classes=own_nets:Net"
     options = ["--duration=0.00001", "--batch=8", "--batch-gpu=8", "--device=cpu", "--outdir=run", "--nosubdir"]
     train = [str(ROOT / "sid_train.py"), "--edm_model=net.safetensors", *options]
     for command in ([*train, own], ["-m", "edm.generate", "--network=run", own, "--grid=g.png", "--seeds=0-3"]):
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        forked.run(command, Path.cwd())
     assert Path("g.png").is_file()
 
 

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that its commands work far from a checkout."""
+"""The wheel: its contents, and its commands far from a checkout."""
 
 import importlib.metadata
 import os

@@ -302,7 +302,7 @@ def test_a_module_that_holds_itself_or_shares_its_children_ends(tmp_path):
 def test_damaged_files_never_fail_otherwise(tmp_path):
     content, rng, path = EDM_FILES[0].read_bytes(), random.Random(0), tmp_path / "damaged.pkl"
     messages = []
-    for attempt in range(60):
+    for attempt in range(24):
         damaged = bytearray(content[: rng.randrange(len(content))] if attempt % 3 == 0 else content)
         for _ in range(4):
             damaged[rng.randrange(min(len(damaged), 20_000))] = rng.randrange(256)
@@ -311,7 +311,7 @@ def test_damaged_files_never_fail_otherwise(tmp_path):
             load(path)
         except UserError as error:
             messages.append(error.message)
-    assert len(messages) > 30
+    assert len(messages) > 12
     assert all(str(path) in message and "\n" not in message for message in messages)
 
 

@@ -1,4 +1,4 @@
-"""What people type for the published SiD code works here unchanged: its options and its names of the teachers."""
+"""Command lines for the published SiD code work unchanged: its options and its names of the teachers."""
 
 import json
 import os

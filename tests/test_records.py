@@ -1,4 +1,4 @@
-"""Damaged records of a run, and what is no run folder: the doctor and the report say so in one line, at once."""
+"""Damaged records, and paths that aren't run folders: the doctor and the report say so in one line, at once."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def test_damaged_figures(run, value):
 
 
 def test_figures_that_no_run_has(run):
-    """Divided by, where no training leaves a zero."""
+    """No training leaves a zero there, and the doctor divides by it."""
     odd = [{**record, "Health/fake_score_ratio": float(record["Progress/kimg"] < 10)} for record in STATS]
     write(run / "stats.jsonl", lines({**record, "Health/divergence": 1.0} for record in odd))
     assert "no distillation has such figures" in said(doctor.main, run)
@@ -203,7 +203,7 @@ def test_what_is_no_run_folder(run, tmp_path, command):
         (report.main, "metric-fid8.jsonl"),
     ],
 )
-def test_files_that_are_none(run, command, name, kind):
+def test_files_that_are_no_records(run, command, name, kind):
     (run / name).unlink()
     if kind == "pipe":
         os.mkfifo(run / name)

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, short of disk space or held up by a process lose nothing and say what happened."""
+"""Runs that are stopped, killed, out of disk space or stuck lose nothing and say what happened."""
 
 import contextlib
 import gc
@@ -8,10 +8,10 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 
+import forked
 import PIL.Image
 import pytest
 import torch
@@ -228,7 +228,7 @@ def test_a_state_lacks_an_option_that_came_later(tmp_path, options):
     assert "from here on" not in resumed.output
 
 
-def test_a_damaged_state_is_told_and_the_one_before_taken(tmp_path, options):
+def test_a_damaged_state_is_reported_and_the_one_before_taken(tmp_path, options):
     run = [*options, "--metrics=none", f"--outdir={tmp_path}", "--nosubdir", "--dump=1"]
     assert distil(run, "--duration=0.000016").exit_code == 0
     newest, before = checkpoint.states(tmp_path)
@@ -256,15 +256,14 @@ def test_a_decay_fixes_the_duration(tmp_path):
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
-    code = (
+    run, script, log = tmp_path / "run", tmp_path / "script.py", tmp_path / "log.txt"
+    script.write_text(
         "import sys; from torch_utils import run_folder\nwith run_folder.create(sys.argv[1], '', True, {}, None): pass"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with run_folder.create(str(tmp_path), "", True, {}, None):
-        second = subprocess.run(command, cwd=kill.ROOT, capture_output=True, text=True)
-    assert "another run is at work there" in second.stderr
-    with run_folder.create(str(tmp_path), "", True, {}, None) as again:  # the first has ended
-        assert again == tmp_path
+    with run_folder.create(str(run), "", True, {}, None):
+        assert forked.Script([script, run], log).wait() == 1
+    assert "another run is at work there" in log.read_text()
+    assert forked.Script([script, run], log).wait() == 0  # the first has ended
 
 
 # --- several processes
@@ -326,7 +325,7 @@ def _elsewhere(folder):
         load = checkpoint.load_state
         checkpoint.load_state = lambda path: load(path.parent / "elsewhere" / path.name)
     try:
-        run_folder.resolve_resume(folder, "unused", "x", nosubdir=False)
+        run_folder.find_run(folder, "unused", "x", nosubdir=False)
     except UserError as error:
         return error.message
     return "resumed"
@@ -347,8 +346,8 @@ def test_a_state_that_another_node_does_not_see(tmp_path):
 
 @pytest.mark.parametrize(("processes", "hows"), [(1, ["save", "hup"]), (2, ["term", "rank"])], ids=["one", "two"])
 def test_killed_runs_are_bit_equal(tmp_path, processes, hows):
-    """tests/crash/kill.py in small: the command line, run and killed for real, alone and under torchrun."""
-    ended, different = kill.crash(tmp_path, hows, 8 * len(hows), processes, seed=1, within_sec=0.2)
+    """tests/crash/kill.py in small, with forked processes, since new ones take seconds each to load torch."""
+    ended, different = kill.crash(tmp_path, hows, 8 * len(hows), processes, 1, within_sec=0.2, launch=forked.launch)
     assert ended == len(hows)
     assert not different
 

@@ -1,4 +1,4 @@
-"""Metrics in training: each snapshot measured once, the best one remembered."""
+"""Metrics in training: each snapshot is measured once, and the best one is remembered."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_the_best_snapshot_is_linked(tmp_path, monkeypatch, links):
 
 
 def test_the_best_snapshot_has_the_name_that_it_was_saved_by(tmp_path):
-    """Which depends on the batch, and a resumed run may have another."""
+    """The name depends on the batch, and a resumed run may have another one."""
     record = {"kimg": 1.024, "value": 5.0, "network_sha256": "x"}
     for batch, name in ((1, "000001"), (256, "000001.024")):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its state, what stays its own, and which state it goes on from."""
+"""What a resumed run takes from its state, what it keeps of its own, and which state it goes on from."""
 
 import shutil
 
@@ -10,6 +10,7 @@ from dnnlib import UserError
 from sid import run
 from sid.distillation import Distillation
 from sid.inputs import Inputs
+from sid.state import SavedState, WeightHashes
 from torch_utils import checkpoint, run_folder
 
 
@@ -22,7 +23,7 @@ def after_one_more(path, **changes):
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 @pytest.mark.parametrize("saved", [False, True])
 def test_another_memory_layout_changes_rounding_only(tmp_path, beta1, saved):
-    """Adam's fused kernel goes through weights and moments as they lie in memory."""
+    """Adam's fused kernel goes through weights and moments in memory order."""
     options = {"g_beta1": beta1, "dropout": 0.0}  # dropout draws as the activations lie
     distillation = smoothed(tiny_distillation(**options, channels_last=saved))
     for _ in range(3):
@@ -50,9 +51,10 @@ def test_rates_and_betas_are_those_of_the_resumed_run(tmp_path):
 def test_options_are_compared_before_anything_is_built(tmp_path, monkeypatch):
     distillation = tiny_distillation()
     distillation.iteration()
-    state = checkpoint.StateFile(save(distillation, tmp_path))
-    inputs = Inputs(tiny_teacher(), start=None, dataset=None, evaluator=None)
-    asked = tiny_config(alpha=0.5, batch_gpu=4)
+    teacher, asked = tiny_teacher(), tiny_config(alpha=0.5, batch_gpu=4)
+    hashes = WeightHashes.of(teacher, None, asked)
+    inputs = Inputs(teacher, start=None, dataset=None, evaluator=None, hashes=hashes)
+    state = SavedState(checkpoint.StateFile(save(distillation, tmp_path)), hashes)
     with monkeypatch.context() as patches:
         patches.setattr(run, "prepare", lambda *_: pytest.fail("was built"))
         with pytest.raises(UserError, match=r"--alpha=0.5: the run in .* has --alpha=1.2; give that, or --override"):
@@ -89,8 +91,8 @@ def restarted(tmp_path, monkeypatch):
         return folder
 
     def resolve(resume=None):
-        found = run_folder.resolve_resume(resume and str(resume), str(tmp_path), "x", nosubdir=False)
-        return found and found.path
+        found = run_folder.find_run(resume and str(resume), str(tmp_path), "x", nosubdir=False)
+        return found and found.state.path
 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     return resolve, make
@@ -118,7 +120,7 @@ def test_a_restarted_run_that_was_given_a_state_keeps_its_progress(restarted):
     assert resolve(given[1]) == given[1]  # it hasn't come so far that what is newer there is its own
 
 
-def test_runs_of_plain_torchrun_are_told_apart(tmp_path, monkeypatch, restarted):
+def test_runs_of_plain_torchrun_are_distinguished(tmp_path, monkeypatch, restarted):
     """Without a rendezvous its id is "none" for all."""
     resolve, make = restarted
     own = make(0, "none", 1000)
@@ -150,19 +152,18 @@ def test_a_run_that_goes_on_elsewhere_leaves_the_old_one_as_it_is(tmp_path, nosu
     old = run_in(tmp_path / "old", images=[1000, 2000, 3000])
     before, new = contents(old), tmp_path / "new"
     state = checkpoint.state_path(old, 2000, 8)
-    found = run_folder.resolve_resume(str(state), str(new), "x", nosubdir)
-    assert found.path == state
+    assert run_folder.find_run(str(state), str(new), "x", nosubdir).state.path == state
     path = run_in(new, nosubdir, state, given=str(state), images=[4000])
     assert path == (new if nosubdir else new / "00000-x")
     assert contents(old) == before
-    again = run_folder.resolve_resume(str(state), str(new), "x", nosubdir)  # the same command goes on in its own folder
-    assert again.path == (checkpoint.state_path(new, 4000, 8) if nosubdir else state)
+    again = run_folder.find_run(str(state), str(new), "x", nosubdir)  # the same command goes on in its own folder
+    assert again.state.path == (checkpoint.state_path(new, 4000, 8) if nosubdir else state)
 
 
 def test_a_run_goes_on_in_no_folder_of_another(tmp_path):
     old, new = (run_in(tmp_path / name, images=[1000]) for name in ("old", "new"))
     with pytest.raises(UserError, match=r"--resume=.*old: --outdir=.*new holds another run; .*--resume=.*new"):
-        run_folder.resolve_resume(str(old), str(new), "x", nosubdir=True)
+        run_folder.find_run(str(old), str(new), "x", nosubdir=True)
 
 
 def test_a_restarted_run_from_elsewhere_keeps_its_progress(tmp_path, monkeypatch):
@@ -175,7 +176,8 @@ def test_a_restarted_run_from_elsewhere_keeps_its_progress(tmp_path, monkeypatch
     for images, expected in (((), state), ([2000], checkpoint.state_path(new, 2000, 8))):
         for nimg in images:
             shutil.copy(state, checkpoint.state_path(new, nimg, 8))
-        assert run_folder.resolve_resume(str(old), str(tmp_path / "new"), "x", nosubdir=False).path == expected
+        found = run_folder.find_run(str(old), str(tmp_path / "new"), "x", nosubdir=False)
+        assert found.state.path == expected
 
 
 @pytest.mark.parametrize("place", ["run", "."])
@@ -191,7 +193,7 @@ def test_the_folder_of_the_state_may_be_named_by_either_option(tmp_path, monkeyp
     assert (path / "training-state-000002.pt.unused").exists()
 
 
-def test_resuming_is_exact_with_all_that(tmp_path):
+def test_resuming_is_exact_with_layout_and_first_moment(tmp_path):
     """A state in one layout, resumed in the same one, goes on bit for bit."""
     options = {"g_beta1": 0.9, "channels_last": True}
     whole = tiny_distillation(**options)

@@ -73,18 +73,29 @@ class FromHost(TorchFunctionMode):
         return result
 
 
-UNET = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9}
+UNET = {"model_channels": 8, "num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9}
+MULTIPLIERS = {"SongUNet": [1], "DhariwalUNet": [1, 2]}
 
 
 @pytest.mark.parametrize(
     ("architecture", "mode"),
     [
-        ("SongUNet", {"batch_gpu": 4, "guidance": "long-short=1.5", "score_gradient": "from=0.008"}),
-        ("SongUNet", {"precision": "bf16", "chunk": 4, "checkpoint": True}),
-        ("SongUNet", {"share_noise": True, "augment": 0}),
-        ("DhariwalUNet", {"precision": "fp16", "channels_last": True, "spike_guard": 10.0}),
-        ("DhariwalUNet", {"share_images": True, "huber": 0.1, "adam_state": "bf16"}),
-        ("DhariwalUNet", {"objective": "dmd", "sigma_schedule": "lognormal", "fake_sigma_schedule": "karras"}),
+        (
+            "SongUNet",
+            {
+                "guidance": "long-short=1.5",
+                "score_gradient": "from=0.008",
+                "precision": "bf16",
+                "chunk": 4,
+                "checkpoint": True,
+            },
+        ),
+        (
+            "DhariwalUNet",
+            {"share_noise": True, "augment": 0, "precision": "fp16", "channels_last": True, "spike_guard": 10.0},
+        ),
+        ("DhariwalUNet", {"batch_gpu": 4, "share_images": True, "huber": 0.1, "adam_state": "bf16"}),
+        ("SongUNet", {"objective": "dmd", "sigma_schedule": "lognormal", "fake_sigma_schedule": "karras"}),
     ],
     ids=str,
 )
@@ -95,12 +106,14 @@ def test_an_iteration_waits_for_no_device(architecture, mode, monkeypatch):
     on_host = {"__new__": lambda cls, device="cpu": generator()}  # there is none for this device
     monkeypatch.setattr(torch, "Generator", type("Generator", (), on_host))
     monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)  # PyTorch 2.4 asks every device for its module
-    teacher = EDMPrecond(8, 1, 3, model_type=architecture, **UNET).to("meta")
+    kwargs = {"model_type": architecture, "channel_mult": MULTIPLIERS[architecture], **UNET}
+    teacher = EDMPrecond(8, 1, 3, **kwargs).to("meta")
     distillation = prepare(teacher, tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
+    iterations = 2 if "score_gradient" in mode else 1
     with FromHost():
-        for _ in range(2):
+        for _ in range(iterations):
             distillation.iteration()
-    assert distillation.state.nimg == 16
+    assert distillation.state.nimg == 8 * iterations
 
 
 def test_the_plain_step_is_one_backward_pass_through_all_three_networks():
@@ -258,7 +271,7 @@ def test_bf16_trains_and_leaves_master_weights_in_float32():
     assert distillation.state.ema.compute_dtype is None  # pictures and metrics are made in full precision
 
 
-def test_a_compiler_that_fails_is_done_without(capsys, monkeypatch):
+def test_a_failing_compiler_is_not_needed(capsys, monkeypatch):
     def broken(net, **options):
         def call(*args, **kwargs):
             raise torch._dynamo.exc.TorchDynamoException("no compiler here")

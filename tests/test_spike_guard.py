@@ -1,4 +1,4 @@
-"""The spike guard against a plain median, on weights, and in runs: exact when resumed, alike on all processes."""
+"""The spike guard against a plain median, on weights, and in runs: exact when resumed, equal on all processes."""
 
 import json
 import math
@@ -45,7 +45,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_spike_never_reaches_weights_nor_moments(monkeypatch, optimizer):
-    """Nor does it halve the loss scale, or count towards the end of the run: only gradients without values do."""
+    """It doesn't halve the loss scale or count towards the end of the run either; only non-finite gradients do."""
     monkeypatch.setattr(spike_guard, "REMEMBERED", 2 * MAX_SKIPPED_UPDATES + 2)
     norms = [1.0, 2.0] * (MAX_SKIPPED_UPDATES + 1)
     found = {}
@@ -80,7 +80,7 @@ def test_off_and_far_away_it_changes_nothing():
     assert states[1].keys() - states[0].keys() == {"spike_guard"}
 
 
-def test_a_resumed_run_is_bit_equal_and_tells_its_spikes(tmp_path, monkeypatch):
+def test_a_resumed_run_is_bit_equal_and_reports_its_spikes(tmp_path, monkeypatch):
     monkeypatch.setattr(spike_guard, "REMEMBERED", 3)
     whole = iterations(8, spike_guard=1.05)
     part = iterations(4, spike_guard=1.05)

@@ -1,4 +1,4 @@
-"""--init_sigma=auto: the energy distance, the measured start, the distance from the teacher in a run's records."""
+"""--init_sigma=auto: the energy distance, the measured start, and the distance from the teacher in records."""
 
 import json
 
@@ -77,8 +77,8 @@ def test_the_start_is_the_usual_level_unless_another_is_clearly_closer(monkeypat
     assert choose_start(teacher, None) == (5.0, {})
 
 
-def test_the_distance_sees_the_whole_and_the_detail():
-    """Of an exact denoiser: its samples are at distance 0, blank ones far in pixels, noisy ones far in detail."""
+def test_the_distance_covers_the_whole_and_the_detail():
+    """For an exact denoiser, its own samples are at distance 0, blank ones far in pixels, noisy ones far in detail."""
     distance = TeacherDistance(TwoImages())
 
     class Changed(torch.nn.Module):

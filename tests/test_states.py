@@ -1,4 +1,4 @@
-"""The states of a run: names, damage, faults of the disk, which are kept. Each test runs in a moment."""
+"""The states of a run: names, damage, faults of the disk, and which states are kept."""
 
 import contextlib
 import errno
@@ -164,7 +164,7 @@ def records(path):
 
 
 def test_later_records_and_states_are_dropped(tmp_path, capsys):
-    """A run that goes on from an earlier state than its last leaves what an unbroken one leaves."""
+    """A run that goes on from an earlier state ends with the same files as an unbroken run."""
     for nimg in (8, 16, 24):
         checkpoint.save_state(checkpoint.state_path(tmp_path, nimg, 8), state(nimg, nimg))
     lines = [{"Progress/kimg": k / 1000, "timestamp": 0} for k in (8, 16, 24)]

@@ -1,4 +1,4 @@
-"""The teacher's weights kept in half precision: fewer bytes, the same training bit by bit."""
+"""The teacher's weights stored in half precision: fewer bytes, and the same training bit for bit."""
 
 import functools
 
@@ -134,7 +134,7 @@ def test_the_estimate_knows_what_is_stored(make):
 
 
 def test_a_teacher_is_not_used_again_in_half_precision():
-    """Its trained copies would have the rounded weights, and move in steps of their last bits."""
+    """Its trained copies would start from the rounded weights and move in steps of their last bits."""
     teacher = tiny_teacher()
     prepare(teacher, tiny_config(precision="bf16"), CPU)
     with pytest.raises(UserError, match="weights are in half precision"):

@@ -1,4 +1,4 @@
-"""Sweeps: what a file expands to, what is finished and what goes on, numbers of the table."""
+"""Sweeps: what a file expands to, which runs are finished, and the numbers in the table."""
 
 import io
 import json
@@ -257,10 +257,12 @@ def test_table_against_hand_computed_numbers(tmp_path):
     path = write(tmp_path, f"title = 'Two'\n{TWO}[settings.three]\nglr = 2e-3\n")
     plan, out = load_plan(path), tmp_path / "out"
     values = {
-        "one-seed0": [(0, 300), (2, 100), (8, 38)], "one-seed1": [(0, 300), (2, 60), (8, 42)],
-        "two-seed0": [(0, 300), (2, 70), (8, 21)], "two-seed1": [(0, 300), (2, 90), (8, 19)],
+        "one-seed0": [(0, 300), (2, 100), (8, 38)],
+        "one-seed1": [(0, 300), (2, 60), (8, 42)],
+        "two-seed0": [(0, 300), (2, 70), (8, 21)],
+        "two-seed1": [(0, 300), (2, 90), (8, 19)],
         "three-seed0": [(0, 300), (2, 41)],
-    }  # fmt: skip
+    }
     for run in plan.runs:
         if run.name in values:
             pretend(run, out / run.name, values[run.name], seconds_per_kimg=3.0 if run.setting == "two" else 2.0)
@@ -293,7 +295,7 @@ def test_table_against_hand_computed_numbers(tmp_path):
 
 
 def test_seconds_of_a_tick_that_was_interrupted():
-    """Its record has the seconds since the resume only; its rate counts the images since then as well."""
+    """Its record holds the seconds since the resume only, and its rate counts only the images since then."""
     stats = [
         {"Progress/kimg": 2.0, "Timing/img_per_sec": 100.0, "Timing/sec_per_tick": 20.0},
         {"Progress/kimg": 4.0, "Timing/img_per_sec": 50.0, "Timing/sec_per_tick": 1.0},
@@ -302,7 +304,7 @@ def test_seconds_of_a_tick_that_was_interrupted():
 
 
 def test_plots(tmp_path, monkeypatch):
-    """What is drawn, by a stand-in for matplotlib, which the tests don't need; and without it the table alone."""
+    """A stand-in for matplotlib, which the tests don't need, shows what is drawn; without it only the table is made."""
     plan, out = load_plan(write(tmp_path, TWO)), tmp_path / "out"
     for run, fids in zip(plan.runs, [(100, 30), (70, 21), (60, 50), (90, 19)]):
         pretend(run, out / run.name, [(0, 300), *zip((2, 8), fids)])
@@ -352,7 +354,7 @@ TEACHERS = (
 
 
 def test_every_setting_with_every_teacher(tmp_path):
-    """Options of the setting go before its teacher's, and these before the common ones; sources keep to the teacher."""
+    """A setting's options win over its teacher's, which win over the common ones; sources keep to the teacher."""
     plan = load_plan(write(tmp_path, TEACHERS))
     names = ["sid", "after-lr=0.0001", "after-lr=0.0002"]
     assert plan.teachers == {teacher: {name: f"{teacher}-{name}" for name in names} for teacher in ("digits", "emoji")}
@@ -379,7 +381,7 @@ def test_teachers_are_tables(tmp_path, teachers):
 
 
 def test_a_run_may_choose_its_settings(tmp_path):
-    """What trials decide isn't a change of options, and neither is a measured start; what the file gives is."""
+    """Options that trials or a measured start decide may differ from the file; options that the file gives may not."""
     text = f"{COMMON}[settings.auto]\nrecipe = 'auto'\nglr = 3e-5\n"
     run = load_plan(write(tmp_path, text)).runs[0]
     pretend(run, tmp_path / run.name, [(4, 90)])
@@ -394,8 +396,28 @@ def test_a_run_may_choose_its_settings(tmp_path):
             status(run, tmp_path / run.name)
 
 
+def test_dropped_trials_count(tmp_path):
+    """A run of 8 kimg that spent 2 of them on a trial that it dropped, at 5 seconds each, ends after 8, not after 6."""
+    text = f"{COMMON}[settings.plain]\n[settings.auto]\nrecipe = 'auto'\n".replace("[0, 1]", "[0]")
+    plan = load_plan(write(tmp_path, text))
+    plain, auto = (tmp_path / "out" / run.name for run in plan.runs)
+    pretend(plan.runs[0], plain, [(4, 80), (8, 40)])
+    pretend(plan.runs[1], auto, [(2, 80), (6, 20)], total_kimg=6.0)
+    for name in ("best", "dropped"):
+        pretend(plan.runs[1], auto / "trials" / name, [(2, 80)], seconds_per_kimg=5.0)
+    outcome = {name: {"best": name == "best", "kimg": 2.0} for name in ("best", "dropped")}
+    (auto / "trials" / "results.json").write_text(json.dumps(outcome))
+    assert folders.dropped_trials(auto) == (2.0, 10.0)
+    rows = results.write_results(plan, tmp_path / "out").splitlines()
+    assert rows[3].startswith("| auto | 1 | 20.00 | 20.00 | 5.7 | 0.71 | 1.38 |")  # 22 / 8 seconds to 16 / 8
+    assert "| auto | 80.0 | 20.0 | 20.0 |" in rows
+    (auto / "trials" / "results.json").write_text("{")
+    with pytest.raises(UserError, match="damaged; remove the folder"):
+        results.write_results(plan, tmp_path / "out")
+
+
 def test_tables_over_teachers(tmp_path):
-    """The first has the mean FID at the end of all; those that follow compare the settings of one teacher."""
+    """The first table has the mean FID at the end of every run; the others compare the settings of one teacher."""
     plan = load_plan(write(tmp_path, TEACHERS))
     for run in plan.runs:
         fid = {"digits-sid": 20.0, "emoji-sid": 60.0, "emoji-after-lr=0.0001": 30.0}.get(run.setting)

@@ -102,7 +102,7 @@ def test_results_that_do_not_fit_are_refused(tmp_path, results_elsewhere, change
 
 
 def test_results_by_another_file_with_other_common_options_are_refused(tmp_path, results_elsewhere):
-    """Though the setting says the same."""
+    """Even though the setting is the same."""
     path, folder = results_elsewhere
     text = Path(path).read_text().replace('"t.pkl"', '"other.pkl"')
     other = write(tmp_path, text, "other.toml")

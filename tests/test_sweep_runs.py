@@ -1,4 +1,4 @@
-"""Sweeps at work: with a stand-in for the training, and one for real."""
+"""Sweeps at work: several with a stand-in for the training, and a real one."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_two_sweeps_never_share_a_folder_at_a_time(tmp_path):
 
 
 def test_a_sweep_that_is_stopped_goes_on(tmp_path):
-    """Two settings; SIGTERM amid the second run; the same command ends it, finished runs stay untouched.
+    """Two settings and a SIGTERM in the second run. The same command finishes it and leaves the finished run untouched.
 
     The second starts from the first one's generator.
     """

@@ -1,4 +1,4 @@
-"""Terminals, pipes and logs that go away: long commands go on to their end, short ones end quietly."""
+"""Terminals, pipes and logs that disappear: long commands run to their end, short ones end quietly."""
 
 import os
 import signal

@@ -1,8 +1,9 @@
-"""--trials: settings tried on the teacher at hand, the best of which goes on."""
+"""--trials: settings are tried on the teacher at hand, and the best goes on."""
 
 import dataclasses
 import json
 import math
+import re
 import signal
 
 import pytest
@@ -99,12 +100,25 @@ def test_the_closest_goes_on_from_its_own_state(unbroken):
     assert (folder / "fakes_init.png").exists()
 
 
+def test_the_percentage_counts_all_trials(unbroken):
+    """Each trial is 16 of 80 images; whichever goes on, the other one's images are spent, too."""
+    log = (unbroken[0] / "log.txt").read_text()
+    assert re.findall(r"^tick .* (\d+)% left", log, re.MULTILINE) == ["20", "40", "60", "80", "100"]
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.6, math.nan, "much"])
+def test_a_share_that_the_option_would_refuse(tmp_path, share):
+    with pytest.raises(UserError, match=f"^trials={share}: "):
+        sid.distil(tiny_teacher(), tiny_config(), tmp_path / "run", device="cpu", trials=share)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_distance_decides(tmp_path, monkeypatch):
     real, chosen = trials._trial, {}
     for name in CANDIDATES:
 
-        def trial(config, images, folder, build, report, name=name):
-            result = real(config, images, folder, build, report)
+        def trial(plan, number, config, folder, build, report, name=name):
+            result = real(plan, number, config, folder, build, report)
             return {**result, "distance": 0.1 if folder.name == name else 0.2}
 
         monkeypatch.setattr(trials, "_trial", trial)
@@ -162,17 +176,17 @@ def test_a_kill_while_the_best_is_settled(tmp_path, monkeypatch, unbroken, step)
 def test_a_candidate_that_diverges_loses(tmp_path, monkeypatch, capsys):
     loop = trials.training_loop
 
-    def diverging(distillation, folder, *arguments):
+    def diverging(distillation, folder, *arguments, **options):
         if folder.name == "equal-rates":
             raise DivergenceError("its weights aren't finite")
-        return loop(distillation, folder, *arguments)
+        return loop(distillation, folder, *arguments, **options)
 
     monkeypatch.setattr(trials, "training_loop", diverging)
     _, results = run(tmp_path)
     assert results["equal-rates"]["distance"] == math.inf
     assert results["slow-generator"]["best"]
     assert "equal-rates after 0 kimg: distance from the teacher diverged" in capsys.readouterr().out
-    monkeypatch.setattr(trials, "training_loop", lambda *_: diverging(None, trials.Path("equal-rates")))
+    monkeypatch.setattr(trials, "training_loop", lambda *_, **__: diverging(None, trials.Path("equal-rates")))
     with pytest.raises(DivergenceError, match="every trial diverged"):
         run(tmp_path / "all")
 
@@ -194,8 +208,8 @@ def test_a_trial_without_its_distance_is_an_error(tmp_path, monkeypatch):
 def test_other_options_than_those_of_the_begun_trials_are_refused(tmp_path, monkeypatch):
     loop = trials.training_loop
 
-    def stopping(distillation, folder, *arguments):
-        loop(distillation, folder, *arguments)
+    def stopping(distillation, folder, *arguments, **options):
+        loop(distillation, folder, *arguments, **options)
         raise SystemExit(EXIT_CODE)
 
     monkeypatch.setattr(trials, "training_loop", stopping)
@@ -217,3 +231,6 @@ def test_a_begun_run_is_found_again(tmp_path):
         place, state = sid.run.find_place(options, sid.run.describe(teacher, config, True))
         assert place == (str(folder), "", True)
         assert state is None
+    options["outdir"] = str(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"has no training state yet.* give --outdir={tmp_path}"):
+        sid.run.find_place(options, "x")

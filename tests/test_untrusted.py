@@ -1,4 +1,4 @@
-"""Foreign files keep one budget: each is read, or refused in one line within ten seconds and a gigabyte."""
+"""Every foreign file is read, or refused in one line, within ten seconds and a gigabyte."""
 
 import functools
 import io
@@ -270,7 +270,7 @@ class Program(torch.nn.Module):
         return x.to(torch.float32).mean([2, 3])
 
 
-def test_a_program_that_the_user_names_is_run_with_a_warning(tmp_path, capsys):
+def test_a_program_that_the_user_names_runs_with_a_warning(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Program()).save(str(tmp_path / "x.pt"))

@@ -1,4 +1,4 @@
-"""Servers that lie, change the file, or never finish: the right bytes arrive, or one line and no file.
+"""Servers that lie, change the file or never finish: the right bytes arrive, or one line and no file.
 
 The test server answers each request with the bytes that a test scripts, headers included.
 """

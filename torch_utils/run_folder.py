@@ -48,54 +48,45 @@ class ResumeRules:
         return f"--{option}={value}"
 
 
-def resolve_resume(resume: str | None, outdir: str, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
-    """The training state that --resume names, the same on every process; None to start anew.
+@dataclasses.dataclass(frozen=True)
+class FormerRun:
+    """A run to go on with: its folder, and the state to start from. state: None if the run hasn't saved one yet."""
+
+    folder: Path
+    state: checkpoint.StateFile | None
+
+
+def find_run(
+    resume: str | None,
+    outdir: str,
+    description: str,
+    nosubdir: bool,
+    goes_on_without_state: Callable[[Path], bool] = lambda folder: False,
+) -> FormerRun | None:
+    """The run that this command line goes on with, the same on every process; None to start a new one.
 
     resume: a state file; a run folder, of which the newest undamaged state is taken; 'auto', which is the run folder
             that this command line makes, if it is there already: `outdir` itself with `nosubdir`, else the last one
             with this description; None: 'auto' with `nosubdir`. When torchrun has restarted the processes, the folder
             that they made before, if they came so far. The same goes for a run in `outdir` that this `resume` began.
+    goes_on_without_state: whether a run folder without a state holds something else to go on from.
     Errors: UserError naming --resume or --outdir.
     """
     found = None
 
-    def find() -> Path | None:
+    def find() -> tuple[Path, Path | None] | None:
         nonlocal found
-        found = _find_state(resume, Path(outdir), description, nosubdir)
-        return found and found.path
+        found = _find_run(resume, Path(outdir), description, nosubdir, goes_on_without_state)
+        return found and (found.folder, found.state and found.state.path)
 
-    path = _on_process_0(find)
-    if path is None:
+    place = _on_process_0(find)
+    if place is None:
         return None
-    file = found or checkpoint.StateFile(path)
-    if distributed.world_size() > 1:
-        _check_same_everywhere(file)
-    return file
-
-
-def find_begun(
-    resume: str | None, outdir: str, description: str, nosubdir: bool, is_begun: Callable[[Path], bool]
-) -> Path | None:
-    """The run folder that `resolve_resume` would look into, if `is_begun` says that a run without a state is there.
-
-    Such a run goes on in this folder from what it finds there. Returns the same on every process.
-    """
-
-    def find() -> Path | None:
-        restarted = bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-        if resume not in (None, "auto"):
-            folder = Path(resume)
-        elif nosubdir:
-            folder = Path(outdir)
-        elif resume == "auto" or restarted:
-            folder = next(iter(_folders(Path(outdir), description)), None)
-            if resume is None and folder is not None and _recorded(folder, LAUNCH) != (_launch(),):
-                folder = None
-        else:
-            folder = None
-        return folder if folder is not None and folder.is_dir() and is_begun(folder) else None
-
-    return _on_process_0(find)
+    folder, path = place
+    run = found or FormerRun(folder, path and checkpoint.StateFile(path))
+    if run.state is not None and distributed.world_size() > 1:
+        _check_same_everywhere(run.state)
+    return run
 
 
 def record_options(run_dir: Path, options: dict[str, Any]) -> None:
@@ -124,49 +115,73 @@ def _check_same_everywhere(file: checkpoint.StateFile) -> None:
             )
 
 
-def _find_state(resume: str | None, outdir: Path, description: str, nosubdir: bool) -> checkpoint.StateFile | None:
+def _find_run(
+    resume: str | None, outdir: Path, description: str, nosubdir: bool, goes_on_without_state: Callable[[Path], bool]
+) -> FormerRun | None:
     given = None if resume in (None, "auto") else Path(resume)
-    old = None if given is None else given if given.is_dir() else given.parent
-    moves = old is not None and not _belongs(old, outdir, nosubdir)
-    own_folders = [outdir] if nosubdir else _folders(outdir, description)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        folders = own_folders if old is None or moves else [old]
-        own = next((folder for folder in folders if _recorded(folder, LAUNCH) == (_launch(),)), None)
-        found = None if own is None else checkpoint.newest_good_state(own)
-        if found is not None or (own is not None and given is None):
-            return found
-    if resume is None and not nosubdir:
+    folder = _own_folder(resume, given, outdir, description, nosubdir, goes_on_without_state)
+    if folder is not None:
+        own = _run_in(folder, goes_on_without_state)
+        if own is not None or given is None:
+            return own
+    if given is None:
         return None
-    if given is None or (moves and nosubdir):
-        folder = next(iter(own_folders), None)
-        found = None if folder is None or not folder.is_dir() else _state_there(folder, resume, given)
-        if found is not None or given is None:
-            return found
     if given.is_dir():
-        newest = checkpoint.newest_good_state(given)
-        if newest is None:
+        run = _run_in(given, goes_on_without_state)
+        if run is None:
             raise UserError(f"--resume={resume}: no training-state-*.pt in this folder")
-        return newest
+        if run.state is None and not _belongs(given, outdir, nosubdir):
+            raise UserError(
+                f"--resume={resume}: this run has no training state yet, so it can't move to --outdir={outdir}; give"
+                f" --outdir={given.parent}"
+            )
+        return run
     if not given.is_file():
         raise UserError(f"--resume={resume}: no such file; name a training-state-*.pt or a run folder")
-    return checkpoint.StateFile(given)
+    return FormerRun(given.parent, checkpoint.StateFile(given))
 
 
-def _state_there(folder: Path, resume: str | None, given: Path | None) -> checkpoint.StateFile | None:
-    """The state to go on from in the folder that this command line writes to; None if no run has begun there.
+def _own_folder(
+    resume: str | None,
+    given: Path | None,
+    outdir: Path,
+    description: str,
+    nosubdir: bool,
+    goes_on_without_state: Callable[[Path], bool],
+) -> Path | None:
+    """The folder in which this command line began a run before; None if it didn't, or is to start another one.
 
-    given: the state or folder from elsewhere that `resume` names, if any.
+    given: the state or folder that `resume` names. Errors: UserError when the folder holds another run.
     """
-    is_begun = bool(checkpoint.states(folder) or checkpoint.snapshots(folder))
+    given_folder = given if given is None or given.is_dir() else given.parent
+    is_elsewhere = given_folder is not None and not _belongs(given_folder, outdir, nosubdir)
+    folders = [outdir] if nosubdir else _folders(outdir, description)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        candidates = folders if given_folder is None or is_elsewhere else [given_folder]
+        launched = next((folder for folder in candidates if _recorded(folder, LAUNCH) == (_launch(),)), None)
+        if launched is not None:
+            return launched
+    if resume != "auto" and not (nosubdir and (given is None or is_elsewhere)):
+        return None
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        return None
+    has_states, has_snapshots = bool(checkpoint.states(folder)), bool(checkpoint.snapshots(folder))
+    is_begun = has_states or has_snapshots or goes_on_without_state(folder)
     if given is not None and is_begun and _recorded(folder, "resume") != (resume,):
         raise UserError(
             f"--resume={resume}: --outdir={folder} holds another run; name another folder, or --resume={folder} to go"
             " on with that one"
         )
-    found = checkpoint.newest_good_state(folder)
-    if found is None and given is None and checkpoint.snapshots(folder):
+    if given is None and has_snapshots and not has_states:
         raise UserError(f"--outdir={folder} holds a run without a training state to go on from; name another folder")
-    return found
+    return folder
+
+
+def _run_in(folder: Path, goes_on_without_state: Callable[[Path], bool]) -> FormerRun | None:
+    """The run in a folder, with its newest undamaged state; None if there is nothing to go on from."""
+    state = checkpoint.newest_good_state(folder)
+    return FormerRun(folder, state) if state is not None or goes_on_without_state(folder) else None
 
 
 def _belongs(folder: Path, outdir: Path, nosubdir: bool) -> bool:

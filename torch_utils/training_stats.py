@@ -135,6 +135,7 @@ class TickLog:
 
     elapsed_sec, nimg: time and images of the state that a run goes on from; later records in the folder are dropped.
     total_img: images of the whole run; with it, each line tells the percentage done and the time left.
+    before_img: those of them that were trained on before the count `nimg` began, in trials that were dropped.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class TickLog:
         elapsed_sec: float = 0.0,
         nimg: int = 0,
         total_img: int | None = None,
+        before_img: int = 0,
     ):
         if nimg:
             distributed.print0(f"Resumed at {nimg / 1e3:.1f} kimg")
@@ -151,7 +153,7 @@ class TickLog:
             drop_later_records(run_dir, nimg)
         self._path = run_dir / "stats.jsonl"
         self._device = device
-        self._total_img = total_img
+        self._total_img, self._before_img = total_img, before_img
         self._start = time.time() - elapsed_sec
         self._tick_start = time.time()
         self._tick_nimg: int | None = None
@@ -182,8 +184,9 @@ class TickLog:
         }
         done = ""
         if self._total_img is not None:
-            share = min(nimg / self._total_img, 1.0) if self._total_img else 1.0
-            left = format_time(max(self._total_img - nimg, 0) / rate) if rate else "?"
+            seen = self._before_img + nimg
+            share = min(seen / self._total_img, 1.0) if self._total_img else 1.0
+            left = format_time(max(self._total_img - seen, 0) / rate) if rate else "?"
             done = f" {share:>4.0%} left {left:<9s}"
         distributed.print0(
             f"tick {tick:<5d} kimg {nimg / 1e3:<9.1f}{done} time {format_time(self.elapsed_sec):<12s}"

@@ -133,10 +133,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """The classes that have images here, in ascending order; none without labels."""
         return sorted(set(self._labels or []))
 
-    @property
-    def has_labels(self) -> bool:
-        return self.label_dim > 0
-
     def __len__(self) -> int:
         return len(self._names) * (2 if self._xflip else 1)
 

@@ -190,16 +190,21 @@ def run_to_end(
     device: torch.device,
     run_dir: Path,
     resume_dir: Path | None = None,
+    total_img: int | None = None,
+    before_img: int = 0,
 ) -> None:
     """Iterates until `config.total_kimg`, with ticks, training states and snapshots on the way.
 
     progress: has the attributes `checkpoint.PROGRESS`. networks: what must stay finite, and equal on all processes.
     config: as for `milestones`, with `keep_states` and `save_minutes`.
     run_dir: takes statistics and states. resume_dir: what --resume names to go on with this run, by default the same.
+    total_img, before_img: of a run that consists of several trainings, all its images and those before this training
+    (`TickLog`).
     Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     states = checkpoint.StateFolder(run_dir, config.keep_states)
-    log = TickLog(run_dir, device, progress.elapsed_sec, progress.nimg, int(config.total_kimg * 1000))
+    total_img = int(config.total_kimg * 1000) if total_img is None else total_img
+    log = TickLog(run_dir, device, progress.elapsed_sec, progress.nimg, total_img, before_img)
     with Interruption(device, config.save_minutes) as interruption:
         if progress.nimg == 0:
             steps.begin()

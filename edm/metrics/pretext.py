@@ -1,4 +1,4 @@
-"""What a detector learns from images without labels: to recognise what they look like and what was done to them."""
+"""What a detector learns from images without labels: what an image looks like, and what was done to it."""
 
 import torch
 from torch.nn import functional as F
@@ -15,34 +15,34 @@ ROUNDS = 20  # of k-means
 
 
 class Pretext:
-    """Three questions about an image: its cluster of similar images, how it was turned, and how it was damaged.
+    """Three questions about an image: which cluster it belongs to, how it was rotated, and how it was damaged.
 
-    The clusters make features see colour and composition, and whether whole kinds of images are missing; turns need
-    shapes; damages make features see blur, noise and images that don't hang together.
+    The clusters make the features sensitive to colour, composition and missing kinds of images; rotations make them
+    sensitive to shapes; damage makes them sensitive to blur, noise and incoherent images.
 
     sizes: the number of answers to each question.
     """
 
     def __init__(self, images: torch.Tensor, seed: int = 0):
-        """images: uint8 [N, C, H, W], whose clusters are found. seed: of the clusters."""
+        """images: uint8 [N, C, H, W], to be clustered. seed: of the clustering."""
         self._centres = find_clusters(images, max(1, min(CLUSTERS, len(images) // CLUSTER_IMAGES)), seed)
         self.sizes = [len(self._centres), TURNS, DAMAGES]
 
     def clusters(self, images: torch.Tensor) -> torch.Tensor:
-        """int64 [N]: the cluster that each of uint8 images [N, C, H, W] belongs to."""
+        """int64 [N]: the cluster of each image, uint8 [N, C, H, W]."""
         return torch.cdist(_thumbnails(images), self._centres).argmin(1)
 
     def ask(self, images: torch.Tensor, clusters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(uint8 images turned and damaged at random, answers int64 [N, 3]).
+        """(uint8 images, rotated and damaged at random; answers, int64 [N, 3]).
 
-        images: uint8 [N, C, H, W], H = W; clusters: theirs, int64 [N].
+        images: uint8 [N, C, H, W] with H = W. clusters: their clusters, int64 [N].
         """
         turns, damages = torch.randint(TURNS, [len(images)]), torch.randint(DAMAGES, [len(images)])
         return damaged(turned(images, turns), damages), torch.stack([clusters, turns, damages], dim=1)
 
 
 def turned(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Images [N, C, H, W], with H = W, each turned by its number, int64 [N], of quarter turns."""
+    """Images [N, C, H, W], with H = W, each rotated by its number of quarter turns, int64 [N]."""
     result = images.clone()
     for number in turns.unique().tolist():
         result[turns == number] = images[turns == number].rot90(number, (2, 3))
@@ -50,7 +50,7 @@ def turned(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 def damaged(images: torch.Tensor, damages: torch.Tensor) -> torch.Tensor:
-    """uint8 images [N, C, H, W], each damaged as its number, int64 [N], says: not at all, blurred, noisy, mixed."""
+    """uint8 images [N, C, H, W], each damaged by its kind, int64 [N]: 0 not at all, 1 blurred, 2 noisy, 3 mixed."""
     result = images.clone()
     for number, damage in enumerate((_blurred, _noisy, _mixed), start=1):
         chosen = damages == number
@@ -73,7 +73,7 @@ def _noisy(images: torch.Tensor) -> torch.Tensor:
 
 
 def _mixed(images: torch.Tensor) -> torch.Tensor:
-    """Each image is cut into square parts, and each part replaced by that of another of the images."""
+    """Cuts each image into square parts and replaces each part by the same part of another image."""
     parts = PARTS[int(torch.randint(len(PARTS), [1]))]
     size = images.shape[-1] // parts
     result = images.clone()
@@ -89,7 +89,7 @@ def _mixed(images: torch.Tensor) -> torch.Tensor:
 def find_clusters(images: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
     """Centres [count, C * THUMBNAIL_PIXELS²] of clusters of uint8 images [N, C, H, W], N >= count, by k-means.
 
-    Images are compared by their thumbnails: where they are bright, and in which colours.
+    Images are compared by their thumbnails, that is by the places and colours of bright regions.
     """
     points = _thumbnails(images)
     centres = _first_centres(points, count, torch.Generator().manual_seed(seed))
@@ -102,7 +102,7 @@ def find_clusters(images: torch.Tensor, count: int, seed: int = 0) -> torch.Tens
 
 
 def _first_centres(points: torch.Tensor, count: int, draws: torch.Generator) -> torch.Tensor:
-    """Points far from each other, as k-means++ draws them (Arthur and Vassilvitskii 2007)."""
+    """Points far from each other, drawn as in k-means++ (Arthur and Vassilvitskii 2007)."""
     chosen = [int(torch.randint(len(points), [1], generator=draws))]
     squared = torch.full([len(points)], torch.inf)
     while len(chosen) < count:

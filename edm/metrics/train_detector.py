@@ -33,27 +33,32 @@ EPOCHS, LEAST_STEPS = 10, 500
     help="Test images: folder or zip  [default: a tenth of --data, drawn by --seed]",
 )
 @click.option("--dest", help="Detector to write (.safetensors)", type=str, required=True)
-@click.option("--epochs", type=dnnlib.WholeRange(min=1), show_default=False,
-              help=f"Passes over the training images  [default: {EPOCHS}, more if they make fewer than {LEAST_STEPS}"
-              " steps]")  # fmt: skip
+@click.option(
+    "--epochs",
+    type=dnnlib.WholeRange(min=1),
+    show_default=False,
+    help=f"Passes over the training images  [default: {EPOCHS}, more if they make fewer than {LEAST_STEPS} steps]",
+)
 @click.option("--batch", help="Images per step", type=dnnlib.WholeRange(min=2), default=128)
 @click.option("--width", help="Channels at full resolution", type=dnnlib.WholeRange(4, 4096), default=32)
 @click.option("--seed", help="Of weights, order and augmentation", type=dnnlib.WholeRange(min=0), default=0)
-@click.option("--device", help="cuda, mps or cpu; by default the first that is there", type=str)
+@click.option("--device", help="cuda, mps or cpu  [default: the first available]", type=str)
 def main(
     data: str, test: str | None, dest: str, epochs: int | None, batch: int, width: int, seed: int, device: str | None
 ) -> None:
     """Trains a small classifier whose hidden layer gives the features for FID, IS, KID and precision/recall.
 
-    Where --data has labels, the classifier learns those. Where it has none, it learns which of a few clusters of
-    similar images an image belongs to, how it was turned, and whether it was blurred, made noisy or put together from
-    parts of several images. Such features rank networks by FID and KID, which is what following a training needs; the
-    inception score then says nothing about classes.
+    If --data has labels, the classifier learns to predict them. Otherwise it learns to tell which of a few clusters of
+    similar images an image belongs to, how the image was rotated, and whether it was blurred, made noisy or assembled
+    from parts of several images. Such features rank networks by FID and KID, which is what it takes to follow a
+    training; the inception score then says nothing about classes.
     """
     if not dest.endswith(".safetensors"):
         raise dnnlib.UserError(f"--dest={dest} must end in .safetensors")
-    if not Path(dest).parent.is_dir() or Path(dest).is_dir():
-        raise dnnlib.UserError(f"--dest={dest} is a folder, or there is no folder {Path(dest).parent}: make it first")
+    if Path(dest).is_dir():
+        raise dnnlib.UserError(f"--dest={dest} is a folder; name a file")
+    if not Path(dest).parent.is_dir():
+        raise dnnlib.UserError(f"--dest={dest}: there is no folder {Path(dest).parent}; make it first")
     from torch_utils import distributed
 
     from .pretext import Pretext
@@ -66,20 +71,22 @@ def main(
         images, labels = images[~held_out], None if labels is None else labels[~held_out]
     else:
         tested = load_images(test, "--test")
-    unlabelled = labels is None or tested[1] is None
-    check_fit((images, None if unlabelled else labels, classes), tested, batch)
-    pretext = Pretext(images, seed) if unlabelled else None
-    if pretext is not None:
+    test_images, test_labels, test_classes = tested
+    check_fit((images, labels if test_labels is not None else None, classes), tested, batch)
+    pretext = None
+    if labels is None or test_labels is None:
+        pretext = Pretext(images, seed)
         clusters, turns, damages = pretext.sizes
         print(
-            f"No labels: the detector learns {clusters} clusters of similar images, {turns} turns and {damages} kinds"
-            " of damage",
+            f"No labels: the detector learns to recognise {clusters} clusters of similar images, {turns} rotations and"
+            f" {damages} kinds of damage",
             flush=True,
         )
-        labels, tested = pretext.clusters(images), (tested[0], pretext.clusters(tested[0]), clusters)
+        labels, test_labels, test_classes = pretext.clusters(images), pretext.clusters(test_images), clusters
     if epochs is None:
         epochs = max(EPOCHS, math.ceil(LEAST_STEPS / max(1, len(images) // batch)))
-    train_detector((images, labels, classes), tested, dest, epochs, batch, width, seed, place, pretext)
+    test_set = (test_images, test_labels, test_classes)
+    train_detector((images, labels, classes), test_set, dest, epochs, batch, width, seed, place, pretext)
 
 
 def load_images(path: str, option: str = "--data") -> "tuple[torch.Tensor, torch.Tensor | None, int]":
@@ -89,14 +96,14 @@ def load_images(path: str, option: str = "--data") -> "tuple[torch.Tensor, torch
 
     from training.dataset import FileTree, ImageFolderDataset, image_names, read_labels
 
-    dataset = ImageFolderDataset(path=path, option=option)  # says so if there are no images
+    dataset = ImageFolderDataset(path=path, option=option)  # refuses a data set without images
     tree = FileTree(path)
     if read_labels(tree, image_names(tree)) is not None:
         return load_labelled(path, option)
     return torch.from_numpy(np.stack([dataset[i][0] for i in range(len(dataset))])), None, 0
 
 
-def load_labelled(path: str, option: str = "--data"):
+def load_labelled(path: str, option: str = "--data") -> "tuple[torch.Tensor, torch.Tensor, int]":
     """(uint8 images [N, C, H, W], int64 labels [N], number of classes) of a labelled data set."""
     import numpy as np
     import torch
@@ -109,7 +116,7 @@ def load_labelled(path: str, option: str = "--data"):
 
 
 def split_by_seed(count: int, seed: int) -> "torch.Tensor":
-    """bool [count]: which images are held out for testing, a tenth of them, at least one."""
+    """bool [count], true for the images held out for testing: a tenth of them, but at least one."""
     import torch
 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -119,7 +126,7 @@ def split_by_seed(count: int, seed: int) -> "torch.Tensor":
 
 
 def check_fit(train: tuple, test: tuple, batch: int) -> None:
-    """Errors: UserError when the test images don't fit the training images, or those are fewer than `batch`.
+    """Errors: UserError when the test images don't fit the training images, or fewer than `batch` of the latter exist.
 
     train, test: (uint8 images [N, C, H, W], int64 labels [N] or None, number of classes).
     """
@@ -131,13 +138,21 @@ def check_fit(train: tuple, test: tuple, batch: int) -> None:
 
 
 def train_detector(
-    train, test, dest: str, epochs: int, batch: int, width: int, seed: int, device, pretext: "Pretext | None" = None
+    train: "tuple[torch.Tensor, torch.Tensor, int]",
+    test: "tuple[torch.Tensor, torch.Tensor, int]",
+    dest: str,
+    epochs: int,
+    batch: int,
+    width: int,
+    seed: int,
+    device: "torch.device",
+    pretext: "Pretext | None" = None,
 ) -> float:
-    """Trains on `train`, writes `dest`, returns the share of answers about `test` that are right.
+    """Trains on `train`, writes `dest` and returns the share of correct answers about `test`.
 
     train, test: (uint8 images [N, C, H, W], int64 labels [N], number of classes).
-    pretext: the questions to learn about images without labels, whose `labels` are their clusters. Without it there is
-        one question, the class, about images of which half are mirrored.
+    pretext: the questions about images without labels, whose clusters then stand in for labels. Without it the only
+        question is the class, and half of the images are mirrored.
     """
     import torch
     from torch.nn import functional as F
@@ -191,10 +206,12 @@ def train_detector(
     return accuracy
 
 
-def measure_accuracy(net, images, answers, sizes: list[int], device) -> float:
-    """The share of answers, int64 [N, questions], that `net`, in eval mode from here on, gets right.
+def measure_accuracy(
+    net: "torch.nn.Module", images: "torch.Tensor", answers: "torch.Tensor", sizes: list[int], device: "torch.device"
+) -> float:
+    """The share of `answers`, int64 [N, questions], that the network gets right; leaves it in eval mode.
 
-    sizes: how many of its logits belong to each question.
+    sizes: the number of logits that belong to each question.
     """
     import torch
 
@@ -206,14 +223,14 @@ def measure_accuracy(net, images, answers, sizes: list[int], device) -> float:
 
 
 def _augment(images):
-    """Mirrors half of the images [N, C, H, W] and shifts all by up to MAX_SHIFT pixels, with an empty (0) border."""
+    """Mirrors half of the images [N, C, H, W] and shifts all of them as `_shift` does."""
     import torch
 
     return _shift(torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images))
 
 
 def _shift(images):
-    """Shifts images [N, C, H, W] by up to MAX_SHIFT pixels, with an empty (0) border."""
+    """Shifts images [N, C, H, W] by up to MAX_SHIFT pixels and fills the border with 0."""
     import torch
     from torch.nn import functional as F
 

@@ -22,12 +22,13 @@ STEPS = 18  # of Heun's sampler: 35 evaluations
 @click.command(cls=LongCommand)
 @click.option("--outdir", help="Where each teacher gets a folder", default="small-teachers", show_default=True)
 @click.option("--only", help="Names of teachers to make, separated by commas  [default: all]")
-@click.option("--kimg", help="Length of each training  [default: 80 to 200, by teacher]",
-              type=FiniteRange(0, min_open=True))  # fmt: skip
+@click.option(
+    "--kimg", help="Length of each training  [default: 80 to 200, by teacher]", type=FiniteRange(0, min_open=True)
+)
 @click.option("--num", help="Number of images for FID", type=WholeRange(2), default=2000, show_default=True)
-@click.option("--device", help="[default: the first there]", type=click.Choice(["cuda", "mps", "cpu"]))
+@click.option("--device", help="[default: the first available]", type=click.Choice(["cuda", "mps", "cpu"]))
 def main(outdir: str, only: str | None, kimg: float | None, num: int, device: str | None) -> None:
-    """Make small data sets, detectors, reference statistics and teachers from what packages ship.
+    """Make small data sets, detectors, reference statistics and teachers from pictures that come with packages.
 
     \b
     fashion          clothes, 16x16, no classes       apt: dataset-fashion-mnist
@@ -38,8 +39,8 @@ def main(outdir: str, only: str | None, kimg: float | None, num: int, device: st
     icons            in colour, 24x24, on white       apt: oxygen-icon-theme
     crops            of photographs, 32x32            pip: scikit-image
 
-    Each step is skipped when its file is there, so the same command continues after an interruption. A teacher takes
-    ten minutes to an hour on a CPU.
+    A step whose file exists is skipped, so the same command continues after an interruption. A teacher takes ten
+    minutes to an hour on a CPU.
     """
     from .presets import TEACHERS
 
@@ -57,7 +58,7 @@ def main(outdir: str, only: str | None, kimg: float | None, num: int, device: st
 
 
 def check_sources(teachers: "dict[str, SmallTeacher]") -> None:
-    """Errors: UserError naming the packages that are missing, before anything is made."""
+    """Errors: UserError naming the missing packages, before any work is done."""
     missing = []
     for name, teacher in teachers.items():
         try:
@@ -65,11 +66,11 @@ def check_sources(teachers: "dict[str, SmallTeacher]") -> None:
         except UserError as error:
             missing.append(f"{name}: {error.message}")
     if missing:
-        raise UserError("; ".join(missing) + "; or choose others by --only")
+        raise UserError("; ".join(missing) + "; or choose other teachers with --only")
 
 
 def make(name: str, teacher: "SmallTeacher", folder: Path, kimg: float, num: int, device: str | None) -> dict[str, Any]:
-    """Makes the files of one teacher that aren't in `folder` yet, and returns its row of the table."""
+    """Makes the files of one teacher that `folder` doesn't hold yet, and returns the teacher's row of the table."""
     from edm import train
     from edm.metrics import train_detector
 
@@ -98,11 +99,11 @@ def make(name: str, teacher: "SmallTeacher", folder: Path, kimg: float, num: int
 
 
 def step(name: str, file: Path, work: Callable[[], None]) -> None:
-    """Does the work that makes a file, unless it is there, and says how long it took."""
+    """Makes a file unless it exists, and says how long that took."""
     if file.exists():
-        click.echo(f"{name}: {file} is there")
+        click.echo(f"{name}: {file} exists")
         return
-    click.echo(f"{name}: makes {file}")
+    click.echo(f"{name}: making {file}")
     start = time.time()
     work()
     click.echo(f"{name}: made {file} in {format_time(time.time() - start)}")
@@ -111,7 +112,7 @@ def step(name: str, file: Path, work: Callable[[], None]) -> None:
 def call(module: str, command: click.Command, arguments: list[str]) -> None:
     """Runs another command of this project in this process, and shows its command line."""
     click.echo(shlex.join(["python", "-m", module, *arguments]))
-    own, sys.argv = sys.argv, [module, *arguments]  # which commands record, or print to say how to continue
+    own, sys.argv = sys.argv, [module, *arguments]  # commands record it, and print it to say how to continue
     try:
         command.main(arguments, standalone_mode=False)
     finally:
@@ -152,7 +153,7 @@ def keep_last_snapshot(run: Path, dest: Path) -> None:
 
 
 def write_result(folder: Path, num: int, device: str | None) -> None:
-    """Writes teacher.json: what the table at the end says about a teacher."""
+    """Writes teacher.json, the figures of a teacher for the table at the end."""
     from edm import zoo
     from edm.metrics.evaluate import evaluate, fid_name
     from edm.metrics.sources import NetworkSource, open_data
@@ -178,7 +179,7 @@ def write_result(folder: Path, num: int, device: str | None) -> None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per teacher, in Markdown. FID is that of the teacher at 35 evaluations."""
+    """One row per teacher, in Markdown, with the teacher's FID at 35 evaluations."""
     rows = [["teacher", "images", "shape", "classes", "parameters", "kimg", "seconds of training", "FID"]]
     rows.append(["---"] * len(rows[0]))
     for name, result in results.items():

@@ -1,7 +1,7 @@
-"""Small pictures from what packages ship: fonts, an icon theme, scikit-learn, scikit-image, Fashion-MNIST.
+"""Small pictures that come with packages: fonts, an icon theme, scikit-learn, scikit-image, Fashion-MNIST.
 
 Each function yields the same pictures in the same order wherever the same version of its package is installed.
-Errors: UserError, before the first picture, naming the package that isn't there.
+Errors: UserError, before the first picture, naming the missing package.
 """
 
 import gzip
@@ -42,7 +42,7 @@ def digits(resolution: int) -> Iterator[Picture]:
     _check(importlib.util.find_spec("sklearn") is not None, "pip install scikit-learn")
     from sklearn.datasets import load_digits
 
-    data: Any = load_digits()  # without annotations of its own
+    data: Any = load_digits()  # scikit-learn has no annotations
     for image, label in zip(data["images"], data["target"]):
         yield _resized(Image.fromarray((image * (255 / 16)).astype(np.uint8)), resolution), int(label)
 
@@ -60,7 +60,7 @@ def letters(resolution: int) -> Iterator[Picture]:
 
 
 def _latin_font(path: Path, size: int) -> ImageFont.FreeTypeFont | None:
-    """The font in a file, if it is one and has 26 different capitals."""
+    """The font in a file; None unless it has 26 different capital letters."""
     if path.suffix not in (".ttf", ".otf", ".t1"):
         return None
     try:
@@ -127,13 +127,13 @@ def _resized(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def _on(ground: tuple[int, int, int], image: Image.Image, resolution: int) -> Image.Image:
-    """An RGBA image on a ground of one colour, RGB, scaled to `resolution`."""
+    """An RGBA image over a background colour, as RGB, scaled to `resolution`."""
     under = Image.new("RGBA", image.size, (*ground, 255))
     return _resized(Image.alpha_composite(under, image).convert("RGB"), resolution)
 
 
 def _different(images: Iterator[Image.Image]) -> Iterator[Image.Image]:
-    """The images that aren't empty, each once."""
+    """The images without empty ones and duplicates."""
     seen = set()
     for image in images:
         pixels = image.tobytes()

@@ -1,4 +1,4 @@
-"""The small teachers: which pictures, and the networks and lengths of training that work for them."""
+"""The small teachers: their pictures, and networks and training lengths that work for them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from . import pictures
 
 @dataclass(frozen=True)
 class SmallTeacher:
-    """What a teacher is made of.
+    """What it takes to make a teacher.
 
-    source           yields its pictures, of a given size in pixels
-    has_classes      whether the teacher is told the classes; its detector learns them in any case
+    source           yields its pictures at a given size in pixels
+    has_classes      whether the teacher is conditioned on the classes; its detector learns them either way
     cres, attn       the network's channel multipliers and the resolutions with attention, as `edm.train` takes them
     kimg             length of the training
     """
@@ -34,7 +34,7 @@ TEACHERS = {
     "crops": SmallTeacher(pictures.crops, 32, False, "1,2,2,2", 8, 80),
 }
 
-# Options of edm.train that all of them share. 16 channels and a learning rate of 2e-3 train in minutes on a CPU.
+# Options of edm.train for every teacher. With 16 channels and this learning rate, training takes minutes on a CPU.
 TRAINING = (
     *("--arch=ddpmpp", "--cbase=16", "--blocks=1", "--dropout=0", "--augment=0"),
     *("--batch=64", "--lr=2e-3", "--lr-rampup=5", "--lr-decay=cosine", "--ema=0.01", "--workers=0", "--tick=10"),

@@ -140,6 +140,7 @@ def run_records(run: Run, folder: Path) -> list[dict[str, Any]]:
     if options is not None:
         measured = read_metrics(folder, options["metrics"])
         seconds = training_seconds(read_stats(folder))
+        dropped_kimg, dropped_seconds = dropped_trials(folder) if options.get("trials") else (0.0, 0.0)
         for kimg in sorted({kimg for of in measured.values() for kimg in of}):
             here = {name: of[kimg] for name, of in measured.items() if kimg in of}
             any_record = next(iter(here.values()))
@@ -149,6 +150,8 @@ def run_records(run: Run, folder: Path) -> list[dict[str, Any]]:
                     "kimg": kimg,
                     "total_kimg": options["total_kimg"],
                     "seconds": seconds.get(kimg),
+                    "dropped_kimg": dropped_kimg,
+                    "dropped_seconds": dropped_seconds,
                     "metrics": {name: _finite(record.get("values", {})) for name, record in here.items()},
                     "network_sha256": any_record.get("network_sha256"),
                     "device": any_record.get("device"),
@@ -173,6 +176,22 @@ def training_seconds(stats: list[dict[str, Any]]) -> dict[float, float]:
         before = kimg
         found[kimg] = total
     return found
+
+
+def dropped_trials(folder: Path) -> tuple[float, float]:
+    """(kimg, seconds of training) of the trials of a run that didn't go on.
+
+    Errors: UserError when their record is damaged.
+    """
+    from sid.trials import RESULTS_FILE, TRIALS  # loads torch
+
+    def checked(results: Any) -> dict[str, Any]:
+        return {name: float(result["kimg"]) for name, result in results.items() if not result["best"]}
+
+    file = folder / TRIALS / RESULTS_FILE
+    trials = _read_json(file, checked, f"damaged; remove the folder {folder} to start the run again") or {}
+    ends = [training_seconds(read_stats(folder / TRIALS / name)) for name in trials]
+    return sum(trials.values()), sum(max(seconds.values()) for seconds in ends)
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

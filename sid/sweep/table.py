@@ -10,7 +10,10 @@ Point = tuple[float, float]  # kimg, FID
 
 @dataclasses.dataclass
 class Trace:
-    """What one run measured. points, seconds: (kimg, FID) and (kimg, seconds of training) of its trained snapshots."""
+    """What one run measured. points, seconds: (kimg, FID) and (kimg, seconds of training) of its trained snapshots.
+
+    Trials that a run has dropped count, in kimg and in seconds, as if they came before its beginning.
+    """
 
     points: list[Point]
     seconds: list[Point]
@@ -49,12 +52,13 @@ def traces(records: list[dict[str, Any]], setting: str, metric: str | None) -> l
         if "failure" in record:
             trace.failure = record["failure"]
             continue
-        trace.total_kimg = record["total_kimg"]
-        fid = record["metrics"].get(metric, {}).get("fid")
+        dropped_kimg, dropped_seconds = record.get("dropped_kimg", 0.0), record.get("dropped_seconds", 0.0)
+        trace.total_kimg = record["total_kimg"] + dropped_kimg
+        fid, kimg = record["metrics"].get(metric, {}).get("fid"), record["kimg"] + dropped_kimg
         if record["kimg"] > 0 and fid is not None:
-            trace.points.append((record["kimg"], fid))
+            trace.points.append((kimg, fid))
         if record["kimg"] > 0 and record["seconds"] is not None:
-            trace.seconds.append((record["kimg"], record["seconds"]))
+            trace.seconds.append((kimg, record["seconds"] + dropped_seconds))
     return [found[seed] for seed in sorted(found)]
 
 

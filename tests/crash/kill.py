@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -46,21 +47,23 @@ def prepare(folder: Path) -> list[str]:
     return [*files, f"--detector={folder}/detector.safetensors", "--metrics=fid8", "--metrics-batch=8"]
 
 
-def command(options: list[str], run_dir: Path, iterations: int, processes: int = 1, restarts: int = 0) -> list[str]:
+def command(options: list[str], run_dir: Path, iterations: int) -> list[str]:
     """A distillation that saves at nearly every iteration."""
+    numbers = [f"--batch={BATCH}", "--batch-gpu=2", f"--tick={5 * BATCH / 1000}", "--snap=4", "--lr=1e-3", "--glr=1e-3"]
+    length = f"--duration={iterations * BATCH / 1e6:.9f}"
+    place = [f"--outdir={run_dir}", "--nosubdir", "--device=cpu", "--save-every=0.0001"]
+    return [str(ROOT / "sid_train.py"), *options, *numbers, length, *place]
+
+
+def launch(arguments: list[str], log: Path, processes: int = 1, restarts: int = 0) -> subprocess.Popen:
+    """Starts a script with its arguments, with torchrun if there are several processes."""
     start = [sys.executable]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
         start += [*torchrun, "--monitor-interval=0.1", f"--nproc_per_node={processes}"]
-    numbers = [f"--batch={BATCH}", "--batch-gpu=2", f"--tick={5 * BATCH / 1000}", "--snap=4", "--lr=1e-3", "--glr=1e-3"]
-    length = f"--duration={iterations * BATCH / 1e6:.9f}"
-    place = [f"--outdir={run_dir}", "--nosubdir", "--device=cpu", "--save-every=0.0001"]
-    return [*start, str(ROOT / "sid_train.py"), *options, *numbers, length, *place]
-
-
-def launch(arguments: list[str], log: Path) -> subprocess.Popen:
     with open(log, "a") as output:
-        return subprocess.Popen(arguments, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*start, *arguments], stdout=output, stderr=output, env=environment)
 
 
 def wait_for(condition, process: subprocess.Popen, every_sec: float = 0.01) -> bool:
@@ -100,8 +103,9 @@ def end_at_random(
     if process.poll() is not None:
         return False
     if how == "rank":
-        workers = [p for p in psutil.Process(process.pid).children() if any("sid_train" in arg for arg in p.cmdline())]
-        rng.choice(workers).kill()
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if any("sid_train" in arg for arg in child.cmdline())]
+        rng.choice(workers or children).kill()  # forked ones have no command line of their own
     else:
         process.send_signal({"term": signal.SIGTERM, "hup": signal.SIGHUP}.get(how, signal.SIGKILL))
         process.wait()
@@ -138,22 +142,31 @@ def differences(found: dict, expected: dict) -> list[str]:
 
 
 def crash(
-    folder: Path, hows: list[str], iterations: int, processes: int, seed: int, within_sec: float = 1.5
+    folder: Path,
+    hows: list[str],
+    iterations: int,
+    processes: int,
+    seed: int,
+    within_sec: float = 1.5,
+    launch: Callable = launch,
 ) -> tuple[int, list[str]]:
-    """(how often the run was ended, what differs from the unbroken one in the end). hows: see `end_at_random`."""
+    """(how often the run was ended, what differs from the unbroken one in the end).
+
+    hows: see `end_at_random`. launch: starts the processes.
+    """
     options, rng = prepare(folder), random.Random(seed)
     whole, broken, log = folder / "whole", folder / "broken", folder / "log.txt"
-    arguments = command(options, broken, iterations, processes, restarts=3 if "rank" in hows else 0)
-    reference = launch(command(options, whole, iterations, processes), log)
+    arguments, restarts = command(options, broken, iterations), 3 if "rank" in hows else 0
+    reference = launch(command(options, whole, iterations), log, processes)
     assert reference.wait() == 0, log.read_text()
     ended = 0
-    process = launch(arguments, log)
+    process = launch(arguments, log, processes, restarts)
     for how in hows:
         if not end_at_random(process, broken, rng, how, within_sec):
             break
         ended += 1
         if how != "rank":  # torchrun restarts by itself
-            process = launch(arguments, log)
+            process = launch(arguments, log, processes, restarts)
     assert process.wait() == 0, log.read_text()
     return ended, differences(outcome(broken), outcome(whole))
 

@@ -1,0 +1,90 @@
+"""Scripts in processes of their own, forked from one that has loaded torch, so that they start at once."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+class Script(multiprocessing.get_context("forkserver").Process):
+    """`python` with these arguments (a script's, or -m and a module's), started; it has the methods of Popen.
+
+    log: takes stdout and stderr. cwd, env: as for Popen; `env` is added to the environment.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str | Path], log: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ):
+        super().__init__(target=_run, args=([str(a) for a in arguments], str(log), cwd and str(cwd), dict(env or {})))
+        self.start()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> int:
+        self.join()
+        assert self.exitcode is not None
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+
+def run(arguments: Sequence[str], folder: Path, **env: str) -> str:
+    """Everything that a script prints which runs in `folder` and must succeed."""
+    log = folder / "forked.txt"
+    code = Script(arguments, log, folder, env).wait()
+    output = log.read_text(encoding="utf-8")
+    log.unlink()
+    assert code == 0, output
+    return output
+
+
+def launch(arguments: Sequence[str], log: Path, processes: int = 1, restarts: int = 0) -> Script:
+    """A script; if there are several processes, under torchrun's agent, which forks them from itself."""
+    agent = [str(Path(__file__)), str(processes), str(restarts)] if processes > 1 else []
+    return Script([*agent, *arguments], log)
+
+
+def _run(arguments: list[str], log: str, cwd: str | None, env: dict[str, str]) -> None:
+    with open(log, "a", encoding="utf-8") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    os.environ.update(env)
+    os.chdir(cwd or os.getcwd())
+    _main(arguments)
+
+
+def _main(arguments: list[str]) -> None:
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _under_torchrun(processes: int, restarts: int, arguments: list[str]) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, _main)(arguments)
+
+
+if __name__ == "__main__":
+    _under_torchrun(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
