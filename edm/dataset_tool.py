@@ -53,9 +53,12 @@ def convert(
     resolution: tuple[int, int] | None = None,
     transform: str = "none",
     labels_from_folders: bool = False,
+    vae: str | None = None,
+    keep_scale: bool = False,
 ) -> str:
     """Writes the first `max_images` of `source` to the folder or zip `dest` and returns a text saying what was written.
 
+    vae: encodes the images; `dest` is a file of latents then. keep_scale: as `edm.latent_writer.write_latents`.
     Equal input gives equal bytes. Images stay gray if all images of the source are gray. The text lists what was left
     out, then the classes in a table, and ends with one line about the data set.
     Errors: UserError; `dest` isn't created then.
@@ -68,9 +71,12 @@ def convert(
     images = open_source(source, labels_from_folders)
     count = images.count if max_images is None else min(max_images, images.count)
     mode = "L" if all(images.image(i).mode == "L" for i in range(count)) else "RGB"
-    names, size = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)], None
-    with _writer(dest) as write:
-        for i, name in enumerate(tqdm(names, unit="img", disable=None)):
+    labels = images.labels and images.labels[:count]
+    size = None
+
+    def fitted() -> Iterator[Image.Image]:
+        nonlocal size
+        for i in range(count):
             image = fit(images.image(i).convert(mode), resolution, transform)
             size = size or image.size
             if image.width != image.height or image.size != size:
@@ -78,17 +84,28 @@ def convert(
                     f"--source={source}: image {i} is {image.width}x{image.height}, but all must be square and of one"
                     " size; use --resolution, and --transform=center-crop to keep their proportions"
                 )
-            file = io.BytesIO()
-            image.save(file, "png", compress_level=0)
-            write(name, file.getvalue())
-        labels = images.labels and images.labels[:count]
-        listed = labels and [[name, label] for name, label in zip(names, labels)]
-        write(LABELS_FILE, json.dumps({"labels": listed}).encode())
+            yield image
+
+    made = ""
+    if vae is None:
+        names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)]
+        with _writer(dest) as write:
+            for name, image in zip(tqdm(names, unit="img", disable=None), fitted()):
+                file = io.BytesIO()
+                image.save(file, "png", compress_level=0)
+                write(name, file.getvalue())
+            listed = labels and [[name, label] for name, label in zip(names, labels)]
+            write(LABELS_FILE, json.dumps({"labels": listed}).encode())
+    else:
+        from .latent_writer import write_latents
+
+        channels, width, scale = write_latents(fitted(), count, labels, vae, dest, keep_scale)
+        made = f", as latents of {channels} x {width} x {width} (scale {scale:.3g})"
     assert size is not None  # a source holds at least one image
     classes = _counted(len(set(labels)), "class", "classes") if labels else "no labels"
     colours = "gray" if mode == "L" else "colour"
     notes = [*images.notes, *_class_table(labels or [], images.folders)]
-    summary = f"{dest}: {_counted(count, 'image', 'images')}, {size[0]}x{size[1]}, {colours}, {classes}"
+    summary = f"{dest}: {_counted(count, 'image', 'images')}, {size[0]}x{size[1]}, {colours}, {classes}{made}"
     return "\n".join(map(printable, [*notes, summary]))
 
 
@@ -175,6 +192,12 @@ def _parse_resolution(_context: Any, _parameter: Any, value: str | None) -> tupl
     is_flag=True,
     help="Folders are classes: a folder's number is its class if all have numbers, else the order of names decides.",
 )
+@click.option("--vae", metavar="NAME", help="Encode by this VAE: a diffusers folder or Hub name; --dest=X.safetensors.")
+@click.option(
+    "--vae-scale",
+    is_flag=True,
+    help="With --vae: scale latents as the VAE's own configuration says.  [default: mean 0, standard deviation 0.5]",
+)
 def main(
     source: str,
     dest: str,
@@ -182,6 +205,8 @@ def main(
     resolution: tuple[int, int] | None,
     transform: str,
     labels_from_folders: bool,
+    vae: str | None,
+    vae_scale: bool,
 ) -> None:
     """Turns images into a data set for training: square PNGs of one size and their labels in dataset.json.
 
@@ -195,7 +220,13 @@ def main(
         resolution[0] < resolution[1] or (transform != "center-crop-wide" and resolution[0] != resolution[1])
     ):
         raise UserError("--resolution must be square, or wider than high with --transform=center-crop-wide")
-    click.echo(convert(source, dest, max_images, resolution, transform, labels_from_folders))
+    if vae_scale and vae is None:
+        raise UserError("--vae-scale means nothing without --vae; leave it out")
+    if vae is not None:
+        from .latent_writer import check_dest
+
+        check_dest(Path(dest))
+    click.echo(convert(source, dest, max_images, resolution, transform, labels_from_folders, vae, vae_scale))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ no code that a folder may hold is run. The library is imported when the first su
 import copy
 import json
 import math
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,19 @@ from dnnlib import UserError
 from torch_utils import persistence
 from torch_utils.persistence import persistent_class
 from torch_utils.untrusted import edm_pickle
-from torch_utils.untrusted.bounds import read_json
 from training.denoiser import SIGMA_DATA
 from training.parameterisations import DiscreteTimes, FlowTimes, WrappedDenoiser
 
-from . import network_files
-from .network_files import CONFIG_FILE, INDEX_FILE, read_tensors
+from . import latents, network_files
+from .diffusers_folder import library, licence, read_config, weights
+from .network_files import CONFIG_FILE, INDEX_FILE
 
 SCHEDULER_FILE = "scheduler_config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model"
-MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_STEPS = 16 << 20, 100_000, 100_000
-INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+MAX_STEPS = 100_000
 MODELS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}  # class: its folder in a pipeline
+VAES = (latents.FOLDER, "vqvae", "movq")  # what pipelines call the folder of a VAE
+LATENT_SIGMA_DATA = 1.0  # about the standard deviation of latents as such models scale them
 OTHER_PARTS = {  # of a pipeline, and what its presence means
-    "vae": "it makes latents for a VAE, which isn't supported yet",
-    "vqvae": "it makes latents for a VAE, which isn't supported yet",
-    "movq": "it makes latents for a VAE, which isn't supported yet",
     "text_encoder": "it is conditioned on text, which isn't supported yet",
 }
 FLOW_SCHEDULERS = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
@@ -49,16 +43,6 @@ SCHEDULERS = FLOW_SCHEDULERS | {
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
 PREDICTIONS |= {"sample": "x0", "original_sample": "x0"}
 NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
-FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention layers
-
-
-def library() -> Any:
-    """The diffusers library. Errors: UserError when it isn't installed."""
-    try:
-        import diffusers  # pyright: ignore[reportMissingImports]  an optional package
-    except ImportError:
-        raise UserError(f"a network of the diffusers library needs it installed: {INSTALL}") from None
-    return diffusers
 
 
 @persistent_class
@@ -136,10 +120,9 @@ def _shape(config: Any) -> tuple[int, int]:
     if type(size) is not int:
         raise UserError(f"its sample_size is {str(size)[:80]}; set it in config.json to the width of the square images")
     out_channels = channels if config.out_channels is None else config.out_channels
-    if channels not in (1, 3) or out_channels not in (channels, 2 * channels):
+    if out_channels not in (channels, 2 * channels):
         raise UserError(
-            f"it takes {channels} channels and answers {out_channels}; only images of 1 or 3 channels are supported,"
-            " not the latents of a VAE or images with a condition"
+            f"it takes {channels} channels and answers {out_channels}; images with a condition aren't supported"
         )
     return channels, size
 
@@ -174,33 +157,6 @@ def _times(config: dict[str, Any], nearest: bool) -> tuple[str, DiscreteTimes | 
     return PREDICTIONS[named], DiscreteTimes(((1 - signal) / signal).sqrt(), nearest)
 
 
-# --- the Hugging Face Hub
-
-
-def is_hub_name(source: str | os.PathLike) -> bool:
-    """Whether `source` could be the name of a repository on the Hub, owner/name."""
-    return HUB_NAME.fullmatch(str(source)) is not None and Path(source).suffix not in network_files.WRITTEN
-
-
-def fetch(name: str) -> Path:
-    """The local folder of a model on the Hub: downloaded if need be, or as it lies in the library's cache.
-
-    Errors: UserError when it can't be had.
-    """
-    library()
-    import huggingface_hub as hub  # pyright: ignore[reportMissingImports]  comes with diffusers
-
-    files = ["*.json", "*.safetensors", "README.md"]
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=[*files, *(f"*/{file}" for file in files)]))
-    except Exception as error:  # of many kinds: offline, absent, gated, no space
-        reason = persistence.one_line(error, 200)
-        raise UserError(
-            f"{name}: no such file or folder here, and the Hugging Face Hub doesn't give it ({type(error).__name__}:"
-            f" {reason}); check the name; without internet, name a folder, or fill the library's cache (HF_HOME)"
-        ) from None
-
-
 # --- reading a folder
 
 
@@ -209,7 +165,7 @@ def is_folder(path: str | Path) -> bool:
     if (Path(path) / INDEX_FILE).is_file():
         return True
     try:
-        config = _config(Path(path) / CONFIG_FILE)
+        config = read_config(Path(path) / CONFIG_FILE)
     except UserError:
         return False
     return "_sha256" not in config and ("_diffusers_version" in config or config.get("_class_name") in MODELS)
@@ -218,95 +174,58 @@ def is_folder(path: str | Path) -> bool:
 def read(path: Path) -> tuple[DiffusersDenoiser, dict[str, Any]]:
     """(denoiser, metadata) of a folder. Errors: UserError when it is damaged or not supported."""
     try:
-        folder, scheduler = _parts(path)
-        config = _config(folder / CONFIG_FILE)
+        folder, scheduler, vae_folder = _parts(path)
+        config = read_config(folder / CONFIG_FILE)
         metadata = config.pop("_metadata", {})
         model = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
         if model.get("_class_name") not in MODELS:  # before weights of another kind are looked for
             DiffusersDenoiser(model, {})
-        state = {f"net.{_current_name(name)}": tensor for name, tensor in _weights(folder).items()}
-        settings = {"model": model, "scheduler": _config(scheduler)}
+        state = {f"net.{name}": tensor for name, tensor in weights(folder).items()}
+        settings: dict[str, Any] = {"model": model, "scheduler": read_config(scheduler)}
         if not edm_pickle.is_plain(settings):
             raise UserError("its configuration holds more than plain values")
+        metadata = network_files.checked_metadata(metadata or {"kind": "teacher", **licence(path)}, path)
+        if vae_folder is not None:
+            settings["sigma_data"] = LATENT_SIGMA_DATA
+            metadata["vae"] = latents.record_of(vae_folder)
         net = persistence.construct(DiffusersDenoiser, (), settings, state, path)
-        metadata = network_files.checked_metadata(metadata or {"kind": "teacher", **_licence(path)}, path)
+        if vae_folder is None and net.img_channels not in (1, 3):
+            raise UserError(
+                f"its {net.img_channels} channels are latents, but there is no VAE: put the folder of the one that it"
+                f" was trained with as {latents.FOLDER}/ next to its own"
+            )
+        latents.check_channels(net, metadata)
         return network_files.checked(net, path), metadata
     except UserError as error:
         raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}") from None
 
 
-def _parts(path: Path) -> tuple[Path, Path]:
-    """(folder of the model, file of its scheduler's configuration)."""
-    folder = path
+def _parts(path: Path) -> tuple[Path, Path, Path | None]:
+    """(folder of the model, file of its scheduler's configuration, folder of its VAE if it has one)."""
+    folder, named, vaes = path, [], [path / latents.FOLDER, path.resolve().parent / latents.FOLDER]
     if (path / INDEX_FILE).is_file():
-        index = _config(path / INDEX_FILE)
+        index = read_config(path / INDEX_FILE)
         parts = {name for name, value in index.items() if isinstance(value, list) and all(value)}
         for part, meaning in OTHER_PARTS.items():
             if part in parts:
                 raise UserError(f"{path}: a {str(index.get('_class_name'))[:80]}: {meaning}")
+        named = [path / name for name in VAES if name in parts]
+        vaes = named
         found = [name for name in MODELS.values() if name in parts]
         if len(found) != 1:
             raise UserError(f"{path}: {INDEX_FILE} names no model as unet or transformer, or both")
         folder = path / found[0] if (path / found[0] / CONFIG_FILE).is_file() else path
+    vae = next((vae for vae in vaes if (vae / CONFIG_FILE).is_file()), None)
+    if named and vae is None:
+        raise UserError(f"{path}: {INDEX_FILE} names a VAE, but there is no {named[0].name}/{CONFIG_FILE}")
     places = [folder, folder / "scheduler", path / "scheduler", folder.resolve().parent / "scheduler"]
     for place in places:
         if (place / SCHEDULER_FILE).is_file():
-            return folder, place / SCHEDULER_FILE
+            return folder, place / SCHEDULER_FILE, vae
     raise UserError(
         f"{path}: has no {SCHEDULER_FILE}, which says how noise was added in training: put the file of the scheduler"
         " that the model was trained with next to config.json"
     )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"{path}: can't be read as a configuration of the diffusers library") from None
-    if type(config) is not dict:
-        raise UserError(f"{path}: is not a configuration of the diffusers library")
-    return config
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a model's folder, in one file or several."""
-    for suffix in ("", ".fp16", ".non_ema"):
-        if (folder / f"{WEIGHTS_NAME}{suffix}.safetensors").is_file():
-            return read_tensors(folder / f"{WEIGHTS_NAME}{suffix}.safetensors")[1]
-    index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
-    if index.is_file():
-        names = _config(index).get("weight_map")
-        files = set(names.values()) if isinstance(names, dict) else set()
-        if not files or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(file)) for file in files):
-            raise UserError(f"{index}: names no .safetensors files")
-        return {name: tensor for file in sorted(files) for name, tensor in read_tensors(folder / file)[1].items()}
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(pattern))
-    if pickled:
-        raise UserError(
-            f"{folder}: its weights are pickled ({pickled[0]}), and opening that could run code: save the model again"
-            " with save_pretrained(folder, safe_serialization=True)"
-        )
-    raise UserError(f"{folder}: has no {WEIGHTS_NAME}.safetensors")
-
-
-def _current_name(name: str) -> str:
-    """The name that the library gives a weight today; attention layers had others before."""
-    *parents, layer, kind = ["", "", *name.split(".")]
-    return name if layer not in FORMER_NAMES else ".".join([*filter(None, parents), FORMER_NAMES[layer], kind])
-
-
-def _licence(path: Path) -> dict[str, str]:
-    """The licence in the head of a model card, README.md, if it tells one."""
-    for place in (path, path.resolve().parent):
-        try:
-            with open(place / "README.md", encoding="utf-8", errors="replace") as file:
-                head = re.match(r"---\n(.*?)\n---", file.read(100_000), re.DOTALL)
-        except OSError:
-            continue
-        found = re.search(r"^license: *([\w.-]{1,80}) *$", head[1], re.MULTILINE) if head else None
-        if found:
-            return {"licence": found[1]}
-    return {}
 
 
 # --- writing a pipeline
@@ -325,12 +244,14 @@ def write(net: Any, path: Path, metadata: dict[str, Any]) -> None:
             " that came from it, and what was distilled from them. Save others as .safetensors"
         )
     if type(net.net).__name__ != "UNet2DModel":
-        raise UserError(f"--to=diffusers: the library has no pipeline of a {type(net.net).__name__} without a VAE")
+        raise UserError(f"--to=diffusers: the library has no pipeline of a {type(net.net).__name__} alone")
+    if "vae" in metadata:
+        raise UserError("--to=diffusers: the library has no pipeline of one step with a VAE; use .safetensors")
     level = metadata.get("init_sigma")
     pipeline = _teacher_pipeline(net) if level is None else _one_step_pipeline(net, level)
     with network_files.new_folder(path) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
-        config = _config(folder / "unet" / CONFIG_FILE)
+        config = read_config(folder / "unet" / CONFIG_FILE)
         text = json.dumps({**config, "_metadata": metadata}, indent=2)
         (folder / "unet" / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

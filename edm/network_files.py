@@ -5,6 +5,7 @@ contains is executed. ONNX is written only.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -231,6 +232,15 @@ def checked(net: M, path: Path) -> M:
         if not low <= number <= high or (type(low) is int and not number.is_integer()):
             raise UserError(f"{path}: its {name} is not a number from {low} to {high}: damaged, or not a network")
     return net
+
+
+def weights_hash(net: torch.nn.Module) -> str:
+    """sha256, in hex, of the names, types, shapes and bytes of a network's state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:

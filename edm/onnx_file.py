@@ -86,6 +86,8 @@ def model_bytes(net: Any, header: dict[str, Any]) -> bytes:
     except ImportError:
         raise UserError(".onnx needs packages that are missing: pip install onnx onnxscript") from None
     init_sigma = header["metadata"].get("init_sigma")
+    if init_sigma is not None and "vae" in header["metadata"]:
+        raise UserError(".onnx: this generator makes latents, and its VAE isn't exported with it; use .safetensors")
     function = _Denoiser(net) if init_sigma is None else _OneStep(net, init_sigma)
     arguments = [torch.zeros([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution])]
     arguments += [torch.ones([EXAMPLES])] * (len(function.inputs) - 1)

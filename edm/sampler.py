@@ -19,10 +19,11 @@ from torch import Tensor
 
 from dnnlib import UserError
 from training.conditions import Classes, check_class
-from training.decoder import PixelDecoder
 from training.denoiser import noise_range
 from training.generator import INIT_SIGMA, Generator, start_levels
 from training.networks import iddpm_sigmas
+
+from .latents import decoder_of
 
 Function = Callable[[Tensor], Tensor]
 
@@ -322,19 +323,20 @@ def generate_images(
     """uint8 batches [n, C, H, W] on the CPU, one image per seed in order. Other arguments are those of `sample`.
 
     steps: how many the Heun or ablation sampler takes; 1 without a sampler means the one-step sampler.
-    Errors: UserError when the network has no such class, or hasn't learnt it, or a seed is out of range;
-    NonFiniteImagesError.
+    Latents are decoded (`edm.latents`).
+    Errors: UserError when the network has no such class, or hasn't learnt it, a seed is out of range, or its VAE can't
+    be had; NonFiniteImagesError.
     """
     if steps is not None:
         sampler = sampler or ("one-step" if steps == 1 else "heun")
         if sampler != "one-step":
             options["num_steps"] = steps
-    seeds = list(seeds)
+    seeds, decoder = list(seeds), decoder_of(net)
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
         images = sample(net, part, sampler, class_idx, **options)
         check_finite(images, part)
-        yield PixelDecoder.to_images(images).cpu()
+        yield decoder.to_images(images).cpu()
 
 
 def generate_all(net: Any, seeds: Iterable[int], **options: Any) -> Tensor:

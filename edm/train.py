@@ -1,5 +1,6 @@
 """Trains an EDM-family diffusion model: python -m edm.train --outdir=runs --data=images.zip --duration=200"""
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +18,22 @@ if TYPE_CHECKING:
     from torch_utils.run_folder import ResumeRules
     from training.augment import AugmentPipe
     from training.dataset import ImageFolderDataset
+    from training.latent_dataset import LatentDataset
     from training.training_loop import TrainingConfig
 
 
 @click.command(cls=LongCommand, sections=SECTIONS, context_settings={"show_default": True})
 def main(**options: Any) -> None:
     """Train a diffusion model (EDM, EDM2, VP or VE) on a folder or zip of images."""
-    import json
-
     from torch_utils import distributed, misc
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment
     from training.conditions import metadata_of
-    from training.dataset import ImageFolderDataset
+    from training.latent_dataset import open_dataset
 
-    dataset = ImageFolderDataset(
-        options["data"], use_labels=options["cond"], xflip=options["xflip"], cache=options["cache"]
-    )
+    dataset = open_dataset(options["data"], options["cond"], options["xflip"], options["cache"])
+    if options["augment"] and dataset.metadata:
+        raise UserError(f"--augment={options['augment']:g}: latents can't be augmented; use --augment=0")
     pipe = augment.AugmentPipe(p=options["augment"], **augment.EDM_MULTIPLIERS) if options["augment"] else None
     network_kwargs = network_arguments(options, dataset, pipe.augment_dim if pipe else 0)
     config = training_config(options)
@@ -55,7 +55,7 @@ def main(**options: Any) -> None:
 
 def train(
     options: dict[str, Any],
-    dataset: "ImageFolderDataset",
+    dataset: "ImageFolderDataset | LatentDataset",
     pipe: "AugmentPipe | None",
     network_kwargs: dict[str, Any],
     config: "TrainingConfig",
@@ -87,6 +87,9 @@ def train(
     resume = None if former is None else former.state
     asked = {**network_kwargs, **vars(config), "images": len(dataset)}
     asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma", "p_mean", "p_std")}
+    if dataset.metadata:  # its pictures are decoded
+        asked["vae"] = json.dumps(dataset.metadata["vae"])
+        vars(net)["metadata"] = dict(dataset.metadata)
     if resume is not None:
         check_resume(resume, net, options, config, asked, device)
         summary["lr_rampup_kimg"] = config.lr_rampup_kimg
@@ -121,7 +124,7 @@ def build_network(precond: str, network_kwargs: dict[str, Any], transfer: str | 
 
 
 def snapshot_writer(
-    run_dir: Path, options: dict[str, Any], dataset: "ImageFolderDataset", config: "TrainingConfig"
+    run_dir: Path, options: dict[str, Any], dataset: "ImageFolderDataset | LatentDataset", config: "TrainingConfig"
 ) -> Callable[["torch.nn.Module", int], None]:
     """A function that saves the average of the weights after a number of images as a snapshot of the run."""
     from edm import zoo
@@ -131,6 +134,7 @@ def snapshot_writer(
     metadata = {"data": dataset.name, **metadata_of(dataset.classes, dataset.label_dim)}
     if options["sigma"] is not None:
         metadata["sigma"] = options["sigma"]
+    metadata |= dataset.metadata
 
     def save_snapshot(ema: "torch.nn.Module", nimg: int) -> None:
         path = checkpoint.snapshot_path(run_dir, nimg, config.batch)

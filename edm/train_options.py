@@ -16,6 +16,7 @@ from . import train_presets
 
 if TYPE_CHECKING:
     from training.dataset import ImageFolderDataset
+    from training.latent_dataset import LatentDataset
     from training.training_loop import TrainingConfig
 
 # The published settings, for 200 Mimg, and the largest share of a shorter run that they may take.
@@ -175,7 +176,9 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
 }
 
 
-def network_arguments(options: dict[str, Any], dataset: "ImageFolderDataset", augment_dim: int) -> dict[str, Any]:
+def network_arguments(
+    options: dict[str, Any], dataset: "ImageFolderDataset | LatentDataset", augment_dim: int
+) -> dict[str, Any]:
     """The network's constructor arguments. Errors: UserError naming the option that doesn't fit the images."""
     arguments = {
         **ARCHITECTURES[options["arch"]],

@@ -10,7 +10,6 @@ python -m edm.zoo convert edm-cifar10-32x32-uncond-vp teacher.safetensors
 
 import copy
 import difflib
-import hashlib
 import inspect
 import json
 import os
@@ -25,12 +24,12 @@ import torch
 from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from dnnlib.util import printable
-from edm import diffusers_models, network_files
+from edm import diffusers_folder, diffusers_models, latents, network_files, transformer_files
 from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.untrusted import edm_pickle
-from training import networks, networks_edm2
+from training import dit, networks, networks_edm2
 from training.conditions import learnt_classes
 from training.denoiser import DenoiserModule, check_denoiser
 from training.generator import start_levels
@@ -41,7 +40,8 @@ NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(networks.EDMPrecond, networks.VPPrecond, networks.VEPrecond, networks.iDDPMPrecond),
-        *(networks.SongUNet, networks.DhariwalUNet, networks_edm2.Precond, diffusers_models.DiffusersDenoiser),
+        *(networks.SongUNet, networks.DhariwalUNet, networks_edm2.Precond),
+        *(diffusers_models.DiffusersDenoiser, dit.DiTDenoiser),
     )
 }
 
@@ -70,8 +70,8 @@ def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
         return path
     known = names_of_kinds(kinds)
     near = difflib.get_close_matches(str(source), known, n=3) or known
-    if kind == "network" and diffusers_models.is_hub_name(source):
-        return diffusers_models.fetch(str(source))
+    if kind == "network" and diffusers_folder.is_hub_name(source):
+        return diffusers_folder.fetch(str(source))
     raise UserError(f"{source}: no such file, and no published {kind} has that name; published: {', '.join(near)}")
 
 
@@ -113,7 +113,8 @@ def is_here(source: str | os.PathLike) -> bool:
 def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> DenoiserModule:
     """A denoiser in eval mode, without gradients, float32, on the CPU. Runs nothing that the file contains.
 
-    source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, or a folder, from `save_network`
+    source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, of a DiT's or SiT's .pt file
+              (`edm.transformer_files`), or a folder, from `save_network`
               or of the diffusers library, which may also be named as on the Hugging Face Hub.
     classes:  further classes that the file may name, {name: class}; for one whose constructor arguments the file
               doesn't record (`save_network`), a function of no arguments that builds the network.
@@ -122,11 +123,17 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
     Errors:   UserError when it can't be had, is damaged, or names an unknown class.
     """
     path = resolve(source)
-    if diffusers_models.is_folder(path):
+    transformer = transformer_files.weights_of(path) if path.suffix in network_files.FOREIGN_SUFFIXES else None
+    if transformer is not None:
+        loaded, metadata = transformer_files.read(path, transformer)
+    elif diffusers_models.is_folder(path):
         loaded, metadata = diffusers_models.read(path)
     else:
         loaded, metadata = network_files.read(path, {**NETWORK_CLASSES, **(classes or {})})
     net = cast(DenoiserModule, loaded.float().eval().requires_grad_(False))
+    metadata = latents.found_nearby(metadata, path)
+    if "vae" in metadata and diffusers_folder.is_hub_name(source) and not user_path(source).exists():
+        metadata["vae"]["source"] = str(source)  # where it is found on other machines, too
     net.metadata = {**_published_metadata(str(source)), **metadata}
     try:
         learnt_classes(net)
@@ -192,11 +199,7 @@ def clone_network(net: Network, **overrides: Any) -> Network:
 
 def network_hash(net: torch.nn.Module) -> str:
     """sha256, in hex, of the names, types, shapes and bytes of a network's state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return network_files.weights_hash(net)
 
 
 # --- published files

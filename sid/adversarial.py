@@ -15,8 +15,9 @@ from torch.nn.functional import softplus
 from dnnlib import UserError
 from training.conditions import Classes
 from training.dataset import ImageFolderDataset
-from training.decoder import PixelDecoder
+from training.decoder import clean_samples
 from training.denoiser import known_sigma, sigma_data
+from training.latent_dataset import LatentDataset
 
 from .config import DistillationConfig
 from .guidance import guided
@@ -69,19 +70,19 @@ def logits_of(net: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 class RealImages:
     """Draws real images at random from torch's default generator, so that `misc.seed_at` determines them.
 
-    dataset:    square images; with labels if `label_dim` isn't 0
+    dataset:    square images, or latents; with labels if `label_dim` isn't 0
     label_dim:  number of classes of the networks; classes that the data set lacks get columns of zeros
     Errors: DatasetError, also from `draw`, when a file can't be read.
     """
 
-    def __init__(self, dataset: ImageFolderDataset, label_dim: int, device: torch.device):
+    def __init__(self, dataset: ImageFolderDataset | LatentDataset, label_dim: int, device: torch.device):
         self._dataset, self._label_dim, self._device = dataset, label_dim, device
 
     def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(images [n, C, H, W] float32 in [-1, 1], one-hot labels [n, label_dim] or None), with replacement."""
+        """(images or latents, float32 [n, C, H, W], one-hot labels [n, label_dim] or None), with replacement."""
         indices = torch.randint(len(self._dataset), [n]).tolist()
         images, labels = zip(*(self._dataset[index] for index in indices))
-        x = PixelDecoder.from_images(self._on_device(images))
+        x = clean_samples(self._on_device(images))
         if not self._label_dim:
             return x, None
         labels = self._on_device(labels)

@@ -101,8 +101,8 @@ def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
     return call
 
 
-def check_guidance(guidance: Guidance | None, teacher: Any, guide: Any = None) -> list[str]:
-    """Warnings about guidance that may do nothing, or not what it should.
+def check_guidance(guidance: Guidance | None, teacher: Any, guide: Any = None) -> str | None:
+    """A warning about guidance that may do nothing, or not what it should; None if there is no reason for one.
 
     guide: the network of --guide, if there is one.
     Errors: UserError when the teacher can't be guided so.
@@ -115,7 +115,7 @@ def check_guidance(guidance: Guidance | None, teacher: Any, guide: Any = None) -
         warnings.append(check_class_guidance(teacher, f"--guidance={guidance}", "the teacher"))
     if guide is not None:
         warnings.append(check_guide(guide, teacher))
-    return [warning for warning in warnings if warning]
+    return "; ".join(filter(None, warnings)) or None
 
 
 def check_weight(guidance: Guidance | None, with_guide: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from edm import published, zoo
+from edm import latents, published, zoo
 from edm.diffusers_models import DiffusersDenoiser
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
@@ -19,6 +19,7 @@ from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
 from training.denoiser import DenoiserModule, noise_range
 from training.guidance import check_guide
+from training.latent_dataset import LatentDataset, open_dataset
 from training.networks_edm2 import Precond
 
 from .config import DistillationConfig
@@ -38,7 +39,7 @@ class Inputs:
 
     teacher: DenoiserModule  # phi
     start: DenoiserModule | None  # whose weights theta starts from
-    dataset: ImageFolderDataset | None  # real images
+    dataset: ImageFolderDataset | LatentDataset | None  # real images
     evaluator: Evaluator | None  # computes the metrics
     hashes: WeightHashes  # of the weights of the networks
     guide: DenoiserModule | None = None  # a weaker network that guides the teacher
@@ -175,19 +176,25 @@ def fitting_start(start: DenoiserModule, name: str, teacher: DenoiserModule) -> 
 
 def load_dataset(
     path: str, teacher: DenoiserModule, config: DistillationConfig, options: dict[str, Any]
-) -> ImageFolderDataset:
-    """Real images for the picture, metrics and --gan, with class labels only for --gan.
+) -> ImageFolderDataset | LatentDataset:
+    """Real images for the picture and metrics, and for --gan, which learns from what the teacher makes: images with
+    their class labels, or latents.
 
     Errors: UserError when they don't fit the teacher.
     """
     use_labels = config.gan and bool(teacher.label_dim)
-    dataset = ImageFolderDataset(
-        path, use_labels=use_labels, xflip=options["xflip"], cache=config.gan and options["cache"]
-    )
-    if (dataset.resolution, dataset.num_channels) != (teacher.img_resolution, teacher.img_channels):
+    dataset = open_dataset(path, use_labels, options["xflip"], config.gan and options["cache"])
+    if config.gan:
+        latents.check_same_vae(teacher, dataset.metadata.get("vae"), path)
+        channels, resolution = teacher.img_channels, teacher.img_resolution
+    elif dataset.metadata:
+        raise UserError(f"--data={path}: only --gan learns from latents; give the images themselves")
+    else:
+        channels, resolution = latents.image_shape(teacher)
+    if (dataset.resolution, dataset.num_channels) != (resolution, channels):
         raise UserError(
             f"--data={path}: {dataset.num_channels} x {dataset.resolution} x {dataset.resolution} images, but the"
-            f" teacher makes {teacher.img_channels} x {teacher.img_resolution} x {teacher.img_resolution}"
+            f" teacher makes {channels} x {resolution} x {resolution}"
         )
     if dataset.label_dim > teacher.label_dim:
         raise UserError(
@@ -203,9 +210,10 @@ def load_dataset(
     return dataset
 
 
-def first_images(dataset: ImageFolderDataset) -> torch.Tensor:
-    """The first images of the data set, for the picture, uint8 [N, C, H, W]."""
-    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(GRID_COLUMNS * GRID_ROWS, len(dataset)))])
+def first_images(dataset: ImageFolderDataset | LatentDataset, teacher: DenoiserModule) -> torch.Tensor:
+    """The first images of the data set, for the picture, uint8 [N, C, H, W]; latents are decoded."""
+    items = torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(GRID_COLUMNS * GRID_ROWS, len(dataset)))])
+    return items if items.dtype == torch.uint8 else latents.decoder_of(teacher).to_images(items[:, 0])
 
 
 def published_reference(teacher: str) -> str | None:

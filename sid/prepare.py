@@ -40,7 +40,8 @@ def prepare(
     """
     config = resolve(config, teacher, device)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    for warning in check_guidance(config.guidance, teacher, guide):
+    warning = check_guidance(config.guidance, teacher, guide)
+    if warning:
         distributed.print0(f"Warning: {warning}")
     if isinstance(resume, SavedState):
         hashes = resume.hashes

@@ -138,7 +138,7 @@ def run(
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
                 if guide is not None:
                     zoo.save_network(guide, run_dir / GUIDE_FILE, **getattr(guide, "metadata", {}))
-            picture = first_images(inputs.dataset) if inputs.dataset is not None else None
+            picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
             training_begins.set()
             if plan.trials is not None:
                 del distillation  # each trial has its own

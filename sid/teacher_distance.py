@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from edm.latents import decoder_of
 from edm.metrics.energy import energy_distance, energy_distance_of_vectors
 from edm.sampler import generate_all
-from training.decoder import PixelDecoder
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
 NUM_IMAGES = 256
@@ -68,12 +68,12 @@ class TeacherDistance:
     @torch.no_grad()
     def _correct(self, images: torch.Tensor) -> torch.Tensor:
         """What the teacher changes in noisy images, float32 [N, C * H * W] on the CPU. images: uint8 [N, C, H, W]."""
-        teacher = self._teacher.to(self._device)
+        teacher, decoder = self._teacher.to(self._device), decoder_of(self._teacher)
         generator = torch.Generator().manual_seed(FIRST_SEED)
         sigma = known_sigma(teacher, torch.tensor(DETAIL_LEVEL * sigma_data(teacher))).item()
         corrections = []
         for part in images.split(BATCH):
-            clean = PixelDecoder.from_images(part)
+            clean = decoder.from_images(part)
             noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
             labels = torch.zeros([len(part), teacher.label_dim], device=self._device) if teacher.label_dim else None
             levels = torch.full([len(part), 1, 1, 1], sigma, device=self._device)

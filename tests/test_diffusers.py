@@ -224,14 +224,14 @@ WRONG = {  # what is done to the folder: what the message says
     ),
     "another width": (lambda f: edit(f / "unet/config.json", block_out_channels=[8, 16]), "weights don't fit"),
     "too large": (lambda f: edit(f / "unet/config.json", block_out_channels=[1 << 20, 8]), "far more"),
-    "latents": (lambda f: edit(f / "unet/config.json", in_channels=4, out_channels=4), "takes 4 channels"),
+    "latents": (lambda f: edit(f / "unet/config.json", in_channels=4, out_channels=3), "takes 4 channels"),
     "no size": (lambda f: edit(f / "unet/config.json", sample_size=None), "sample_size is None"),
     "Fourier times": (lambda f: edit(f / "unet/config.json", time_embedding_type="fourier"), "'fourier'"),
     "classes as times": (
         lambda f: edit(f / "unet/config.json", class_embed_type="timestep"),
         "embedded as 'timestep'",
     ),
-    "a VAE": (lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKL"]), "latents for a VAE"),
+    "a VAE": (lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKL"]), "names a VAE"),
     "own code": (lambda f: edit(f / "model_index.json", unet=None), "names no model"),
     "another scheduler": (
         lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="CMStochasticIterativeScheduler"),

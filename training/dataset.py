@@ -2,7 +2,10 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,9 +95,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     xflip: append a mirrored copy of every image, which doubles the length.
     cache: keep the decoded images in memory if they take at most MAX_CACHE_BYTES; workers share them.
     option: the command-line option that errors name.
-    label_dim is the largest class plus one; `classes` says which of them have images.
+    label_dim is the largest class plus one; `classes` says which of them have images. metadata: of networks trained on
+    them; nothing here (`training.latent_dataset`).
     Errors: DatasetError (one line naming `option`), also from items, for all that can be wrong with the files.
     """
+
+    metadata: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from torch_utils.updates import (
 )
 from torch_utils.watchdog import check_equal_weights
 
-from .decoder import PixelDecoder
+from .decoder import clean_samples
 from .networks_edm2 import normalize_weights
 
 # What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
@@ -96,10 +96,10 @@ class Training:
         """One update on `batch` images, and its share in the moving average."""
         config = self.config
         for r in range(self._rounds):
-            images, labels = next(batches)
+            items, labels = next(batches)
             place = self.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
             misc.seed_at(config.seed, place)
-            value = self._loss(self.net, images, labels, self._augment_pipe)
+            value = self._loss(self.net, clean_samples(items), labels, self._augment_pipe)
             self.collector.report("Loss/loss", value)
             (value.sum() * (config.loss_scaling / config.batch)).backward()
         kimg = config.total_kimg, config.lr_rampup_kimg, config.lr_constant_kimg
@@ -141,7 +141,7 @@ def training_loop(
 ) -> torch.nn.Module:
     """Trains to the end and returns the moving average of the weights.
 
-    dataset: items are (uint8 image [C, H, W], float32 label [label_dim]).
+    dataset: items are (uint8 image [C, H, W] or latent [2, C, H, W], float32 label [label_dim]); `clean_samples`.
     save_snapshot: called on process 0 as save_snapshot(ema, nimg) every `snapshot_ticks` ticks and at the end.
     report_snapshot: called after it in the same way, but on every process.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
@@ -292,7 +292,7 @@ def freeze_augment_mapping(net: torch.nn.Module) -> None:
 def _endless_batches(
     dataset: torch.utils.data.Dataset, training: Training
 ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-    """(images [batch_gpu, C, H, W] float32 in [-1, 1], labels [batch_gpu, label_dim]) on the device, for ever."""
+    """(items of `clean_samples` [batch_gpu, ...], labels [batch_gpu, label_dim]) on the device, for ever."""
     config, device = training.config, training.device
     sampler = misc.InfiniteSampler(
         len(cast(Sized, dataset)), distributed.rank(), distributed.world_size(), seed=config.seed, start=training.nimg
@@ -306,5 +306,5 @@ def _endless_batches(
         persistent_workers=config.workers > 0,
         worker_init_fn=ignore_signals,
     )
-    for images, labels in loader:
-        yield PixelDecoder.from_images(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+    for items, labels in loader:
+        yield items.to(device, non_blocking=True), labels.to(device, non_blocking=True)

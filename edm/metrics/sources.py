@@ -86,9 +86,11 @@ class NetworkSource(ImageSource):
         sha256: str | None = None,
         **sampler_options: Any,
     ):
+        from edm.latents import image_shape
+
         self._net, self._seed, self._name, self._sha256 = net, seed, name, sha256
         self._options = {"class_idx": class_idx, "steps": steps, **sampler_options}
-        self.channels, self.resolution = net.img_channels, net.img_resolution
+        self.channels, self.resolution = image_shape(net)
 
     def batches(self, num, batch, rank=0, processes=1):
         images = self._generate(num, batch, rank, processes)

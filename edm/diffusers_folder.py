@@ -1,0 +1,113 @@
+"""Folders in the layout of the diffusers library: configurations, weights, names on the Hugging Face Hub.
+
+Weights are read from safetensors only, and no code that a folder may hold is run.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from torch_utils import persistence
+from torch_utils.untrusted.bounds import read_json
+
+from . import network_files
+from .network_files import read_tensors
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 16 << 20, 100_000
+INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention layers
+
+
+def library() -> Any:
+    """The diffusers library. Errors: UserError when it isn't installed."""
+    try:
+        import diffusers  # pyright: ignore[reportMissingImports]  an optional package
+    except ImportError:
+        raise UserError(f"a network of the diffusers library needs it installed: {INSTALL}") from None
+    return diffusers
+
+
+def is_hub_name(source: str | os.PathLike) -> bool:
+    """Whether `source` could be the name of a repository on the Hub, owner/name."""
+    return HUB_NAME.fullmatch(str(source)) is not None and Path(source).suffix not in network_files.WRITTEN
+
+
+def fetch(name: str) -> Path:
+    """The local folder of a model on the Hub: downloaded if need be, or as it lies in the library's cache.
+
+    Errors: UserError when it can't be had.
+    """
+    library()
+    import huggingface_hub as hub  # pyright: ignore[reportMissingImports]  comes with diffusers
+
+    files = ["*.json", "*.safetensors", "README.md"]
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=[*files, *(f"*/{file}" for file in files)]))
+    except Exception as error:  # of many kinds: offline, absent, gated, no space
+        reason = persistence.one_line(error, 200)
+        raise UserError(
+            f"{name}: no such file or folder here, and the Hugging Face Hub doesn't give it ({type(error).__name__}:"
+            f" {reason}); check the name; without internet, name a folder, or fill the library's cache (HF_HOME)"
+        ) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{path}: can't be read as a configuration of the diffusers library") from None
+    if type(config) is not dict:
+        raise UserError(f"{path}: is not a configuration of the diffusers library")
+    return config
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's folder, in one file or several, under the names that the library gives them today."""
+    for suffix in ("", ".fp16", ".non_ema"):
+        if (folder / f"{WEIGHTS_NAME}{suffix}.safetensors").is_file():
+            return _renamed(read_tensors(folder / f"{WEIGHTS_NAME}{suffix}.safetensors")[1])
+    index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
+    if index.is_file():
+        names = read_config(index).get("weight_map")
+        files = set(names.values()) if isinstance(names, dict) else set()
+        if not files or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(file)) for file in files):
+            raise UserError(f"{index}: names no .safetensors files")
+        parts = [read_tensors(folder / file)[1] for file in sorted(files)]
+        return _renamed({name: tensor for part in parts for name, tensor in part.items()})
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(pattern))
+    if pickled:
+        raise UserError(
+            f"{folder}: its weights are pickled ({pickled[0]}), and opening that could run code: save the model again"
+            " with save_pretrained(folder, safe_serialization=True)"
+        )
+    raise UserError(f"{folder}: has no {WEIGHTS_NAME}.safetensors")
+
+
+def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {_current_name(name): tensor for name, tensor in state.items()}
+
+
+def _current_name(name: str) -> str:
+    """The name that the library gives a weight today; attention layers had others before."""
+    *parents, layer, kind = ["", "", *name.split(".")]
+    return name if layer not in FORMER_NAMES else ".".join([*filter(None, parents), FORMER_NAMES[layer], kind])
+
+
+def licence(path: Path) -> dict[str, str]:
+    """The licence in the head of a model card, README.md, if it tells one."""
+    for place in (path, path.resolve().parent):
+        try:
+            with open(place / "README.md", encoding="utf-8", errors="replace") as file:
+                head = re.match(r"---\n(.*?)\n---", file.read(100_000), re.DOTALL)
+        except OSError:
+            continue
+        found = re.search(r"^license: *([\w.-]{1,80}) *$", head[1], re.MULTILINE) if head else None
+        if found:
+            return {"licence": found[1]}
+    return {}

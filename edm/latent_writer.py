@@ -1,0 +1,106 @@
+"""Writes a data set of latents, `training.latent_dataset`: what a VAE makes of images."""
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dnnlib import UserError, write_atomically
+from training.decoder import DECODED_AT_ONCE, LatentDecoder
+from training.latent_dataset import RECORD, SUFFIX
+
+from .latents import load_vae, record_of, reduction
+
+STD = 0.5  # of standardised latents: EDM's sigma_data
+HEADER_BYTES = 1 << 16  # reserved at the beginning of the file, since the scale is only known at its end
+
+
+def write_latents(
+    images: Iterator[Image.Image],
+    count: int,
+    labels: Sequence[int] | None,
+    vae_source: str,
+    dest: Path,
+    keep_scale: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[int, int, float]:
+    """Encodes images, all square and of one size, and gives (channels, resolution, scale of the first channel).
+
+    keep_scale: whether networks are to see latents as the VAE's configuration scales them; otherwise each channel is
+    brought to mean 0 and standard deviation STD, as `edm.train` expects its data.
+    Errors: UserError when the VAE doesn't fit the images, or the file can't be written.
+    """
+    record = record_of(vae_source)
+    vae, _, _ = load_vae(vae_source)
+    decoder = LatentDecoder(vae.to(device), 1.0)
+    mode = "L" if vae.config.in_channels == 1 else "RGB"
+    channels = vae.config.latent_channels
+    total, squares, shape = torch.zeros(channels).double(), torch.zeros(channels).double(), None
+    try:
+        with write_atomically(dest) as file:
+            file.seek(HEADER_BYTES)
+            for batch in _batches(images, count):
+                latents = decoder.encode(_pixels(batch, mode, reduction(vae)).to(device)).cpu()
+                if not latents.isfinite().all():
+                    raise UserError(f"--vae={vae_source}: its latents of some images are NaN or infinite")
+                mean, std = latents.double().unbind(dim=1)
+                total += mean.sum(dim=[0, 2, 3])
+                squares += (mean**2 + std**2).sum(dim=[0, 2, 3])
+                shape = list(latents.shape[1:])  # [2, C, h, h]
+                file.write(np.ascontiguousarray(latents.numpy(), "<f4").tobytes())
+            assert shape is not None
+            pixels = count * shape[2] * shape[3]
+            mean, std = total / pixels, (squares / pixels - (total / pixels) ** 2).sqrt()
+            if not keep_scale:
+                record |= {"shift": mean.tolist(), "scale": (STD / std.clamp(min=1e-6)).tolist()}
+            if labels is not None:
+                file.write(np.asarray(labels, "<i8").tobytes())
+            file.seek(0)
+            file.write(_header([count, *shape], labels is not None, record))
+    except OSError as error:
+        raise UserError(f"--dest={dest} can't be written: {error.strerror or error}") from None
+    scale = record["scale"]
+    return shape[1], shape[2], scale[0] if isinstance(scale, list) else scale
+
+
+def check_dest(dest: Path) -> None:
+    """Errors: UserError unless `dest` may become a data set of latents."""
+    if dest.suffix != SUFFIX:
+        raise UserError(f"--dest={dest}: latents are one file; give it a name that ends in {SUFFIX}")
+
+
+def _batches(images: Iterator[Image.Image], count: int) -> Iterator[list[Image.Image]]:
+    batch = []
+    for image in tqdm(images, total=count, unit="img", disable=None):
+        batch.append(image)
+        if len(batch) == DECODED_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _pixels(images: list[Image.Image], mode: str, factor: int) -> torch.Tensor:
+    """uint8 [N, C, H, W]. Errors: UserError when the VAE can't take the size."""
+    width = images[0].width
+    if width % factor:
+        raise UserError(f"--vae: makes latents of {factor} pixels each, but the images are {width} wide; --resolution")
+    pixels = np.stack([np.asarray(image.convert(mode)) for image in images])
+    return torch.from_numpy(pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2).copy())
+
+
+def _header(shape: list[int], with_labels: bool, record: dict[str, Any]) -> bytes:
+    """The beginning of a .safetensors file, HEADER_BYTES long."""
+    end = 4 * int(np.prod(shape, dtype=np.int64))
+    header: dict[str, Any] = {"__metadata__": {RECORD: json.dumps(record)}}
+    header["latents"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+    if with_labels:
+        header["labels"] = {"dtype": "I64", "shape": shape[:1], "data_offsets": [end, end + 8 * shape[0]]}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", HEADER_BYTES - 8) + text.ljust(HEADER_BYTES - 8)

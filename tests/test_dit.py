@@ -1,0 +1,163 @@
+"""DiT and SiT against the diffusers library's transformer with the same weights, and their published files."""
+
+import re
+
+import pytest
+import torch
+from tiny import CPU, tiny_config
+
+from dnnlib import UserError
+from edm import zoo
+from edm.inspection import prediction
+from edm.sampler import generate_all
+from sid.guidance import Guidance, check_guidance
+from sid.prepare import prepare
+from training.dit import DiTDenoiser, Transformer
+from training.parameterisations import DiscreteTimes, ddpm_sigmas
+
+CLASSES, WIDTH = 3, 64
+
+
+def denoiser(kind="dit", **changes):
+    torch.manual_seed(0)
+    arguments = {"img_resolution": 8, "img_channels": 1, "label_dim": CLASSES, "width": WIDTH, "depth": 2}
+    net = DiTDenoiser(kind, **{**arguments, "num_heads": 1, "out_channels": 2, **changes})
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    net.net.pos_embed.normal_()
+    return net.eval().requires_grad_(False)
+
+
+def of_library(net):
+    """The library's network with the same weights; its own frequencies of times end one step earlier."""
+    diffusers = pytest.importorskip("diffusers")
+    config = {"sample_size": 8, "in_channels": 1, "out_channels": 2, "num_layers": 2, "num_embeds_ada_norm": CLASSES}
+    other = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=32, norm_num_groups=1, **config)
+    state, own = {}, net.net.state_dict()
+    state |= {f"pos_embed.proj.{n}": own[f"x_embedder.proj.{n}"] for n in ("weight", "bias")}
+    other.pos_embed.pos_embed = own["pos_embed"]
+    for name, value in own.items():
+        if found := re.match(r"blocks\.(\d+)\.(.*)", name):
+            block, part = f"transformer_blocks.{found[1]}", found[2]
+            if part.startswith("attn.qkv"):
+                for letter, piece in zip("qkv", value.chunk(3)):
+                    state[f"{block}.attn1.to_{letter}{part.removeprefix('attn.qkv')}"] = piece
+            for old, new in (
+                ("attn.proj", "attn1.to_out.0"),
+                ("mlp.fc1", "ff.net.0.proj"),
+                ("mlp.fc2", "ff.net.2"),
+                ("adaLN_modulation.1", "norm1.linear"),
+            ):
+                if part.startswith(old):
+                    state[f"{block}.{part.replace(old, new)}"] = value
+    for i in range(2):
+        embedding = f"transformer_blocks.{i}.norm1.emb"
+        for n in ("weight", "bias"):
+            state[f"{embedding}.timestep_embedder.linear_1.{n}"] = own[f"t_embedder.mlp.0.{n}"]
+            state[f"{embedding}.timestep_embedder.linear_2.{n}"] = own[f"t_embedder.mlp.2.{n}"]
+        state[f"{embedding}.class_embedder.embedding_table.weight"] = own["y_embedder.embedding_table.weight"]
+        other.transformer_blocks[i].norm1.emb.time_proj.downscale_freq_shift = 0
+    for n in ("weight", "bias"):
+        state[f"proj_out_1.{n}"] = own[f"final_layer.adaLN_modulation.1.{n}"]
+        state[f"proj_out_2.{n}"] = own[f"final_layer.linear.{n}"]
+    other.load_state_dict(state)
+    return other.eval()
+
+
+def test_the_network_is_the_librarys():
+    net = denoiser(num_heads=2)
+    x, t, index = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 10.5, 500.0, 999.0]), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        expected = of_library(net)(x, timestep=t, class_labels=index).sample
+    torch.testing.assert_close(net.net(x, t, index), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dit_predicts_noise_and_sit_a_velocity_whose_time_runs_the_other_way():
+    x, sigma, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1, 10]).reshape(-1, 1, 1, 1), torch.eye(3)
+    dit, sit = denoiser(), denoiser("sit")
+    times = DiscreteTimes(ddpm_sigmas("linear"))
+    answer = dit.net(x / (1 + sigma**2).sqrt(), times.time(sigma.flatten()), torch.arange(3))[:, :1]
+    torch.testing.assert_close(dit(x, sigma, labels), x - sigma * answer)
+    t = 1 / (1 + sigma)  # the share of the image
+    velocity = sit.net(t * x, t.flatten(), torch.arange(3))[:, :1]
+    torch.testing.assert_close(sit(x, sigma, labels), t * x + (1 - t) * velocity)
+    assert "times 1 to 0" in prediction(sit)
+
+
+def test_no_class_is_the_one_after_the_last():
+    net, x, sigma = denoiser(), torch.randn(2, 1, 8, 8), torch.ones(2, 1, 1, 1)
+    null = net(x, sigma, torch.zeros(2, 3))
+    assert torch.equal(null, net(x, sigma))
+    answer = net.net(x / 2**0.5, net.times.time(sigma.flatten()), torch.tensor([3, 3]))[:, :1]
+    torch.testing.assert_close(null, x - answer)
+    assert check_guidance(Guidance(teacher=2), net) is None
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return denoiser(width=128, num_heads=2).net.state_dict()
+
+
+@pytest.mark.parametrize("name", ["DiT-XL-2-256x256.pt", "SiT-B-2.pt", "sit/checkpoints/0001.pt"])
+def test_a_published_file_is_a_teacher(weights, tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    training = {"model": {}, "ema": {f"module.{key}": value for key, value in weights.items()}, "opt": {}}
+    torch.save(training if "checkpoints" in name else weights, path)
+    net = zoo.load_denoiser(path)
+    assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 1, 3)
+    assert net.times.is_flow == ("sit" in name.lower())
+    assert all(torch.equal(value, weights[key]) for key, value in net.net.state_dict().items())
+    zoo.save_network(net, tmp_path / "copy.safetensors")
+    copied = zoo.load_network(tmp_path / "copy.safetensors")
+    assert torch.equal(generate_all(copied, [0, 1], steps=2), generate_all(net, [0, 1], steps=2))
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_distilling_with_guidance_and_recomputed_activations(kind):
+    images = []
+    for checkpoint in (False, True):
+        options = {"checkpoint": checkpoint, "guidance": "long=2", "augment": 0, "sigma_schedule": "lognormal"}
+        distillation = prepare(denoiser(kind), tiny_config(**options), CPU)
+        distillation.iteration()
+        images.append(generate_all(distillation.state.ema, [0, 1]))
+    assert (images[0].int() - images[1].int()).abs().max() <= 1
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("teacher.pt", {}, "DiT or SiT"),
+        ("dit.pt", {"pos_embed": None}, "not the weights of a DiT"),
+        ("dit.pt", {"x_embedder.proj.weight": torch.zeros(128, 4, 2, 2)}, "4 channels are latents"),
+        ("dit.pt", {"blocks.1.attn.proj.bias": torch.zeros(7)}, "weights don't fit"),
+        ("dit.pt", {"t_embedder.mlp.0.bias": torch.full([128], float("nan"))}, "NaN"),
+        ("dit.pt", {"x_embedder.proj.weight": torch.zeros(100, 1, 2, 2)}, "attention heads"),
+        ("dit.pt", {"code": Code()}, "not weights alone"),
+        ("dit.pt", "text", "not weights alone"),
+    ],
+)
+def test_files_that_are_refused(weights, tmp_path, capsys, name, change, words):
+    path = tmp_path / name
+    if change == "text":
+        path.write_text("nothing")
+    else:
+        torch.save({key: value for key, value in {**weights, **change}.items() if value is not None}, path)
+    with pytest.raises(UserError, match=words) as error:
+        zoo.load_denoiser(path)
+    assert "\n" not in error.value.message
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_the_names_are_the_published_ones(weights):
+    published = {"x_embedder.proj.weight", "t_embedder.mlp.2.bias", "y_embedder.embedding_table.weight", "pos_embed"}
+    published |= {"blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias", "blocks.1.mlp.fc2.bias"}
+    assert published <= set(weights)
+    sizes = Transformer(32, 4, 8, 1000, 1152, 1, 16).state_dict()
+    assert tuple(sizes["pos_embed"].shape) == (1, 256, 1152)
+    assert tuple(sizes["final_layer.linear.weight"].shape) == (32, 1152)

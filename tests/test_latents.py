@@ -1,0 +1,345 @@
+"""Latents of a VAE: data sets, teachers, generators and their pictures, with toy networks of the diffusers library."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import CPU, tiny_config
+
+from dnnlib import UserError
+from edm import dataset_tool, generate, latents, zoo
+from edm import train as edm_train
+from edm.sampler import generate_all, sample
+from sid.generator import OneStepGenerator
+from sid.inputs import load_dataset
+from sid.prepare import prepare
+from sid.run import distil
+from sid.teacher_distance import TeacherDistance
+from training.decoder import LatentDecoder, PixelDecoder, clean_samples
+from training.latent_dataset import LatentDataset
+
+diffusers = pytest.importorskip("diffusers")
+diffusers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+
+VAE = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [4, 4],
+    "latent_channels": 2,
+    "norm_num_groups": 2,
+    "sample_size": 16,
+    "scaling_factor": 0.7,
+    "shift_factor": 0.1,
+}
+DIT = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "num_embeds_ada_norm": 3,
+    "norm_num_groups": 2,
+}
+
+
+def randomised(net, scale=0.3):
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data += scale * torch.randn_like(parameter)
+    return net.eval().requires_grad_(False)
+
+
+def toy_vae(**changes):
+    torch.manual_seed(1)
+    return randomised(diffusers.AutoencoderKL.from_config({**VAE, **changes}), 0.05)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "toy"
+    toy_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A DiT of latents as the library saves it; it isn't changed."""
+    folder = tmp_path_factory.mktemp("pipelines") / "dit"
+    model = randomised(diffusers.DiTTransformer2DModel.from_config(DIT))
+    diffusers.DiTPipeline(model, toy_vae(), diffusers.DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twelve gray images of three classes."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, [16, 16], dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[f"{i:02d}.png", i % 3] for i in range(12)]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, images, vae):
+    path = tmp_path_factory.mktemp("encoded") / "latents.safetensors"
+    dataset_tool.convert(images, path, vae=str(vae))
+    return path
+
+
+def pixels(folder):
+    return torch.stack([torch.from_numpy(np.array(Image.open(path)))[None] for path in sorted(folder.glob("*.png"))])
+
+
+def test_decoding_and_encoding_are_the_librarys(vae):
+    net = diffusers.AutoencoderKL.from_pretrained(vae)
+    z, x = torch.randn(10, 2, 8, 8), torch.randint(256, [10, 1, 16, 16], dtype=torch.uint8)
+    decoder = LatentDecoder(toy_vae(), 0.7, 0.1)
+    with torch.no_grad():
+        expected = PixelDecoder.to_images(net.decode(z / 0.7 + 0.1).sample)
+        distribution = net.encode(PixelDecoder.from_images(x)).latent_dist
+    assert (decoder.to_images(z).int() - expected.int()).abs().max() <= 1
+    found = decoder.encode(x)
+    torch.testing.assert_close(found[:, 0], (distribution.mean - 0.1) * 0.7)
+    torch.testing.assert_close(found[:, 1], distribution.std * 0.7)
+    assert torch.equal(decoder.from_images(x), found[:, 0])
+    per_channel = LatentDecoder(toy_vae(), [0.7, -2.0], [0.1, 0.3])
+    torch.testing.assert_close(per_channel.encode(x)[:, 0, 1], (distribution.mean[:, 1] - 0.3) * -2)
+    assert (per_channel.encode(x)[:, 1] > 0).all()
+
+
+def test_decoding_is_in_float32_and_refuses_what_overflows():
+    decoder = LatentDecoder(toy_vae(), 0.7)
+    z = torch.randn(2, 2, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decoder.to_images(z), LatentDecoder(toy_vae(), 0.7).to_images(z))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        LatentDecoder(toy_vae(), 1e-38).to_images(z)
+
+
+def test_a_latent_is_drawn_with_its_mean_and_deviation():
+    items = torch.stack([torch.full([2, 50, 50], 3.0), torch.full([2, 50, 50], 0.5)])[None]
+    torch.manual_seed(0)
+    drawn = clean_samples(items)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, 3 + 0.5 * torch.randn(1, 2, 50, 50))
+
+
+def test_a_data_set_of_latents(encoded, images, vae):
+    """Means and deviations are the VAE's; over the data, each channel has mean 0 and standard deviation 0.5."""
+    dataset = LatentDataset(encoded, use_labels=True)
+    assert (len(dataset), dataset.num_channels, dataset.resolution, dataset.label_dim) == (12, 2, 8, 3)
+    assert (dataset.classes, dataset.get_label(4).tolist()) == ([0, 1, 2], [0, 1, 0])
+    items = torch.stack([torch.from_numpy(dataset[i][0]) for i in range(12)])
+    assert items.mean(dim=(0, 3, 4))[0].tolist() == pytest.approx([0, 0], abs=1e-5)
+    variance = items[:, 0].square().mean(dim=(0, 2, 3)) + items[:, 1].square().mean(dim=(0, 2, 3))
+    assert variance.tolist() == pytest.approx([0.25, 0.25], rel=1e-4)
+    record = dataset.metadata["vae"]
+    expected = LatentDecoder(toy_vae(), record["scale"], record["shift"]).encode(pixels(images))
+    torch.testing.assert_close(items, expected)
+    assert set(load_file(encoded)) == {"latents", "labels"}  # other programs can read it
+
+
+def test_a_data_set_with_the_vaes_own_scale(images, vae, tmp_path):
+    command = ["--source", images, "--dest", tmp_path / "x.safetensors", "--vae", vae, "--vae-scale"]
+    result = CliRunner().invoke(dataset_tool.main, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    assert "12 images, 16x16, gray, 3 classes, as latents of 2 x 8 x 8 (scale 0.7)" in result.output
+    record = LatentDataset(tmp_path / "x.safetensors").metadata["vae"]
+    assert (record["scale"], record["shift"], record["channels"]) == (0.7, 0.1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dest=x.zip"], "ends in .safetensors"),
+        (["--resolution=15x15"], "2 pixels each, but the images are 15 wide"),
+        (["--vae=nothing"], "nothing"),
+    ],
+)
+def test_what_the_tool_refuses(images, vae, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    command = [f"--source={images}", "--dest=x.safetensors", f"--vae={vae}", *options]
+    result = CliRunner().invoke(dataset_tool.main, command)
+    assert result.exit_code != 0
+    assert words in str(result.exception) + result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_of_latents_is_a_teacher(pipeline):
+    net = zoo.load_denoiser(pipeline)
+    assert (net.img_channels, net.img_resolution, net.label_dim, net.sigma_data) == (2, 8, 3, 1.0)
+    record = net.metadata["vae"]
+    assert (record["scale"], record["shift"]) == (0.7, 0.1)
+    assert latents.image_shape(net) == (1, 16)
+    found = generate_all(net, range(3), steps=2)
+    assert found.shape == (3, 1, 16, 16)
+    z = sample(net, range(3), "heun", num_steps=2).float()
+    assert torch.equal(found, LatentDecoder(toy_vae(), 0.7, 0.1).to_images(z))
+
+
+def test_distilling_a_pipeline_of_latents(pipeline, images, tmp_path, monkeypatch):
+    """Training never decodes; snapshots make pictures by themselves, and also where the VAE lies next to them."""
+    teacher = zoo.load_denoiser(pipeline)
+    calls = []
+    decode = LatentDecoder.to_images
+    monkeypatch.setattr(LatentDecoder, "to_images", lambda self, x: calls.append(len(x)) or decode(self, x))
+    distillation = prepare(teacher, tiny_config(augment=0), CPU)
+    distillation.iteration()
+    assert not calls
+    out = tmp_path / "run"
+    generator = distil(teacher, tiny_config(total_kimg=0.008, augment=0), out, device="cpu", data=str(images))
+    assert generator(2).shape == (2, 1, 16, 16)
+    assert calls
+    (snapshot,) = out.glob("network-snapshot-*.safetensors")
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.copy(snapshot, moved)
+    toy_vae().save_pretrained(moved / "vae")
+    copied = OneStepGenerator.from_pretrained(moved / snapshot.name)
+    assert copied.net.metadata["vae"]["source"] == str(moved / "vae")
+    assert torch.equal(copied(2), generator(2))
+    result = CliRunner().invoke(generate.main, [f"--network={snapshot}", f"--outdir={tmp_path}/made", "--seeds=0,1"])
+    assert result.exit_code == 0, result.output
+    assert Image.open(next((tmp_path / "made").rglob("*.png"))).size == (16, 16)
+    for suffix in (".onnx",):
+        with pytest.raises(UserError, match="VAE"):
+            zoo.save_network(copied.net, tmp_path / f"generator{suffix}", **copied.net.metadata)
+
+
+def test_the_distance_from_the_teacher_is_of_images(pipeline, monkeypatch):
+    monkeypatch.setattr("sid.teacher_distance.NUM_IMAGES", 4)
+    teacher = zoo.load_denoiser(pipeline)
+    distance = TeacherDistance(teacher)
+    assert distance.samples.shape == (4, 1, 16, 16)
+    assert distance(teacher, sampler="one-step", init_sigma=2.5).value >= -1
+
+
+def test_training_on_latents(encoded, tmp_path):
+    """edm.train: pictures are decoded, snapshots name the VAE, a run on other latents isn't resumed."""
+    options = ["--arch=ddpmpp", "--cbase=8", "--cres=1", "--blocks=1", "--attn=0", "--dropout=0", "--workers=0"]
+    options += [
+        "--batch=4",
+        "--duration=0.000016",
+        "--cond=1",
+        f"--outdir={tmp_path}/run",
+        "--nosubdir",
+        "--device=cpu",
+    ]
+    run = ["--augment=0", f"--data={encoded}", *options]
+    result = CliRunner().invoke(edm_train.main, run)
+    assert result.exit_code == 0, f"{result.output}{result.exception!r}"
+    net = zoo.load_network(tmp_path / "run")
+    assert net.metadata["vae"] == LatentDataset(encoded).metadata["vae"]
+    assert Image.open(next((tmp_path / "run").glob("fakes*.png"))).size[0] % 16 == 0
+    assert generate_all(net, [0], steps=2).shape == (1, 1, 16, 16)
+    result = CliRunner().invoke(edm_train.main, [f"--data={encoded}", *options])
+    assert "latents can't be augmented; use --augment=0" in result.output
+    teacher = zoo.load_network(tmp_path / "run")
+    config, given = tiny_config(gan=True, augment=0), {"xflip": False, "cache": False}
+    assert len(load_dataset(str(encoded), teacher, config, given)) == 12
+
+
+def test_sida_learns_from_latents_of_the_teachers_vae(encoded, images, pipeline, tmp_path):
+    teacher = zoo.load_denoiser(pipeline)
+    given = {"xflip": False, "cache": False}
+    for path, gan, words in (
+        (images, True, "the teacher makes latents, but these are images; encode them by edm.dataset_tool --vae"),
+        (encoded, True, "another VAE, scale or shift"),
+        (encoded, False, "only --gan learns from latents"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_dataset(str(path), teacher, tiny_config(gan=gan, augment=0), given)
+
+
+def broken(change):
+    """A test's folder in which `change(folder)` was done to a copy of the pipeline."""
+
+    def make(pipeline, folder):
+        shutil.copytree(pipeline, folder / "dit")
+        change(folder / "dit")
+        return folder / "dit"
+
+    return make
+
+
+def set_config(part, **values):
+    def change(folder):
+        file = folder / part / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def other_vae(folder):
+    shutil.rmtree(folder / "vae")
+    toy_vae(latent_channels=4).save_pretrained(folder / "vae")
+
+
+def no_vae(folder):
+    shutil.rmtree(folder / "vae")
+    (folder / "model_index.json").write_text('{"_class_name": "X", "transformer": ["diffusers", "X"]}')
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_vae, "latents of 4 channels, but the network has 2"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "names a VAE, but there is no vae/config.json"),
+        (no_vae, "2 channels are latents, but there is no VAE"),
+        (set_config("vae", _class_name="VQModel"), "VQModel"),
+        (set_config("vae", scaling_factor=0), "damaged"),
+        (set_config("vae", latents_std=[1, 0], latents_mean=[0, 0]), "damaged"),
+        (set_config("vae", in_channels=5), "weights don't fit AutoencoderKL"),
+    ],
+)
+def test_a_vae_that_does_not_fit(pipeline, tmp_path, change, words):
+    folder = broken(change)(pipeline, tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        zoo.load_denoiser(folder)
+    assert "\n" not in error.value.message
+
+
+def test_a_snapshot_without_its_vae(pipeline, tmp_path):
+    net = zoo.load_denoiser(broken(lambda folder: None)(pipeline, tmp_path))
+    zoo.save_network(net, tmp_path / "net.safetensors", **{**net.metadata, "init_sigma": 2.5})
+    shutil.rmtree(tmp_path / "dit" / "vae")
+    loaded = zoo.load_denoiser(tmp_path / "net.safetensors")  # as a network it is whole
+    with pytest.raises(UserError, match="next to the network's file"):
+        generate_all(loaded, [0])
+    randomised(toy_vae(), 0.01).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="isn't the VAE that the network was trained with"):
+        generate_all(zoo.load_denoiser(tmp_path / "net.safetensors"), [0])
+
+
+@pytest.mark.parametrize("record", ["text", {}, {"source": "x", "sha256": "0", "channels": 2, "scale": 0, "shift": 0}])
+def test_damaged_records(pipeline, tmp_path, record):
+    net = zoo.load_denoiser(pipeline)
+    zoo.save_network(net, tmp_path / "net.safetensors", vae=record)
+    with pytest.raises(UserError, match="VAE"):
+        generate_all(zoo.load_denoiser(tmp_path / "net.safetensors"), [0], steps=2)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "header", "labels"])
+def test_damaged_files_of_latents(encoded, tmp_path, damage):
+    path = tmp_path / "x.safetensors"
+    data = encoded.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:-100])
+    elif damage == "text":
+        path.write_text("nothing")
+    elif damage == "header":
+        path.write_bytes(data.replace(b'"F32"', b'"I32"'))
+    else:
+        path.write_bytes(data[:-8] + b"\xff" * 8)
+    with pytest.raises(UserError, match="--data="):
+        LatentDataset(path, use_labels=True)
