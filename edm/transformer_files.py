@@ -79,17 +79,18 @@ def kind_of(path: Path) -> str:
 
 def shapes_of(path: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The arguments of `DiTDenoiser` that the shapes of the weights tell. Errors: UserError."""
+    unknown = UserError(f"{path}: not the weights of a DiT or SiT with classes, as they are published")
     try:
         width, channels, patch_size, _ = state[FIRST_WEIGHT].shape
         side = round(state["pos_embed"].shape[1] ** 0.5)
         classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
         outputs = state["final_layer.linear.weight"].shape[0] // patch_size**2
-        sound = state["t_embedder.mlp.0.weight"].shape[1] == 2 * FREQUENCIES and classes >= 1
+        times = state["t_embedder.mlp.0.weight"].shape[1]
         mlp_width = state["blocks.0.mlp.fc1.weight"].shape[0]
     except (LookupError, ValueError, ZeroDivisionError):
-        sound = False
-    if not sound:
-        raise UserError(f"{path}: not the weights of a DiT or SiT with classes, as they are published")
+        raise unknown from None
+    if times != 2 * FREQUENCIES or classes < 1:
+        raise unknown
     if width not in HEADS and width % 64:
         raise UserError(
             f"{path}: doesn't tell how many attention heads its {width} channels have; build"
