@@ -7,13 +7,14 @@
 #   auto --edm_model=TEACHER    any teacher, such as one of your own: finds the settings by short trials
 #   cifar10-uncond  cifar10-cond  imagenet64-cond  ffhq64  afhq64-v2             SiD, without data
 #   the same names with -sida, such as cifar10-uncond-sida --data=images.zip     SiDA, with real images
+#   imagenet512-edm2-xs  …-s  …-m  …-l  …-xl  …-xxl                              SiD of EDM2's latent teachers
 #
 # NPROC=8 bash run_sid.sh ...   sets the number of processes (default: the GPUs; on a CPU: two).
 # The other settings are in sid/recipes.py. The published trainings haven't been rerun here.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 recipe=$1
 shift
@@ -29,6 +30,12 @@ cifar10-cond-sida)     teacher=edm-cifar10-32x32-cond-vp     duration=300 ;;    
 imagenet64-cond-sida)  teacher=edm-imagenet-64x64-cond-adm   duration=300 ;;        # 1.110
 ffhq64-sida)           teacher=edm-ffhq-64x64-uncond-vp      duration=300 ;;        # 1.040
 afhq64-v2-sida)        teacher=edm-afhqv2-64x64-uncond-vp    duration=300 ;;        # 1.276
+imagenet512-edm2-xs)   teacher=edm2-img512-xs                duration=200 ;;        # 2.156 with SiDA
+imagenet512-edm2-s)    teacher=edm2-img512-s                 duration=200 ;;        # 1.669 with SiDA
+imagenet512-edm2-m)    teacher=edm2-img512-m                 duration=200 ;;        # 1.488 with SiDA
+imagenet512-edm2-l)    teacher=edm2-img512-l                 duration=200 ;;        # 1.413 with SiDA
+imagenet512-edm2-xl)   teacher=edm2-img512-xl                duration=200 ;;        # 1.379 with SiDA
+imagenet512-edm2-xxl)  teacher=edm2-img512-xxl               duration=100 ;;        # 1.366 with SiDA
 demo)                  teacher=assets/fashion-mnist-16/teacher.safetensors  duration=0.02 ;;
 auto)                  teacher=                                             duration=0.02 ;;
 *) usage ;;

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from dnnlib import UserError, open_plain, write_atomically
@@ -37,6 +38,7 @@ LIMITS = {  # of the attributes that a file sets; the resolution needs a limit b
     "sigma_max": (0.0, float("inf")),
     "sigma_data": (0.0, MAX_SIGMA),
 }
+VAE_ENCODER = "StabilityVAEEncoder"  # EDM2's class around a VAE
 SUFFIXES = (".pkl", ".safetensors")
 WRITTEN = (*SUFFIXES, ".onnx")
 FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # of what torch.save writes, mostly weights alone
@@ -115,7 +117,28 @@ def _read_pickle(path: Path, classes: Mapping[str, Callable[..., Any]]) -> tuple
             " and save that by edm.zoo.save_network"
         )
     net = edm_pickle.build(contents["ema"], classes, path)
-    return checked(net, path), checked_metadata(contents.get("metadata") or {}, path)
+    vae = _vae_record(contents.get("encoder"), path)
+    metadata = checked_metadata(contents.get("metadata") or {}, path)
+    return checked(net, path), metadata if vae is None else {"vae": vae, **metadata}
+
+
+def _vae_record(encoder: Any, path: Path) -> dict[str, Any] | None:
+    """What EDM2's snapshots say about the VAE of their latents, raw scale + bias; None for networks of images.
+
+    source: the VAE's name on the Hugging Face Hub. sha256: empty, since the files don't tell the VAE's weights.
+    channels, scale, shift: the network's latents are (raw - shift) scale, with a number for each channel.
+    """
+    if type(encoder) is not edm_pickle.Record or encoder.class_name != VAE_ENCODER:
+        return None
+    try:
+        source, parts = encoder.state["vae_name"], [encoder.state[name].numpy() for name in ("scale", "bias")]
+        scale, bias = (part.astype(float).reshape(len(parts[0])) for part in parts)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        source, scale, bias = None, np.zeros(1), np.zeros(1)
+    if type(source) is not str or not np.isfinite([scale, bias]).all() or not scale.all():
+        raise UserError(f"{path}: what it says about its VAE is damaged: fetch it again")
+    values = {"scale": scale.tolist(), "shift": (-bias / scale).tolist()}
+    return {"source": source, "sha256": "", "channels": len(scale), **values}
 
 
 # --- safetensors

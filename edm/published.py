@@ -9,6 +9,7 @@ from typing import Any
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 EDM = f"{NVIDIA}/edm"
+EDM2 = f"{NVIDIA}/edm2"
 SID = "https://huggingface.co/UT-Austin-PML/SiD/resolve/main"
 SIDA = "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM_distillation"
 
@@ -16,6 +17,7 @@ NVIDIA_LICENCE = "CC BY-NC-SA 4.0"
 DISTILLED_LICENCE = "from CC BY-NC-SA 4.0 weights"
 IMAGENET_LICENCE = "ImageNet terms of access"
 NETWORK_KINDS = ("teacher", "sid-generator", "sida-generator")
+EDM2_NFE = 63  # 32 steps of Heun's sampler
 INIT_SIGMA = 2.5  # start noise level of the published one-step generators
 
 
@@ -75,6 +77,20 @@ def _teacher(name: str, fid: float | None, nfe: int | None, description: str, **
     )
 
 
+def _edm2_teacher(name: str, snapshot: str, fid: float | None, description: str = "") -> Published:
+    """snapshot: kimg of the training and relative width of the average (`edm.train --ema-std`), as in file names."""
+    data = "latents of ImageNet at 512x512" if "img512" in name else "ImageNet at 64x64"
+    return Published(
+        name=name,
+        url=f"{EDM2}/posthoc-reconstructions/{'-'.join(name.split('-')[:3])}-{snapshot}.pkl",
+        kind="teacher",
+        licence=NVIDIA_LICENCE,
+        description=f"EDM2 teacher, {data} with classes, EMA {snapshot.partition('-')[2]}{description}",
+        fid=fid,
+        nfe=EDM2_NFE,
+    )
+
+
 def _generator(name: str, url: str, fid: float | None, description: str, **kwargs: Any) -> Published:
     method = name.partition("-")[0]
     return Published(
@@ -90,10 +106,10 @@ def _generator(name: str, url: str, fid: float | None, description: str, **kwarg
     )
 
 
-def _reference(name: str, description: str) -> Published:
+def _reference(name: str, description: str, url: str | None = None) -> Published:
     return Published(
         name=name,
-        url=f"{EDM}/fid-refs/{name}.npz",
+        url=url or f"{EDM}/fid-refs/{name}.npz",
         kind="reference",
         licence=NVIDIA_LICENCE,
         description=f"Inception statistics of {description}",
@@ -113,6 +129,20 @@ _FILES = [
     _teacher("edm-imagenet-64x64-cond-adm", 1.36, 511, "ImageNet with classes, ADM"),
     _teacher("edm-ffhq-64x64-uncond-vp", 2.39, 79, "FFHQ, DDPM++"),
     _teacher("edm-afhqv2-64x64-uncond-vp", 1.96, 79, "AFHQ-v2, DDPM++"),
+    _edm2_teacher("edm2-img512-xs", "2147483-0.135", 3.53),
+    _edm2_teacher("edm2-img512-s", "2147483-0.130", 2.56),
+    _edm2_teacher("edm2-img512-m", "2147483-0.100", 2.25),
+    _edm2_teacher("edm2-img512-l", "1879048-0.085", 2.06),
+    _edm2_teacher("edm2-img512-xl", "1342177-0.085", 1.96),
+    _edm2_teacher("edm2-img512-xxl", "0939524-0.070", 1.91),
+    _edm2_teacher("edm2-img64-s", "1073741-0.075", 1.58),
+    _edm2_teacher("edm2-img64-m", "2147483-0.060", 1.43),
+    _edm2_teacher("edm2-img64-l", "1073741-0.040", 1.33),
+    _edm2_teacher("edm2-img64-xl", "0671088-0.040", 1.33),
+    _edm2_teacher("edm2-img512-s-autoguided", "2147483-0.070", None, ", FID 1.34 with a weaker guide at 2.1"),
+    _edm2_teacher("edm2-img512-xs-guide", "0134217-0.125", None, ", the guide of edm2-img512-s-autoguided"),
+    _edm2_teacher("edm2-img64-s-autoguided", "1073741-0.045", None, ", FID 1.01 with a weaker guide at 1.7"),
+    _edm2_teacher("edm2-img64-xs-guide", "0134217-0.110", None, ", the guide of edm2-img64-s-autoguided"),
     _generator(
         "sid-cifar10-uncond",
         f"{SID}/cifar10-uncond/alpha1.2/network-snapshot-1.200000-403968.pkl",
@@ -167,6 +197,8 @@ _FILES = [
     _reference("imagenet-64x64", "ImageNet at 64x64"),
     _reference("ffhq-64x64", "FFHQ at 64x64"),
     _reference("afhqv2-64x64", "AFHQ-v2 at 64x64"),
+    _reference("img512", "ImageNet at 512x512, as EDM2 counts FID", f"{EDM2}/dataset-refs/img512.pkl"),
+    _reference("img64", "ImageNet at 64x64, as EDM2 counts FID", f"{EDM2}/dataset-refs/img64.pkl"),
     Published(
         name="imagenet-64x64-images",
         url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/64/"

@@ -63,6 +63,28 @@ _SIDA: dict[str, Any] = {
     "duration": 300,  # published: 200 to 300
 }
 
+# SiD of EDM2's latent teachers: the same settings for all sizes. The published generators went on with SiDA (--gan=1
+# --lsd=100 --transfer=RUN, docs/teachers.md). psi's noise levels are those of EDM2's training.
+_EDM2: dict[str, Any] = {
+    **_SID,
+    "data_stat": "img512",
+    "cond": True,
+    "alpha": 1.0,
+    "uncertainty": True,
+    "fake_sigma_schedule": "lognormal=-0.4,1",
+    "batch": 2048,
+    "lr": 5e-5,
+    "glr": 5e-5,
+    "fp16": True,
+    "augment": 0,
+    "ema": 2,
+}
+
+
+def _edm2(size: str, dropout: float, duration: float) -> dict[str, Any]:
+    return {**_EDM2, "edm_model": f"edm2-img512-{size}", "dropout": dropout, "duration": duration}
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cifar10-uncond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-uncond-vp", "cond": False, "duration": 500},
     "cifar10-cond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-cond-vp", "cond": True, "duration": 800},
@@ -118,6 +140,12 @@ RECIPES: dict[str, dict[str, Any]] = {
             "afhq64-v2": 64,
         }.items()
     },
+    "imagenet512-edm2-xs": _edm2("xs", 0, 200),
+    "imagenet512-edm2-s": _edm2("s", 0, 200),
+    "imagenet512-edm2-m": _edm2("m", 0.1, 200),
+    "imagenet512-edm2-l": _edm2("l", 0.1, 200),
+    "imagenet512-edm2-xl": _edm2("xl", 0.1, 200),
+    "imagenet512-edm2-xxl": _edm2("xxl", 0.1, 100),
     # For any teacher, such as one of your own: measures the start, tries learning rates, goes on with the best. psi
     # learns at theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.
     "auto": {

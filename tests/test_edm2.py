@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import parity
@@ -10,7 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dnnlib import UserError
 from edm import zoo
+from edm.metrics.reference import load_reference
 from torch_utils.updates import lr_factor, power_function_beta, power_function_exponent
 from training.loss import EDM2Loss
 from training.networks_edm2 import MPConv, Precond, mp_cat, mp_silu, mp_sum, normalize
@@ -117,11 +120,44 @@ def test_published_snapshots(name, tmp_path):
         parity.assert_close(denoised, expected["D"], SNAPSHOTS[name])
 
 
+def test_the_encoder_of_latents_is_recorded():
+    """As latents = (raw - shift) scale; published are raw latents' means and standard deviations."""
+    assert "vae" not in zoo.load_network(parity.DATA / "edm2-format-rgb.pkl").metadata
+    record = zoo.load_network(parity.DATA / "edm2-format-latent.pkl").metadata["vae"]
+    assert (record["source"], record["channels"]) == ("stabilityai/sd-vae-ft-mse", 4)
+    assert record["shift"] == pytest.approx([5.81, 3.25, 0.12, -2.15], abs=1e-5)
+    assert record["scale"] == pytest.approx([0.5 / std for std in (4.17, 4.62, 3.71, 3.28)], abs=1e-5)
+
+
 def test_inspection_of_a_snapshot():
     result = CliRunner().invoke(zoo.main, ["inspect", str(parity.DATA / "edm2-format-latent.pkl")])
     assert "Precond of EDM2" in result.output
     assert "4 x 8 x 8" in result.output
     assert "no better than a linear denoiser" in result.output  # its weights are random
+
+
+def test_published_references(tmp_path):
+    """Pickles of {metric: {mu, sigma}}, of which the arrays are the only objects that aren't plain values."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((50, 4))
+    sigma = np.asfortranarray(np.cov(features.T))
+    contents = {"fid": {"mu": features.mean(0), "sigma": sigma}, "fd_dinov2": {"mu": np.zeros(2), "sigma": np.eye(2)}}
+    path = tmp_path / "img512.pkl"
+    path.write_bytes(pickle.dumps(contents, protocol=4))
+    reference = load_reference(path)
+    assert np.array_equal(reference.mu, features.mean(0))
+    assert np.array_equal(reference.sigma, sigma)
+    for wrong in (
+        {"fd_dinov2": contents["fd_dinov2"]},
+        {"fid": {"mu": np.arange(4), "sigma": np.eye(4)}},
+        {"fid": {"mu": [0.0], "sigma": [[1.0]]}},
+    ):
+        path.write_bytes(pickle.dumps(wrong, protocol=4))
+        with pytest.raises(UserError, match=r"img512\.pkl"):
+            load_reference(path)
+    path.write_bytes(pickle.dumps({"fid": {"mu": np.array([print]), "sigma": np.eye(1)}}, protocol=4))
+    with pytest.raises(UserError, match="a plain number"):
+        load_reference(path)
 
 
 # --- closed forms

@@ -4,8 +4,21 @@ import re
 
 import pytest
 
-from edm.published import FILES, NETWORK_KINDS, SID_NAMES
+from edm.published import FILES, NETWORK_KINDS, SID_NAMES, reference_of
 
+# Kimg of the training and EMA length, which the addresses hold; FID at 63 evaluations (EDM2, arXiv:2312.02696).
+EDM2 = {
+    "edm2-img512-xs": ("2147483-0.135", 3.53),
+    "edm2-img512-s": ("2147483-0.130", 2.56),
+    "edm2-img512-m": ("2147483-0.100", 2.25),
+    "edm2-img512-l": ("1879048-0.085", 2.06),
+    "edm2-img512-xl": ("1342177-0.085", 1.96),
+    "edm2-img512-xxl": ("0939524-0.070", 1.91),
+    "edm2-img64-s": ("1073741-0.075", 1.58),
+    "edm2-img64-m": ("2147483-0.060", 1.43),
+    "edm2-img64-l": ("1073741-0.040", 1.33),
+    "edm2-img64-xl": ("0671088-0.040", 1.33),
+}
 # FID and network evaluations per image. Teachers: EDM (arXiv:2206.00364), table 2, and for ImageNet the best of its
 # stochastic sampler; generators: SiD (arXiv:2404.04057) and SiDA (arXiv:2410.14919), one evaluation.
 RESULTS = {
@@ -51,7 +64,8 @@ BYTES = {
 
 
 def test_results():
-    assert {name: (file.fid, file.nfe) for name, file in FILES.items() if file.fid is not None} == RESULTS
+    found = {name: (file.fid, file.nfe) for name, file in FILES.items() if file.fid is not None}
+    assert found == {**RESULTS, **{name: (fid, 63) for name, (_, fid) in EDM2.items()}}
 
 
 def test_hashes_and_sizes():
@@ -68,10 +82,18 @@ def test_a_generators_address_names_its_training(name):
 
 def test_a_teachers_address_ends_with_its_name():
     """EDM's own names, which users of its code type."""
-    teachers = [file for file in FILES.values() if file.kind == "teacher"]
+    teachers = [file for file in FILES.values() if file.kind == "teacher" and not file.name.startswith("edm2-")]
     assert all(file.url.endswith(f"/edm/pretrained/{file.name}.pkl") for file in teachers)
-    references = [file for file in FILES.values() if file.kind == "reference"]
+    references = [file for file in FILES.values() if file.kind == "reference" and "img" not in file.name]
     assert all(file.url.endswith(f"/edm/fid-refs/{file.name}.npz") for file in references)
+
+
+@pytest.mark.parametrize("name", EDM2)
+def test_edm2s_addresses_end_with_the_names_of_its_files(name):
+    assert FILES[name].url.endswith(f"/edm2/posthoc-reconstructions/{name}-{EDM2[name][0]}.pkl")
+    reference = FILES[reference_of(FILES[name]) or ""]
+    assert reference.name == name.split("-")[1]
+    assert reference.url.endswith(f"/edm2/dataset-refs/{reference.name}.pkl")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -25,6 +25,15 @@ SID = {  # the settings of the published results
 SIDA_IMAGES = {"cifar10-uncond": 32, "cifar10-cond": 32, "imagenet64-cond": 32, "ffhq64": 64, "afhq64-v2": 64}
 
 
+# FID of the published generators, one evaluation.
+EDM2_SIDA = {
+    f"imagenet512-edm2-{size}": fid
+    for size, fid in zip(
+        ("xs", "s", "m", "l", "xl", "xxl"), ("2.156", "1.669", "1.488", "1.413", "1.379", "1.366"), strict=True
+    )
+}
+
+
 @pytest.fixture(autouse=True)
 def nothing_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
@@ -48,6 +57,17 @@ def test_published_settings(name):
     assert (found["snapshot_ticks"], found["state_ticks"], found["metrics"]) == (50, 500, ["fid50k_full"])
     assert found["data_stat"] == published.reference_of(published.FILES[found["edm_model"]])
     assert not found["gan"]
+
+
+@pytest.mark.parametrize("name", EDM2_SIDA)
+def test_published_settings_of_edm2(name):
+    found, size = dry_run(f"--recipe={name}"), name.rpartition("-")[2]
+    assert found["edm_model"] == f"edm2-img512-{size}"
+    assert found["data_stat"] == published.reference_of(published.FILES[found["edm_model"]]) == "img512"
+    expected = {"alpha": 1, "tmax": 800, "init_sigma": 2.5, "batch": 2048, "lr": 5e-5, "glr": 5e-5, "g_beta1": 0}
+    expected |= {"use_fp16": True, "ema_halflife_kimg": 2000, "lsg": 100, "ls": 1, "augment": 0, "uncertainty": True}
+    expected |= {"dropout": 0 if size in ("xs", "s") else 0.1, "total_kimg": 1e5 if size == "xxl" else 2e5}
+    assert {key: found[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", SIDA_IMAGES)
@@ -131,6 +151,12 @@ def test_the_documents_say_the_same():
             continue
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
         cells = [cell.strip() for cell in row.split("|")]
+        if name in EDM2_SIDA:
+            line = next(line for line in SCRIPT.splitlines() if line.startswith(f"{name})"))
+            assert line.endswith(f"# {EDM2_SIDA[name]} with SiDA")
+            teacher = published.FILES[recipe["edm_model"]]
+            assert cells[2:5] == [f"{teacher.fid:.2f}", EDM2_SIDA[name], f"{recipe['duration']}"]
+            continue
         generator = name.removesuffix("-sida")
         generator = f"sida-{generator}" if name.endswith("-sida") else f"sid-{generator}"
         assert f"{recipe['duration']}" in cells

@@ -1,4 +1,7 @@
-"""Reference statistics: `.npz` files with `mu` and `sigma`, and here also with a record of how they were made."""
+"""Reference statistics: `.npz` files with `mu` and `sigma`, and here also with a record of how they were made.
+
+EDM2's are pickles, {metric: {mu, sigma}}, which are read without running anything in them.
+"""
 
 import json
 import os
@@ -13,7 +16,9 @@ import dnnlib
 from dnnlib.download import hash_file
 from torch_utils import persistence
 from torch_utils.checkpoint import CHECKSUM, checksum
+from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json
+from torch_utils.untrusted.inert_pickle import Array
 
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
 from .npz import read_arrays
@@ -21,6 +26,7 @@ from .statistics import FeatureStatistics
 
 MAX_REFERENCE_BYTES = 1 << 28  # of sigma: some 5 800 features; checking it takes twice as much again
 MAX_RECORD_VALUES = 1000
+PICKLED_METRIC = "fid"  # in EDM2's files
 ROUNDING = 1e-4  # of the largest variance: how far a covariance may be from symmetric; files may be in float32
 RECORD_TYPES = {"detector": str, "detector_sha256": str, "detector_file": str, "source": str}
 RECORD_TYPES |= {"num_images": int, "channels": int, "resolution": int}
@@ -96,15 +102,16 @@ def load_reference(source: str | os.PathLike) -> Reference:
 
     path = zoo.resolve(source, kind="reference")
     try:
-        content = read_arrays(path, {"mu": "f", "sigma": "f", "record": "U", CHECKSUM: "U"}, MAX_REFERENCE_BYTES)
+        content = _read(path)
         has_checksum = CHECKSUM in content
         if has_checksum and str(content.pop(CHECKSUM)) != _checksum(content):
             raise ValueError("it is damaged: its contents don't have their checksum")
         mu, sigma = content["mu"].astype(np.float64, copy=False), content["sigma"].astype(np.float64, copy=False)
         record = _checked_record(parse_json(str(content["record"]), MAX_RECORD_VALUES)) if "record" in content else {}
-    except (ValueError, KeyError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise dnnlib.UserError(
-            f"--ref={source} is not an .npz with mu and sigma ({persistence.one_line(error)}); make one by `fid.py ref`"
+            f"--ref={source} is not an .npz with mu and sigma, nor EDM2's .pkl ({persistence.one_line(error)}); make one"
+            " by `fid.py ref`"
         ) from None
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not _is_covariance(sigma):
         raise dnnlib.UserError(
@@ -112,6 +119,21 @@ def load_reference(source: str | os.PathLike) -> Reference:
             " fetch the file again, or make one by `fid.py ref`"
         )
     return Reference(mu, sigma, path, hash_file(path), record, has_checksum)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """mu and sigma, and in files from here their record and checksum. Errors: UserError, ValueError and KeyError."""
+    if path.suffix != ".pkl":
+        return read_arrays(path, {"mu": "f", "sigma": "f", "record": "U", CHECKSUM: "U"}, MAX_REFERENCE_BYTES)
+    contents = edm_pickle.read(path)
+    values = contents.get(PICKLED_METRIC)
+    arrays = {name: values.get(name) for name in ("mu", "sigma")} if type(values) is dict else {}
+    found = {name: array.numpy() for name, array in arrays.items() if isinstance(array, Array)}
+    if len(found) < 2:
+        raise ValueError(f"it has no statistics for {PICKLED_METRIC!r}")
+    if any(array.dtype.kind != "f" for array in found.values()):
+        raise ValueError("its statistics are no floating-point numbers")
+    return found
 
 
 def _checksum(content: dict[str, np.ndarray]) -> str:
