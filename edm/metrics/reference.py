@@ -110,8 +110,8 @@ def load_reference(source: str | os.PathLike) -> Reference:
         record = _checked_record(parse_json(str(content["record"]), MAX_RECORD_VALUES)) if "record" in content else {}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise dnnlib.UserError(
-            f"--ref={source} is not an .npz with mu and sigma, nor EDM2's .pkl ({persistence.one_line(error)}); make one"
-            " by `fid.py ref`"
+            f"--ref={source} is not an .npz with mu and sigma, nor EDM2's .pkl ({persistence.one_line(error)}); make"
+            " one by `fid.py ref`"
         ) from None
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not _is_covariance(sigma):
         raise dnnlib.UserError(
