@@ -4,28 +4,28 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class Script(multiprocessing.get_context("forkserver").Process):
     """`python` with these arguments (a script's, or -m and a module's), started; it has the methods of Popen.
 
-    log: takes stdout and stderr. cwd, env: as for Popen; `env` is added to the environment.
+    log: takes stdout and stderr. cwd: as for Popen.
     """
 
-    def __init__(
-        self, arguments: Sequence[str | Path], log: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
-    ):
-        super().__init__(target=_run, args=([str(a) for a in arguments], str(log), cwd and str(cwd), dict(env or {})))
+    def __init__(self, arguments: Sequence[str | Path], log: Path, cwd: Path | None = None):
+        super().__init__(target=_run, args=([str(argument) for argument in arguments], str(log), cwd and str(cwd)))
         self.start()
 
     def poll(self) -> int | None:
         return self.exitcode
 
-    def wait(self) -> int:
-        self.join()
-        assert self.exitcode is not None
+    def wait(self, timeout_sec: float | None = None) -> int:
+        self.join(timeout_sec)
+        if self.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"it hasn't ended in {timeout_sec} seconds")
         return self.exitcode
 
     def send_signal(self, number: int) -> None:
@@ -33,10 +33,10 @@ class Script(multiprocessing.get_context("forkserver").Process):
         os.kill(self.pid, number)
 
 
-def run(arguments: Sequence[str], folder: Path, **env: str) -> str:
-    """Everything that a script prints which runs in `folder` and must succeed."""
+def run(arguments: Sequence[str | Path], folder: Path, timeout_sec: float = 600) -> str:
+    """Runs a script in `folder`, which must succeed, and returns everything that it prints."""
     log = folder / "forked.txt"
-    code = Script(arguments, log, folder, env).wait()
+    code = Script(arguments, log, folder).wait(timeout_sec)
     output = log.read_text(encoding="utf-8")
     log.unlink()
     assert code == 0, output
@@ -49,11 +49,10 @@ def launch(arguments: Sequence[str], log: Path, processes: int = 1, restarts: in
     return Script([*agent, *arguments], log)
 
 
-def _run(arguments: list[str], log: str, cwd: str | None, env: dict[str, str]) -> None:
+def _run(arguments: list[str], log: str, cwd: str | None) -> None:
     with open(log, "a", encoding="utf-8") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    os.environ.update(env)
     os.chdir(cwd or os.getcwd())
     _main(arguments)
 
