@@ -3,7 +3,7 @@
 The record of a VAE, metadata["vae"], is plain values:
 
 source         its folder, or its name on the Hugging Face Hub
-sha256         of its weights (`edm.network_files.weights_hash`)
+sha256         of its weights (`edm.network_files.weights_hash`); empty where it isn't known, as in EDM2's snapshots
 channels       of a latent
 scale, shift   latents of the network are (raw - shift) scale; one number, or one for each channel
 """
@@ -133,7 +133,7 @@ def _decoder(text: str) -> LatentDecoder:
         vae, sha256, _ = load_vae(record["source"])
     except UserError as error:
         raise UserError(f"the VAE of these latents can't be had ({error.message}); {advice}") from None
-    if sha256 != record["sha256"]:
+    if record["sha256"] not in ("", sha256):
         raise UserError(f"{record['source']}: isn't the VAE that the network was trained with; {advice}")
     return LatentDecoder(vae, record["scale"], record["shift"])
 
@@ -157,6 +157,9 @@ def check_same_vae(net: Any, record: dict[str, Any] | None, data: str) -> None:
         return
     for key in ("sha256", "scale", "shift"):
         ours, theirs = (torch.tensor(r[key]) if key != "sha256" else r[key] for r in (own, record))
-        same = ours == theirs if key == "sha256" else ours.shape == theirs.shape and torch.allclose(ours, theirs)
+        if key == "sha256":
+            same = ours == theirs or "" in (ours, theirs)
+        else:
+            same = ours.shape == theirs.shape and torch.allclose(ours, theirs)
         if not same:
             raise UserError(f"--data={data}: its latents have another VAE, scale or shift than the teacher's")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from parity import DATA
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import CPU, tiny_config
@@ -343,3 +344,23 @@ def test_damaged_files_of_latents(encoded, tmp_path, damage):
         path.write_bytes(data[:-8] + b"\xff" * 8)
     with pytest.raises(UserError, match="--data="):
         LatentDataset(path, use_labels=True)
+
+
+def test_latents_of_edm2(tmp_path):
+    """Its snapshots name a VAE, without a hash; latents are raw scale + bias."""
+    shutil.copy(DATA / "edm2-format-latent.pkl", tmp_path / "teacher.pkl")
+    vae = toy_vae(in_channels=3, out_channels=3, latent_channels=4)
+    vae.save_pretrained(tmp_path / "vae")
+    net = zoo.load_network(tmp_path / "teacher.pkl")
+    record, z = net.metadata["vae"], torch.randn(2, 4, 8, 8)
+    bias = [-shift * scale for shift, scale in zip(record["shift"], record["scale"])]
+    scale, bias = (torch.tensor(values).reshape(1, 4, 1, 1) for values in (record["scale"], bias))
+    expected = PixelDecoder.to_images(vae.decode((z - bias) / scale).sample)
+    found = latents.decoder_of(net).to_images(z)
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert generate_all(net, range(2), steps=2).shape == (2, 3, 16, 16)
+    shutil.rmtree(tmp_path / "vae")
+    alone = zoo.load_network(tmp_path / "teacher.pkl")
+    alone.metadata["vae"]["source"] = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="the VAE of these latents can't be had"):
+        latents.decoder_of(alone)
