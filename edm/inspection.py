@@ -16,7 +16,7 @@ import torch
 
 from edm.sampler import heun_sampler
 from training.conditions import Classes, as_ranges, learnt_classes
-from training.denoiser import known_sigma, noise_range, sigma_data
+from training.denoiser import SIGMA_DATA, known_sigma, noise_range, sigma_data
 from training.generator import start_levels
 from training.networks_edm2 import Precond
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
@@ -37,7 +37,8 @@ def facts(net: Any) -> dict[str, str]:
     inner = " of EDM2" if isinstance(net, Precond) else inner
     metadata = getattr(net, "metadata", {})
     low, high = noise_range(net)
-    levels = start_levels(net)
+    levels, size = start_levels(net), net.img_resolution
+    made = "latents" if "vae" in metadata else "images"
     classes = learnt_classes(net)
     learnt = f", of which {as_ranges(classes)} had images in training" if classes is not None else ""
     parameters = sum(parameter.numel() for parameter in net.parameters())
@@ -48,12 +49,20 @@ def facts(net: Any) -> dict[str, str]:
         "noise levels": f"{low:g} to {high:g}",
         "starts at": f"{levels[0]:g}" if levels else None,
         "sigma_data": f"{sigma_data(net):g}",
-        "images": f"{net.img_channels} x {net.img_resolution} x {net.img_resolution}",
+        made: f"{net.img_channels} x {size} x {size}",
+        "VAE": _vae(metadata.get("vae")),
         "classes": f"{net.label_dim}{learnt}" if net.label_dim else "none",
         "parameters": f"{parameters / 1e6:.2f} million",
         "licence": metadata.get("licence", "not told"),
     }
     return {name: str(text) for name, text in told.items() if text is not None}
+
+
+def _vae(record: Any) -> str | None:
+    if record is None:
+        return None
+    scale = record["scale"] if isinstance(record["scale"], list) else [record["scale"]]
+    return f"{record['source']}, latents scaled by {', '.join(f'{value:.4g}' for value in scale)}"
 
 
 def prediction(net: WrappedDenoiser) -> str:
@@ -85,7 +94,8 @@ def denoising_errors(net: Any, seed: int = 0) -> dict[float, float]:
         x = samples + sigma * torch.randn(samples.shape, generator=draws).to(device)
         error = (net(x, sigma, condition) - samples).square().mean().item()
         linear = level**2 * variance / (level**2 + variance)
-        sound = MIN_VARIANCE < variance < MAX_VARIANCE and math.isfinite(error)
+        in_units = variance * (SIGMA_DATA / sigma_data(net)) ** 2
+        sound = MIN_VARIANCE < in_units < MAX_VARIANCE and math.isfinite(error)
         errors[level] = error / linear if sound else math.inf
     return errors
 

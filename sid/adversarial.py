@@ -188,6 +188,13 @@ def make_loss(
             f"--uncertainty: {type(teacher).__name__} has no u(sigma), which EDM2's networks have; leave the option out"
         )
     options |= {"sigma_data": sigma_data(teacher), "conditions": Classes.of(teacher), "guide": guide}
+    if config.fake_score_weighting == "prediction":
+        options["fake_score_weight"] = getattr(teacher, "loss_weight", None)
+        if options["fake_score_weight"] is None or config.uncertainty:
+            raise UserError(
+                f"--fake-score-weighting=prediction: is for teachers that predict noise, v or a flow, and a"
+                f" {type(teacher).__name__} predicts the image, or learns its own weights; leave the option out"
+            )
     if not config.gan:
         return SiDLoss(**options)
     if reals is None:

@@ -31,6 +31,7 @@ COMMAND_LINE = {
 }
 ADAM_STATES = ("fp32", "bf16")
 DROP_LABELS = ("before", "after")
+FAKE_SCORE_WEIGHTINGS = ("edm", "prediction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class DistillationConfig:
     batch_gpu: int | None = None  # images per process and round; None: the most that fits
     objective: str = "sid"  # one of OBJECTIVES
     alpha: float = 1.2  # weight of L1 in L2 - alpha L1
+    fake_score_weighting: str = "edm"  # of the fake score's squared error, one of FAKE_SCORE_WEIGHTINGS
     uncertainty: bool = False  # the fake score learns u(sigma), and both losses are balanced by it (EDM2)
     weighting: str | None = None  # one of WEIGHTINGS; None: what the objective was published with
     huber: float | None = None  # c of the pseudo-Huber distance, in pixels; None: the squared distance
@@ -130,6 +132,7 @@ class DistillationConfig:
         for option, value, known in (
             ("adam-state", self.adam_state, ADAM_STATES),
             ("drop-labels", self.drop_labels, DROP_LABELS),
+            ("fake-score-weighting", self.fake_score_weighting, FAKE_SCORE_WEIGHTINGS),
         ):
             if value not in known:
                 raise UserError(f"--{option}={value}: not one of {', '.join(known)}")

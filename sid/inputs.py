@@ -9,7 +9,6 @@ import torch
 
 from dnnlib import UserError
 from edm import latents, published, zoo
-from edm.diffusers_models import DiffusersDenoiser
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
@@ -122,8 +121,15 @@ def load_guide(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Cal
 
 def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None:
     """Errors: UserError when an option contradicts the teacher's architecture."""
-    init = None if isinstance(teacher, DiffusersDenoiser) else getattr(teacher, "init_kwargs", None)
+    is_edm = any(base.__name__.endswith("Precond") for base in type(teacher).__mro__)
+    init = getattr(teacher, "init_kwargs", None) if is_edm else None
     found: dict[str, Any] = {"cond": bool(teacher.label_dim)}
+    for name in () if is_edm else ("arch", "precond", "cbase", "cres"):
+        if options[name] is not None:
+            raise UserError(
+                f"--{name}={_text(options[name])}: describes networks of EDM, and the teacher is a"
+                f" {type(teacher).__name__}; leave the option out"
+            )
     if init is not None:
         song = "ncsnpp" if init.get("embedding_type") == "fourier" else "ddpmpp"
         found["arch"] = "adm" if init.get("model_type", "DhariwalUNet") == "DhariwalUNet" else song

@@ -12,7 +12,7 @@ import torch
 from training.conditions import Classes
 from training.denoiser import SIGMA_DATA, known_sigma
 from training.guidance import autoguided
-from training.loss import EDM2Loss, EDMLoss, squared_error
+from training.loss import EDM2Loss, EDMLoss, PredictionLoss, squared_error
 
 from .guidance import Guidance, guided
 from .objectives import check_objective
@@ -59,6 +59,7 @@ class SiDLoss:
     conditions   what the networks are conditioned on
     uncertainty  whether psi learns u(sigma), the logarithm of its weighted error: psi's loss is EDM2's, and theta's is
                  divided by e^u. For EDM2's networks
+    fake_score_weight    the weight of psi's squared error at noise levels [N, 1, 1, 1]; None: EDM's
 
     Noise levels are limited and rounded to levels that the network knows (`training.denoiser.known_sigma`).
     Errors: UserError when these don't fit together.
@@ -80,6 +81,7 @@ class SiDLoss:
         guide: Callable | None = None,
         conditions: Classes | None = None,
         uncertainty: bool = False,
+        fake_score_weight: Callable | None = None,
     ):
         self.alpha = alpha
         self.objective = check_objective(objective, weighting, huber, score_gradient)
@@ -92,6 +94,8 @@ class SiDLoss:
         self.fake_sigma_schedule = parse_schedule(fake_sigma_schedule, "--fake-sigma-schedule", tmax)
         self.uncertainty = uncertainty
         self.denoising = (EDM2Loss if uncertainty else EDMLoss)(sigma_data=sigma_data)  # given its noise levels
+        if fake_score_weight is not None:
+            self.denoising = PredictionLoss(fake_score_weight)
 
     def draw_noise(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sigma [N, 1, 1, 1], n [N, C, H, W]) of the generator's loss on `images` [N, C, H, W]."""

@@ -15,7 +15,7 @@ from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, opt
 from edm import own_classes
 
 from . import recipes
-from .config import ADAM_STATES, DROP_LABELS, DistillationConfig
+from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, DistillationConfig
 from .objectives import OBJECTIVES, WEIGHTINGS
 
 D = DistillationConfig  # its class attributes are the defaults
@@ -66,6 +66,13 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             metavar="NAME",
         ),
         option("--alpha", "Weight of L1 in L2 - alpha L1", FiniteRange(), D.alpha),
+        option(
+            "--fake-score-weighting",
+            "Weights the fake score's loss as EDM does, or as the squared error of what the teacher predicts (noise, v,"
+            " a flow)",
+            FAKE_SCORE_WEIGHTINGS,
+            D.fake_score_weighting,
+        ),
         option(
             "--uncertainty",
             "Let the fake score learn the size of its error at each noise level, and balance both losses by it; for"

@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
-from tiny import CPU, tiny_config
+from tiny import CPU, tiny_config, tiny_teacher
 
 from dnnlib import UserError
 from edm import zoo
 from edm.inspection import prediction
 from edm.sampler import generate_all
 from sid.guidance import Guidance, check_guidance
+from sid.inputs import check_architecture
 from sid.prepare import prepare
 from training.dit import DiTDenoiser, Transformer
 from training.parameterisations import DiscreteTimes, ddpm_sigmas
@@ -161,3 +162,18 @@ def test_the_names_are_the_published_ones(weights):
     sizes = Transformer(32, 4, 8, 1000, 1152, 1, 16).state_dict()
     assert tuple(sizes["pos_embed"].shape) == (1, 256, 1152)
     assert tuple(sizes["final_layer.linear.weight"].shape) == (32, 1152)
+
+
+@pytest.mark.parametrize("option", ["arch", "precond", "cbase", "cres"])
+def test_options_of_edms_networks_are_refused(option):
+    options = {"cond": None, "arch": None, "precond": None, "cbase": None, "cres": None, option: "ddpmpp"}
+    with pytest.raises(
+        UserError, match=f"--{option}=ddpmpp: describes networks of EDM, and the teacher is a DiTDenoiser"
+    ):
+        check_architecture(denoiser(), options)
+
+
+def test_the_weighting_of_its_own_prediction_needs_one():
+    assert prepare(denoiser(), tiny_config(fake_score_weighting="prediction", augment=0), CPU).loss.denoising
+    with pytest.raises(UserError, match="--fake-score-weighting=prediction: is for teachers that predict noise"):
+        prepare(tiny_teacher(), tiny_config(fake_score_weighting="prediction"), CPU)

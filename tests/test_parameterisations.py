@@ -10,7 +10,7 @@ from sid.config import DistillationConfig
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from training.denoiser import known_sigma, noise_range
-from training.parameterisations import DiscreteTimes, FlowTimes, WrappedDenoiser, ddpm_sigmas
+from training.parameterisations import PREDICTIONS, DiscreteTimes, FlowTimes, WrappedDenoiser, ddpm_sigmas
 
 MEAN, STD = 0.3, 0.6  # of the Gaussian images
 SHAPE = (1, 4, 4)
@@ -190,3 +190,19 @@ def test_distillation_does_not_depend_on_the_parameterisation():
             moved = (expected - MEAN).abs().max()
             assert moved > 1e-4
             assert (mean - expected).abs().max() <= 1e-3 * moved, kind
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_fake_scores_weight_makes_its_loss_the_networks_own(prediction):
+    """The published training losses: the squared error of the network's answer, at any noise level."""
+    times = FlowTimes() if prediction == "flow" else DiscreteTimes(ddpm_sigmas())
+    net = WrappedDenoiser(lambda x_s, t: (x_s * 1.1 + t[:, None, None, None] / 1000).sin(), prediction, times, 4, 1)
+    sigma = torch.tensor([0.05, 0.5, 2.5, 20.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    x0, n = torch.randn(2, 4, 1, 4, 4, dtype=torch.float64)
+    a, b = times.scales(sigma)
+    x_s = a * x0 + b * n
+    wanted = {"epsilon": n, "v": a * n - b * x0, "flow": n - x0, "x0": x0}[prediction]
+    expected = (net.net(x_s, times.time(sigma.flatten())) - wanted).square()
+    loss = SiDLoss(fake_score_weight=net.loss_weight)
+    found = loss.denoising.weighted(net, (net(x0 + sigma * n, sigma) - x0).square(), sigma)
+    torch.testing.assert_close(found, expected)

@@ -102,6 +102,20 @@ class EDMLoss:
         return self.weighted(net, squared_error(net, images, sigma, labels, augment_pipe), sigma)
 
 
+class PredictionLoss(EDMLoss):
+    """The squared error of what a network predicts: noise, v, a flow's velocity or the image.
+
+    weight: gives the weight of the clean image's squared error at noise levels (`WrappedDenoiser.loss_weight`).
+    """
+
+    def __init__(self, weight: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self._weight = weight
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self._weight(sigma)
+
+
 @persistence.persistent_class
 class EDM2Loss(EDMLoss):
     """EDM2 (arXiv:2312.02696): EDM's loss divided by e^u, plus u, where the network learns u(sigma), `net.logvar`.

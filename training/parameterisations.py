@@ -174,6 +174,13 @@ class WrappedDenoiser(torch.nn.Module):
             return a * x_s - b * answer
         return x_s + b * answer if self.times.is_reversed else x_s - b * answer
 
+    def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The weight with which the clean image's squared error is that of what the network predicts; as sigma."""
+        if self.prediction == "x0":
+            return torch.ones_like(sigma)
+        _, b = self.times.scales(sigma)
+        return sigma**-2 if self.prediction == "epsilon" else b**-2
+
     def answer(self, x_s: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         """What the network answers. Overridden for networks that are called in another way."""
         net: Any = self.net
