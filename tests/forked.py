@@ -3,20 +3,15 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 
-class Script(multiprocessing.get_context("forkserver").Process):
-    """`python` with these arguments (a script's, or -m and a module's), started; it has the methods of Popen.
-
-    log: takes stdout and stderr. cwd: as for Popen.
-    """
-
-    def __init__(self, arguments: Sequence[str | Path], log: Path, cwd: Path | None = None):
-        super().__init__(target=_run, args=([str(argument) for argument in arguments], str(log), cwd and str(cwd)))
-        self.start()
+class _LikePopen:
+    """Gives a process of multiprocessing the methods of subprocess.Popen."""
 
     def poll(self) -> int | None:
         return self.exitcode
@@ -29,8 +24,26 @@ class Script(multiprocessing.get_context("forkserver").Process):
         return self.exitcode
 
     def send_signal(self, number: int) -> None:
-        assert self.pid is not None
         os.kill(self.pid, number)
+
+
+class Script(_LikePopen, multiprocessing.get_context("forkserver").Process):
+    """`python` with these arguments (a script's, or -m and a module's), started.
+
+    log: takes stdout and stderr. cwd: as for Popen.
+    """
+
+    def __init__(self, arguments: Sequence[str | Path], log: Path, cwd: Path | None = None):
+        super().__init__(target=_run, args=([str(argument) for argument in arguments], str(log), cwd and str(cwd)))
+        self.start()
+
+
+class Child(_LikePopen, multiprocessing.get_context("fork").Process):
+    """As Popen([sys.executable, *arguments], stdout=file, stderr=STDOUT), but forked from this process."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_as_here: Any):
+        super().__init__(target=_run_child, args=(command[1:], stdout.fileno(), dict(env)))
+        self.start()
 
 
 def run(arguments: Sequence[str | Path], folder: Path, timeout_sec: float = 600) -> str:
@@ -54,6 +67,16 @@ def _run(arguments: list[str], log: str, cwd: str | None) -> None:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     os.chdir(cwd or os.getcwd())
+    _main(arguments)
+
+
+def _run_child(arguments: list[str], output: int, env: dict[str, str]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(env)
     _main(arguments)
 
 

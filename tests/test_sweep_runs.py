@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import forked
 import pytest
 from click.testing import CliRunner
 from crash import kill
@@ -99,6 +100,16 @@ def test_two_sweeps_never_share_a_folder_at_a_time(tmp_path):
 
 # --- for real
 
+FORKING = """
+import sys
+import forked
+from sid.sweep import __main__ as sweep
+from sid.sweep import runner
+
+runner.subprocess.Popen = forked.Child  # new processes take seconds each to load torch
+sweep.main(sys.argv[1:])
+"""
+
 
 def test_a_sweep_that_is_stopped_goes_on(tmp_path):
     """Two settings and a SIGTERM in the second run. The same command finishes it and leaves the finished run untouched.
@@ -110,13 +121,13 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path):
     text += "batch = 4\nbatch-gpu = 2\ntick = 0.048\nsnap = 1\nlr = 1e-3\nduration = 0.000096\ndevice = 'cpu'\n"
     text += "save-every = 0.0001\n[settings.one]\n[settings.two]\nglr = 1e-3\ntransfer = '{one}'\n"
     path, out = write(tmp_path, f"seeds = [0]\n[common]\n{text}"), tmp_path / "out"
-    command = [sys.executable, "-m", "sid.sweep", path, f"--outdir={out}"]
-    one_thread = {"cwd": ROOT, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **one_thread)
+    (tmp_path / "forking.py").write_text(FORKING)
+    command, log = [tmp_path / "forking.py", path, f"--outdir={out}"], tmp_path / "log.txt"
+    process = forked.Script(command, log)
     assert kill.wait_for(lambda: (out / "two-seed0").is_dir() and kill.states(out / "two-seed0"), process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0]
-    assert process.returncode == STOPPED, output
+    code, output = process.wait(600), log.read_text()
+    assert code == STOPPED, output
     assert "[1/2] one-seed0: finished\n" in output
     assert "[2/2] two-seed0: stopped\n" in output
     assert output.endswith(f"To continue:\npython -m sid.sweep {path} --outdir={out}\n")
@@ -124,10 +135,9 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path):
     assert status(load_plan(path).runs[1], out / "two-seed0") == "begun"
 
     before = mtimes(out / "one-seed0")
-    done = subprocess.run(command, capture_output=True, **one_thread)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "[1/2] one-seed0: finished before\n" in done.stdout
-    assert "[2/2] two-seed0: goes on" in done.stdout
+    output = forked.run(command, tmp_path)
+    assert "[1/2] one-seed0: finished before\n" in output
+    assert "[2/2] two-seed0: goes on" in output
     assert mtimes(out / "one-seed0") == before
     assert "Resumed at" in (out / "two-seed0" / "console.txt").read_text()
     lines = (out / "sweep.jsonl").read_bytes()
