@@ -29,7 +29,7 @@ def library() -> Any:
     try:
         import diffusers  # pyright: ignore[reportMissingImports]  an optional package
     except ImportError:
-        raise UserError(f"a network of the diffusers library needs it installed: {INSTALL}") from None
+        raise UserError(f"a network of the diffusers library needs that library: {INSTALL}") from None
     return diffusers
 
 
@@ -39,7 +39,7 @@ def is_hub_name(source: str | os.PathLike) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """The local folder of a model on the Hub: downloaded if need be, or as it lies in the library's cache.
+    """The local folder of a model on the Hub, downloaded unless the library's cache holds it.
 
     Errors: UserError when it can't be had.
     """
@@ -52,8 +52,9 @@ def fetch(name: str) -> Path:
     except Exception as error:  # of many kinds: offline, absent, gated, no space
         reason = persistence.one_line(error, 200)
         raise UserError(
-            f"{name}: no such file or folder here, and the Hugging Face Hub doesn't give it ({type(error).__name__}:"
-            f" {reason}); check the name; without internet, name a folder, or fill the library's cache (HF_HOME)"
+            f"{name}: no such file or folder here, and it can't be had from the Hugging Face Hub"
+            f" ({type(error).__name__}: {reason}); check the name; without internet, name a folder, or fill the"
+            " library's cache (HF_HOME)"
         ) from None
 
 
@@ -100,7 +101,7 @@ def _current_name(name: str) -> str:
 
 
 def licence(path: Path) -> dict[str, str]:
-    """The licence in the head of a model card, README.md, if it tells one."""
+    """{'licence': name} from the top of a model card, README.md; empty if it names none."""
     for place in (path, path.resolve().parent):
         try:
             with open(place / "README.md", encoding="utf-8", errors="replace") as file:

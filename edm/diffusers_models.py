@@ -113,7 +113,7 @@ class DiffusersDenoiser(WrappedDenoiser):
 
 
 def _shape(config: Any) -> tuple[int, int]:
-    """(channels, resolution) of a model's images. Errors: UserError when they aren't images as they are used here."""
+    """(channels, resolution) of a model's images. Errors: UserError when this project can't use such images."""
     channels, size = config.in_channels, config.sample_size
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
@@ -128,7 +128,7 @@ def _shape(config: Any) -> tuple[int, int]:
 
 
 def _scheduler(config: dict[str, Any]) -> Any:
-    """The library's scheduler of a configuration. Errors: UserError when it isn't of a Gaussian diffusion or flow."""
+    """The library's scheduler of a configuration. Errors: UserError when it is of no Gaussian diffusion or flow."""
     name, steps = config.get("_class_name"), config.get("num_train_timesteps", 1000)
     if name not in SCHEDULERS or config.get("timestep_type", "discrete") != "discrete":
         raise UserError(
@@ -213,7 +213,7 @@ def _parts(path: Path) -> tuple[Path, Path, Path | None]:
         vaes = named
         found = [name for name in MODELS.values() if name in parts]
         if len(found) != 1:
-            raise UserError(f"{path}: {INDEX_FILE} names no model as unet or transformer, or both")
+            raise UserError(f"{path}: {INDEX_FILE} names neither a unet nor a transformer, or names both")
         folder = path / found[0] if (path / found[0] / CONFIG_FILE).is_file() else path
     vae = next((vae for vae in vaes if (vae / CONFIG_FILE).is_file()), None)
     if named and vae is None:

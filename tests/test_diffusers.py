@@ -232,7 +232,7 @@ WRONG = {  # what is done to the folder: what the message says
         "embedded as 'timestep'",
     ),
     "a VAE": (lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKL"]), "names a VAE"),
-    "own code": (lambda f: edit(f / "model_index.json", unet=None), "names no model"),
+    "own code": (lambda f: edit(f / "model_index.json", unet=None), "names neither a unet"),
     "another scheduler": (
         lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="CMStochasticIterativeScheduler"),
         "scheduler is a 'CMStochasticIterativeScheduler'.*DDPMScheduler",
@@ -280,7 +280,9 @@ def test_a_name_on_the_hub_is_read_from_the_cache(teacher, tmp_path, monkeypatch
     repository = tmp_path / "models--someone--digits"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
-    with pytest.raises(UserError, match=r"^someone/digits: no such file or folder here, and the Hugging Face Hub"):
+    with pytest.raises(
+        UserError, match=r"^someone/digits: no such file or folder here, and it can't be had from the Hugging Face Hub"
+    ):
         zoo.load_denoiser("someone/digits")
     shutil.copytree(teacher, repository / "snapshots" / ("0" * 40))
     net = zoo.load_denoiser("someone/digits")
