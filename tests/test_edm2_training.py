@@ -23,7 +23,7 @@ def batches(seed=0):
     draws = torch.Generator().manual_seed(seed)
     while True:
         labels = torch.eye(2)[torch.randint(2, [BATCH], generator=draws)]
-        yield torch.randn(BATCH, 3, 8, 8, generator=draws), labels
+        yield torch.randint(256, [BATCH, 3, 8, 8], generator=draws, dtype=torch.uint8), labels
 
 
 def training(net, **changes):
