@@ -85,8 +85,9 @@ def train(
     place = (options["outdir"], description, options["nosubdir"])
     former = run_folder.find_run(options["resume"], *place)
     resume = None if former is None else former.state
-    asked = {**network_kwargs, **vars(config), "images": len(dataset)}
+    asked = {**network_kwargs, **vars(config)}
     asked |= {name: options[name] for name in ("precond", "augment", "xflip", "sigma", "p_mean", "p_std")}
+    asked["images"] = len(dataset)  # after xflip, which changes it
     if dataset.metadata:  # its pictures are decoded
         asked["vae"] = json.dumps(dataset.metadata["vae"])
         vars(net)["metadata"] = dict(dataset.metadata)

@@ -131,14 +131,15 @@ def run(
             summary["teacher_fid"] = dataclasses.asdict(goal)
         plan = make_plan(inputs, config, options, device)
         summary |= plan.summary()
-        distillation = build(inputs, plan.config, device, plan.saved, options["override"])  # may refuse: no folder yet
+        # Both may refuse their inputs, and then there is no folder yet.
+        picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
+        distillation = build(inputs, plan.config, device, plan.saved, options["override"])
         with run_folder.create(*plan.place, summary, plan.saved and plan.saved.path) as run_dir:
             distributed.print0(f"Run folder: {run_dir}")
             if teacher is not None and distributed.rank() == 0:
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
                 if guide is not None:
                     zoo.save_network(guide, run_dir / GUIDE_FILE, **getattr(guide, "metadata", {}))
-            picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
             training_begins.set()
             if plan.trials is not None:
                 del distillation  # each trial has its own

@@ -120,9 +120,9 @@ def run_trials(
             result["best"] = name == best
     for line in table(results):
         distributed.print0(line)
-    if distributed.rank() == 0:
-        _settle(folder, results, run_dir)
-    distributed.barrier()
+    with distributed.shared_errors():
+        if distributed.rank() == 0:
+            _settle(folder, results, run_dir)
     return checkpoint.StateFile(checkpoint.states(run_dir)[0])
 
 
@@ -164,10 +164,13 @@ def _settle(folder: Path, results: dict[str, dict[str, Any]], run_dir: Path) -> 
     for name in (STATS_FILE, DISTANCES_FILE, FIRST_PICTURE):
         if (best / name).exists():
             shutil.copyfile(best / name, run_dir / name)
-    state = checkpoint.states(best)[0]
-    os.replace(state, run_dir / state.name)
-    for older in checkpoint.states(best):
-        older.unlink()
+    states = checkpoint.states(best)
+    if states:
+        os.replace(states[0], run_dir / states[0].name)
+        for older in states[1:]:
+            older.unlink()
+    elif not checkpoint.states(run_dir):
+        raise UserError(f"{run_dir}: its trials are over, but no state is left; remove {folder} to begin again")
 
 
 def _read_results(folder: Path) -> dict[str, dict[str, Any]] | None:

@@ -205,6 +205,13 @@ def test_a_trial_without_its_distance_is_an_error(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_trials_that_are_over_without_a_state_are_an_error(tmp_path):
+    results = {"equal-rates": {"lr": 4e-4, "glr": 4e-4, "kimg": 1.0, "distance": 0.1, "best": True}}
+    (tmp_path / trials.TRIALS / "equal-rates").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no state is left; remove .*trials to begin again"):
+        trials._settle(tmp_path / trials.TRIALS, results, tmp_path)
+
+
 def test_other_options_than_those_of_the_begun_trials_are_refused(tmp_path, monkeypatch):
     loop = trials.training_loop
 

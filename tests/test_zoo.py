@@ -207,7 +207,7 @@ def test_sources_that_name_nothing(tmp_path):
     assert "no published reference" in refused(zoo.resolve, tmp_path / "absent.npz", "reference")
     assert "published reference" in refused(zoo.load_network, "cifar10-32x32")
     (tmp_path / "state.pt").touch()
-    assert ".safetensors" in refused(zoo.load_network, tmp_path / "state.pt")
+    assert "not weights alone, or damaged" in refused(zoo.load_network, tmp_path / "state.pt")
     (tmp_path / "loss.pkl").write_bytes(b"\x80\x04}.")
     assert "ema" in refused(zoo.load_network, tmp_path / "loss.pkl")
 
@@ -215,7 +215,8 @@ def test_sources_that_name_nothing(tmp_path):
 def test_published_names(tmp_path, monkeypatch):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     known = json.loads((DATA / "published_networks.json").read_text())
-    assert set(known) == {name for name, file in FILES.items() if file.kind == "teacher"}
+    teachers = {name for name, file in FILES.items() if file.kind == "teacher"}
+    assert set(known) == {name for name in teachers if not name.startswith("edm2-")}  # test_edm2.py has the others
     assert len({file.url for file in FILES.values()}) == len(FILES)
     for name, file in FILES.items():
         assert file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32
