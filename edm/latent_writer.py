@@ -15,7 +15,7 @@ from dnnlib import UserError, write_atomically
 from training.decoder import DECODED_AT_ONCE, LatentDecoder
 from training.latent_dataset import RECORD, SUFFIX
 
-from .latents import load_vae, record_of, reduction
+from .latents import load_vae, recorded, reduction
 
 STD = 0.5  # of standardised latents: EDM's sigma_data
 HEADER_BYTES = 1 << 16  # reserved at the beginning of the file, since the scale is only known at its end
@@ -36,8 +36,8 @@ def write_latents(
     brought to mean 0 and standard deviation STD, as `edm.train` expects its data.
     Errors: UserError when the VAE doesn't fit the images, or the file can't be written.
     """
-    record = record_of(vae_source)
-    vae, _, _ = load_vae(vae_source)
+    vae, sha256, folder = load_vae(vae_source)
+    record = recorded(vae, sha256, folder)
     decoder = LatentDecoder(vae.to(device), 1.0)
     mode = "L" if vae.config.in_channels == 1 else "RGB"
     channels = vae.config.latent_channels

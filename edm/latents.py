@@ -67,7 +67,11 @@ def checked_record(record: Any, name: Any) -> dict[str, Any]:
 
 def record_of(source: str | Path) -> dict[str, Any]:
     """The record of a VAE, with the scale and shift that its own configuration gives. Errors: as `load_vae`."""
-    vae, sha256, folder = load_vae(source)
+    return recorded(*load_vae(source))
+
+
+def recorded(vae: Any, sha256: str, folder: Path) -> dict[str, Any]:
+    """The record of a VAE that `load_vae` gave. Errors: UserError when its configuration has no sound scale."""
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     factor = vae.config.get("scaling_factor", 1.0)
     try:

@@ -17,10 +17,10 @@ from training.conditions import Classes
 from training.dataset import ImageFolderDataset
 from training.decoder import clean_samples
 from training.denoiser import known_sigma, sigma_data
+from training.guidance import class_guided
 from training.latent_dataset import LatentDataset
 
 from .config import DistillationConfig
-from .guidance import guided
 from .loss import SiDLoss, divergence
 
 LOGIT_LIMIT = 10.0  # the generator's logits are clamped to it (SiDA's value)
@@ -128,7 +128,7 @@ class SiDALoss(SiDLoss):
         y, augment_labels = augment(images.detach())
         noise = torch.randn_like(y) * sigma
         with logits_of(fake_score) as logits:
-            net = guided(fake_score, self.guidance.fake_score_step, self.conditions)
+            net = class_guided(fake_score, self.guidance.fake_score_step, self.conditions)
             denoised = net(y + noise, sigma, labels, augment_labels=augment_labels)
             real, labels = self.reals.draw(len(images))
             labels = self.conditions.drop(labels, self.guidance.label_dropout)

@@ -6,15 +6,9 @@ It doesn't import torch, so that command lines can check options at once.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnnlib import UserError, format_number
-
-if TYPE_CHECKING:
-    import torch
-
-    from training.conditions import Classes
 
 LABEL_DROPOUT = 0.1  # SiD-LSG's value
 
@@ -82,23 +76,6 @@ def parse_guidance(value: "str | Guidance | None") -> Guidance | None:
                 " weight of 1 or more, such as 1.7, alone or as 1.7,long=2"
             )
     return Guidance(*(kappas or (1.0, 1.0, 1.0)), over_guide=weight)
-
-
-def guided(net: Callable, kappa: float, conditions: "Classes") -> Callable:
-    """f_kappa = f_null + kappa (f_cond - f_null) for a denoiser; with kappa = 1 the denoiser itself.
-
-    The network is called once with the images' conditions and then once with null conditions. Each call has as many
-    images as without guidance, so --batch-gpu and --chunk keep their meaning.
-    """
-    if kappa == 1:
-        return net
-
-    def call(x: "torch.Tensor", sigma: "torch.Tensor", condition: "torch.Tensor", **kwargs) -> "torch.Tensor":
-        conditional = net(x, sigma, condition, **kwargs)
-        unconditional = net(x, sigma, conditions.null_like(condition), **kwargs)
-        return unconditional + kappa * (conditional - unconditional)
-
-    return call
 
 
 def check_guidance(guidance: Guidance | None, teacher: Any, guide: Any = None) -> str | None:

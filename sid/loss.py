@@ -11,10 +11,10 @@ import torch
 
 from training.conditions import Classes
 from training.denoiser import SIGMA_DATA, known_sigma
-from training.guidance import autoguided
+from training.guidance import autoguided, class_guided
 from training.loss import EDM2Loss, EDMLoss, PredictionLoss, squared_error
 
-from .guidance import Guidance, guided
+from .guidance import Guidance
 from .objectives import check_objective
 from .schedules import TMAX, Schedule, parse_schedule
 
@@ -198,7 +198,7 @@ class SiDLoss:
         """(phi, psi) as the generator's loss calls them, guided if there is guidance."""
         teacher = autoguided(teacher, self.guide, self.guidance.over_guide or 1)
         kappas = self.guidance.teacher, self.guidance.fake_score
-        phi, psi = (guided(net, kappa, self.conditions) for net, kappa in zip((teacher, fake_score), kappas))
+        phi, psi = (class_guided(net, kappa, self.conditions) for net, kappa in zip((teacher, fake_score), kappas))
         return phi, psi
 
     def fake_score_loss(
@@ -214,7 +214,7 @@ class SiDLoss:
         labels: the images' conditions. report: only called by SiDA's loss.
         """
         sigma = known_sigma(fake_score, self.fake_sigma_schedule.draw(len(images), images.device))
-        net = guided(fake_score, self.guidance.fake_score_step, self.conditions)
+        net = class_guided(fake_score, self.guidance.fake_score_step, self.conditions)
         return self.denoising.weighted(
             fake_score, squared_error(net, images.detach(), sigma, labels, augment_pipe), sigma
         )

@@ -21,13 +21,14 @@ from tiny import (
 from dnnlib import UserError
 from edm import zoo
 from sid.config import DistillationConfig
-from sid.guidance import LABEL_DROPOUT, Guidance, guided, parse_guidance
+from sid.guidance import LABEL_DROPOUT, Guidance, parse_guidance
 from sid.loss import SiDLoss, omega
 from sid.prepare import prepare
 from sid.run import resume_rules
 from sid.training_loop import training_loop
 from torch_utils import checkpoint, run_folder
 from training.conditions import Classes
+from training.guidance import class_guided
 from training.networks import EDMPrecond
 
 KAPPA = 2.5
@@ -50,10 +51,10 @@ def forgetful_teacher(label_dropout=0.5):
 
 def test_the_formula_and_its_gradients():
     net, (x, sigma, labels) = tiny_teacher().eval(), inputs()
-    assert guided(net, 1, CLASSES) is net
+    assert class_guided(net, 1, CLASSES) is net
     x.requires_grad_()
     augment = torch.randn(4, 9)
-    value = guided(net, KAPPA, CLASSES)(x, sigma, labels, augment_labels=augment)
+    value = class_guided(net, KAPPA, CLASSES)(x, sigma, labels, augment_labels=augment)
     plain, zero = (net(x, sigma, lab, augment_labels=augment) for lab in (labels, torch.zeros(4, 3)))
     torch.testing.assert_close(value, (1 - KAPPA) * zero + KAPPA * plain)
     assert (value - plain).abs().max() > 1e-3  # the labels matter to this network

@@ -30,6 +30,22 @@ def autoguided(net: Callable, guide: Callable | None, weight: float) -> Callable
     return call
 
 
+def class_guided(net: Callable, weight: float, conditions: Classes) -> Callable:
+    """D_null + weight (D - D_null), classifier-free guidance; with a weight of 1 the denoiser itself.
+
+    The network is called once with the images' conditions and then once with null conditions. Each call has as many
+    images as without guidance, so --batch-gpu and --chunk keep their meaning.
+    """
+    if weight == 1:
+        return net
+
+    def call(x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        strong, weak = net(x, sigma, condition, **kwargs), net(x, sigma, conditions.null_like(condition), **kwargs)
+        return weak + weight * (strong - weak)
+
+    return call
+
+
 class GuidedDenoiser(torch.nn.Module):
     """A denoiser with guidance: by a weaker denoiser, or without one by its own answer without the class.
 
@@ -56,12 +72,7 @@ class GuidedDenoiser(torch.nn.Module):
     ) -> torch.Tensor:
         if self.guide is not None:
             return autoguided(self.net, self.guide, self.weight)(x, sigma, class_labels)
-        strong = self.net(x, sigma, class_labels)
-        if self.weight == 1:
-            return strong
-        assert class_labels is not None
-        weak = self.net(x, sigma, Classes.null_like(class_labels))
-        return weak + self.weight * (strong - weak)
+        return class_guided(self.net, self.weight, Classes(self.net.label_dim))(x, sigma, class_labels)
 
 
 def check_guide(guide: Any, net: Any) -> str | None:
