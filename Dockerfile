@@ -4,7 +4,7 @@
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 
-# Set to the CPU wheels' index to avoid downloading CUDA's libraries; a base that has PyTorch keeps its own.
+# PyTorch's builds for CPUs need none of CUDA's libraries. A base image that has PyTorch keeps its own.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 WORKDIR /opt/sid
@@ -15,7 +15,7 @@ COPY training training
 COPY edm edm
 COPY sid sid
 COPY assets assets
-RUN (python -c "import torch" || pip install --no-cache-dir torch --index-url "$TORCH_INDEX") \
+RUN (python -c "import torch" || pip install --no-cache-dir torch --extra-index-url "$TORCH_INDEX") \
     && pip install --no-cache-dir .
 
 ENV OMP_NUM_THREADS=1 DNNLIB_CACHE_DIR=/cache

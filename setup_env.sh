@@ -10,6 +10,7 @@ if ! "$PYTHON" -c "$2" 2>/dev/null; then
     PYTHON=$PWD/.venv/bin/python
     if ! "$PYTHON" -c "$2" 2>/dev/null; then
         echo "Installing the packages into .venv ..."
-        "$PYTHON" -m pip install --quiet -c constraints.txt -e ".${1:+[$1]}"
+        # Python compiles what it loads by itself, which is a part of what is installed, unless it may not write.
+        "$PYTHON" -m pip install --quiet $([ "${PYTHONDONTWRITEBYTECODE:-}" ] || echo --no-compile) -c constraints.txt -e ".${1:+[$1]}"
     fi
 fi

@@ -1,10 +1,12 @@
 import gc
+import importlib
 import json
 import multiprocessing
 import os
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,13 +14,23 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
-multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "edm.metrics.evaluate", "sid.prepare"])
+IN_FORKS = ["pytest", "torch._dynamo", "edm.metrics.evaluate", "sid.prepare"]  # what most of them need
+multiprocessing.set_forkserver_preload(IN_FORKS)
 
 
 def pytest_collection_finish():
     """Takes all that the test modules have loaded out of the garbage collector's sight, which makes it quicker."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Forks the server of the processes that tests start, if this process has torch to pass on."""
+    if "torch" in sys.modules and sys.platform == "linux":  # elsewhere, a fork without exec isn't safe
+        for module in IN_FORKS:
+            importlib.import_module(module)
+        forked.serve_forks_of_this_process()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,18 @@
 """Scripts in processes of their own, forked from one that has loaded torch, so that they start at once."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import IO, Any
+
+_start_interpreter = util.spawnv_passfds
 
 
 class _LikePopen:
@@ -44,6 +49,41 @@ class Child(_LikePopen, multiprocessing.get_context("fork").Process):
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_as_here: Any):
         super().__init__(target=_run_child, args=(command[1:], stdout.fileno(), dict(env)))
         self.start()
+
+
+def serve_forks_of_this_process() -> None:
+    """Makes multiprocessing's fork server a copy of this process, so that nothing has to be loaded a second time.
+
+    Call it before autograd has run, whose threads a fork doesn't inherit.
+    """
+    resource_tracker.ensure_running()  # a new interpreter, as always
+    util.spawnv_passfds = _fork_server
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking while pytest-xdist's thread waits
+            forkserver.ensure_running()
+    finally:
+        util.spawnv_passfds = _start_interpreter
+
+
+def _fork_server(_path: Any, arguments: Sequence[Any], passed: Sequence[int]) -> int:
+    """As `spawnv_passfds` for `python -c COMMAND`; the process ID."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        util.spawnv_passfds = _start_interpreter
+        forkserver._forkserver._lock.release()  # taken by ensure_running, to which this process never returns
+        for number in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
+            with contextlib.suppress(OSError):  # the folder's own is closed already
+                os.close(number)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # instead of pytest's
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):  # scripts have files of their own; what fails raises in the test
+            os.dup2(nowhere, stream)
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
 
 
 def run(arguments: Sequence[str | Path], folder: Path, timeout_sec: float = 600) -> str:

@@ -176,6 +176,14 @@ def test_ratios_are_paired_and_shares_are_of_the_own_precision():
     assert other.split(maxsplit=1) == ["other", "out of memory"]
 
 
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes that are forked from one that has loaded torch, instead of new ones."""
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
+@pytest.mark.usefixtures("forks")
 def test_modes_take_turns_in_processes_of_their_own(tmp_path):
     file = tmp_path / "bench.json"
     options = ["--recipe=micro", "--modes=published,fp32+chunk=1", "--rounds=2", "--steps=2", "--device=cpu"]
@@ -199,9 +207,8 @@ def test_modes_take_turns_in_processes_of_their_own(tmp_path):
     assert len(report["rows"][1]["ratio_to_published"]["rounds"]) == 2
 
 
-def test_what_a_mode_cannot_do_here_is_reported(monkeypatch):
-    context = multiprocessing.get_context("forkserver")  # which has loaded torch already
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+@pytest.mark.usefixtures("forks")
+def test_what_a_mode_cannot_do_here_is_reported():
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         Worker(job("step", mode=modes.parse_mode("fp16")))
     with pytest.raises(WorkerFailed, match="nothing"):
