@@ -118,7 +118,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path):
     """
     common = [option.removeprefix("--").split("=", 1) for option in kill.prepare(tmp_path)]
     text = "".join(f"{name} = '{value}'\n" for name, value in common)
-    text += "batch = 4\nbatch-gpu = 2\ntick = 0.048\nsnap = 1\nlr = 1e-3\nduration = 0.000096\ndevice = 'cpu'\n"
+    text += "batch = 8\nbatch-gpu = 4\ntick = 0.048\nsnap = 1\nlr = 1e-3\nduration = 0.000096\ndevice = 'cpu'\n"
     text += "save-every = 0.0001\n[settings.one]\n[settings.two]\nglr = 1e-3\ntransfer = '{one}'\n"
     path, out = write(tmp_path, f"seeds = [0]\n[common]\n{text}"), tmp_path / "out"
     (tmp_path / "forking.py").write_text(FORKING)
