@@ -5,9 +5,6 @@ A folder holds either a pipeline (model_index.json, the model in unet/ or transf
 no code that a folder may hold is run. The library is imported when the first such network is built.
 """
 
-import copy
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ SCHEDULER_FILE = "scheduler_config.json"
 MAX_STEPS = 100_000
 MODELS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}  # class: its folder in a pipeline
 VAES = (latents.FOLDER, "vqvae", "movq")  # what pipelines call the folder of a VAE
+PIPELINE_ONLY = "pipeline_only"  # in the metadata of a model that only its pipeline calls rightly
 LATENT_SIGMA_DATA = 1.0  # about the standard deviation of latents as such models scale them
 OTHER_PARTS = {  # of a pipeline, and what its presence means
     "text_encoder": "it is conditioned on text, which isn't supported yet",
@@ -42,7 +40,6 @@ SCHEDULERS = FLOW_SCHEDULERS | {
 }
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
 PREDICTIONS |= {"sample": "x0", "original_sample": "x0"}
-NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
 
 
 @persistent_class
@@ -105,7 +102,7 @@ class DiffusersDenoiser(WrappedDenoiser):
         if not self.label_dim:
             return net(x_s, t, return_dict=False)[0]
         if class_labels is None:
-            class_labels = x_s.new_zeros([len(x_s), self.label_dim])
+            class_labels = x_s.new_zeros([x_s.shape[0], self.label_dim])
         index = class_labels.argmax(dim=1)
         if self.null_class is not None:
             index = torch.where(class_labels.any(dim=1), index, self.null_class)
@@ -140,7 +137,8 @@ def _scheduler(config: dict[str, Any]) -> Any:
     return getattr(library(), name).from_config(config)
 
 
-def _scheduler_of(net: Any) -> Any:
+def scheduler_of(net: Any) -> Any:
+    """The library's scheduler that says how noise was added in the training of a `DiffusersDenoiser`."""
     return _scheduler(net.init_kwargs["scheduler"])
 
 
@@ -185,6 +183,8 @@ def read(path: Path) -> tuple[DiffusersDenoiser, dict[str, Any]]:
         if not edm_pickle.is_plain(settings):
             raise UserError("its configuration holds more than plain values")
         metadata = network_files.checked_metadata(metadata or {"kind": "teacher", **licence(path)}, path)
+        if metadata.get(PIPELINE_ONLY):
+            raise UserError("is for the library's own pipeline; load the snapshot that it was made of")
         if vae_folder is not None:
             settings["sigma_data"] = LATENT_SIGMA_DATA
             metadata["vae"] = latents.record_of(vae_folder)
@@ -226,93 +226,3 @@ def _parts(path: Path) -> tuple[Path, Path, Path | None]:
         f"{path}: has no {SCHEDULER_FILE}, which says how noise was added in training: put the file of the scheduler"
         " that the model was trained with next to config.json"
     )
-
-
-# --- writing a pipeline
-
-
-def write(net: Any, path: Path, metadata: dict[str, Any]) -> None:
-    """Writes a denoiser of the library's classes as a pipeline of the library, in a new folder that appears whole.
-
-    A one-step generator becomes a `ConsistencyModelPipeline`, which calls it once, at the noise level in its metadata;
-    another denoiser a pipeline of many steps.
-    Errors: UserError when the network has no counterpart in the library, or `path` is there already.
-    """
-    if type(net) is not DiffusersDenoiser:
-        raise UserError(
-            f"--to=diffusers: a {type(net).__name__} isn't a network of the diffusers library; that is for teachers"
-            " that came from it, and what was distilled from them. Save others as .safetensors"
-        )
-    if type(net.net).__name__ != "UNet2DModel":
-        raise UserError(f"--to=diffusers: the library has no pipeline of a {type(net.net).__name__} alone")
-    if "vae" in metadata:
-        raise UserError("--to=diffusers: the library has no pipeline of one step with a VAE; use .safetensors")
-    level = metadata.get("init_sigma")
-    pipeline = _teacher_pipeline(net) if level is None else _one_step_pipeline(net, level)
-    with network_files.new_folder(path) as folder:
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        config = read_config(folder / "unet" / CONFIG_FILE)
-        text = json.dumps({**config, "_metadata": metadata}, indent=2)
-        (folder / "unet" / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _one_step_pipeline(net: DiffusersDenoiser, level: float) -> Any:
-    """One Euler step from `level` to 0, which starts at level * z and scales the model's input.
-
-    The scheduler starts at its last time, a whole number; so `level` becomes that of the next time, and the schedule
-    ends there. What the model embeds at that time becomes what it embedded at the generator's time.
-    """
-    if not isinstance(net.times, DiscreteTimes):
-        raise UserError(
-            f"--to=diffusers: no pipeline of the library starts a flow at noise level {level:g}; use .safetensors"
-        )
-    if net.times.nearest:
-        raise UserError("--to=diffusers: the pipelines call a model at times that aren't whole; use .safetensors")
-    diffusers = library()
-    time = net.times.time(torch.tensor([level], dtype=torch.float64))
-    last = max(2, math.ceil(time.item()))
-    arguments = _betas(net)
-    betas = torch.tensor(arguments["trained_betas"][:last])  # float32, as the scheduler's
-    signal = (1 - betas).cumprod(dim=0)[-1].double().item()
-    arguments |= {"trained_betas": [*betas.tolist(), 1 - 1 / (1 + level**2) / signal], "num_train_timesteps": last + 1}
-    model = _without_variance(net)
-    first: Any = model.time_embedding.linear_1
-    difference = model.time_proj(time.float()) - model.time_proj(torch.tensor([float(last)]))
-    first.bias.data += first.weight.data @ difference[0]
-    scheduler = diffusers.EulerDiscreteScheduler(**arguments, timestep_spacing="trailing")
-    return diffusers.ConsistencyModelPipeline(unet=model, scheduler=scheduler)
-
-
-def _teacher_pipeline(net: DiffusersDenoiser) -> Any:
-    diffusers = library()
-    scheduler = _scheduler_of(net)
-    is_flow = not isinstance(net.times, DiscreteTimes)
-    if net.label_dim and is_flow:
-        raise UserError("--to=diffusers: the library has no pipeline of a flow with classes; use .safetensors")
-    if net.label_dim:  # the other pipelines take no classes
-        scheduler = diffusers.EulerDiscreteScheduler(**_betas(net))
-        return diffusers.ConsistencyModelPipeline(unet=_without_variance(net), scheduler=scheduler)
-    if not is_flow and not isinstance(scheduler, diffusers.DDPMScheduler):
-        scheduler = diffusers.DDPMScheduler(**_betas(net))
-    learned = str(scheduler.config.get("variance_type")).startswith("learned")
-    return diffusers.DDPMPipeline(copy.deepcopy(net.net) if learned else _without_variance(net), scheduler)
-
-
-def _betas(net: DiffusersDenoiser) -> dict[str, Any]:
-    """The arguments with which any scheduler of a diffusion adds noise as that of the network does."""
-    betas = _scheduler_of(net).betas
-    prediction = NAMED[net.prediction]
-    return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": prediction}
-
-
-def _without_variance(net: DiffusersDenoiser) -> Any:
-    """The model alone, without the channels that predict a variance."""
-    model: Any = net.net
-    if model.config.out_channels == net.img_channels:
-        return copy.deepcopy(model)
-    state = model.state_dict()
-    for name in ("conv_out.weight", "conv_out.bias"):
-        state[name] = state[name][: net.img_channels]
-    fewer = type(model).from_config({**model.config, "out_channels": net.img_channels})
-    fewer.load_state_dict(state)
-    return fewer

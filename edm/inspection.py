@@ -29,6 +29,7 @@ SURE_MEAN, SURE_MOST = 0.6, 1.25  # below both, no other declaration is tried
 MOST_MEAN, LEAST = 1.5, 0.9  # on average over the levels, and at the best of them: what any teacher must reach
 BETTER = 1.5  # how many times smaller the error of another declaration must be
 MIN_VARIANCE, MAX_VARIANCE = 1e-3, 2.0  # of images with values in [-1, 1], with some room
+MIN_LATENT_VARIANCE, MAX_LATENT_VARIANCE = 1e-4, 1e3  # of latents, which may not have been scaled
 
 
 def facts(net: Any) -> dict[str, str]:
@@ -79,13 +80,9 @@ def denoising_errors(net: Any, seed: int = 0) -> dict[float, float]:
 
     Infinite where the samples are no images. Empty where the network knows none of LEVELS.
     """
-    device = next(net.parameters()).device
-    draws = torch.Generator().manual_seed(seed)
-    condition = Classes.of(net).draw(NUM_IMAGES, device, lambda high: _whole(high, draws, device))
-    z = torch.randn([NUM_IMAGES, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
-    samples = heun_sampler(net, z.to(device), condition, num_steps=STEPS).float()
+    samples, condition, draws = own_samples(net, NUM_IMAGES, seed)
+    device, (low, high) = samples.device, noise_range(net)
     variance = samples.var(dim=0).mean().item()
-    low, high = noise_range(net)
     errors = {}
     for level in LEVELS:
         if not low <= level <= high:
@@ -94,14 +91,27 @@ def denoising_errors(net: Any, seed: int = 0) -> dict[float, float]:
         x = samples + sigma * torch.randn(samples.shape, generator=draws).to(device)
         error = (net(x, sigma, condition) - samples).square().mean().item()
         linear = level**2 * variance / (level**2 + variance)
-        in_units = variance * (SIGMA_DATA / sigma_data(net)) ** 2
-        sound = MIN_VARIANCE < in_units < MAX_VARIANCE and math.isfinite(error)
-        errors[level] = error / linear if sound else math.inf
+        errors[level] = error / linear if _sound(net, variance) and math.isfinite(error) else math.inf
     return errors
 
 
-def _whole(high: int, draws: torch.Generator, device: torch.device) -> torch.Tensor:
-    return torch.randint(high, [NUM_IMAGES], generator=draws).to(device)
+@torch.no_grad()
+def own_samples(net: Any, number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Generator]:
+    """(samples, float32 [number, C, H, W] on the network's device; their condition; the generator that drew both)."""
+    device = next(net.parameters()).device
+    draws = torch.Generator().manual_seed(seed)
+    classes = Classes.of(net)
+    condition = classes.draw(number, device, lambda high: torch.randint(high, [number], generator=draws).to(device))
+    z = torch.randn([number, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
+    return heun_sampler(net, z.to(device), condition, num_steps=STEPS).float(), condition, draws
+
+
+def _sound(net: Any, variance: float) -> bool:
+    """Whether images, or latents, can have this variance."""
+    in_units = variance * (SIGMA_DATA / sigma_data(net)) ** 2
+    if "vae" in getattr(net, "metadata", {}):
+        return MIN_LATENT_VARIANCE < in_units < MAX_LATENT_VARIANCE
+    return MIN_VARIANCE < in_units < MAX_VARIANCE
 
 
 class _OtherTimes(torch.nn.Module):

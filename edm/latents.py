@@ -29,11 +29,16 @@ MAX_CHANNELS = 1024
 
 def decoder_of(net: Any) -> PixelDecoder | LatentDecoder:
     """What turns a network's samples into images. Errors: UserError when its VAE can't be had, or isn't its own."""
-    record = getattr(net, "metadata", {}).get("vae")
+    return decoder_by(getattr(net, "metadata", {}), net) or PixelDecoder()
+
+
+def decoder_by(metadata: dict[str, Any], net: Any) -> LatentDecoder | None:
+    """The decoder of a network's latents by its metadata; None if it makes images. Errors: as `decoder_of`."""
+    record = metadata.get("vae")
     if record is None:
-        return PixelDecoder()
+        return None
     checked_record(record, "the network")
-    check_channels(net, net.metadata)
+    check_channels(net, metadata)
     return _decoder(json.dumps(record, sort_keys=True))
 
 

@@ -22,6 +22,7 @@ from dnnlib import UserError, open_plain, write_atomically
 from torch_utils import checkpoint, misc, persistence
 from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json, read_json
+from training.decoder import LatentDecoder
 
 from . import onnx_file
 
@@ -78,9 +79,10 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]
     raise UserError(f"{path}: a network is a {' or '.join(SUFFIXES)} file or a folder with {CONFIG_FILE}{advice}")
 
 
-def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any], decoder: LatentDecoder | None = None) -> None:
     """Writes a network in eval mode on the CPU, by the suffix of `path`; without a suffix, a new folder.
 
+    decoder: of the network's latents, which becomes part of an .onnx file.
     The file or folder appears whole or not at all. Errors: OSError; UserError as `edm.zoo.save_network`.
     """
     if path.suffix not in ("", *WRITTEN):
@@ -93,7 +95,7 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any]) -> None:
         return
     if path.suffix == ".onnx":
         path.parent.stat()  # tracing takes a minute: sooner told if that isn't there
-        contents = onnx_file.model_bytes(net, _header(net, metadata))
+        contents = onnx_file.model_bytes(net, _header(net, metadata), decoder)
     elif path.suffix == ".safetensors":  # the header is one entry: the order of several would be random
         header = json.loads(json.dumps(_header(net, metadata)))
         header[checkpoint.CHECKSUM] = checksum(header, net.state_dict())

@@ -13,24 +13,31 @@ import torch
 from dnnlib import UserError
 from torch_utils.misc import first_non_finite
 from torch_utils.persistence import one_line
-from training.decoder import PixelDecoder
+from training.decoder import LatentDecoder, PixelDecoder
 from training.generator import Generator
 
 SIGMA_MIN, SIGMA_MAX, PROBED_LEVELS = 0.002, 80.0, 8
 EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
+# From 64 images, the diffusers library's layers copy an activation, for PyTorch alone; the file has no such limit.
+MOST_OF_DIFFUSERS = 63
 
 
 class _OneStep(torch.nn.Module):
-    """Everything a one-step generator does, from standard normal noise to 8-bit images."""
+    """Everything a one-step generator does, from standard normal noise to 8-bit images.
+
+    decoder: of its latents, which are decoded as part of the model; None for a generator of images.
+    """
 
     inputs, output = ("z",), "images"
 
-    def __init__(self, net: torch.nn.Module, init_sigma: float):
+    def __init__(self, net: torch.nn.Module, init_sigma: float, decoder: LatentDecoder | None):
         super().__init__()
         self.net, self._generator = net, Generator(net, [init_sigma])
+        self.vae, self._decode = (None, None) if decoder is None else (decoder.vae, decoder.decode)
 
     def forward(self, z: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        return PixelDecoder.to_images(self._generator.sample(z, class_labels))
+        x = self._generator.sample(z, class_labels)
+        return PixelDecoder.to_images(x if self._decode is None else self._decode(x))
 
 
 class _Denoiser(torch.nn.Module):
@@ -50,8 +57,8 @@ def can_trace() -> bool:
 
 
 @torch.no_grad()
-def _check_finite(net: Any, init_sigma: float | None) -> None:
-    """Raises UserError unless weights and answers are finite: the exported model can't check them."""
+def _check_finite(net: Any, init_sigma: float | None, decoder: LatentDecoder | None) -> None:
+    """Raises UserError unless weights, answers and images are finite: the exported model can't check them."""
     weight = first_non_finite(net)
     if weight is not None:
         raise UserError(f".onnx: {weight} holds NaN or infinity; take an earlier snapshot")
@@ -59,8 +66,11 @@ def _check_finite(net: Any, init_sigma: float | None) -> None:
     z = torch.randn([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
     labels = torch.eye(net.label_dim)[[0] * EXAMPLES] if net.label_dim else None
     for sigma in _noise_levels(net) if init_sigma is None else [init_sigma]:
-        if not net(sigma * z, torch.full([EXAMPLES], float(sigma)), labels).isfinite().all():
+        answer = net(sigma * z, torch.full([EXAMPLES], float(sigma)), labels)
+        if not answer.isfinite().all():
             raise UserError(f".onnx: the network's answer at noise level {sigma:g} is NaN or infinite; export another")
+        if init_sigma is not None and decoder is not None:
+            decoder.to_images(answer)
 
 
 def _noise_levels(net: Any) -> list[float]:
@@ -70,12 +80,13 @@ def _noise_levels(net: Any) -> list[float]:
     return net.round_sigma(levels.clamp(lowest, highest)).tolist()
 
 
-def model_bytes(net: Any, header: dict[str, Any]) -> bytes:
+def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None = None) -> bytes:
     """The file of a network in eval mode on the CPU, for any number N of images.
 
     A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
     [N, C, H, W]; any other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
-    take class_labels [N, label_dim], one-hot. The inputs are float32. header: plain values that go with the model.
+    take class_labels [N, label_dim], one-hot. The inputs are float32. A denoiser of latents takes and makes latents.
+    header: plain values that go with the model. decoder: of a generator of latents; its VAE becomes part of the model.
     Errors: UserError when packages are missing or too old, the network can't be traced, or its weights or answers
     aren't finite.
     """
@@ -86,20 +97,19 @@ def model_bytes(net: Any, header: dict[str, Any]) -> bytes:
     except ImportError:
         raise UserError(".onnx needs packages that are missing: pip install onnx onnxscript") from None
     init_sigma = header["metadata"].get("init_sigma")
-    if init_sigma is not None and "vae" in header["metadata"]:
-        raise UserError(".onnx: this generator makes latents, and its VAE isn't exported with it; use .safetensors")
-    function = _Denoiser(net) if init_sigma is None else _OneStep(net, init_sigma)
+    function = _Denoiser(net) if init_sigma is None else _OneStep(net, init_sigma, decoder)
     arguments = [torch.zeros([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution])]
     arguments += [torch.ones([EXAMPLES])] * (len(function.inputs) - 1)
     names = list(function.inputs)
     if net.label_dim:
         arguments.append(torch.eye(net.label_dim)[[0] * EXAMPLES])
         names.append("class_labels")
-    images = {0: torch.export.Dim("N", max=MOST)}
+    of_diffusers = any(type(part).__module__.startswith("diffusers.") for part in function.modules())
+    images = {0: torch.export.Dim("N", max=MOST_OF_DIFFUSERS if of_diffusers else MOST)}
     # Its warnings concern packages that these networks don't use.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        _check_finite(net, init_sigma)
+        _check_finite(net, init_sigma, decoder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(

@@ -24,7 +24,7 @@ import torch
 from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from dnnlib.util import printable
-from edm import diffusers_folder, diffusers_models, latents, network_files, transformer_files
+from edm import diffusers_folder, diffusers_models, diffusers_pipelines, latents, network_files, transformer_files
 from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
@@ -168,8 +168,9 @@ def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: A
     net = edm_pickle.frozen_copy(net).float()
     vars(net).pop("metadata", None)
     metadata = json.loads(json.dumps(metadata))  # the same plain values in either format
+    decoder = latents.decoder_by(metadata, net) if Path(path).suffix == ".onnx" else None
     try:
-        network_files.write(net, Path(path), metadata)
+        network_files.write(net, Path(path), metadata, decoder)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: choose another place") from None
 
@@ -334,7 +335,7 @@ def convert(source: str, destination: str, to: str | None, classes: str | None) 
     """
     net: Any = load_denoiser(source, own_classes(classes))
     if to == "diffusers":
-        diffusers_models.write(net, Path(destination), net.metadata)
+        click.echo(diffusers_pipelines.write(net, Path(destination)))
     else:
         save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
@@ -347,9 +348,10 @@ def convert(source: str, destination: str, to: str | None, classes: str | None) 
 def inspect_command(source: str, classes: str | None) -> None:
     """Say what the network SOURCE is, and test whether it denoises its own samples as a teacher should.
 
-    A teacher whose prediction or times are declared wrongly is named; exit code 2.
+    A teacher whose prediction, times or scale of latents are declared wrongly is named; exit code 2.
     """
     from edm.inspection import facts, misfit
+    from edm.latent_inspection import latents_misfit
 
     net = load_denoiser(source, own_classes(classes))
     for name, text in facts(net).items():
@@ -357,7 +359,7 @@ def inspect_command(source: str, classes: str | None) -> None:
     if start_levels(net) is not None:
         click.echo("test          none: a one-step generator is no denoiser")
         return
-    wrong = misfit(net)
+    wrong = misfit(net) or latents_misfit(net)
     if wrong is not None:
         raise UserError(f"{source}: {wrong}")
     click.echo("test          denoises its own samples as a teacher should")

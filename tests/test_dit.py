@@ -1,13 +1,12 @@
 """DiT and SiT against the diffusers library's transformer with the same weights, and their published files."""
 
-import re
-
 import pytest
 import torch
 from tiny import CPU, tiny_config, tiny_teacher
 
 from dnnlib import UserError
-from edm import zoo
+from edm import latents, zoo
+from edm.diffusers_pipelines import transformer_of_library, write
 from edm.inspection import prediction
 from edm.sampler import generate_all
 from sid.guidance import Guidance, check_guidance
@@ -29,48 +28,53 @@ def denoiser(kind="dit", **changes):
     return net.eval().requires_grad_(False)
 
 
-def of_library(net):
-    """The library's network with the same weights; its own frequencies of times end one step earlier."""
+def positions(net):
+    """Its embeddings of positions become the library's."""
     diffusers = pytest.importorskip("diffusers")
-    config = {"sample_size": 8, "in_channels": 1, "out_channels": 2, "num_layers": 2, "num_embeds_ada_norm": CLASSES}
-    other = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=32, norm_num_groups=1, **config)
-    state, own = {}, net.net.state_dict()
-    state |= {f"pos_embed.proj.{n}": own[f"x_embedder.proj.{n}"] for n in ("weight", "bias")}
-    other.pos_embed.pos_embed = own["pos_embed"]
-    for name, value in own.items():
-        if found := re.match(r"blocks\.(\d+)\.(.*)", name):
-            block, part = f"transformer_blocks.{found[1]}", found[2]
-            if part.startswith("attn.qkv"):
-                for letter, piece in zip("qkv", value.chunk(3)):
-                    state[f"{block}.attn1.to_{letter}{part.removeprefix('attn.qkv')}"] = piece
-            for old, new in (
-                ("attn.proj", "attn1.to_out.0"),
-                ("mlp.fc1", "ff.net.0.proj"),
-                ("mlp.fc2", "ff.net.2"),
-                ("adaLN_modulation.1", "norm1.linear"),
-            ):
-                if part.startswith(old):
-                    state[f"{block}.{part.replace(old, new)}"] = value
-    for i in range(2):
-        embedding = f"transformer_blocks.{i}.norm1.emb"
-        for n in ("weight", "bias"):
-            state[f"{embedding}.timestep_embedder.linear_1.{n}"] = own[f"t_embedder.mlp.0.{n}"]
-            state[f"{embedding}.timestep_embedder.linear_2.{n}"] = own[f"t_embedder.mlp.2.{n}"]
-        state[f"{embedding}.class_embedder.embedding_table.weight"] = own["y_embedder.embedding_table.weight"]
-        other.transformer_blocks[i].norm1.emb.time_proj.downscale_freq_shift = 0
-    for n in ("weight", "bias"):
-        state[f"proj_out_1.{n}"] = own[f"final_layer.adaLN_modulation.1.{n}"]
-        state[f"proj_out_2.{n}"] = own[f"final_layer.linear.{n}"]
-    other.load_state_dict(state)
-    return other.eval()
+    size, patch = net.img_resolution, net.net._patch_size
+    embedding = diffusers.models.embeddings.PatchEmbed(size, size, patch, net.img_channels, net.net.pos_embed.shape[2])
+    net.net.pos_embed = embedding.pos_embed
+    return net
 
 
 def test_the_network_is_the_librarys():
-    net = denoiser(num_heads=2)
+    """But for the frequencies of times, which end one step earlier there."""
+    net = positions(denoiser(num_heads=2))
+    other = transformer_of_library(net).eval()
+    for block in other.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
     x, t, index = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 10.5, 500.0, 999.0]), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
-        expected = of_library(net)(x, timestep=t, class_labels=index).sample
+        expected = other(x, timestep=t, class_labels=index).sample
     torch.testing.assert_close(net.net(x, t, index), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_a_generator_of_latents_is_a_pipeline_of_the_library(kind, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    net = positions(denoiser(kind, img_channels=2, out_channels=4))
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(1, 1, latent_channels=2, block_out_channels=[4], norm_num_groups=2).save_pretrained(
+        tmp_path / "vae"
+    )
+    net.metadata = {"kind": "sid-generator", "init_sigma": 2.5, "vae": latents.record_of(tmp_path / "vae")}
+    write(net, tmp_path / "pipeline")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    draws = torch.Generator().manual_seed(0)
+    images = pipeline([0, 2], num_inference_steps=1, guidance_scale=1, generator=draws, output_type="np").images
+    z = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = latents.decoder_of(net).to_images(net(2.5 * z, torch.full([2, 1, 1, 1], 2.5), torch.eye(3)[[0, 2]]))
+    torch.testing.assert_close(torch.from_numpy(images).permute(0, 3, 1, 2) * 255, ours.float(), rtol=0, atol=1.01)
+    assert images.std() > 0.01
+    teacher = positions(denoiser(kind, img_channels=2, out_channels=4))
+    other = denoiser(kind, img_channels=2, out_channels=4)
+    narrow = positions(denoiser(kind, img_channels=2, out_channels=4, mlp_width=64))
+    teacher.metadata = {"vae": net.metadata["vae"]}
+    other.metadata = narrow.metadata = net.metadata
+    reason = "can't run a scheduler of flows" if kind == "sit" else "embeds times otherwise"
+    for refused, words in ((teacher, reason), (other, "other embeddings of positions"), (narrow, "has other layers")):
+        with pytest.raises(UserError, match=f"--to=diffusers: .*{words}"):
+            write(refused, tmp_path / "refused")
 
 
 def test_dit_predicts_noise_and_sit_a_velocity_whose_time_runs_the_other_way():

@@ -18,17 +18,17 @@ STD = 0.1  # around each of the images
 
 
 class ExactNet(torch.nn.Module):
-    """What a perfectly trained network answers for images near the four of IMAGES."""
+    """What a perfectly trained network answers for images near given ones [M, C, H, W]."""
 
-    def __init__(self, prediction, times, change=lambda t: t):
+    def __init__(self, prediction, times, change=lambda t: t, images=2 * IMAGES - 1):
         super().__init__()
         self.prediction, self.times, self.change = prediction, times, change
-        self.images = torch.nn.Parameter(2 * IMAGES - 1)
+        self.images = torch.nn.Parameter(images)
 
     def forward(self, x_s, t):
         a, b = self.times.scales(self.times.sigma(self.change(t)).reshape(-1, 1, 1, 1))
         variance = a**2 * STD**2 + b**2
-        offsets = x_s[:, None] - a[:, None] * self.images[None]  # [N, 4, C, H, W]
+        offsets = x_s[:, None] - a[:, None] * self.images[None]  # [N, M, C, H, W]
         shares = (-offsets.square().sum(dim=[2, 3, 4]) / (2 * variance.reshape(-1, 1))).softmax(dim=1)
         z = (shares[..., None, None, None] * offsets).sum(dim=1) / variance
         image = (shares @ self.images.flatten(1)).reshape(x_s.shape) + a * STD**2 * z

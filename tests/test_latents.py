@@ -15,6 +15,7 @@ from tiny import CPU, tiny_config
 from dnnlib import UserError
 from edm import dataset_tool, generate, latents, zoo
 from edm import train as edm_train
+from edm.onnx_file import can_trace
 from edm.sampler import generate_all, sample
 from sid.generator import OneStepGenerator
 from sid.inputs import load_dataset
@@ -212,9 +213,24 @@ def test_distilling_a_pipeline_of_latents(pipeline, images, tmp_path, monkeypatc
     result = CliRunner().invoke(generate.main, [f"--network={snapshot}", f"--outdir={tmp_path}/made", "--seeds=0,1"])
     assert result.exit_code == 0, result.output
     assert Image.open(next((tmp_path / "made").rglob("*.png"))).size == (16, 16)
-    for suffix in (".onnx",):
-        with pytest.raises(UserError, match="VAE"):
-            zoo.save_network(copied.net, tmp_path / f"generator{suffix}", **copied.net.metadata)
+
+
+@pytest.mark.skipif(not can_trace(), reason="a PyTorch that can't write ONNX")
+def test_an_onnx_file_decodes(pipeline, tmp_path):
+    """It runs from noise to the images that OneStepGenerator makes of it, for any number of them."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net = zoo.load_denoiser(pipeline)
+    net.metadata |= {"kind": "sid-generator", "init_sigma": 2.5}
+    zoo.save_network(net, tmp_path / "net.onnx", **net.metadata)
+    model = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    for n in (1, 70):
+        z = torch.stack([torch.randn([2, 8, 8], generator=torch.Generator().manual_seed(i)) for i in range(n)])
+        labels = np.eye(3, dtype=np.float32)[[1] * n]
+        (images,) = model.run(["images"], {"z": z.numpy(), "class_labels": labels})
+        expected = OneStepGenerator(net)(n, class_idx=1).numpy()
+        assert (images.dtype, images.shape) == (np.uint8, (n, 1, 16, 16))
+        assert np.abs(images.astype(int) - expected).max() <= 1
+        assert images.std() > 5
 
 
 def test_the_distance_from_the_teacher_is_of_images(pipeline, monkeypatch):

@@ -36,15 +36,19 @@ class LatentDecoder:
         self.vae = vae
         self._scale, self._shift = (torch.tensor(value).reshape(1, -1, 1, 1) for value in (scale, shift))
 
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents [N, C, h, w] as float32 images [N, 1 or 3, H, W], mostly in [-1, 1], all at once."""
+        return self.vae.decode(x / self._scale.to(x.device) + self._shift.to(x.device)).sample
+
     @torch.no_grad()
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] as uint8 images [N, 1 or 3, H, W] on the same device.
 
         Errors: UserError when the VAE makes NaN or infinity of finite latents.
         """
-        vae, raw = self.vae.to(x.device), x.to(torch.float32) / self._scale.to(x.device) + self._shift.to(x.device)
+        self.vae.to(x.device)
         with torch.autocast(x.device.type, enabled=False):
-            images = torch.cat([vae.decode(part).sample for part in raw.split(DECODED_AT_ONCE)])
+            images = torch.cat([self.decode(part) for part in x.to(torch.float32).split(DECODED_AT_ONCE)])
         if not images.isfinite().all():
             raise UserError("the VAE makes NaN or infinity of these latents: they are far from any that it has seen")
         return PixelDecoder.to_images(images)

@@ -82,6 +82,13 @@ class PatchEmbedding(torch.nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def time_features(t: torch.Tensor) -> torch.Tensor:
+    """[N] -> [N, 2 FREQUENCIES]"""
+    steps = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * (-math.log(MAX_PERIOD) / FREQUENCIES * steps).exp()
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class TimeEmbedding(torch.nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -89,9 +96,7 @@ class TimeEmbedding(torch.nn.Module):
         self.mlp = torch.nn.Sequential(*layers)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        steps = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * (-math.log(MAX_PERIOD) / FREQUENCIES * steps).exp()
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        return self.mlp(time_features(t))
 
 
 class ClassEmbedding(torch.nn.Module):
@@ -140,7 +145,7 @@ class Transformer(torch.nn.Module):
         self.final_layer = FinalLayer(width, patch_size**2 * out_channels)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        n, side, size = len(x), x.shape[-1] // self._patch_size, self._patch_size
+        n, side, size = x.shape[0], x.shape[-1] // self._patch_size, self._patch_size
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(index)
         for block in self.blocks:
@@ -184,7 +189,7 @@ class DiTDenoiser(WrappedDenoiser):
 
     def answer(self, x_s: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         if class_labels is None:
-            index = torch.full([len(x_s)], self.label_dim, device=x_s.device)
+            index = torch.full([x_s.shape[0]], self.label_dim, device=x_s.device)
         else:
             index = torch.where(class_labels.any(dim=1), class_labels.argmax(dim=1), self.label_dim)
         return self.net(x_s, t, index)

@@ -164,7 +164,7 @@ class WrappedDenoiser(torch.nn.Module):
         nothing about the image there.
         """
         a, b = self.times.scales(sigma)
-        t = self.times.time(sigma.flatten()).expand(len(x_s))
+        t = self.times.time(sigma.flatten()).expand(x_s.shape[0])
         answer = self.answer(x_s, t, class_labels)[:, : self.img_channels].to(x_s.dtype)
         if self.prediction == "x0":
             return answer

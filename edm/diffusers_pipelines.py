@@ -1,0 +1,325 @@
+"""Networks as pipelines of the diffusers library, which make the same images of the same noise.
+
+A one-step generator answers p z - q F(b z, t) for standard normal noise z, where F is the model inside (`OneStep`).
+The library's pipelines compute the same with other numbers:
+
+    pipeline                                       starts at   model's input            result
+    ConsistencyModelPipeline, LDMPipeline (Euler)  s z         s z / sqrt(1 + s^2)      s z - s F
+    DiTPipeline (DDIM), epsilon                    z           z                        (z - sqrt(1 - A) F) / sqrt(A)
+    DiTPipeline (DDIM), v                          z           z                        sqrt(A) z - sqrt(1 - A) F
+
+What differs goes into the weights: the input's factor into the first layer, the output's into the last, and the time,
+which is a whole number in pipelines, into the bias of the time embedding.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from torch_utils import persistence
+from training.dit import EPS, DiTDenoiser, time_features
+from training.parameterisations import DiscreteTimes, WrappedDenoiser
+
+from . import latents, network_files
+from .diffusers_folder import library, read_config
+from .diffusers_models import MODELS, PIPELINE_ONLY, DiffusersDenoiser, scheduler_of
+from .network_files import CONFIG_FILE
+
+NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
+SHORTEST = 3  # times of a schedule of which only the last is used; fewer aren't read here again
+MIN_DISTANCE = 1e-3  # of p from 1, where DDIM's schedules have no noise
+ADVICE = "save it as .safetensors"
+
+
+def write(net: Any, path: Path) -> str:
+    """Writes a denoiser of the library's classes as a pipeline of the library, in a new folder that appears whole.
+
+    A one-step generator becomes a pipeline that calls it once, at the noise level in its metadata; another denoiser one
+    of many steps. Returns how to call the pipeline from Python.
+    Errors: UserError when the library has no pipeline for the network, or `path` is there already.
+    """
+    if type(net) not in (DiffusersDenoiser, DiTDenoiser):
+        raise UserError(
+            f"--to=diffusers: a {type(net).__name__} isn't a network of the diffusers library; that is for teachers"
+            f" of its classes, DiT and SiT, and what was distilled from them; {ADVICE}"
+        )
+    metadata, vae = net.metadata, _vae(net)
+    level = metadata.get("init_sigma")
+    part = "transformer" if type(net) is DiTDenoiser else MODELS[type(net.net).__name__]
+    make = {
+        ("unet", False): _pipeline_of_images,
+        ("unet", True): _pipeline_of_latents,
+        ("transformer", True): _pipeline_of_transformer,
+    }.get((part, vae is not None))
+    if make is None:
+        raise UserError(f"--to=diffusers: DiTPipeline, the library's only one for a DiT, needs a VAE; {ADVICE}")
+    pipeline, call, changes = make(net, level, vae)
+    with network_files.new_folder(path) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        config = read_config(folder / part / CONFIG_FILE)
+        values = {name: value for name, value in {**metadata, **changes}.items() if name != "vae"}
+        text = json.dumps({**config, "_metadata": values}, indent=2)
+        (folder / part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return f"{type(pipeline).__name__}: pipeline({call})"
+
+
+def _vae(net: Any) -> Any:
+    """The VAE of a network, with its scale in its own configuration, as pipelines use it; None without one."""
+    record = net.metadata.get("vae")
+    if record is None:
+        return None
+    vae = copy.deepcopy(latents.decoder_of(net).vae).cpu()
+    scales, shifts = (record[key] if isinstance(record[key], list) else [record[key]] for key in ("scale", "shift"))
+    if any(shifts) or len(set(scales)) > 1:
+        raise UserError(
+            "--to=diffusers: the library's pipelines have one scale for all channels of latents and no shift, and this"
+            f" network has others; {ADVICE}"
+        )
+    vae.register_to_config(scaling_factor=scales[0], shift_factor=None, latents_mean=None, latents_std=None)
+    return vae
+
+
+class OneStep:
+    """The numbers of p z - q F(b z, t), which a wrapped network answers for sigma z at noise level sigma."""
+
+    def __init__(self, net: WrappedDenoiser, sigma: float):
+        level = torch.tensor(sigma, dtype=torch.float64)
+        a, self.b = (value.item() for value in net.times.scales(level))
+        self.t = net.times.time(level[None])[0].item()
+        sign = -1 if net.times.is_reversed else 1
+        self.p, self.q = {
+            "epsilon": (sigma, self.b / a),
+            "v": (a * self.b, self.b),
+            "flow": (self.b, sign * self.b),
+            "x0": (0.0, -1.0),
+        }[net.prediction]
+
+
+def _pipeline_of_images(net: DiffusersDenoiser, level: float | None, _vae: None) -> tuple[Any, str, dict[str, Any]]:
+    pipelines, classes = library(), "class_labels=[...], " if net.label_dim else ""
+    if level is not None:
+        model, scheduler, changes = _euler_step(net, level)
+        return pipelines.ConsistencyModelPipeline(model, scheduler), f"{classes}batch_size=...", changes
+    scheduler = scheduler_of(net)
+    is_flow = not isinstance(net.times, DiscreteTimes)
+    if net.label_dim and is_flow:
+        raise UserError(f"--to=diffusers: the library has no pipeline of a flow with classes; {ADVICE}")
+    if net.label_dim:  # the other pipelines take no classes
+        scheduler = pipelines.EulerDiscreteScheduler(**_betas(net))
+        pipeline = pipelines.ConsistencyModelPipeline(_without_variance(net), scheduler)
+        return pipeline, f"{classes}batch_size=..., num_inference_steps=...", {}
+    if not is_flow and not isinstance(scheduler, pipelines.DDPMScheduler):
+        scheduler = pipelines.DDPMScheduler(**_betas(net))
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    model = copy.deepcopy(net.net) if learned else _without_variance(net)
+    return pipelines.DDPMPipeline(model, scheduler), "batch_size=..., num_inference_steps=...", {}
+
+
+def _pipeline_of_latents(net: DiffusersDenoiser, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
+    pipelines = library()
+    if net.label_dim:
+        raise UserError(f"--to=diffusers: the library's pipeline of a UNet2DModel and a VAE takes no classes; {ADVICE}")
+    if level is not None:
+        model, scheduler, changes = _euler_step(net, level)
+        return pipelines.LDMPipeline(vae, model, scheduler), "batch_size=..., num_inference_steps=1", changes
+    _refuse_flow(net, "LDMPipeline")
+    scheduler = pipelines.DDIMScheduler(**_betas(net), clip_sample=False)
+    return pipelines.LDMPipeline(vae, _without_variance(net), scheduler), "batch_size=..., num_inference_steps=...", {}
+
+
+def _pipeline_of_transformer(net: WrappedDenoiser, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
+    pipelines = library()
+    if level is not None:
+        model, scheduler = _ddim_step(net, level)
+        call = "class_labels=[...], num_inference_steps=1, guidance_scale=1"
+        return pipelines.DiTPipeline(model, vae, scheduler), call, {PIPELINE_ONLY: True}
+    _refuse_flow(net, "DiTPipeline")
+    if isinstance(net, DiTDenoiser):
+        raise UserError(f"--to=diffusers: the library's DiT embeds times otherwise, so only a generator fits; {ADVICE}")
+    scheduler = pipelines.DDIMScheduler(**_betas(net), clip_sample=False)
+    call = "class_labels=[...], num_inference_steps=..., guidance_scale=1"
+    return pipelines.DiTPipeline(copy.deepcopy(net.net), vae, scheduler), call, {}
+
+
+def _refuse_flow(net: WrappedDenoiser, pipeline: str) -> None:
+    if not isinstance(net.times, DiscreteTimes):
+        raise UserError(f"--to=diffusers: the library's {pipeline} can't run a scheduler of flows; {ADVICE}")
+
+
+# --- one step
+
+
+def _euler_step(net: DiffusersDenoiser, level: float) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, scheduler, changes of the metadata) for one Euler step from the last noise level s of a schedule to 0.
+
+    s is the generator's own level, and the schedule up to it that of its teacher. A flow becomes a prediction of the
+    noise at s = b, which has the same result.
+    """
+    _refuse_whole_times(net)
+    step, model, prediction = OneStep(net, level), _without_variance(net), net.prediction
+    if isinstance(net.times, DiscreteTimes):
+        start, last = level, max(SHORTEST - 1, math.ceil(step.t))
+        betas = torch.tensor(_betas(net)["trained_betas"][:last])
+    else:
+        start, last, prediction = step.p, SHORTEST - 1, "epsilon"
+        betas = _rising_betas(start, last)
+        _scale_input(model, math.sqrt(1 + start**2))
+    _set_time(model, step.t, last)
+    arguments = _ending_at(betas, 1 / (1 + start**2))
+    scheduler = library().EulerDiscreteScheduler(
+        **arguments, prediction_type=NAMED[prediction], timestep_spacing="trailing"
+    )
+    return model, scheduler, {"init_sigma": start}
+
+
+def _ddim_step(net: WrappedDenoiser, level: float) -> tuple[Any, Any]:
+    """(model, scheduler) for one step of DDIM that starts at plain noise."""
+    _refuse_whole_times(net)
+    step, last = OneStep(net, level), SHORTEST - 1
+    model: Any = transformer_of_library(net) if isinstance(net, DiTDenoiser) else copy.deepcopy(net.net)
+    if net.prediction == "x0":
+        named, signal, output = "sample", 0.5, 1.0  # any schedule
+    elif abs(step.p - 1) < MIN_DISTANCE:
+        raise UserError(f"--to=diffusers: DiTPipeline can't start at noise level {level:g}; {ADVICE}")
+    elif step.p > 1:
+        named, signal = "epsilon", step.p**-2
+        output = step.q * math.sqrt(signal / (1 - signal))
+    else:
+        named, signal = "v_prediction", step.p**2
+        output = step.q / math.sqrt(1 - signal)
+    _scale_input(model, step.b)
+    for parameter in model.proj_out_2.parameters():
+        parameter.data *= output
+    _set_time(model, step.t, last, time_features if isinstance(net, DiTDenoiser) else None)
+    arguments = _ending_at(_rising_betas(math.sqrt(1 / signal - 1), last), signal)
+    scheduler = library().DDIMScheduler(
+        **arguments, prediction_type=named, timestep_spacing="trailing", clip_sample=False
+    )
+    return model, scheduler
+
+
+def _refuse_whole_times(net: WrappedDenoiser) -> None:
+    if isinstance(net.times, DiscreteTimes) and net.times.nearest:
+        raise UserError(f"--to=diffusers: the pipelines call a model at times that aren't whole; {ADVICE}")
+
+
+def _scale_input(model: Any, factor: float) -> None:
+    """Multiplies what a model is called with. Errors: UserError when its first layer can't do that."""
+    blocks = [*(model.config.get("down_block_types") or ()), *(model.config.get("up_block_types") or ())]
+    if model.config.get("center_input_sample") or any(block.startswith("Skip") for block in blocks):
+        raise UserError(f"--to=diffusers: this UNet2DModel also uses its input past the first layer; {ADVICE}")
+    first = model.conv_in if hasattr(model, "conv_in") else model.pos_embed.proj
+    first.weight.data *= factor
+
+
+def _set_time(model: Any, time: float, called: int, features_of_time: Any = None) -> None:
+    """Makes a model that is called at one time answer what it answers at another.
+
+    features_of_time: of the time that it should answer for, if they aren't the model's own.
+    """
+    if hasattr(model, "time_embedding"):
+        embeddings = [(model.time_proj, model.time_embedding.linear_1)]
+    else:
+        parts = [block.norm1.emb for block in model.transformer_blocks]
+        embeddings = [(part.time_proj, part.timestep_embedder.linear_1) for part in parts]
+    for features, first in embeddings:
+        wanted = (features_of_time or features)(torch.tensor([time], dtype=torch.float32))
+        difference = wanted - features(torch.tensor([float(called)]))
+        first.bias.data += first.weight.data @ difference[0]
+
+
+def _rising_betas(sigma: float, number: int) -> torch.Tensor:
+    """The betas of so many noise levels on the way to `sigma`, evenly spaced, float32."""
+    signal = 1 / (1 + torch.linspace(0, sigma, number + 2, dtype=torch.float64)[:-1] ** 2)
+    return (1 - signal[1:] / signal[:-1]).float()
+
+
+def _ending_at(betas: torch.Tensor, signal: float) -> dict[str, Any]:
+    """Arguments of a scheduler with these betas and one more, after which alphas_cumprod is `signal`."""
+    before = (1 - betas).cumprod(dim=0)[-1].double().item()  # in float32, as the scheduler
+    trained_betas = [*betas.tolist(), 1 - signal / before]
+    return {"trained_betas": trained_betas, "num_train_timesteps": len(trained_betas)}
+
+
+# --- the published DiT and SiT as the library's class
+
+TRANSFORMER_NAMES = {  # of weights in training/dit.py: in the library; {i} is the number of a block
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+    "blocks.{i}.attn.proj": "transformer_blocks.{i}.attn1.to_out.0",
+    "blocks.{i}.mlp.fc1": "transformer_blocks.{i}.ff.net.0.proj",
+    "blocks.{i}.mlp.fc2": "transformer_blocks.{i}.ff.net.2",
+    "blocks.{i}.adaLN_modulation.1": "transformer_blocks.{i}.norm1.linear",
+    "t_embedder.mlp.0": "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table",
+}
+
+
+def transformer_of_library(net: DiTDenoiser) -> Any:
+    """A DiTTransformer2DModel with the weights of a DiT or SiT. It embeds times with slightly other frequencies.
+
+    Errors: UserError when the library's class has no such network.
+    """
+    transformer: Any = net.net
+    blocks, own = transformer.blocks, transformer.state_dict()
+    width, num_heads = blocks[0].attn.proj.in_features, blocks[0].attn.num_heads
+    model = library().DiTTransformer2DModel(
+        sample_size=net.img_resolution,
+        in_channels=net.img_channels,
+        out_channels=transformer._out_channels,
+        patch_size=transformer._patch_size,
+        num_layers=len(blocks),
+        num_attention_heads=num_heads,
+        attention_head_dim=width // num_heads,
+        num_embeds_ada_norm=net.label_dim,
+        norm_num_groups=1,
+        norm_eps=EPS,
+    )
+    same = model.pos_embed.pos_embed.shape == own["pos_embed"].shape
+    if not same or not torch.allclose(model.pos_embed.pos_embed, own["pos_embed"], atol=1e-4):
+        raise UserError(f"--to=diffusers: the library's DiT has other embeddings of positions; {ADVICE}")
+    state = {}
+    for i in range(len(blocks)):
+        for old, new in TRANSFORMER_NAMES.items():
+            old, new = old.format(i=i), new.format(i=i)
+            state |= {name.replace(old, new): own[name] for name in (f"{old}.weight", f"{old}.bias") if name in own}
+        for kind in ("weight", "bias"):
+            for letter, value in zip("qkv", own[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)):
+                state[f"transformer_blocks.{i}.attn1.to_{letter}.{kind}"] = value
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"--to=diffusers: the library's DiT has other layers ({persistence.one_line(error, 120)}); {ADVICE}"
+        ) from None
+    return model
+
+
+# --- parts of both
+
+
+def _betas(net: DiffusersDenoiser) -> dict[str, Any]:
+    """The arguments with which any scheduler of a diffusion adds noise as that of the network does."""
+    betas = scheduler_of(net).betas
+    prediction = NAMED[net.prediction]
+    return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": prediction}
+
+
+def _without_variance(net: DiffusersDenoiser) -> Any:
+    """The UNet2DModel alone, without the channels that predict a variance."""
+    model: Any = net.net
+    if model.config.out_channels == net.img_channels:
+        return copy.deepcopy(model)
+    state = model.state_dict()
+    for name in ("conv_out.weight", "conv_out.bias"):
+        state[name] = state[name][: net.img_channels]
+    fewer = type(model).from_config({**model.config, "out_channels": net.img_channels})
+    fewer.load_state_dict(state)
+    return fewer
