@@ -5,13 +5,14 @@ Weights are read from safetensors only, and no code that a folder may hold is ru
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError
-from torch_utils import persistence
+from torch_utils import distributed, persistence
 from torch_utils.untrusted.bounds import read_json
 
 from . import network_files
@@ -41,14 +42,60 @@ def is_hub_name(source: str | os.PathLike) -> bool:
 def fetch(name: str) -> Path:
     """The local folder of a model on the Hub, downloaded unless the library's cache holds it.
 
+    Only configurations, safetensors and the model card are downloaded: no pickles, no code.
     Errors: UserError when it can't be had.
     """
+    return _download(name, ["*.json", "*.safetensors", "README.md"])  # in a pattern, "*" stands for slashes, too
+
+
+def fetch_part(name: str, part: str, class_name: str, why: str) -> Path:
+    """The local folder of one model on the Hub: of a repository's folder `part`, or of a repository that is the model.
+
+    Its configuration is downloaded first, and its safetensors only if that is one of `class_name`: no other part of a
+    pipeline, no pickles, no code. What the library's cache holds isn't downloaded.
+    why: what it is and why it is wanted, for the line that says what is downloaded.
+    Errors: UserError when it can't be had, or is a model of another class.
+    """
+    configs = [network_files.CONFIG_FILE, f"{part}/{network_files.CONFIG_FILE}"]
+    weights = [f"{WEIGHTS_NAME}*.safetensors", f"{WEIGHTS_NAME}*.json"]
+    patterns = [*configs, *weights, *(f"{part}/{file}" for file in weights)]
+    try:
+        folder = _download(name, patterns, local_files_only=True)
+        found = next(folder / file for file in reversed(configs) if (folder / file).is_file()).parent
+        if any(found.glob(weights[0])):
+            return found
+    except (UserError, StopIteration):  # not in the cache, or not whole
+        pass
+    if distributed.rank() == 0:
+        print(
+            f"{name}: {why}, is downloaded from the Hugging Face Hub (its configuration and safetensors alone)",
+            file=sys.stderr,
+            flush=True,
+        )
+    folder = _download(name, configs)
+    found = next((folder / file for file in reversed(configs) if (folder / file).is_file()), None)
+    if found is None:
+        raise UserError(f"{name}: has neither {configs[0]} nor {configs[1]}: name the repository of an {class_name}")
+    check_class(found, class_name)
+    inside = "" if found.parent == folder else f"{part}/"
+    _download(name, [inside + file for file in weights])
+    return found.parent
+
+
+def check_class(config: Path, class_name: str) -> dict[str, Any]:
+    """A model's configuration. Errors: UserError when it can't be read or is one of another class."""
+    values = read_config(config)
+    if values.get("_class_name") != class_name:
+        raise UserError(f"{config.parent}: a {str(values.get('_class_name'))[:80]}, not an {class_name}; name one")
+    return values
+
+
+def _download(name: str, patterns: list[str], **options: Any) -> Path:
     library()
     import huggingface_hub as hub  # pyright: ignore[reportMissingImports]  comes with diffusers
 
-    files = ["*.json", "*.safetensors", "README.md"]
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=[*files, *(f"*/{file}" for file in files)]))
+        return Path(hub.snapshot_download(name, allow_patterns=patterns, **options))
     except Exception as error:  # of many kinds: offline, absent, gated, no space
         reason = persistence.one_line(error, 200)
         raise UserError(

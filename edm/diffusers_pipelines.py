@@ -70,10 +70,10 @@ def write(net: Any, path: Path) -> str:
 
 def _vae(net: Any) -> Any:
     """The VAE of a network, with its scale in its own configuration, as pipelines use it; None without one."""
-    record = net.metadata.get("vae")
-    if record is None:
+    decoder = latents.decoder_by(net.metadata, net)
+    if decoder is None:
         return None
-    vae = copy.deepcopy(latents.decoder_of(net).vae).cpu()
+    record, vae = net.metadata["vae"], copy.deepcopy(decoder.vae).cpu()
     scales, shifts = (record[key] if isinstance(record[key], list) else [record[key]] for key in ("scale", "shift"))
     if any(shifts) or len(set(scales)) > 1:
         raise UserError(
@@ -305,7 +305,7 @@ def transformer_of_library(net: DiTDenoiser) -> Any:
 # --- parts of both
 
 
-def _betas(net: DiffusersDenoiser) -> dict[str, Any]:
+def _betas(net: WrappedDenoiser) -> dict[str, Any]:
     """The arguments with which any scheduler of a diffusion adds noise as that of the network does."""
     betas = scheduler_of(net).betas
     prediction = NAMED[net.prediction]

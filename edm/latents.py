@@ -98,21 +98,17 @@ def check_channels(net: Any, metadata: dict[str, Any]) -> None:
         )
 
 
-def load_vae(source: str | Path) -> tuple[Any, str, Path]:
+def load_vae(source: str | Path, why: str = "the VAE") -> tuple[Any, str, Path]:
     """(VAE, hash of its weights, folder) of a folder of the diffusers library or a name on the Hub.
 
-    source: the VAE's own folder, or that of a pipeline with one.
+    source: the VAE's own folder, or that of a pipeline with one. why: as `diffusers_folder.fetch_part`.
     Errors: UserError when it can't be had or isn't an AutoencoderKL.
     """
     path = user_path(str(source))
     if not path.exists() and diffusers_folder.is_hub_name(source):
-        path = diffusers_folder.fetch(str(source))
+        path = diffusers_folder.fetch_part(str(source), FOLDER, VAE_CLASS, why)
     path = path / FOLDER if (path / FOLDER / network_files.CONFIG_FILE).is_file() else path
-    config = diffusers_folder.read_config(path / network_files.CONFIG_FILE)
-    if config.get("_class_name") != VAE_CLASS:
-        raise UserError(
-            f"{path}: a {str(config.get('_class_name'))[:80]}, not an {VAE_CLASS}; name the folder of a VAE"
-        )
+    config = diffusers_folder.check_class(path / network_files.CONFIG_FILE, VAE_CLASS)
     state = diffusers_folder.weights(path)
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
     vae = persistence.construct(AutoencoderKL, (), arguments, state, path)
@@ -139,7 +135,7 @@ def _decoder(text: str) -> LatentDecoder:
     record = json.loads(text)
     advice = f"put the folder of that VAE as {FOLDER}/ next to the network's file"
     try:
-        vae, sha256, _ = load_vae(record["source"])
+        vae, sha256, _ = load_vae(record["source"], "the VAE that the network's file names")
     except UserError as error:
         raise UserError(f"the VAE of these latents can't be had ({error.message}); {advice}") from None
     if record["sha256"] not in ("", sha256):

@@ -380,3 +380,68 @@ def test_latents_of_edm2(tmp_path):
     alone.metadata["vae"]["source"] = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="the VAE of these latents can't be had"):
         latents.decoder_of(alone)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub and its cache: the function makes a repository of a folder; `downloads` lists the files that were sent."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    repositories, downloads = {}, []
+
+    def snapshot_download(name, allow_patterns, local_files_only=False):
+        cached = tmp_path / "cache" / name
+        if local_files_only:
+            if not cached.is_dir():
+                raise FileNotFoundError(name)
+            return str(cached)
+        source = repositories[name]
+        files = [str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
+        for file in sorted(filter_repo_objects(files, allow_patterns=allow_patterns)):
+            if not (cached / file).is_file():
+                downloads.append(file)
+                (cached / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source / file, cached / file)
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    repositories["downloads"] = downloads
+    return repositories
+
+
+def named_vae(net, name, sha256=""):
+    net.metadata = {"vae": {**net.metadata["vae"], "source": name, "sha256": sha256}}
+    latents._decoder.cache_clear()
+    return latents.decoder_of(net)
+
+
+@pytest.mark.parametrize("in_a_pipeline", [False, True])
+def test_a_vae_that_a_file_names_is_fetched_alone_and_said(hub, pipeline, vae, tmp_path, capsys, in_a_pipeline):
+    net = zoo.load_denoiser(pipeline)
+    repository = tmp_path / "repository"
+    shutil.copytree(pipeline if in_a_pipeline else vae, repository)
+    folder = "vae/" if in_a_pipeline else ""
+    for name in ("pytorch_model.bin", "code.py", f"{folder}diffusion_pytorch_model.bin"):
+        (repository / name).write_text("import os")
+    hub["someone/vae"] = repository
+    named_vae(net, "someone/vae", net.metadata["vae"]["sha256"])
+    assert hub["downloads"] == [f"{folder}config.json", f"{folder}diffusion_pytorch_model.safetensors"]
+    assert capsys.readouterr().err.count("\n") == 1
+    named_vae(net, "someone/vae")
+    assert len(hub["downloads"]) == 2
+    assert capsys.readouterr().err == ""  # from the cache
+
+
+def test_nothing_but_a_vae_is_fetched(hub, pipeline, tmp_path):
+    net = zoo.load_denoiser(pipeline)
+    hub["someone/model"] = pipeline / "transformer"
+    with pytest.raises(UserError, match="a DiTTransformer2DModel, not an AutoencoderKL"):
+        named_vae(net, "someone/model")
+    hub["someone/text"] = tmp_path
+    with pytest.raises(UserError, match=r"has neither config\.json nor vae/config\.json"):
+        named_vae(net, "someone/text")
+    assert hub["downloads"] == ["config.json"]
+    hub["someone/vae"] = pipeline
+    with pytest.raises(UserError, match="isn't the VAE that the network was trained with"):
+        named_vae(net, "someone/vae", "0" * 64)
