@@ -56,7 +56,9 @@ def serve_forks_of_this_process() -> None:
 
     Call it before autograd has run, whose threads a fork doesn't inherit.
     """
+    sys.warnoptions.append("ignore:resource_tracker")  # processes that tests kill leave semaphores behind
     resource_tracker.ensure_running()  # a new interpreter, as always
+    sys.warnoptions.pop()
     util.spawnv_passfds = _fork_server
     try:
         with warnings.catch_warnings():
