@@ -7,18 +7,20 @@ import math
 import os
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 
 from dnnlib import UserError, write_atomically
 from torch_utils import distributed
 
-MIN_GRID_PIXELS = 512
+GRID_PIXELS = 512  # width to which grids of small images are enlarged
+TITLE_PIXELS = 24  # height of a title's line
 ENCODED_AHEAD = 256  # images that are encoded or waiting to be written, at most
 
 
@@ -38,18 +40,36 @@ def make_grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:
     return cells.reshape(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
 
 
-def visible_zoom(images: torch.Tensor, columns: int) -> int:
-    """The `zoom` of `save_grid` that makes a grid of small images at least about MIN_GRID_PIXELS wide."""
-    return max(1, MIN_GRID_PIXELS // (columns * images.shape[-1]))
+def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int | None = None) -> None:
+    """Writes uint8 images [N, C, H, W] as one PNG, row by row, small ones enlarged.
 
-
-def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int | None = None, zoom: int = 1) -> None:
-    """Writes a grid of images as PNG, each pixel `zoom` times as large."""
-    image = to_pil(make_grid(images, columns))
-    if zoom > 1:
-        image = PIL.Image.fromarray(np.asarray(image).repeat(zoom, axis=0).repeat(zoom, axis=1))
+    Errors: OSError when it can't be written.
+    """
     with write_atomically(path) as file:
-        image.save(file, format="PNG")
+        _visible_grid(images, columns).save(file, format="PNG")
+
+
+def save_titled_grids(grids: Mapping[str, torch.Tensor], path: str | os.PathLike, columns: int) -> None:
+    """Writes {title: uint8 images [N, C, H, W]} as one PNG: grids below each other, each under its title.
+
+    Errors: OSError when it can't be written.
+    """
+    pictures = [_visible_grid(images, columns) for images in grids.values()]
+    size = max(picture.width for picture in pictures), sum(TITLE_PIXELS + picture.height for picture in pictures)
+    page, top = PIL.Image.new("RGB", size, "white"), 0
+    draw, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(size=14)
+    for title, picture in zip(grids, pictures):
+        draw.text((4, top + TITLE_PIXELS // 2), title, "black", font, anchor="lm")
+        page.paste(picture, (0, top + TITLE_PIXELS))
+        top += TITLE_PIXELS + picture.height
+    with write_atomically(path) as file:
+        page.save(file, format="PNG")
+
+
+def _visible_grid(images: torch.Tensor, columns: int | None) -> PIL.Image.Image:
+    grid = to_pil(make_grid(images, columns))
+    zoom = max(1, GRID_PIXELS // grid.width)
+    return grid.resize((zoom * grid.width, zoom * grid.height), PIL.Image.Resampling.NEAREST)
 
 
 @contextlib.contextmanager

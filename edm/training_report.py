@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError, kimg_name
-from edm.images import save_grid, visible_zoom
+from edm.images import save_grid
 from edm.metrics.evaluate import Evaluator
 from edm.sampler import generate_all
 from edm.snapshot_metrics import SnapshotMetrics
@@ -47,7 +47,7 @@ class TeacherReport:
 
     def _draw(self, ema: torch.nn.Module, path: Path) -> None:
         images = generate_all(ema, range(PICTURE_COLUMNS * PICTURE_ROWS), steps=PICTURE_STEPS)
-        save_grid(images, path, PICTURE_COLUMNS, visible_zoom(images, PICTURE_COLUMNS))
+        save_grid(images, path, PICTURE_COLUMNS)
 
 
 def make_evaluator(options: dict[str, Any], device: torch.device) -> Evaluator | None:
@@ -69,12 +69,12 @@ def describe_start(net: torch.nn.Module, dataset: Any, config: Any, device: torc
     """Three lines about the network, the data, and the length and pace of the training."""
     parameters = sum(p.numel() for p in net.parameters())
     classes = f"{dataset.label_dim} classes" if dataset.label_dim else "without classes"
-    side, channels = dataset.resolution, dataset.num_channels
+    side, channels = dataset.resolution, f"{dataset.num_channels} channel{'s' * (dataset.num_channels > 1)}"
     passes = config.total_kimg * 1000 / len(dataset)
     return "\n".join(
         [
             f"Network:  {type(net).__name__}, {parameters / 1e6:.2f} million parameters",
-            f"Data:     {dataset.name}, {len(dataset)} images of {side}x{side}, {channels} channel(s), {classes}",
+            f"Data:     {dataset.name}, {len(dataset)} images of {side}x{side}, {channels}, {classes}",
             f"Training: {config.total_kimg:g} kimg ({passes:.1f} passes over the data) in batches of {config.batch} on"
             f" {distributed.world_size()} x {device.type}, warm-up {config.lr_rampup_kimg:g} kimg,"
             f" a report every {config.kimg_per_tick:g} kimg, a snapshot every {config.snapshot_ticks} reports",

@@ -111,7 +111,7 @@ def main(out: Path, teacher_steps: int, kimg: float) -> None:
         snapshot_ticks=5,
     )
     generator = distil(teacher, config, out, device="cpu")
-    save_grid(generator(64, seed=0), out / "generated.png", zoom=4)
+    save_grid(generator(64, seed=0), out / "generated.png")
 
 
 if __name__ == "__main__":

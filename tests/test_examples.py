@@ -21,13 +21,13 @@ def run(folder, name, *arguments):
 def test_one_step(tmp_path):
     zoo.save_network(tiny_teacher(), tmp_path / "generator.safetensors", kind="sid-generator", init_sigma=2.5)
     run(tmp_path, "one_step.py", "generator.safetensors", "grid.png")
-    assert PIL.Image.open(tmp_path / "grid.png").size == (64, 64)  # 8 x 8 images of 8 x 8 pixels
+    assert PIL.Image.open(tmp_path / "grid.png").size == (512, 512)  # 8 x 8 images of 8 x 8 pixels, enlarged
 
 
 def test_own_denoiser(tmp_path):
     run(tmp_path, "own_denoiser.py", "--out=RUN", "--teacher-steps=2", "--kimg=0.128")
     assert list((tmp_path / "RUN").glob("network-snapshot-*.safetensors"))
-    assert PIL.Image.open(tmp_path / "RUN" / "generated.png").size == (8 * 8 * 4, 8 * 8 * 4)
+    assert PIL.Image.open(tmp_path / "RUN" / "generated.png").size == (512, 512)
 
 
 def load(name):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from edm.images import ENCODED_AHEAD, image_writer
+from edm.images import ENCODED_AHEAD, TITLE_PIXELS, image_writer, save_grid, save_titled_grids
 
 IMAGES = torch.randint(
     256, [ENCODED_AHEAD + 44, 3, 8, 8], dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -58,3 +58,28 @@ def test_images_are_not_mixed_with_others(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="exists already"):
         write_all(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("columns", "zoom"), [(4, 16), (40, 1), (80, 1)])
+def test_grids_of_small_images_are_enlarged(tmp_path, columns, zoom):
+    save_grid(IMAGES[:80], tmp_path / "grid.png", columns)
+    found = np.asarray(PIL.Image.open(tmp_path / "grid.png"))
+    rows = 80 // columns
+    assert found.shape == (rows * 8 * zoom, columns * 8 * zoom, 3)
+    cells = found[::zoom, ::zoom].reshape(rows, 8, columns, 8, 3).transpose(0, 2, 4, 1, 3)
+    assert np.array_equal(cells.reshape(80, 3, 8, 8), IMAGES[:80].numpy())
+    assert np.array_equal(found, found[::zoom, ::zoom].repeat(zoom, axis=0).repeat(zoom, axis=1))
+
+
+def test_each_grid_stands_under_its_title(tmp_path):
+    gray, path = IMAGES[:8, :1], tmp_path / "page.png"
+    save_titled_grids({"first": gray, "": 255 - gray}, path, columns=4)
+    page = np.asarray(PIL.Image.open(path))
+    save_grid(gray, tmp_path / "grid.png", columns=4)
+    grid = np.asarray(PIL.Image.open(tmp_path / "grid.png"))[:, :, None]
+    top, first, middle, second = np.split(page, np.cumsum([TITLE_PIXELS, len(grid), TITLE_PIXELS]))
+    assert np.array_equal(first, grid.repeat(3, axis=2))
+    assert np.array_equal(second, 255 - first)
+    assert (top[0] == 255).all()
+    assert top.min() < 50  # black letters
+    assert (middle == 255).all()

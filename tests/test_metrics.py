@@ -289,6 +289,7 @@ def test_a_live_network(tmp_path, detector):
     assert joint["trials"]["min"]["fid"] == min(values)
     assert joint["seeds"] == [0, 299]
     assert "2 x 150 images, seeds 0-299" in describe(joint)
+    assert describe(*summarise(trials[:1])) == describe(*trials[0])
 
 
 def evaluate_in_group(rank, folder, world):

@@ -29,8 +29,10 @@ def summarise(trials: Sequence[Sequence[dict]]) -> list[dict]:
 
 
 def describe(record: dict) -> str:
-    """One line: the metric, its values (over trials: mean, standard deviation, minimum) and what was measured."""
+    """One line: the metric, its values and what was measured; over several trials mean, standard deviation, minimum."""
     trials, parts = record.get("trials"), []
+    if trials and trials["num"] == 1:
+        trials = None
     for name, value in record["values"].items():
         spread = f" (sd {trials['std'][name]:.4g}, min {trials['min'][name]:.6g})" if trials else ""
         parts.append(f"{name} {value:.6g}{spread}")

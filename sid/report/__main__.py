@@ -38,9 +38,9 @@ def main(run: str, classes: str | None) -> None:
     guided = teacher if guide is None else GuidedDenoiser(teacher, guide, (guidance and guidance.over_guide) or 1)
     picture = run_dir / "comparison.png"
     try:
-        compare(guided, generator, picture)
-        which = "teacher" if guide is None else "teacher with its guide"
-        pictures = f"{picture}  ({which} at {TEACHER_EVALUATIONS} evaluations, at one, generator at one)"
+        which = "Teacher" if guide is None else "Teacher with its guide"
+        compare(guided, generator, picture, which)
+        pictures = f"{picture}  ({which.lower()} at {TEACHER_EVALUATIONS} evaluations, at one, generator at one)"
     except OSError as error:
         pictures = f"none, since {picture} can't be written ({error.strerror})"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dnnlib import kimg_name, write_atomically
+from edm.images import save_grid
 from edm.metrics.evaluate import Evaluator
 from edm.snapshot_metrics import MultiStepFid, SnapshotMetrics, first_fid, read_metrics
 from edm.zoo import network_hash
@@ -19,7 +20,7 @@ from torch_utils.training_stats import append_line
 
 from ..monitor.records import DISTANCES_FILE
 from ..teacher_distance import TeacherDistance
-from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_grid
+from .pictures import GRID_COLUMNS, GRID_ROWS, sample
 
 FIRST_PICTURE = "fakes_init.png"
 
@@ -56,7 +57,7 @@ class Report:
         """Reports before the first iteration, when `ema` is the teacher used as a one-step generator."""
         reals = self._reals
         if reals is not None and distributed.rank() == 0:
-            attempt("saving reals.png", lambda: save_grid(reals, self._run_dir / "reals.png"))
+            attempt("saving reals.png", lambda: save_grid(reals, self._run_dir / "reals.png", GRID_COLUMNS))
         self._show(ema, 0, FIRST_PICTURE)
 
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
@@ -67,7 +68,7 @@ class Report:
         with distributed.shared_errors():
             if distributed.rank() == 0:
                 images = sample(ema, GRID_COLUMNS * GRID_ROWS)
-                attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name))
+                attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name, GRID_COLUMNS))
                 distance = self._distance
                 if distance is not None:
                     attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg, distance))
