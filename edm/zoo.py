@@ -274,7 +274,8 @@ def list_command() -> None:
         click.echo(f"{'*' if path.is_file() else ' '} {file.name:27} {size:>7}  {fid:14}  {file.description}")
         also = [f"  also {name}" for name, of in SID_NAMES.items() if of == file.name]
         click.echo(f"    {file.url}  [{file.licence}]{''.join(also)}")
-    click.echo("* already downloaded")
+    click.echo("\n*    already downloaded\n?    size unknown before the download")
+    click.echo("FID  as published (network evaluations per image)")
 
 
 @main.command()
