@@ -388,6 +388,12 @@ PIPELINES_OF_LATENTS = {
 }
 
 
+def write_parts(net, folder):
+    """Its model and its scheduler, next to its VAE."""
+    net.net.save_pretrained(folder)
+    diffusers_models.scheduler_of(net).save_pretrained(folder)
+
+
 def of_latents(folder, model, scheduler, level=None, **vae):
     net = less_contrast(randomise(DiffusersDenoiser(model=model, scheduler=scheduler)))
     torch.manual_seed(0)
