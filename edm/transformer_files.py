@@ -17,6 +17,7 @@ from .diffusers_models import LATENT_SIGMA_DATA
 
 FIRST_WEIGHT = "x_embedder.proj.weight"
 PARTS = ("ema", "model", "state_dict")  # of a training's checkpoint, the first of them that is there
+PROBES, MIN_SIMILARITY = 4, 0.6  # noise images by which DiT and SiT are told apart, and the cosine that tells
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the sizes S, B, L and XL
 VAE_ADVICE = "such as stabilityai/sd-vae-ft-mse of the Hugging Face Hub"
 
@@ -45,7 +46,14 @@ def weights_of(path: Path) -> dict[str, torch.Tensor] | None:
 
 def read(path: Path, state: dict[str, torch.Tensor]) -> tuple[DiTDenoiser, dict[str, Any]]:
     """(denoiser, metadata) of a checkpoint's weights. Errors: UserError when they don't fit, or a VAE is missing."""
-    arguments = {"kind": kind_of(path), **shapes_of(path, state)}
+    arguments = shapes_of(path, state)
+    kind = kind_by_name(path)
+    if kind is None:
+        kind = kind_by_answers(_build("dit", arguments, state, path).net)
+    if kind is None:
+        raise UserError(
+            f"{path}: DiT or SiT? Its answers to noise fit neither: let the file's name begin with DiT- or SiT-"
+        )
     metadata: dict[str, Any] = {"kind": "teacher"}
     if arguments["img_channels"] not in (1, 3):
         nearby = path.resolve().parent / latents.FOLDER
@@ -56,8 +64,7 @@ def read(path: Path, state: dict[str, torch.Tensor]) -> tuple[DiTDenoiser, dict[
             )
         metadata["vae"] = latents.record_of(nearby)
     arguments["sigma_data"] = LATENT_SIGMA_DATA if "vae" in metadata else SIGMA_DATA
-    state = {f"net.{name}": value for name, value in state.items()}
-    net = network_files.checked(persistence.construct(DiTDenoiser, (), arguments, state, path), path)
+    net = _build(kind, arguments, state, path)
     try:
         latents.check_channels(net, metadata)
     except UserError as error:
@@ -65,16 +72,35 @@ def read(path: Path, state: dict[str, torch.Tensor]) -> tuple[DiTDenoiser, dict[
     return net, metadata
 
 
-def kind_of(path: Path) -> str:
-    """'dit' or 'sit' by the name of the file or of its folders: the weights of both look alike."""
+def _build(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], path: Path) -> DiTDenoiser:
+    state = {f"net.{name}": value for name, value in state.items()}
+    net = persistence.construct(DiTDenoiser, (), {"kind": kind, **arguments}, state, path)
+    return network_files.checked(net, path)
+
+
+def kind_by_name(path: Path) -> str | None:
+    """'dit' or 'sit' by the name of the file or of its folders; None if they tell neither or both."""
     for name in (path.stem, *(parent.name for parent in path.resolve().parents)):
         found = {kind for kind in KINDS if re.search(rf"(?<![a-z]){kind}(?![a-z])", name.lower())}
         if len(found) == 1:
             return found.pop()
-    raise UserError(
-        f"{path}: DiT or SiT? Their weights look alike, but they predict different things: let the file's name begin"
-        " with DiT- or SiT-"
-    )
+    return None
+
+
+@torch.no_grad()
+def kind_by_answers(net: Any) -> str | None:
+    """'dit' or 'sit' by what a `training.dit.Transformer` answers to noise z at its noisiest time; None if neither fits.
+
+    A DiT predicts the noise: z, at time 999. A SiT predicts the image less the noise: about -z, at time 0.
+    """
+    side = round(net.pos_embed.shape[1] ** 0.5) * net.x_embedder.proj.kernel_size[0]
+    channels, no_class = net.x_embedder.proj.in_channels, net.y_embedder.embedding_table.num_embeddings - 1
+    z = torch.randn([PROBES, channels, side, side], generator=torch.Generator().manual_seed(0))
+    condition = torch.full([PROBES], no_class)
+    answers = [net(z, torch.full([PROBES], time), condition)[:, :channels] for time in (999.0, 0.0)]
+    late, early = (torch.cosine_similarity(answer.flatten(), z.flatten(), dim=0).item() for answer in answers)
+    is_dit, is_sit = late > MIN_SIMILARITY, early < -MIN_SIMILARITY
+    return None if is_dit == is_sit else "dit" if is_dit else "sit"
 
 
 def shapes_of(path: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:

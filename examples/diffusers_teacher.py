@@ -2,7 +2,7 @@
 
     pip install 'sid-distillation[diffusers]' scikit-learn
     python -m edm.small_teachers --only=digits --outdir=small --kimg=1    # small/digits/data.zip
-    python examples/diffusers_teacher.py --data=small/digits/data.zip --prediction=epsilon --out=TEACHER
+    python examples/diffusers_teacher.py --data=small/digits/data.zip --classes --prediction=flow --out=TEACHER
     python sid_train.py --recipe=auto --edm_model=TEACHER --outdir=RUN --nosubdir
 
 TEACHER is a folder of the library: a model with its scheduler's configuration. Nothing here but the reading of images
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="zip or folder of images")
     parser.add_argument("--prediction", choices=SCHEDULERS, default="epsilon")
+    parser.add_argument("--classes", action="store_true", help="learn the classes of the images")
     parser.add_argument("--out", required=True, help="new folder for the teacher")
     parser.add_argument("--kimg", type=float, default=200, help="thousands of images to train on")
     parser.add_argument("--width", type=int, default=32, help="channels of the first level")
@@ -67,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
-    dataset = ImageFolderDataset(arguments.data, use_labels=True)
+    dataset = ImageFolderDataset(arguments.data, use_labels=arguments.classes)
     images = torch.stack([torch.from_numpy(dataset[i][0]) for i in range(len(dataset))])  # uint8 [N, C, H, W]
     labels = torch.stack([torch.from_numpy(dataset.get_label(i)) for i in range(len(dataset))])  # one-hot
     net = build(dataset.resolution, dataset.num_channels, dataset.label_dim, arguments.width)

@@ -13,7 +13,6 @@ from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.denoiser import DenoiserModule
 from training.generator import Generator
-from training.networks_edm2 import normalize_weights
 
 from .config import DistillationConfig
 from .loss import SiDLoss
@@ -211,7 +210,6 @@ class Distillation:
 
     def _update(self, name: str, factor: float) -> None:
         self.collector.report(f"Gradient/{name}_norm", getattr(self.state, f"{name}_updater").step(factor))
-        normalize_weights(getattr(self.state, name))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The arithmetic in which the networks are called."""

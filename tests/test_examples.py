@@ -1,5 +1,6 @@
 """The examples run, at tiny length, and the toy one learns."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,6 +29,22 @@ def test_own_denoiser(tmp_path):
     run(tmp_path, "own_denoiser.py", "--out=RUN", "--teacher-steps=2", "--kimg=0.128")
     assert list((tmp_path / "RUN").glob("network-snapshot-*.safetensors"))
     assert PIL.Image.open(tmp_path / "RUN" / "generated.png").size == (512, 512)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_a_teacher_of_the_diffusers_library(prediction, tmp_path):
+    pytest.importorskip("diffusers")
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        PIL.Image.new("L", (8, 8), 60 * i).save(tmp_path / "images" / f"{i}.png")
+    labels = [[f"{i}.png", i % 2] for i in range(4)]
+    (tmp_path / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    classes = ["--classes"] if prediction == "flow" else []
+    options = [*classes, "--data=images", f"--prediction={prediction}", "--kimg=0.128", "--width=8", "--out=TEACHER"]
+    assert "2 steps of 64" in run(tmp_path, "diffusers_teacher.py", *options)
+    net = zoo.load_denoiser(tmp_path / "TEACHER")
+    assert net.prediction == prediction.removesuffix("_prediction")
+    assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 1, 2 if classes else 0)
 
 
 def load(name):

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Updater:
     limit: gradients are clipped to this by value.
     spike_guard: an update is skipped, too, if the norm of its gradient is more than so many times the median of those
     before (`SpikeGuard`).
+    after_update: called after every update, skipped ones included, such as to normalise weights.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Updater:
         loss_scaling: bool = False,
         limit: float = GRADIENT_LIMIT,
         spike_guard: float | None = None,
+        after_update: Callable[[], None] | None = None,
     ):
         self.name = name
         self.optimizer = optimizer
@@ -68,6 +70,7 @@ class Updater:
         self._counts = dict.fromkeys(COUNTS, torch.zeros([], device=device))
         self.loss_scale = torch.ones([], device=device) if loss_scaling else None
         self._guard = SpikeGuard(spike_guard, device) if spike_guard else None
+        self._after_update = after_update
 
     @classmethod
     def adam(
@@ -85,15 +88,17 @@ class Updater:
     ) -> "Updater":
         """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0.
 
+        A network with a method `normalize_weights` has it called after every update.
         rounding_seed: as MomentumFreeAdam has it, for beta1 = 0 only.
         """
         trainable = [p for p in net.parameters() if p.requires_grad]
+        after_update: Any = getattr(net, "normalize_weights", None)
         if beta1 == 0:
             optimizer = MomentumFreeAdam(trainable, lr, beta2, eps, rounding_seed)
-            return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)
+            return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard, after_update)
         fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
-        return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)
+        return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard, after_update)
 
     def backward(self, loss: torch.Tensor, only: Iterable[torch.Tensor] | None = None, keep: bool = False) -> None:
         """Adds the gradients of a scalar loss to what `step` applies.
@@ -125,6 +130,8 @@ class Updater:
             self.optimizer.step()
         elif not skip:
             self.optimizer.step()
+        if self._after_update is not None:
+            self._after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(bad)
         return norm

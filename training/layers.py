@@ -143,6 +143,19 @@ class GroupNorm(torch.nn.Module):
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+def inputs_in_float32(
+    x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None, label_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A denoiser's inputs in float32: images, sigma [N or 1, 1, 1, 1], labels [N or 1, label_dim] or None without."""
+    x = x.to(torch.float32)
+    sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
+    if label_dim == 0:
+        return x, sigma, None
+    if class_labels is None:
+        return x, sigma, torch.zeros([1, label_dim], device=x.device)
+    return x, sigma, class_labels.to(torch.float32).reshape(-1, label_dim)
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(C)) v for q, k, v of shape [..., positions, C], the softmax in float32."""
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):  # where the fused kernel is slow

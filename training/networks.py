@@ -24,7 +24,16 @@ import torch
 
 from torch_utils import persistence
 
-from .layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock, attention
+from .layers import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    attention,
+    inputs_in_float32,
+)
 from .unets import DhariwalUNet, SongUNet
 
 __all__ = [
@@ -100,14 +109,7 @@ class _Preconditioner(torch.nn.Module):
         force_fp32: bool = False,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
-        if self.label_dim == 0:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = torch.zeros([1, self.label_dim], device=x.device)
-        else:
-            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        x, sigma, class_labels = inputs_in_float32(x, sigma, class_labels, self.label_dim)
         dtype = torch.float16 if self.use_fp16 and x.device.type != "cpu" else torch.float32
         dtype = torch.float32 if force_fp32 else self.compute_dtype or dtype
 

@@ -23,7 +23,7 @@ import torch.utils.checkpoint
 
 from torch_utils import persistence
 
-from .layers import attention
+from .layers import attention, inputs_in_float32
 
 __all__ = [
     "Block",
@@ -319,14 +319,7 @@ class Precond(torch.nn.Module):
         """The clean image [N, C, H, W]; with return_logvar, a pair of it and `logvar(sigma)`."""
         if augment_labels is not None:
             raise ValueError("EDM2's network takes no augmentation labels")
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
-        if self.label_dim == 0:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = torch.zeros([1, self.label_dim], device=x.device)
-        else:
-            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        x, sigma, class_labels = inputs_in_float32(x, sigma, class_labels, self.label_dim)
         dtype = torch.float16 if self.use_fp16 and x.device.type != "cpu" else torch.float32
         dtype = torch.float32 if force_fp32 else self.compute_dtype or dtype
 

@@ -106,7 +106,6 @@ class Training:
         total, rampup, constant = (1000 * value for value in kimg)
         factor = lr_factor(self.nimg, total, rampup, config.lr_decay, constant)
         self.collector.report("Gradient/norm", self._parts["updater"].step(factor))
-        normalize_weights(self.net)
         if config.ema_std is None:
             beta = ema_beta(config.batch, self.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
         else:
