@@ -89,7 +89,7 @@ def kind_by_name(path: Path) -> str | None:
 
 @torch.no_grad()
 def kind_by_answers(net: Any) -> str | None:
-    """'dit' or 'sit' by what a `training.dit.Transformer` answers to noise z at its noisiest time; None if neither fits.
+    """'dit' or 'sit' by what a `training.dit.Transformer` answers to noise z; None if neither fits.
 
     A DiT predicts the noise: z, at time 999. A SiT predicts the image less the noise: about -z, at time 0.
     """
