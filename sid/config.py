@@ -29,6 +29,7 @@ COMMAND_LINE = {
     "gan_start_kimg": ("gan-start", 1),
     "real_images": ("data (images)", 1),
 }
+OPTIMIZERS = ("adam", "muon")
 ADAM_STATES = ("fp32", "bf16")
 DROP_LABELS = ("before", "after")
 FAKE_SCORE_WEIGHTINGS = ("edm", "prediction")
@@ -86,6 +87,7 @@ class DistillationConfig:
     tmax: float = TMAX  # Karras schedules reach up to t = tmax / 1000
     fake_score_updates: int = 1  # updates of the fake score per update of the generator
     init_sigma: float | None = 2.5  # noise level at which the generator starts; None: `sid.start` chooses it
+    optimizer: str = "adam"  # of both networks, one of OPTIMIZERS
     lr: float = 1e-5  # fake score network
     glr: float = 1e-5  # generator
     g_beta1: float = 0.0  # Adam's first beta for the generator
@@ -130,12 +132,15 @@ class DistillationConfig:
         self.guidance = parse_guidance(self.guidance)
         check_objective(self.objective, self.weighting, self.huber, self.score_gradient == GradientFrom())
         for option, value, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
             ("adam-state", self.adam_state, ADAM_STATES),
             ("drop-labels", self.drop_labels, DROP_LABELS),
             ("fake-score-weighting", self.fake_score_weighting, FAKE_SCORE_WEIGHTINGS),
         ):
             if value not in known:
                 raise UserError(f"--{option}={value}: not one of {', '.join(known)}")
+        if self.optimizer == "muon" and self.g_beta1:
+            raise UserError("--optimizer=muon: it is without momentum here; use --g_beta1=0")
         if self.adam_state == "bf16" and self.g_beta1:
             raise UserError("--adam-state=bf16: only for Adam without a first moment; use --g_beta1=0")
         if self.gan:

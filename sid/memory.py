@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnnlib import UserError
-from torch_utils import precision
+from torch_utils import muon, precision
 from training.denoiser import DenoiserModule
 
 from . import lora
@@ -32,14 +32,14 @@ class Estimate:
 
     weights: float  # theta, its average, psi and phi
     gradients: float
-    adam: float
+    moments: float  # of the optimisers
     fake_score_activations: float  # what the fake score's phase keeps for its backward pass
     generator_activations: float  # what the generator's phase keeps for its backward passes
 
     @property
     def peak(self) -> float:
         """The higher of the two phases' peaks."""
-        kept = self.weights + self.gradients + self.adam
+        kept = self.weights + self.gradients + self.moments
         return kept + max(self.fake_score_activations, self.generator_activations)
 
     def between(self, other: "Estimate", share: float) -> "Estimate":
@@ -75,6 +75,7 @@ def estimate(
         if config.share_noise:
             psi = _kept_activations(net, part, device, input_gradient=config.passes_scores)
         trained = _bytes(net.parameters())
+        moments = trained if config.optimizer == "adam" else _bytes(muon.split(net)[1])
         if dtype != torch.float32 and not config.lora_rank:  # phi's matrices are stored in it
             net.requires_grad_(False)
             _store_casts(net, dtype, part, device)
@@ -98,7 +99,7 @@ def estimate(
     return Estimate(
         weights=(3 * trained + stored) / GB,
         gradients=trained * (2 if shared else 1) / GB,
-        adam=trained * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2) / GB,
+        moments=moments * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2) / GB,
         fake_score_activations=fake_score / GB,
         generator_activations=(train + through) / GB,
     )

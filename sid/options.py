@@ -15,7 +15,7 @@ from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, opt
 from edm import own_classes
 
 from . import recipes
-from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, DistillationConfig
+from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, OPTIMIZERS, DistillationConfig
 from .objectives import OBJECTIVES, WEIGHTINGS
 
 D = DistillationConfig  # its class attributes are the defaults
@@ -106,6 +106,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             "Noise level at which the generator starts; auto measures on the teacher which is best",
             StartLevel(0, min_open=True),
             D.init_sigma,
+        ),
+        option(
+            "--optimizer",
+            "Of both networks; muon orthogonalises updates and wants rates near 0.02",
+            OPTIMIZERS,
+            D.optimizer,
         ),
         option("--lr", "Learning rate of the fake score network", POSITIVE, D.lr),
         option("--glr", "Learning rate of the generator", POSITIVE, D.glr),

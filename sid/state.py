@@ -80,14 +80,17 @@ class DistillationState:
             self.ema.metadata["guide_sha256"] = self._hashes.guide
 
         fp16 = config.precision == "fp16"
-        adam = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
+        shared = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
         seeds = [(config.seed, ROUNDING_PHASE, i) if config.adam_state == "bf16" else None for i in range(2)]
-        self.generator_updater = Updater.adam(
-            "generator", self.generator, config.glr, config.g_beta1, rounding_seed=seeds[0], **adam
+        muon = config.optimizer == "muon"
+        betas = [{}, {}] if muon else [{"beta1": config.g_beta1}, {"beta1": 0}]
+        make = Updater.muon if muon else Updater.adam
+        self.generator_updater = make(
+            "generator", self.generator, config.glr, **betas[0], rounding_seed=seeds[0], **shared
         )
-        adam["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
-        self.fake_score_updater = Updater.adam(
-            "fake score", self.fake_score, config.lr, beta1=0, rounding_seed=seeds[1], **adam
+        shared["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
+        self.fake_score_updater = make(
+            "fake score", self.fake_score, config.lr, **betas[1], rounding_seed=seeds[1], **shared
         )
 
     @property

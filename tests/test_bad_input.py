@@ -211,6 +211,8 @@ DISTILLATION = [
     (["--fake-score-updates=0"], "--fake-score-updates"),
     (["--lora-rank=0"], "--lora-rank"),
     (["--adam-state=bf16", "--g_beta1=0.9"], "--g_beta1=0"),
+    (["--optimizer=muon", "--g_beta1=0.9"], "--g_beta1=0"),
+    (["--optimizer=muon", "--resume=distilled"], "--optimizer=muon: the run in distilled"),
     (["--adam-state=bf16", "--resume=distilled"], "--adam-state=bf16: the run in distilled"),
     (["--resume=distilled", "--lora-rank=2", "--override"], "has no --lora-rank"),
     (["--resume=distilled", "--g_beta1=0.9"], "--g_beta1=0.9: the run in distilled"),

@@ -79,9 +79,11 @@ def test_weights_gradients_and_moments():
     found = memory.estimate(teacher, tiny_config(**RESOLVED), 2)
     assert found.weights == pytest.approx(4 * size)
     assert found.gradients == pytest.approx(size)
-    assert found.adam == pytest.approx(2 * size)
-    assert memory.estimate(teacher, tiny_config(**RESOLVED, g_beta1=0.9), 2).adam == pytest.approx(3 * size)
-    assert memory.estimate(teacher, tiny_config(**RESOLVED, adam_state="bf16"), 2).adam == pytest.approx(size)
+    assert found.moments == pytest.approx(2 * size)
+    assert memory.estimate(teacher, tiny_config(**RESOLVED, g_beta1=0.9), 2).moments == pytest.approx(3 * size)
+    assert memory.estimate(teacher, tiny_config(**RESOLVED, adam_state="bf16"), 2).moments == pytest.approx(size)
+    vectors = sum(p.numel() for p in teacher.parameters() if p.ndim < 2) * 4 / memory.GB
+    assert memory.estimate(teacher, tiny_config(**RESOLVED, optimizer="muon"), 2).moments == pytest.approx(2 * vectors)
     assert next(teacher.parameters()).device.type == "cpu"
 
 

@@ -12,6 +12,7 @@ from dnnlib import UserError
 
 from . import distributed, misc
 from .adam import CALLS, MomentumFreeAdam
+from .muon import Muon
 from .spike_guard import SpikeGuard
 
 GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value by default, as in the published trainings
@@ -99,6 +100,23 @@ class Updater:
         fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
         optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
         return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard, after_update)
+
+    @classmethod
+    def muon(
+        cls,
+        name: str,
+        net: torch.nn.Module,
+        lr: float,
+        eps: float = 1e-8,
+        loss_scaling: bool = False,
+        limit: float = GRADIENT_LIMIT,
+        spike_guard: float | None = None,
+        rounding_seed: Sequence[int] | None = None,
+    ) -> "Updater":
+        """`Muon` on the trainable parameters of `net`. rounding_seed: as MomentumFreeAdam has it."""
+        trainable = [p for p in net.parameters() if p.requires_grad]
+        optimizer = Muon.of(net, lr, eps=eps, rounding_seed=rounding_seed)
+        return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)
 
     def backward(self, loss: torch.Tensor, only: Iterable[torch.Tensor] | None = None, keep: bool = False) -> None:
         """Adds the gradients of a scalar loss to what `step` applies.

@@ -1,0 +1,102 @@
+"""Muon without momentum: every weight matrix moves by its orthogonalised gradient."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .adam import AT_ONCE, MomentumFreeAdam
+
+VECTOR_RATE = 0.04  # learning rate of biases and gains, by Adam, as a part of that of the matrices
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial that Muon iterates
+ITERATIONS = 5
+SMALLEST = 1e-30  # a gradient of zeros stays one
+
+
+class Muon(MomentumFreeAdam):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) without its momentum, for beta1 = 0.
+
+    The gradient of a matrix is replaced by the nearest semi-orthogonal matrix O, so that an update changes what the
+    layer does to every input by the same amount. Adam's updates are nearly of rank one where the gradients of all
+    images agree in sign, and move all images together (docs/ablations.md).
+
+    A matrix W [out, in], or a kernel [out, in, h, w] as a matrix of in * h * w columns, changes by
+    lr sqrt(out) max(rms(W), 1 / sqrt(in)) O: relative to its own size, or to the usual size of a random start where it
+    is smaller. So one rate serves all widths (Bernstein and Newhouse 2024, arXiv:2409.20325) and all scales at which
+    networks keep their weights. Matrices need no state.
+
+    vectors: biases, gains and tables of embeddings, which Adam updates at VECTOR_RATE times the rate. The other
+    arguments are those of `MomentumFreeAdam`.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[torch.nn.Parameter],
+        vectors: Iterable[torch.nn.Parameter],
+        lr: float,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        rounding_seed: Sequence[int] | None = None,
+    ):
+        groups = (
+            {"params": list(matrices), "lr": lr, "orthogonal": True},
+            {"params": list(vectors), "lr": lr * VECTOR_RATE, "orthogonal": False},
+        )
+        super().__init__([group for group in groups if group["params"]], lr, beta2, eps, rounding_seed)
+
+    @classmethod
+    def of(cls, net: torch.nn.Module, lr: float, **options: Any) -> "Muon":
+        """For the trainable weights of a network. options: as the constructor has them."""
+        return cls(*split(net), lr, **options)
+
+    def _step(
+        self,
+        group: dict[str, Any],
+        weights: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        draws: torch.Generator | None,
+    ) -> None:
+        if not group["orthogonal"]:
+            super()._step(group, weights, gradients, draws)
+            return
+        good: torch.Tensor | float = 1.0
+        if self.found_inf is not None and weights[0].device.type in AT_ONCE:
+            if self.found_inf:
+                return
+        elif self.found_inf is not None:
+            good = 1 - self.found_inf
+            for gradient in gradients:
+                gradient.nan_to_num_(0, 0, 0)  # 0 times these wouldn't be 0
+        alike: dict[torch.Size, list[int]] = {}
+        for i, gradient in enumerate(gradients):
+            alike.setdefault(gradient.flatten(1).shape, []).append(i)
+        for (rows, columns), members in alike.items():  # in one batch each
+            updates = orthogonalise(torch.stack([gradients[i].flatten(1).to(torch.float32) for i in members]))
+            for i, update in zip(members, updates):
+                rms = weights[i].square().mean(dtype=torch.float32).sqrt().clamp(min=columns**-0.5)
+                size = group["lr"] * math.sqrt(rows) * rms * good
+                weights[i].sub_((size * update).view_as(weights[i]))
+
+
+def split(net: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """(matrices, vectors) among the trainable weights of a network, as `Muon` has them."""
+    tables = {id(m.weight) for m in net.modules() if isinstance(m, torch.nn.Embedding)}
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    is_matrix = [p.ndim >= 2 and id(p) not in tables for p in trainable]
+    return [p for p, m in zip(trainable, is_matrix) if m], [p for p, m in zip(trainable, is_matrix) if not m]
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """About U V^T of each matrix U S V^T, [N, rows, columns], by five iterations; singular values are 0.7 to 1.2.
+
+    Those below about 0.01 of the matrix's Frobenius norm come out smaller.
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x / x.flatten(1).norm(dim=1).clamp(min=SMALLEST)[:, None, None]
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
