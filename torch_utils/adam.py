@@ -27,7 +27,7 @@ class MomentumFreeAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[torch.nn.Parameter],
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         beta2: float = 0.999,
         eps: float = 1e-8,
