@@ -17,9 +17,8 @@ SMALLEST = 1e-30  # a gradient of zeros stays one
 class Muon(MomentumFreeAdam):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) without its momentum, for beta1 = 0.
 
-    The gradient of a matrix is replaced by the nearest semi-orthogonal matrix O, so that an update changes what the
-    layer does to every input by the same amount. Adam's updates are nearly of rank one where the gradients of all
-    images agree in sign, and move all images together (docs/ablations.md).
+    The gradient of a matrix is replaced by the nearest semi-orthogonal matrix O, so that its weak directions count as
+    much as its strong ones.
 
     A matrix W [out, in], or a kernel [out, in, h, w] as a matrix of in * h * w columns, changes by
     lr sqrt(out) max(rms(W), 1 / sqrt(in)) O: relative to its own size, or to the usual size of a random start where it
