@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import equal, save, tiny_distillation, weights
 
+from dnnlib import UserError
 from torch_utils.adam import MomentumFreeAdam
 from torch_utils.muon import VECTOR_RATE, Muon, orthogonalise, split
 
@@ -125,3 +126,13 @@ def test_a_resumed_run_is_bit_equal(changes, tmp_path):
     for _ in range(2):
         unbroken.iteration()
     assert equal(weights(run(2, resume=path, **changes)), weights(unbroken))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("before", ["adam", "muon"])
+def test_a_state_of_the_other_optimiser_is_refused(before, changes, tmp_path):
+    saved = tiny_distillation(optimizer=before, **changes)
+    saved.iteration()
+    with pytest.raises(UserError, match="its optimizer was another one"):
+        other = "muon" if before == "adam" else "adam"
+        tiny_distillation(resume=save(saved, tmp_path), optimizer=other, **changes)

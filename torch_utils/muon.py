@@ -8,6 +8,7 @@ import torch
 
 from .adam import AT_ONCE, MomentumFreeAdam
 
+ORTHOGONAL = "orthogonal"  # whether a group of weights is updated so
 VECTOR_RATE = 0.04  # learning rate of biases and gains, by Adam, as a part of that of the matrices
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial that Muon iterates
 ITERATIONS = 5
@@ -39,8 +40,8 @@ class Muon(MomentumFreeAdam):
         rounding_seed: Sequence[int] | None = None,
     ):
         groups = (
-            {"params": list(matrices), "lr": lr, "orthogonal": True},
-            {"params": list(vectors), "lr": lr * VECTOR_RATE, "orthogonal": False},
+            {"params": list(matrices), "lr": lr, ORTHOGONAL: True},
+            {"params": list(vectors), "lr": lr * VECTOR_RATE, ORTHOGONAL: False},
         )
         super().__init__([group for group in groups if group["params"]], lr, beta2, eps, rounding_seed)
 
@@ -56,7 +57,7 @@ class Muon(MomentumFreeAdam):
         gradients: list[torch.Tensor],
         draws: torch.Generator | None,
     ) -> None:
-        if not group["orthogonal"]:
+        if not group[ORTHOGONAL]:
             super()._step(group, weights, gradients, draws)
             return
         good: torch.Tensor | float = 1.0

@@ -12,7 +12,7 @@ from dnnlib import UserError
 
 from . import distributed, misc
 from .adam import CALLS, MomentumFreeAdam
-from .muon import Muon
+from .muon import ORTHOGONAL, Muon
 from .spike_guard import SpikeGuard
 
 GRADIENT_LIMIT = 1e5  # gradients are clipped to this by value by default, as in the published trainings
@@ -205,9 +205,12 @@ class Updater:
     def load_state_dict(self, state: dict) -> None:
         """Takes moments and counts; rates, betas and the kernel stay those of this run.
 
-        Errors: ValueError when it holds other moments of Adam; others when it isn't of this network.
+        Errors: ValueError when it is of another optimizer or holds other moments of Adam; others when it isn't of this network.
         """
         own = [{k: v for k, v in g.items() if k not in ("params", CALLS)} for g in self.optimizer.param_groups]
+        former = state["optimizer"]["param_groups"]
+        if [g.get(ORTHOGONAL) for g in former] != [g.get(ORTHOGONAL) for g in self.optimizer.param_groups]:
+            raise ValueError("its optimizer was another one")
         momentum_free = isinstance(self.optimizer, MomentumFreeAdam)
         if any(("exp_avg" in moments) == momentum_free for moments in state["optimizer"]["state"].values()):
             raise ValueError("Adam's beta1 was 0 before or is now, not both")
