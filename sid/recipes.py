@@ -161,7 +161,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 0.02,
         "glr": 0.02,
         "lr_decay": "linear",
-        "ema_rampup": 0.25,
+        "ema_rampup": 0.5,
         "duration": 0.02,
         "tick": 1,
         "snap": 4,

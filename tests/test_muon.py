@@ -133,6 +133,6 @@ def test_a_resumed_run_is_bit_equal(changes, tmp_path):
 def test_a_state_of_the_other_optimiser_is_refused(before, changes, tmp_path):
     saved = tiny_distillation(optimizer=before, **changes)
     saved.iteration()
+    path, other = save(saved, tmp_path), "muon" if before == "adam" else "adam"
     with pytest.raises(UserError, match="its optimizer was another one"):
-        other = "muon" if before == "adam" else "adam"
-        tiny_distillation(resume=save(saved, tmp_path), optimizer=other, **changes)
+        tiny_distillation(resume=path, optimizer=other, **changes)

@@ -205,7 +205,8 @@ class Updater:
     def load_state_dict(self, state: dict) -> None:
         """Takes moments and counts; rates, betas and the kernel stay those of this run.
 
-        Errors: ValueError when it is of another optimizer or holds other moments of Adam; others when it isn't of this network.
+        Errors: ValueError when it is of another optimizer or holds other moments of Adam; others when it isn't of
+        this network.
         """
         own = [{k: v for k, v in g.items() if k not in ("params", CALLS)} for g in self.optimizer.param_groups]
         former = state["optimizer"]["param_groups"]
