@@ -80,17 +80,15 @@ class DistillationState:
             self.ema.metadata["guide_sha256"] = self._hashes.guide
 
         fp16 = config.precision == "fp16"
-        shared = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
+        shared: dict[str, Any] = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
+        shared["optimizer"] = config.optimizer
         seeds = [(config.seed, ROUNDING_PHASE, i) if config.adam_state == "bf16" else None for i in range(2)]
-        muon = config.optimizer == "muon"
-        betas = [{}, {}] if muon else [{"beta1": config.g_beta1}, {"beta1": 0}]
-        make = Updater.muon if muon else Updater.adam
-        self.generator_updater = make(
-            "generator", self.generator, config.glr, **betas[0], rounding_seed=seeds[0], **shared
+        self.generator_updater = Updater.of(
+            "generator", self.generator, config.glr, config.g_beta1, rounding_seed=seeds[0], **shared
         )
         shared["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
-        self.fake_score_updater = make(
-            "fake score", self.fake_score, config.lr, **betas[1], rounding_seed=seeds[1], **shared
+        self.fake_score_updater = Updater.of(
+            "fake score", self.fake_score, config.lr, beta1=0, rounding_seed=seeds[1], **shared
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Short trials of settings on the teacher at hand, of which the best goes on: `--trials`, `--recipe=auto`."""
+"""Short trials of settings on the teacher at hand, of which the best goes on: `--trials`."""
 
 import dataclasses
 import json
@@ -24,11 +24,12 @@ from .training_loop import training_loop
 
 TRIALS = "trials"  # in the run folder: one folder per trial, as of a run of its own
 RESULTS_FILE = "results.json"  # in it, once the best is known
-# Each was the better one on some teachers (docs/ablations.md). For networks up to REFERENCE_FAN_IN.
+# By optimizer. Adam's are for networks up to REFERENCE_FAN_IN; each was the better one on some teachers
+# (docs/ablations.md).
 RATES = ("lr", "glr")
 CANDIDATES = {
-    "equal-rates": {"lr": 4e-4, "glr": 4e-4},
-    "slow-generator": {"lr": 4e-4, "glr": 1e-4},
+    "adam": {"equal-rates": {"lr": 4e-4, "glr": 4e-4}, "slow-generator": {"lr": 4e-4, "glr": 1e-4}},
+    "muon": {"equal-rates": {"lr": 0.02, "glr": 0.02}, "slow-generator": {"lr": 0.02, "glr": 0.005}},
 }
 REFERENCE_FAN_IN = 440.0  # of the demo's teacher; narrower networks take the same rates
 
@@ -60,10 +61,11 @@ def plan_trials(config: DistillationConfig, share: float, settled: Collection[st
     given, which no candidate changes.
     Errors: UserError when the run is too short.
     """
-    scale = rate_scale(teacher)
-    settings = {n: {k: v * scale for k, v in c.items() if k not in settled} for n, c in CANDIDATES.items()}
+    scale = rate_scale(teacher) if config.optimizer == "adam" else 1.0
+    known = CANDIDATES[config.optimizer]
+    settings = {n: {k: v * scale for k, v in c.items() if k not in settled} for n, c in known.items()}
     different = {str(rates): name for name, rates in reversed(settings.items())}  # the first of equal ones
-    candidates = {n: dataclasses.replace(config, **settings[n]) for n in CANDIDATES if n in different.values()}
+    candidates = {n: dataclasses.replace(config, **settings[n]) for n in known if n in different.values()}
     iterations = max(1, int(share * config.total_kimg * 1000 / (config.batch * len(candidates))))
     images = iterations * config.batch
     own_kimg = config.total_kimg - (len(candidates) - 1) * images / 1000  # of the run that goes on
@@ -178,7 +180,9 @@ def _read_results(folder: Path) -> dict[str, dict[str, Any]] | None:
     try:
         results = json.loads((folder / RESULTS_FILE).read_text())
         [best] = [name for name, result in results.items() if result["best"]]
-        sound = best in CANDIDATES and all({"kimg", "distance", *RATES} <= result.keys() for result in results.values())
+        sound = any(best in names for names in CANDIDATES.values()) and all(
+            {"kimg", "distance", *RATES} <= result.keys() for result in results.values()
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return results if sound else None

@@ -329,7 +329,7 @@ def test_shared_noise_passes_back_twice_through_compiled_networks(monkeypatch):
 def scaled_updater(loss_scaling=True):
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 2)
-    return net, Updater.adam("network", net, 0.1, beta1=0, loss_scaling=loss_scaling)
+    return net, Updater.of("network", net, 0.1, beta1=0, loss_scaling=loss_scaling)
 
 
 def test_the_loss_scale_leaves_the_update_as_it_is():

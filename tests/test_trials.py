@@ -16,12 +16,13 @@ from edm import zoo
 from sid import teacher_distance, trials
 from sid.distillation import Distillation
 from sid.options import parse
-from sid.trials import CANDIDATES, REFERENCE_FAN_IN, plan_trials, rate_scale
+from sid.trials import RATES, REFERENCE_FAN_IN, plan_trials, rate_scale
 from torch_utils import checkpoint
 from torch_utils.interruption import EXIT_CODE
 from torch_utils.updates import DivergenceError
 
 SHARE = 0.5
+CANDIDATES = trials.CANDIDATES["adam"]
 # The defaults of the rates, so that the candidates' matter.
 SAME = {"augment": 0, "lr": 1e-5, "glr": 1e-5, "total_kimg": 0.08, "kimg_per_tick": 0.016}
 
@@ -49,24 +50,23 @@ def unbroken(tmp_path_factory):
 
 def test_lengths_and_settings_of_the_trials():
     teacher = tiny_teacher()
-    config, options = parse(["--recipe=auto", "--duration=0.02", "--alpha=1.1"])
+    config, options = parse(["--recipe=auto", "--trials=0.2", "--duration=0.02", "--alpha=1.1"])
     plan = plan_trials(config, options["trials"], options["given"], teacher)
-    assert options["trials"] == 0.2
     assert plan.images == 1984  # a tenth of 20 kimg, in batches of 32
     assert {c.total_kimg for c in plan.configs.values()} == {20 - 1.984}  # one trial is lost, the other goes on
     assert plan.images * len(plan.configs) <= 0.2 * 20_000
     for name, candidate in plan.configs.items():
-        assert {rate: getattr(candidate, rate) for rate in CANDIDATES[name]} == CANDIDATES[name]
+        assert {rate: getattr(candidate, rate) for rate in RATES} == trials.CANDIDATES["muon"][name]
         assert candidate.alpha == 1.1  # which the command line has settled
         assert candidate.options()["fake_sigma_schedule"] == "karras"
-        assert candidate.lr_decay == "cosine"
+        assert candidate.lr_decay == "linear"
 
 
 def test_what_the_command_line_gives_is_not_varied():
     teacher = tiny_teacher()
-    config, options = parse(["--recipe=auto", "--glr=3e-4"])
+    config, options = parse(["--recipe=auto", "--trials=0.2", "--glr=3e-4"])
     plan = plan_trials(config, options["trials"], options["given"], teacher)
-    assert [(c.lr, c.glr) for c in plan.configs.values()] == [(4e-4, 3e-4)]  # both would be the same
+    assert [(c.lr, c.glr) for c in plan.configs.values()] == [(0.02, 3e-4)]  # both would be the same
     with pytest.raises(UserError, match="--trials"):
         plan_trials(tiny_config(total_kimg=0.008), SHARE, [], teacher)
 

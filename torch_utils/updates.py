@@ -74,7 +74,7 @@ class Updater:
         self._after_update = after_update
 
     @classmethod
-    def adam(
+    def of(
         cls,
         name: str,
         net: torch.nn.Module,
@@ -86,37 +86,26 @@ class Updater:
         limit: float = GRADIENT_LIMIT,
         spike_guard: float | None = None,
         rounding_seed: Sequence[int] | None = None,
+        optimizer: str = "adam",
     ) -> "Updater":
-        """Adam on the trainable parameters of `net`, in one kernel where the device has it unless beta1 = 0.
+        """Adam or Muon on the trainable parameters of `net`.
 
         A network with a method `normalize_weights` has it called after every update.
+        optimizer: 'adam', which is one kernel where the device has it unless beta1 = 0; or 'muon', for beta1 = 0 only.
         rounding_seed: as MomentumFreeAdam has it, for beta1 = 0 only.
         """
         trainable = [p for p in net.parameters() if p.requires_grad]
         after_update: Any = getattr(net, "normalize_weights", None)
-        if beta1 == 0:
-            optimizer = MomentumFreeAdam(trainable, lr, beta2, eps, rounding_seed)
-            return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard, after_update)
-        fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
-        optimizer = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
-        return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard, after_update)
-
-    @classmethod
-    def muon(
-        cls,
-        name: str,
-        net: torch.nn.Module,
-        lr: float,
-        eps: float = 1e-8,
-        loss_scaling: bool = False,
-        limit: float = GRADIENT_LIMIT,
-        spike_guard: float | None = None,
-        rounding_seed: Sequence[int] | None = None,
-    ) -> "Updater":
-        """`Muon` on the trainable parameters of `net`. rounding_seed: as MomentumFreeAdam has it."""
-        trainable = [p for p in net.parameters() if p.requires_grad]
-        optimizer = Muon.of(net, lr, eps=eps, rounding_seed=rounding_seed)
-        return cls(name, trainable, optimizer, loss_scaling, limit, spike_guard)
+        chosen: torch.optim.Optimizer
+        if optimizer == "muon":
+            assert beta1 == 0
+            chosen = Muon.of(net, lr, beta2=beta2, eps=eps, rounding_seed=rounding_seed)
+        elif beta1 == 0:
+            chosen = MomentumFreeAdam(trainable, lr, beta2, eps, rounding_seed)
+        else:
+            fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
+            chosen = torch.optim.Adam(trainable, lr=lr, betas=(float(beta1), beta2), eps=eps, fused=fused)
+        return cls(name, trainable, chosen, loss_scaling, limit, spike_guard, after_update)
 
     def backward(self, loss: torch.Tensor, only: Iterable[torch.Tensor] | None = None, keep: bool = False) -> None:
         """Adds the gradients of a scalar loss to what `step` applies.

@@ -84,7 +84,7 @@ class Training:
         distributed.broadcast_module(net)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.collector = Collector()
-        updater = Updater.adam("network", net, config.lr, beta1=0.9, beta2=config.beta2)
+        updater = Updater.of("network", net, config.lr, beta1=0.9, beta2=config.beta2)
         self._parts = {"net": net, "ema": self.ema, "updater": updater}
         self.nimg, self.tick, self.elapsed_sec, self.at_snapshot = 0, 0, 0.0, False
         if resume is not None:
