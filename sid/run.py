@@ -40,7 +40,7 @@ from .inputs import (
 from .options import other_options
 from .prepare import prepare
 from .report.progress import Report
-from .start import choose_start
+from .start import CLEARLY, choose_start
 from .state import SavedState
 from .teacher_distance import TeacherDistance
 from .training_loop import training_loop
@@ -305,6 +305,9 @@ def find_start(
     for candidate, found in measured.items():
         chosen = "  <- the generator starts here" if float(candidate) == level else ""
         distributed.print0(f"start at {candidate:>4}: energy distance from the teacher {found:.3f}{chosen}")
+    if measured and measured.get(f"{level:g}", 0) > min(measured.values()):
+        why = f"a closer start led to no better end unless it was {CLEARLY:g} times as close"
+        distributed.print0(f"start at {level:g}, as usual: {why}")
     return level, measured
 
 
