@@ -4,7 +4,7 @@
 #   bash run_sid.sh RECIPE [options of sid_train.py]
 #
 #   demo
-#   auto --edm_model=TEACHER    any teacher, such as one of your own
+#   auto --edm_model=TEACHER    any teacher, such as one of your own: measures the start, tries two rates
 #   cifar10-uncond  cifar10-cond  imagenet64-cond  ffhq64  afhq64-v2             SiD, without data
 #   the same names with -sida, such as cifar10-uncond-sida --data=images.zip     SiDA, with real images
 #   imagenet512-edm2-xs  …-s  …-m  …-l  …-xl  …-xxl                              SiD of EDM2's latent teachers

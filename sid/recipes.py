@@ -146,11 +146,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet512-edm2-l": _edm2("l", 0.1, 200),
     "imagenet512-edm2-xl": _edm2("xl", 0.1, 200),
     "imagenet512-edm2-xxl": _edm2("xxl", 0.1, 100),
-    # For any teacher, such as one of your own: measures the start. psi learns at theta's noise levels: at EDM's, theta
+    # For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at theta's noise levels: at EDM's, theta
     # drifts away if the brightness of images varies a lot.
     "auto": {
         "edm_model": "",  # must be given
         "init_sigma": "auto",
+        "trials": 0.2,
         "alpha": 1.0,
         "fake_sigma_schedule": "karras",
         "share_noise": True,

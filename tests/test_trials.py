@@ -50,8 +50,9 @@ def unbroken(tmp_path_factory):
 
 def test_lengths_and_settings_of_the_trials():
     teacher = tiny_teacher()
-    config, options = parse(["--recipe=auto", "--trials=0.2", "--duration=0.02", "--alpha=1.1"])
+    config, options = parse(["--recipe=auto", "--duration=0.02", "--alpha=1.1"])
     plan = plan_trials(config, options["trials"], options["given"], teacher)
+    assert options["trials"] == 0.2
     assert plan.images == 1984  # a tenth of 20 kimg, in batches of 32
     assert {c.total_kimg for c in plan.configs.values()} == {20 - 1.984}  # one trial is lost, the other goes on
     assert plan.images * len(plan.configs) <= 0.2 * 20_000
@@ -64,7 +65,7 @@ def test_lengths_and_settings_of_the_trials():
 
 def test_what_the_command_line_gives_is_not_varied():
     teacher = tiny_teacher()
-    config, options = parse(["--recipe=auto", "--trials=0.2", "--glr=3e-4"])
+    config, options = parse(["--recipe=auto", "--glr=3e-4"])
     plan = plan_trials(config, options["trials"], options["given"], teacher)
     assert [(c.lr, c.glr) for c in plan.configs.values()] == [(0.02, 3e-4)]  # both would be the same
     with pytest.raises(UserError, match="--trials"):
