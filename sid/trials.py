@@ -31,6 +31,7 @@ CANDIDATES = {
     "adam": {"equal-rates": {"lr": 4e-4, "glr": 4e-4}, "slow-generator": {"lr": 4e-4, "glr": 1e-4}},
     "muon": {"equal-rates": {"lr": 0.02, "glr": 0.02}, "slow-generator": {"lr": 0.02, "glr": 0.005}},
 }
+CLEARLY, NOISE = 1.5, 0.005  # how many times, and by how much, a distance must be smaller to count as such
 REFERENCE_FAN_IN = 440.0  # of the demo's teacher; narrower networks take the same rates
 
 
@@ -115,7 +116,7 @@ def run_trials(
         for number, (name, config) in enumerate(trials.configs.items()):
             distributed.print0(f"Trial of {name}: {trials.images / 1000:g} kimg with {_settings(config)}")
             results[name] = _trial(trials, number, config, folder / name, build, report)
-        best = min(results, key=lambda name: results[name]["distance"])
+        best = choose({name: result["distance"] for name, result in results.items()})
         if results[best]["distance"] == math.inf:
             raise DivergenceError("every trial diverged; give lower --lr and --glr, or another teacher")
         for name, result in results.items():
@@ -126,6 +127,16 @@ def run_trials(
         if distributed.rank() == 0:
             _settle(folder, results, run_dir)
     return checkpoint.StateFile(checkpoint.states(run_dir)[0])
+
+
+def choose(distances: dict[str, float]) -> str:
+    """Which of the candidates goes on: the first, or the closest if that is clearly closer.
+
+    distances: {name: distance from the teacher}, the candidate with the highest rates first. High rates are the farther
+    away early and the closer at the end, unless they are too high.
+    """
+    first, closest = next(iter(distances)), min(distances, key=distances.__getitem__)
+    return first if distances[first] <= CLEARLY * max(distances[closest], 0) + NOISE else closest
 
 
 def _trial(

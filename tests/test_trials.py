@@ -85,10 +85,10 @@ def test_rates_go_down_with_the_width():
     assert plan.configs["equal-rates"].glr == pytest.approx(CANDIDATES["equal-rates"]["glr"] / 16)
 
 
-def test_the_closest_goes_on_from_its_own_state(unbroken):
+def test_the_chosen_one_goes_on_from_its_own_state(unbroken):
     folder, _, results = unbroken
     assert set(results) == set(CANDIDATES)
-    best = min(results, key=lambda name: results[name]["distance"])
+    best = trials.choose({name: result["distance"] for name, result in results.items()})
     assert [name for name in results if results[name]["best"]] == [best]
     assert {result["kimg"] for result in results.values()} == {0.016}
     options = json.loads((folder / "training_options.json").read_text())
@@ -99,6 +99,22 @@ def test_the_closest_goes_on_from_its_own_state(unbroken):
     assert kimg[0] <= 0.016  # the trial's records are the run's
     assert kimg[-1] == 0.064
     assert (folder / "fakes_init.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "chosen"),
+    [
+        (0.029, 0.027, "fast"),  # as on the emoji, where the fast one's FID was lower
+        (0.19, 0.032, "slow"),  # as on the crops
+        (0.028, 0.048, "fast"),
+        (0.004, -0.001, "fast"),  # both are the noise of 256 images
+        (math.inf, 0.3, "slow"),
+        (0.3, math.inf, "fast"),
+        (math.inf, math.inf, "fast"),
+    ],
+)
+def test_a_slower_one_must_be_clearly_closer(fast, slow, chosen):
+    assert trials.choose({"fast": fast, "slow": slow}) == chosen
 
 
 def test_the_percentage_counts_all_trials(unbroken):
