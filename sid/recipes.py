@@ -146,8 +146,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet512-edm2-l": _edm2("l", 0.1, 200),
     "imagenet512-edm2-xl": _edm2("xl", 0.1, 200),
     "imagenet512-edm2-xxl": _edm2("xxl", 0.1, 100),
-    # For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at theta's noise levels: at EDM's, theta
-    # drifts away if the brightness of images varies a lot.
+    # For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at
+    # theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.
     "auto": {
         "edm_model": "",  # must be given
         "init_sigma": "auto",

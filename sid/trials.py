@@ -24,9 +24,9 @@ from .training_loop import training_loop
 
 TRIALS = "trials"  # in the run folder: one folder per trial, as of a run of its own
 RESULTS_FILE = "results.json"  # in it, once the best is known
-# By optimizer. Adam's are for networks up to REFERENCE_FAN_IN; each was the better one on some teachers
-# (docs/ablations.md).
 RATES = ("lr", "glr")
+# By optimizer, the fastest first. Each was the better one on some teachers (docs/ablations.md). Adam's are for networks
+# up to REFERENCE_FAN_IN.
 CANDIDATES = {
     "adam": {"equal-rates": {"lr": 4e-4, "glr": 4e-4}, "slow-generator": {"lr": 4e-4, "glr": 1e-4}},
     "muon": {"equal-rates": {"lr": 0.02, "glr": 0.02}, "slow-generator": {"lr": 0.02, "glr": 0.005}},
