@@ -206,7 +206,7 @@ def test_memory_in_closed_form():
         found = memory.estimate(teacher, tiny_config(precision="fp32", augment=0, lora_rank=rank), 2)
         assert found.weights * memory.GB == pytest.approx(whole + 3 * trained)
         assert found.gradients * memory.GB == pytest.approx(trained)
-        assert found.adam * memory.GB == pytest.approx(2 * trained)
+        assert found.moments * memory.GB == pytest.approx(2 * trained)
 
 
 # --- the rest of the training

@@ -36,7 +36,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, teacher, monkeypatch):
     """A sound run folder; pictures take no time."""
-    monkeypatch.setattr(pictures, "compare", lambda teacher, generator, path: path.write_bytes(b"picture"))
+    monkeypatch.setattr(pictures, "compare", lambda _teacher, _generator, path, *_: path.write_bytes(b"picture"))
     folder = tmp_path / "run"
     folder.mkdir()
     options = {**DistillationConfig().options(), "edm_model": str(teacher), "transfer": None}
@@ -237,7 +237,7 @@ def test_no_run_begins_on_a_read_only_disk(tmp_path, monkeypatch):
 
 
 def test_a_picture_that_can_not_be_written_costs_no_table(run, monkeypatch):
-    def refuse(teacher, generator, path):
+    def refuse(_teacher, _generator, path, *_):
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(pictures, "compare", refuse)
