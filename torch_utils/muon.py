@@ -23,8 +23,8 @@ class Muon(MomentumFreeAdam):
 
     A matrix W [out, in], or a kernel [out, in, h, w] as a matrix of in * h * w columns, changes by
     lr sqrt(out) max(rms(W), 1 / sqrt(in)) O: relative to its own size, or to the usual size of a random start where it
-    is smaller. So one rate serves all widths (Bernstein and Newhouse 2024, arXiv:2409.20325) and all scales at which
-    networks keep their weights. Matrices need no state.
+    is smaller. By this scaling one rate should serve all widths (Bernstein and Newhouse 2024, arXiv:2409.20325;
+    measured here up to 64 channels only) and all scales at which networks keep their weights. Matrices need no state.
 
     vectors: biases, gains and tables of embeddings, which Adam updates at VECTOR_RATE times the rate. The other
     arguments are those of `MomentumFreeAdam`.
