@@ -306,7 +306,7 @@ def transformer_of_library(net: DiTDenoiser) -> Any:
 
 
 def _betas(net: WrappedDenoiser) -> dict[str, Any]:
-    """The arguments with which any scheduler of a diffusion adds noise as that of the network does."""
+    """The arguments that make any diffusion scheduler add noise as the network's own does."""
     betas = scheduler_of(net).betas
     prediction = NAMED[net.prediction]
     return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": prediction}

@@ -17,7 +17,7 @@ from .diffusers_models import LATENT_SIGMA_DATA
 
 FIRST_WEIGHT = "x_embedder.proj.weight"
 PARTS = ("ema", "model", "state_dict")  # of a training's checkpoint, the first of them that is there
-PROBES, MIN_SIMILARITY = 4, 0.6  # noise images by which DiT and SiT are told apart, and the cosine that tells
+PROBES, MIN_SIMILARITY = 4, 0.6  # noise images that distinguish DiT from SiT, and the least cosine that decides
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the sizes S, B, L and XL
 VAE_ADVICE = "such as stabilityai/sd-vae-ft-mse of the Hugging Face Hub"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from tiny import TINY_VAE
 
 from dnnlib import UserError
 from edm import diffusers_models, diffusers_pipelines, latents, zoo
@@ -365,17 +366,7 @@ def test_a_generator_is_a_pipeline_of_the_library(kind, tmp_path):
     torch.testing.assert_close(generate_all(again, range(4)), generate_all(net, range(4)), atol=1, rtol=0)
 
 
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "in_channels": 1,
-    "out_channels": 1,
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "block_out_channels": [4, 4],
-    "latent_channels": 2,
-    "norm_num_groups": 2,
-    "scaling_factor": 0.7,
-}
+VAE = {**TINY_VAE, "_class_name": "AutoencoderKL", "scaling_factor": 0.7}
 LATENT = {"in_channels": 2, "out_channels": 2}
 PIPELINES_OF_LATENTS = {
     "UNet2DModel, epsilon": ({**UNET, **LATENT}, DDPM, 2.5),

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from parity import DATA
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import CPU, tiny_config
+from tiny import CPU, TINY_VAE, tiny_config
 
 from dnnlib import UserError
 from edm import dataset_tool, generate, latents, zoo
@@ -29,18 +29,7 @@ diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()
 
-VAE = {
-    "in_channels": 1,
-    "out_channels": 1,
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "block_out_channels": [4, 4],
-    "latent_channels": 2,
-    "norm_num_groups": 2,
-    "sample_size": 16,
-    "scaling_factor": 0.7,
-    "shift_factor": 0.1,
-}
+VAE = {**TINY_VAE, "sample_size": 16, "scaling_factor": 0.7, "shift_factor": 0.1}
 DIT = {
     "sample_size": 8,
     "in_channels": 2,

@@ -12,6 +12,15 @@ from torch_utils import checkpoint
 from training.networks import EDMPrecond
 
 CPU = torch.device("cpu")
+TINY_VAE = {  # an AutoencoderKL of the diffusers library
+    "in_channels": 1,
+    "out_channels": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [4, 4],
+    "latent_channels": 2,
+    "norm_num_groups": 2,
+}
 BATCH, BATCH_GPU = 8, 4
 SMOOTH_EPS = 1e-2  # of Adam, near the tiny networks' gradients
 

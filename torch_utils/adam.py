@@ -40,11 +40,20 @@ class MomentumFreeAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        draws = self._next_draws()
+        draws, good = self._next_draws(), None
+        if self.found_inf is not None and self.found_inf.device.type in AT_ONCE:
+            if self.found_inf:
+                return
+        elif self.found_inf is not None:
+            good = 1 - self.found_inf
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             for part in distributed.buckets(weights):  # all at once would take a copy of the weights for a moment
-                self._step(group, part, [p.grad for p in part if p.grad is not None], draws)
+                gradients = [p.grad for p in part if p.grad is not None]
+                if good is not None:
+                    for gradient in gradients:
+                        gradient.nan_to_num_(0, 0, 0)  # 0 times these wouldn't be 0
+                self._step(group, part, gradients, draws, good)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state saved with either precision of the second moment."""
@@ -76,12 +85,10 @@ class MomentumFreeAdam(torch.optim.Optimizer):
         weights: list[torch.Tensor],
         gradients: list[torch.Tensor],
         draws: torch.Generator | None,
+        good: torch.Tensor | None,
     ) -> None:
-        beta2, device, found_inf = group["beta2"], weights[0].device, self.found_inf
-        if found_inf is not None and device.type in AT_ONCE:
-            if found_inf:
-                return
-            found_inf = None
+        """Updates some weights of a group. good: a scalar, 0 where nothing may change; None: all may."""
+        beta2, device = group["beta2"], weights[0].device
         for weight in weights:
             if not self.state[weight]:
                 square = torch.zeros_like(weight, dtype=None if draws is None else torch.bfloat16)
@@ -89,13 +96,10 @@ class MomentumFreeAdam(torch.optim.Optimizer):
         states = [self.state[weight] for weight in weights]
         stored, updates = ([state[name] for state in states] for name in ("exp_avg_sq", "updates"))
         squares = stored if draws is None else [square.to(torch.float32) for square in stored]
-        if found_inf is None:
+        if good is None:
             torch._foreach_mul_(squares, beta2)
             torch._foreach_add_(updates, 1)
         else:
-            good = 1 - found_inf
-            for gradient in gradients:
-                gradient.nan_to_num_(0, 0, 0)  # 0 times these wouldn't be 0
             torch._foreach_mul_(gradients, good)
             torch._foreach_mul_(squares, 1 - (1 - beta2) * good)
             torch._foreach_add_(updates, [good] * len(updates))  # not one tensor: some devices would ask for its value

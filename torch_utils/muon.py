@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .adam import AT_ONCE, MomentumFreeAdam
+from .adam import MomentumFreeAdam
 
-ORTHOGONAL = "orthogonal"  # whether a group of weights is updated so
-VECTOR_RATE = 0.04  # learning rate of biases and gains, by Adam, as a part of that of the matrices
+ORTHOGONAL = "orthogonal"  # a group's entry: whether it holds the matrices
+VECTOR_RATE = 0.04  # Adam's learning rate for biases and gains, as a fraction of the matrices' rate
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial that Muon iterates
 ITERATIONS = 5
 SMALLEST = 1e-30  # a gradient of zeros stays one
@@ -56,18 +56,11 @@ class Muon(MomentumFreeAdam):
         weights: list[torch.Tensor],
         gradients: list[torch.Tensor],
         draws: torch.Generator | None,
+        good: torch.Tensor | None,
     ) -> None:
         if not group[ORTHOGONAL]:
-            super()._step(group, weights, gradients, draws)
+            super()._step(group, weights, gradients, draws, good)
             return
-        good: torch.Tensor | float = 1.0
-        if self.found_inf is not None and weights[0].device.type in AT_ONCE:
-            if self.found_inf:
-                return
-        elif self.found_inf is not None:
-            good = 1 - self.found_inf
-            for gradient in gradients:
-                gradient.nan_to_num_(0, 0, 0)  # 0 times these wouldn't be 0
         alike: dict[torch.Size, list[int]] = {}
         for i, gradient in enumerate(gradients):
             alike.setdefault(gradient.flatten(1).shape, []).append(i)
@@ -75,7 +68,7 @@ class Muon(MomentumFreeAdam):
             updates = orthogonalise(torch.stack([gradients[i].flatten(1).to(torch.float32) for i in members]))
             for i, update in zip(members, updates):
                 rms = weights[i].square().mean(dtype=torch.float32).sqrt().clamp(min=columns**-0.5)
-                size = group["lr"] * math.sqrt(rows) * rms * good
+                size = group["lr"] * math.sqrt(rows) * rms * (1.0 if good is None else good)
                 weights[i].sub_((size * update).view_as(weights[i]))
 
 

@@ -357,10 +357,12 @@ PROBLEMS: list[list[Rule]] = [
 STATES: list[Rule] = [astray, lost_ground, frozen]
 
 
+REMEDY = "try --recipe=auto, or lower --lr and --glr if this is one"
+
+
 # --- the distance from the teacher's samples, which only some runs record
 
 NOTICED = 0.03  # less is the noise of 256 images
-OTHERWISE = "otherwise try --recipe=auto, or lower --lr and --glr if this is one"
 FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
 
 
@@ -377,13 +379,13 @@ def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
         if not last > FAR:
             return None
         text = f"its images are still far from the teacher's samples: distance {last:.3g} (start: {start:.3g}), where"
-        text += f" good generators have less than {FAR:g}; go on while it falls; {OTHERWISE}"
+        text += f" good generators have less than {FAR:g}; go on while it falls; otherwise {REMEDY}"
         return Finding("far-from-teacher", text, certain=False)  # it may be on its way
     where = "the start" if best is records[0] else f"the snapshot at {best['kimg']:g} kimg"
     text = f"its images are farther from the teacher's samples than {where}: distance {last:.3g}"
     remedy = "take that snapshot, or resume from an earlier state with lower --glr and --lr"
     if best is records[0]:
-        remedy = OTHERWISE.removeprefix("otherwise ")
+        remedy = REMEDY
     return Finding("away-from-teacher", f"{text} instead of {best['value']:.3g} (start: {start:.3g}); {remedy}")
 
 
@@ -396,7 +398,7 @@ def judge_fid(fid: MeasuredFid | None) -> Finding | None:
         return None
     ratio = f"{fid.last / fid.teacher:.1f} times the teacher's {fid.teacher:.4g}"
     text = f"its {fid.name} of {fid.last:.4g} is {ratio}, where good generators have less than {GOOD:g} times;"
-    text += f" go on while it falls; {OTHERWISE}"
+    text += f" go on while it falls; otherwise {REMEDY}"
     return Finding("far-from-teacher", text, certain=False)
 
 
