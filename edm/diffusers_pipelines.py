@@ -24,6 +24,7 @@ from dnnlib import UserError
 from torch_utils import persistence
 from training.dit import EPS, DiTDenoiser, time_features
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
+from training.steps import Steps
 
 from . import latents, network_files
 from .diffusers_folder import library, read_config
@@ -49,7 +50,10 @@ def write(net: Any, path: Path) -> str:
             f" of its classes, DiT and SiT, and what was distilled from them; {ADVICE}"
         )
     metadata, vae = net.metadata, _vae(net)
-    level = metadata.get("init_sigma")
+    steps = Steps.of(net)
+    if steps is not None and len(steps) > 1:
+        raise UserError(f"--to=diffusers: the library has no pipeline for a generator of {len(steps)} steps; {ADVICE}")
+    level = None if steps is None else steps.levels[0]
     part = "transformer" if type(net) is DiTDenoiser else MODELS[type(net.net).__name__]
     make = {
         ("unet", False): _pipeline_of_images,

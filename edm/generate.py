@@ -47,9 +47,7 @@ class SeedRanges(click.ParamType):
 @click.option("--seeds", help="One image per seed, such as 0-63,100", type=SeedRanges(), default="0-63")
 @click.option("--class", "class_idx", help="Class of all images  [default: one per seed]", type=WholeRange(0))
 @click.option("--batch", help="Images at once", type=WholeRange(1), default=64)
-@click.option(
-    "--steps", help="Sampler steps  [default: 1 for a one-step generator, else 18]", type=WholeRange(1, MAX_STEPS)
-)
+@click.option("--steps", help="Sampler steps  [default: a generator's own, else 18]", type=WholeRange(1, MAX_STEPS))
 @click.option("--init_sigma", help="Start noise level of one step  [default: the network's]", type=POSITIVE)
 @click.option("--sigma_min", type=POSITIVE, help="Lowest noise level  [default: 0.002]")
 @click.option("--sigma_max", type=POSITIVE, help="Highest noise level  [default: 80]")
@@ -127,18 +125,23 @@ def main(
 
 def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The sampler that the options belong to. Errors: UserError when they belong to different ones."""
-    from edm.sampler import default_sampler
+    from edm.sampler import default_sampler, sampler_of
 
-    ablation = any(name in options for name in ABLATION)
-    one_step = not ablation and (options["steps"] == 1 if "steps" in options else default_sampler(net) == "one-step")
-    if one_step:
-        wrong = options.keys() & {"sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", *GUIDANCE}
-    else:
-        wrong = options.keys() & ({"init_sigma"} | ({"S_churn", "S_min", "S_max", "S_noise"} if ablation else set()))
+    sampler = sampler_of(net, options["steps"]) if "steps" in options else default_sampler(net)
+    if any(name in options for name in ABLATION):
+        sampler = "ablation"
+    stochastic = {"S_churn", "S_min", "S_max", "S_noise"}
+    of_diffusion = {"sigma_min", "sigma_max", "rho", *stochastic, *GUIDANCE}
+    name, foreign = {
+        "one-step": ("one step", of_diffusion),
+        "few-step": ("the steps of a generator", of_diffusion | {"init_sigma"}),
+        "ablation": ("the ablation sampler", stochastic | {"init_sigma"}),
+        "heun": ("Heun's sampler", {"init_sigma"}),
+    }[sampler]
+    wrong = options.keys() & foreign
     if wrong:
-        sampler = "one step" if one_step else "the ablation sampler" if ablation else "Heun's sampler"
-        raise UserError(f"--{sorted(wrong)[0]} means nothing to {sampler}; leave it out")
-    return {**options, "sampler": "ablation" if ablation else "one-step" if one_step else "heun"}
+        raise UserError(f"--{sorted(wrong)[0]} means nothing to {name}; leave it out")
+    return {**options, "sampler": sampler}
 
 
 def guided(net: Any, options: dict[str, Any], classes: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -17,9 +17,9 @@ import torch
 from edm.sampler import heun_sampler
 from training.conditions import Classes, as_ranges, learnt_classes
 from training.denoiser import SIGMA_DATA, known_sigma, noise_range, sigma_data
-from training.generator import start_levels
 from training.networks_edm2 import Precond
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
+from training.steps import Steps
 
 NUM_IMAGES, STEPS = 32, 12
 LEVELS = (0.3, 1.0, 3.0, 10.0)  # at which samples are noised, where they lie in the network's range
@@ -38,17 +38,18 @@ def facts(net: Any) -> dict[str, str]:
     inner = " of EDM2" if isinstance(net, Precond) else inner
     metadata = getattr(net, "metadata", {})
     low, high = noise_range(net)
-    levels, size = start_levels(net), net.img_resolution
+    steps, size = Steps.of(net), net.img_resolution
     made = "latents" if "vae" in metadata else "images"
     classes = learnt_classes(net)
     learnt = f", of which {as_ranges(classes)} had images in training" if classes is not None else ""
     parameters = sum(parameter.numel() for parameter in net.parameters())
     told = {
-        "kind": metadata.get("kind", "generator" if levels else "teacher"),
+        "kind": metadata.get("kind", "generator" if steps else "teacher"),
         "class": f"{type(net).__name__}{inner}",
         "predicts": prediction(net) if isinstance(net, WrappedDenoiser) else "the clean image",
         "noise levels": f"{low:g} to {high:g}",
-        "starts at": f"{levels[0]:g}" if levels else None,
+        "starts at": ", ".join(f"{level:.4g}" for level in steps.levels) if steps else None,
+        "step noise": steps.noise if steps and len(steps) > 1 else None,
         "sigma_data": f"{sigma_data(net):g}",
         made: f"{net.img_channels} x {size} x {size}",
         "VAE": _vae(metadata.get("vae")),

@@ -23,6 +23,7 @@ from torch_utils import checkpoint, misc, persistence
 from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json, read_json
 from training.decoder import LatentDecoder
+from training.steps import Steps
 
 from . import onnx_file
 
@@ -271,8 +272,11 @@ def weights_hash(net: torch.nn.Module) -> str:
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     if type(metadata) is not dict or not edm_pickle.is_plain(metadata) or not all(type(k) is str for k in metadata):
         raise UserError(f"{path}: its metadata are not a dict of plain values")
-    init_sigma = metadata.get("init_sigma", 1.0)
-    if type(init_sigma) not in (int, float) or not 0 < init_sigma < MAX_SIGMA:
+    try:
+        steps = Steps.recorded(metadata)
+    except (ArithmeticError, TypeError, ValueError):
+        raise UserError(f"{path}: the init_sigma or steps in its metadata are not noise levels") from None
+    if steps is not None and steps.levels[0] >= MAX_SIGMA:
         raise UserError(f"{path}: the init_sigma in its metadata is not a noise level")
     return metadata
 

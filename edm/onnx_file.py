@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch_utils.misc import first_non_finite
 from torch_utils.persistence import one_line
 from training.decoder import LatentDecoder, PixelDecoder
 from training.generator import Generator
+from training.steps import Steps
 
 SIGMA_MIN, SIGMA_MAX, PROBED_LEVELS = 0.002, 80.0, 8
 EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
@@ -22,22 +24,37 @@ EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
 MOST_OF_DIFFUSERS = 63
 
 
-class _OneStep(torch.nn.Module):
-    """Everything a one-step generator does, from standard normal noise to 8-bit images.
+class _Images(torch.nn.Module):
+    """Everything a generator does, from standard normal noise to 8-bit images.
 
     decoder: of its latents, which are decoded as part of the model; None for a generator of images.
     """
 
     inputs, output = ("z",), "images"
 
-    def __init__(self, net: torch.nn.Module, init_sigma: float, decoder: LatentDecoder | None):
+    def __init__(self, net: torch.nn.Module, steps: Steps, decoder: LatentDecoder | None):
         super().__init__()
-        self.net, self._generator = net, Generator(net, [init_sigma])
+        self.net, self._generator = net, Generator(net, steps)
         self.vae, self._decode = (None, None) if decoder is None else (decoder.vae, decoder.decode)
 
     def forward(self, z: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        x = self._generator.sample(z, class_labels)
+        return self._images(z, (), class_labels)
+
+    def _images(
+        self, z: torch.Tensor, noise: Sequence[torch.Tensor], class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        draws = iter(noise)
+        x = self._generator.sample(z, class_labels, lambda _: next(draws))
         return PixelDecoder.to_images(x if self._decode is None else self._decode(x))
+
+
+class _ImagesOfFreshNoise(_Images):
+    """A generator whose further steps draw noise: [N, steps - 1, C, H, W]."""
+
+    inputs = ("z", "noise")
+
+    def forward(self, z: torch.Tensor, noise: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self._images(z, noise.unbind(dim=1), class_labels)
 
 
 class _Denoiser(torch.nn.Module):
@@ -51,13 +68,25 @@ class _Denoiser(torch.nn.Module):
         return self.net(x, sigma, class_labels)
 
 
+def _function(
+    net: Any, steps: Steps | None, decoder: LatentDecoder | None
+) -> tuple[_Images | _Denoiser, list[torch.Tensor]]:
+    """(what the model does, an example of its inputs without classes)."""
+    x = torch.zeros([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution])
+    if steps is None:
+        return _Denoiser(net), [x, torch.ones([EXAMPLES])]
+    if len(steps) > 1 and steps.noise == "fresh":
+        return _ImagesOfFreshNoise(net, steps, decoder), [x, torch.stack([x] * (len(steps) - 1), dim=1)]
+    return _Images(net, steps, decoder), [x]
+
+
 def can_trace() -> bool:
     """Whether this PyTorch is new enough."""
     return "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters
 
 
 @torch.no_grad()
-def _check_finite(net: Any, init_sigma: float | None, decoder: LatentDecoder | None) -> None:
+def _check_finite(net: Any, steps: Steps | None, decoder: LatentDecoder | None) -> None:
     """Raises UserError unless weights, answers and images are finite: the exported model can't check them."""
     weight = first_non_finite(net)
     if weight is not None:
@@ -65,11 +94,11 @@ def _check_finite(net: Any, init_sigma: float | None, decoder: LatentDecoder | N
     draws = torch.Generator().manual_seed(0)
     z = torch.randn([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
     labels = torch.eye(net.label_dim)[[0] * EXAMPLES] if net.label_dim else None
-    for sigma in _noise_levels(net) if init_sigma is None else [init_sigma]:
+    for sigma in _noise_levels(net) if steps is None else steps.levels:
         answer = net(sigma * z, torch.full([EXAMPLES], float(sigma)), labels)
         if not answer.isfinite().all():
             raise UserError(f".onnx: the network's answer at noise level {sigma:g} is NaN or infinite; export another")
-        if init_sigma is not None and decoder is not None:
+        if steps is not None and decoder is not None:
             decoder.to_images(answer)
 
 
@@ -84,7 +113,8 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
     """The file of a network in eval mode on the CPU, for any number N of images.
 
     A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
-    [N, C, H, W]; any other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
+    [N, C, H, W]; with several steps of fresh noise it also takes noise, standard normal [N, steps - 1, C, H, W]. Any
+    other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
     take class_labels [N, label_dim], one-hot. The inputs are float32. A denoiser of latents takes and makes latents.
     header: plain values that go with the model. decoder: of a generator of latents; its VAE becomes part of the model.
     Errors: UserError when packages are missing or too old, the network can't be traced, or its weights or answers
@@ -96,10 +126,8 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
         import onnxscript  # noqa: F401  which torch.onnx needs, as it needs onnx
     except ImportError:
         raise UserError(".onnx needs packages that are missing: pip install onnx onnxscript") from None
-    init_sigma = header["metadata"].get("init_sigma")
-    function = _Denoiser(net) if init_sigma is None else _OneStep(net, init_sigma, decoder)
-    arguments = [torch.zeros([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution])]
-    arguments += [torch.ones([EXAMPLES])] * (len(function.inputs) - 1)
+    steps = Steps.recorded(header["metadata"])
+    function, arguments = _function(net, steps, decoder)
     names = list(function.inputs)
     if net.label_dim:
         arguments.append(torch.eye(net.label_dim)[[0] * EXAMPLES])
@@ -109,7 +137,7 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
     # Its warnings concern packages that these networks don't use.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        _check_finite(net, init_sigma, decoder)
+        _check_finite(net, steps, decoder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(

@@ -20,8 +20,9 @@ from torch import Tensor
 from dnnlib import UserError
 from training.conditions import Classes, check_class
 from training.denoiser import noise_range
-from training.generator import INIT_SIGMA, Generator, start_levels
+from training.generator import Generator
 from training.networks import iddpm_sigmas
+from training.steps import INIT_SIGMA, ONE_STEP, Steps
 
 from .latents import decoder_of
 
@@ -37,7 +38,19 @@ def one_step_sampler(
     init_sigma: float = INIT_SIGMA,
 ) -> Tensor:
     """One network evaluation at noise level `init_sigma` (SiD, arXiv:2404.04057)."""
-    return Generator(net, [init_sigma]).sample(latents.to(torch.float32), class_labels)
+    return few_step_sampler(net, latents, class_labels, randn_like, Steps((init_sigma,)))
+
+
+@torch.no_grad()
+def few_step_sampler(
+    net: Any,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    generator_steps: Steps = ONE_STEP,
+) -> Tensor:
+    """One network evaluation per step of a distilled generator."""
+    return Generator(net, generator_steps).sample(latents.to(torch.float32), class_labels, randn_like)
 
 
 @torch.no_grad()
@@ -240,7 +253,12 @@ def _iddpm_steps(
 # Seeded generation.
 
 SEEDS = 2**32  # how many different seeds there are
-SAMPLERS: dict[str, Callable] = {"heun": heun_sampler, "ablation": ablation_sampler, "one-step": one_step_sampler}
+SAMPLERS: dict[str, Callable] = {
+    "heun": heun_sampler,
+    "ablation": ablation_sampler,
+    "one-step": one_step_sampler,
+    "few-step": few_step_sampler,
+}
 
 
 class SeededDraws:
@@ -268,8 +286,17 @@ class SeededDraws:
 
 
 def default_sampler(net: Any) -> str:
-    """'one-step' for a generator, whose metadata holds its start noise level; 'heun' for other denoisers."""
-    return "heun" if start_levels(net) is None else "one-step"
+    """'one-step' or 'few-step' for a generator, whose metadata hold its steps; 'heun' for other denoisers."""
+    steps = Steps.of(net)
+    return "heun" if steps is None else "one-step" if len(steps) == 1 else "few-step"
+
+
+def sampler_of(net: Any, steps: int) -> str:
+    """The sampler of so many steps: a generator's own has as many as it was trained for."""
+    if steps == 1:
+        return "one-step"
+    recorded = Steps.of(net)
+    return "few-step" if recorded is not None and len(recorded) == steps else "heun"
 
 
 def sample(
@@ -289,8 +316,11 @@ def sample(
         check_class(net, class_idx)
         labels = Classes.of(net).one_hot(torch.full([len(latents)], class_idx, device=device))
     name = sampler or default_sampler(net)
-    if name == "one-step" and "init_sigma" not in options:
-        (options["init_sigma"],) = start_levels(net) or [INIT_SIGMA]
+    recorded = Steps.of(net) or ONE_STEP
+    if name == "one-step":
+        options.setdefault("init_sigma", recorded.levels[0])
+    elif name == "few-step":
+        options.setdefault("generator_steps", recorded)
     return SAMPLERS[name](net, latents, labels, randn_like=draws.randn_like, **options)
 
 
@@ -322,14 +352,15 @@ def generate_images(
 ) -> Iterator[Tensor]:
     """uint8 batches [n, C, H, W] on the CPU, one image per seed in order. Other arguments are those of `sample`.
 
-    steps: how many the Heun or ablation sampler takes; 1 without a sampler means the one-step sampler.
+    steps: how many the Heun or ablation sampler takes; 1 without a sampler means the one-step sampler, and as many as a
+    generator has its own.
     Latents are decoded (`edm.latents`).
     Errors: UserError when the network has no such class, or hasn't learnt it, a seed is out of range, or its VAE can't
     be had; NonFiniteImagesError.
     """
     if steps is not None:
-        sampler = sampler or ("one-step" if steps == 1 else "heun")
-        if sampler != "one-step":
+        sampler = sampler or sampler_of(net, steps)
+        if sampler in ("heun", "ablation"):
             options["num_steps"] = steps
     seeds, decoder = list(seeds), decoder_of(net)
     for start in range(0, len(seeds), batch):

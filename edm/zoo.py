@@ -32,7 +32,7 @@ from torch_utils.untrusted import edm_pickle
 from training import dit, networks, networks_edm2
 from training.conditions import learnt_classes
 from training.denoiser import DenoiserModule, check_denoiser
-from training.generator import start_levels
+from training.steps import Steps
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -357,8 +357,8 @@ def inspect_command(source: str, classes: str | None) -> None:
     net = load_denoiser(source, own_classes(classes))
     for name, text in facts(net).items():
         click.echo(printable(f"{name:13} {text}"))
-    if start_levels(net) is not None:
-        click.echo("test          none: a one-step generator is no denoiser")
+    if Steps.of(net) is not None:
+        click.echo("test          none: a generator is no denoiser")
         return
     wrong = misfit(net) or latents_misfit(net)
     if wrong is not None:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from dnnlib import UserError, format_number
+from training.steps import MAX_STEPS, STEPS_NOISES
 
 from .guidance import Guidance, parse_guidance
 from .objectives import OBJECTIVES, Objective, check_objective
@@ -87,6 +88,9 @@ class DistillationConfig:
     tmax: float = TMAX  # Karras schedules reach up to t = tmax / 1000
     fake_score_updates: int = 1  # updates of the fake score per update of the generator
     init_sigma: float | None = 2.5  # noise level at which the generator starts; None: `sid.start` chooses it
+    steps: int = 1  # evaluations per image, each at a noise level of its own (training.generator)
+    steps_noise: str = "fresh"  # that takes images to the levels of further steps, one of STEPS_NOISES
+    steps_shift: float = 1.0  # above 1, further steps start at higher noise levels than evenly spaced in time
     optimizer: str = "adam"  # of both networks, one of OPTIMIZERS
     lr: float = 1e-5  # fake score network
     glr: float = 1e-5  # generator
@@ -132,6 +136,7 @@ class DistillationConfig:
         self.guidance = parse_guidance(self.guidance)
         check_objective(self.objective, self.weighting, self.huber, self.score_gradient == GradientFrom())
         for option, value, known in (
+            ("steps-noise", self.steps_noise, STEPS_NOISES),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("adam-state", self.adam_state, ADAM_STATES),
             ("drop-labels", self.drop_labels, DROP_LABELS),
@@ -139,6 +144,8 @@ class DistillationConfig:
         ):
             if value not in known:
                 raise UserError(f"--{option}={value}: not one of {', '.join(known)}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UserError(f"--steps={self.steps}: a generator has 1 to {MAX_STEPS} steps")
         if self.optimizer == "muon" and self.g_beta1:
             raise UserError("--optimizer=muon: it is without momentum here; use --g_beta1=0")
         if self.adam_state == "bf16" and self.g_beta1:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import random
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -19,6 +20,7 @@ from .loss import SiDLoss
 from .state import DistillationState
 
 FAKE_SCORE_PHASE, GENERATOR_PHASE = 1, 2  # give the two phases different random draws
+STEP_PHASE = 6  # random stream of the trained steps
 
 
 @dataclasses.dataclass
@@ -57,8 +59,6 @@ class Distillation:
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, batch_gpu, distributed.world_size())
         if config.chunk and self.batch_gpu % config.chunk:
             raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
-        assert config.init_sigma is not None
-        self.start_levels = [config.init_sigma]
         self.config = dataclasses.replace(config, batch_gpu=self.batch_gpu)
         self.conditions = loss.conditions
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
@@ -122,11 +122,16 @@ class Distillation:
             updater.check(self.state.nimg)
 
     def generate(self, condition: torch.Tensor | None) -> torch.Tensor:
-        """x_g, what theta makes of fresh noise, [batch_gpu, C, H, W]."""
-        generator = Generator(self.networks.generator, self.start_levels)
+        """x_g, what theta's step of this iteration makes of fresh noise, [batch_gpu, C, H, W]."""
+        generator = Generator(self.networks.generator, self.state.steps)
         z = generator.latents(self.batch_gpu, self.device)
         with self.autocast():
-            return generator.sample(z, condition).contiguous()
+            return generator.sample(z, condition, step=self._step()).contiguous()
+
+    def _step(self) -> int:
+        """The step that this iteration trains, uniform (arXiv:2505.12674), the same in both phases and processes."""
+        place = misc.seed_from(self.config.seed, STEP_PHASE, self.state.nimg)
+        return random.Random(place).randrange(len(self.state.steps))
 
     def image_gradient(self, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         """The gradient of theta's loss with respect to its images, [N, C, H, W].

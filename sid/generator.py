@@ -1,4 +1,4 @@
-"""The result of a distillation: noise in, images out, one network evaluation."""
+"""The result of a distillation: noise in, images out, one network evaluation, or one per step."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -8,18 +8,19 @@ import torch
 from dnnlib import UserError
 from edm import zoo
 from edm.sampler import generate_all
-from training.generator import start_levels
+from training.steps import Steps
 
 
 class OneStepGenerator:
-    """A one-step generator; `generator(n, seed)` makes n images. The start noise level comes with the weights.
+    """A distilled generator; `generator(n, seed)` makes n images. The start noise level comes with the weights, and
+    so do those of further steps, if it was trained for several.
 
     generator = OneStepGenerator.from_pretrained("network-snapshot-000035.safetensors")
     images = generator(16, seed=0)    # uint8 [16, C, H, W]
     """
 
     def __init__(self, net: torch.nn.Module):
-        if start_levels(net) is None:
+        if Steps.of(net) is None:
             what = "is a diffusion model (use python -m edm.generate) or a renamed generator (give init_sigma=2.5)"
             raise UserError(f"this network records no init_sigma: it {what}")
         self.net = net
@@ -42,7 +43,7 @@ class OneStepGenerator:
         """
         net = zoo.load_denoiser(source, classes)
         if init_sigma is not None:
-            net.metadata["init_sigma"] = init_sigma
+            net.metadata |= Steps((init_sigma,)).record()
         return cls(net).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: torch.device | str) -> "OneStepGenerator":

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from dnnlib import Command, FiniteRange, IntList, UserError, WholeRange
 from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, option
 from edm import own_classes
+from training.steps import MAX_STEPS, STEPS_NOISES
 
 from . import recipes
 from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, OPTIMIZERS, DistillationConfig
@@ -107,6 +108,19 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             StartLevel(0, min_open=True),
             D.init_sigma,
         ),
+        option(
+            "--steps",
+            f"Evaluations per image, 1 to {MAX_STEPS}, at noise levels from --init_sigma down",
+            WholeRange(1, MAX_STEPS),
+            D.steps,
+        ),
+        option(
+            "--steps-noise",
+            "Noise between steps: drawn anew, the first again, or what the last step took away",
+            STEPS_NOISES,
+            D.steps_noise,
+        ),
+        option("--steps-shift", "Above 1, steps after the first start at more noise", POSITIVE, D.steps_shift),
         option(
             "--optimizer",
             "Of both networks; muon orthogonalises updates and wants rates near 0.02",

@@ -3,7 +3,7 @@
 import math
 
 from training.denoiser import DenoiserModule, noise_range
-from training.generator import INIT_SIGMA
+from training.steps import INIT_SIGMA
 
 from .teacher_distance import TeacherDistance
 

@@ -12,7 +12,9 @@ from edm import zoo
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.denoiser import DenoiserModule
+from training.generator import spaced_levels
 from training.networks_edm2 import freeze_logvar, normalize_weights
+from training.steps import Steps
 from training.training_loop import freeze_augment_mapping
 
 from . import lora
@@ -24,6 +26,19 @@ FACTORS_PHASE = 4  # random stream of the initial low-rank factors, separate fro
 ROUNDING_PHASE = 5  # random stream of the stochastic rounding of Adam's second moments
 INHERITED = ("classes", "licence", "vae")  # what a generator's metadata take from its teacher's
 PARTS = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")  # of a state's file
+
+
+def generator_steps(teacher: DenoiserModule, config: DistillationConfig) -> Steps:
+    """Theta's steps. Errors: UserError naming --steps when the teacher knows too few noise levels for them."""
+    assert config.init_sigma is not None
+    levels = spaced_levels(teacher, config.init_sigma, config.steps, config.steps_shift)
+    try:
+        return Steps(levels, config.steps_noise)
+    except ValueError:
+        raise UserError(
+            f"--steps={config.steps}: the teacher knows too few noise levels below --init_sigma={config.init_sigma:g};"
+            " use fewer steps or a higher start"
+        ) from None
 
 
 class DistillationState:
@@ -75,7 +90,8 @@ class DistillationState:
             distributed.broadcast_module(net)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         inherited = {name: v for name, v in getattr(teacher, "metadata", {}).items() if name in INHERITED}
-        self.ema.metadata = {"kind": "sid-generator", "init_sigma": config.init_sigma, **inherited}
+        self.steps = generator_steps(teacher, config)
+        self.ema.metadata = {"kind": "sid-generator", **self.steps.record(), **inherited}
         if self._hashes.guide:
             self.ema.metadata["guide_sha256"] = self._hashes.guide
 

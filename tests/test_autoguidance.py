@@ -193,7 +193,7 @@ def fewer_classes():
         (lambda: weaker(4), "classes are 4"),
         (lambda: weaker(0), "classes are 0"),
         (lambda: weaker(sigma_data=1.0), "sigma_data are 1"),
-        (generator, "one-step generator"),
+        (generator, "is a generator"),
         (one_level, "noise levels from 0.5 to 20"),
         (rounding, "rounds noise levels"),
         (fewer_classes, "never seen class 2"),
@@ -262,7 +262,7 @@ def test_generate_and_fid_take_guidance(tmp_path):
     wrong = {
         "say how strongly": [network, guide],
         "one step": [f"--network={tmp_path}/generator.safetensors", "--guidance=2"],
-        "one-step generator": [network, f"--guide={tmp_path}/generator.safetensors", "--guidance=2"],
+        "is a generator": [network, f"--guide={tmp_path}/generator.safetensors", "--guidance=2"],
     }
     for words, options in wrong.items():
         code, text = run_command(generate.main, *options, "--seeds=0", f"--grid={tmp_path}/wrong.png")

@@ -10,7 +10,7 @@ from dnnlib import UserError
 
 from .conditions import Classes, as_ranges, learnt_classes
 from .denoiser import known_sigma, noise_range, sigma_data
-from .generator import start_levels
+from .steps import Steps
 
 SAMPLED = (0.002, 80.0)  # noise levels between which EDM's sampler and losses call a denoiser
 
@@ -80,8 +80,8 @@ def check_guide(guide: Any, net: Any) -> str | None:
 
     Errors: UserError naming --guide when it doesn't denoise the same images, classes and noise levels as `net`.
     """
-    if start_levels(guide) is not None:
-        raise UserError("--guide: is a one-step generator, which doesn't denoise; name a diffusion model")
+    if Steps.of(guide) is not None:
+        raise UserError("--guide: is a generator, which doesn't denoise; name a diffusion model")
     for what, of in (
         ("images", lambda n: f"{n.img_channels} x {n.img_resolution} x {n.img_resolution}"),
         ("classes", lambda n: str(n.label_dim)),

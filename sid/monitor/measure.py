@@ -90,7 +90,7 @@ class Health:
     def _measure_round(self, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sums over one batch: [bands, 6] of per-image values, [2, pixels] of images, [4] of squares of images."""
         d, n = self._distillation, self._size
-        theta, ema, start = (Generator(net, d.start_levels) for net in (d.state.generator, d.state.ema, d.teacher))
+        theta, ema, start = (Generator(net, d.state.steps) for net in (d.state.generator, d.state.ema, d.teacher))
         first = (r * distributed.world_size() + distributed.rank()) * n
         misc.seed_at(d.config.seed, HEALTH_PHASE, first)
         z = theta.latents(n, d.device)

@@ -21,6 +21,7 @@ def main(run: str, classes: str | None) -> None:
     from sid.report.summary import summarise
     from torch_utils import checkpoint
     from training.guidance import GuidedDenoiser
+    from training.steps import Steps
 
     run_dir, options, own = Path(run), read_run_options(run), own_classes(classes)
     snapshots = checkpoint.snapshots(run_dir)
@@ -28,11 +29,11 @@ def main(run: str, classes: str | None) -> None:
         raise UserError(f"{run}: has no snapshot yet; wait for the first one")
     if "edm_model" not in options:
         raise UserError(f"{run_dir / OPTIONS_FILE}: names no edm_model; name a run folder of sid_train.py")
-    rows = summarise(
-        run_dir, teacher := load_teacher(run_dir, options, own), options["edm_model"], options.get("transfer")
-    )
+    teacher = load_teacher(run_dir, options, own)
+    rows = summarise(run_dir, teacher, options["edm_model"], options.get("transfer"), options.get("steps", 1))
     generator = zoo.load_denoiser(snapshots[0], own)
-    if "init_sigma" not in generator.metadata:
+    steps = Steps.of(generator)
+    if steps is None:
         raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")
     guide, guidance = load_guide(run_dir, options, own), parse_guidance(options.get("guidance"))
     guided = teacher if guide is None else GuidedDenoiser(teacher, guide, (guidance and guidance.over_guide) or 1)
@@ -40,7 +41,8 @@ def main(run: str, classes: str | None) -> None:
     try:
         which = "Teacher" if guide is None else "Teacher with its guide"
         compare(guided, generator, picture, which)
-        pictures = f"{picture}  ({which.lower()} at {TEACHER_EVALUATIONS} evaluations, at one, generator at one)"
+        told = f"{which.lower()} at {TEACHER_EVALUATIONS} evaluations, at {len(steps)}, generator at {len(steps)}"
+        pictures = f"{picture}  ({told})"
     except OSError as error:
         pictures = f"none, since {picture} can't be written ({error.strerror})"
 
@@ -50,8 +52,8 @@ def main(run: str, classes: str | None) -> None:
         print("No FID was measured; distil with --metrics and --data_stat or --data to have it here.")
     for name, evaluations, fid in rows:
         print(f"{name:30s} {evaluations:11d} {fid:8.4g}")
-    if len(rows) > 1 and rows[-2][1] == 1 and rows[-1][2] > 0:
-        print(f"\nFID of the one-step image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
+    if len(rows) > 1 and rows[-2][1] == rows[-1][1] and rows[-1][2] > 0:
+        print(f"\nFID of the image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
     print(f"Generator: {snapshots[0]}")
     print(f"Pictures:  {pictures}")
 

@@ -8,6 +8,7 @@ import torch
 from edm.images import save_titled_grids
 from edm.sampler import generate_all
 from training.denoiser import DenoiserModule
+from training.steps import Steps
 
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
@@ -23,14 +24,17 @@ def sample(net: torch.nn.Module, num: int, **options: Any) -> torch.Tensor:
 def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path, name: str = "Teacher") -> None:
     """Saves three bands of the same seeds: teacher at 35 evaluations, teacher at one, generator at one.
 
-    generator: records its `init_sigma`. name: of the teacher, in the titles.
+    generator: records its steps. name: of the teacher, in the titles.
     Errors: OSError when `path` can't be written.
     """
     num = COMPARISON_COLUMNS * COMPARISON_ROWS
-    init_sigma = generator.metadata["init_sigma"]
+    steps = Steps.of(generator)
+    assert steps is not None
+    evaluations = "1 evaluation" if len(steps) == 1 else f"{len(steps)} evaluations"
+    as_generator = {"sampler": "few-step", "generator_steps": steps}
     bands = {
         f"{name}, {TEACHER_EVALUATIONS} evaluations per image": sample(teacher, num, steps=TEACHER_STEPS),
-        f"{name}, 1 evaluation per image": sample(teacher, num, steps=1, init_sigma=init_sigma),
-        "Generator distilled from it, 1 evaluation per image": sample(generator, num),
+        f"{name}, {evaluations} per image": sample(teacher, num, **as_generator),
+        f"Generator distilled from it, {evaluations} per image": sample(generator, num),
     }
     save_titled_grids(bands, path, COMPARISON_COLUMNS)

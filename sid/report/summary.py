@@ -11,11 +11,12 @@ from ..monitor.records import read_records
 
 
 def summarise(
-    run_dir: Path, teacher: torch.nn.Module, source: str, transfer: str | None = None
+    run_dir: Path, teacher: torch.nn.Module, source: str, transfer: str | None = None, steps: int = 1
 ) -> list[tuple[str, int, float]]:
     """Rows (network, evaluations per image, FID) from a run's records and the teacher's.
 
     source: the teacher's file. transfer: the network that the generator started from, if it isn't the teacher.
+    steps: of the generator.
     Empty when the run measured no FID. Errors: UserError when its records are damaged or hold nothing yet.
     """
     files = sorted(run_dir.glob("metric-fid*.jsonl"))
@@ -31,6 +32,6 @@ def summarise(
         rows.append(("teacher", goal.evaluations, goal.value))
     if records[0]["kimg"] == 0:
         before = "generator before (--transfer)" if transfer else "teacher = generator before"
-        rows.append((before, 1, records[0]["value"]))
-    rows.append(("generator after", 1, records[-1]["value"]))
+        rows.append((before, steps, records[0]["value"]))
+    rows.append(("generator after", steps, records[-1]["value"]))
     return rows
