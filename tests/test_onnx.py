@@ -16,10 +16,10 @@ from sid import OneStepGenerator
 from training import networks
 
 NCSNPP = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
-NCSNPP |= {"attn_resolutions": [4], "embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
+NCSNPP |= {"attn_resolutions": [], "embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
 NCSNPP |= {"resample_filter": [1, 3, 3, 1]}
-ADM = {"model_type": "DhariwalUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
-ADM |= {"attn_resolutions": [4], "channel_mult_emb": 2}
+ADM = {"model_type": "DhariwalUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+ADM |= {"attn_resolutions": [8], "channel_mult_emb": 2}
 
 pytestmark = pytest.mark.skipif(not onnx_file.can_trace(), reason="a PyTorch that can't write ONNX")
 

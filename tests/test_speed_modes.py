@@ -94,7 +94,7 @@ MULTIPLIERS = {"SongUNet": [1], "DhariwalUNet": [1, 2]}
             "DhariwalUNet",
             {"share_noise": True, "augment": 0, "precision": "fp16", "channels_last": True, "spike_guard": 10.0},
         ),
-        ("DhariwalUNet", {"batch_gpu": 4, "share_images": True, "huber": 0.1, "adam_state": "bf16"}),
+        ("SongUNet", {"batch_gpu": 4, "share_images": True, "huber": 0.1, "adam_state": "bf16"}),
         ("SongUNet", {"objective": "dmd", "sigma_schedule": "lognormal", "fake_sigma_schedule": "karras"}),
     ],
     ids=str,

@@ -144,7 +144,7 @@ def test_the_distance_decides(tmp_path, monkeypatch):
     assert chosen == {name: settings["glr"] for name, settings in CANDIDATES.items()}
 
 
-@pytest.mark.parametrize("updates", [1, 3, 6])  # amid the first trial, amid the second, after both
+@pytest.mark.parametrize("updates", [1, 6])  # amid the first trial, after both
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, unbroken, updates):
     done = 0
     average = Distillation.average
