@@ -18,7 +18,14 @@ def seed_at(*coordinates: int) -> None:
     Training seeds each micro-batch by its place in the global batch, so the draws depend neither on the number of
     processes nor on what ran before: a resumed run needs no generator state.
     """
-    torch.manual_seed(seed_from(*coordinates))
+    seed = seed_from(*coordinates)
+    # Not torch.manual_seed: it also asks backends that aren't in use, and each of them formats the call stack, which
+    # takes milliseconds.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def seed_from(*coordinates: int) -> int:
