@@ -10,7 +10,6 @@ import re
 import stat
 import sys
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ import click
 
 from . import terminal
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes that aren't UTF-8
 MAX_MESSAGE = 2000  # characters; longer ones, of overlong options, lose their middle
 MAX_NUMBER = 1e30  # of options: its products with the thousand images of a kimg are finite too
 MAX_WHOLE_NUMBER = 2**31 - 1
@@ -164,7 +164,7 @@ class Command(click.Command):
         for arg in args:
             if _is_utf8_in_another_locale(arg):
                 raise UserError(f"{os.fsencode(arg).decode()}: {_locale_problem()}")
-            if any(unicodedata.category(c) in ("Cc", "Cs") for c in arg):
+            if CONTROL.search(arg):
                 raise UserError(f"{arg}: holds a control character, or one that isn't UTF-8: leave it out")
             if arg == "" or re.fullmatch(r"--[\w-]+=", arg):
                 raise UserError(f"{arg or repr(arg)}: is empty: give a value, or leave the option out")

@@ -181,15 +181,19 @@ def invoke(made, tmp_path, monkeypatch):
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
 
+    before = contents(made)
+
     def call(name, *options):
+        nonlocal before
         folder = tmp_path / f"cwd{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         monkeypatch.chdir(folder)
-        before = contents(made)
         options = [option.replace("{made}", str(made)) for option in options]
         result = CliRunner().invoke(COMMANDS[name][0], options)
+        after = contents(made)
         if result.exit_code == 2:
-            assert (contents(made), contents(folder)) == (before, {}), options
+            assert (after, contents(folder)) == (before, {}), options
+        before = after
         os.environ["DNNLIB_MIRROR"] = ""  # --mirror sets it
         return result
 
@@ -197,7 +201,11 @@ def invoke(made, tmp_path, monkeypatch):
 
 
 def contents(folder):
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    found = {}
+    for entry in os.scandir(folder):
+        status = entry.stat()
+        found |= {entry.path: (status.st_size, status.st_mtime_ns), **(contents(entry.path) if entry.is_dir() else {})}
+    return found
 
 
 def assert_clean(result, refused, what):
