@@ -67,6 +67,7 @@ class Distillation:
     def iteration(self) -> None:
         """Updates psi, `fake_score_updates` times, then theta, then its moving average, each on `batch` images."""
         state, config = self.state, self.config
+        state.serve(self._step())
         factor = lr_factor(state.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
         for repeat in range(1, config.fake_score_updates):
             self.fake_score_phase(factor, repeat)

@@ -17,7 +17,7 @@ from training.networks_edm2 import freeze_logvar, normalize_weights
 from training.steps import Steps
 from training.training_loop import freeze_augment_mapping
 
-from . import lora
+from . import lora, step_vectors
 from .config import DistillationConfig
 
 GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA)
@@ -86,11 +86,12 @@ class DistillationState:
         else:
             for net in (self.generator, self.fake_score):
                 normalize_weights(net)
+        self.steps = generator_steps(teacher, config)
+        self.served = step_vectors.split(self.fake_score, len(self.steps)) if len(self.steps) > 1 else None
         for net in (self.generator, self.fake_score):
             distributed.broadcast_module(net)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         inherited = {name: v for name, v in getattr(teacher, "metadata", {}).items() if name in INHERITED}
-        self.steps = generator_steps(teacher, config)
         self.ema.metadata = {"kind": "sid-generator", **self.steps.record(), **inherited}
         if self._hashes.guide:
             self.ema.metadata["guide_sha256"] = self._hashes.guide
@@ -106,6 +107,11 @@ class DistillationState:
         self.fake_score_updater = Updater.of(
             "fake score", self.fake_score, config.lr, beta1=0, rounding_seed=seeds[1], **shared
         )
+
+    def serve(self, step: int) -> None:
+        """Makes psi the fake score of one step's images."""
+        if self.served is not None:
+            self.served.step = step
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:

@@ -16,7 +16,7 @@ from tiny import CPU, equal, save, tiny_config, tiny_distillation, tiny_teacher,
 from dnnlib import UserError
 from edm import generate, onnx_file, zoo
 from edm.sampler import generate_all
-from sid import OneStepGenerator
+from sid import OneStepGenerator, step_vectors
 from sid.prepare import prepare
 from training.generator import Generator, spaced_levels
 from training.parameterisations import DiscreteTimes, FlowTimes, WrappedDenoiser, ddpm_sigmas
@@ -230,6 +230,61 @@ def test_every_step_converges_to_gaussian_data(noise, steps):
             images = generator.sample(torch.randn([4000, 1, 4, 4]), step=step)
             assert images.mean() == pytest.approx(0.3, abs=0.04)
             assert images.std() == pytest.approx(0.5, abs=0.04)
+
+
+def test_each_step_is_drawn_to_the_data_and_not_their_mixture_alone():
+    """A step that is too dark and one that is too bright make a mixture with the right mean."""
+    torch.manual_seed(0)
+    teacher, start = GaussianByLevel(), GaussianByLevel()
+    start.mean.data = torch.tensor([0.0, 1.8, 0.3])
+    config = tiny_config(
+        batch=64, batch_gpu=64, steps=2, lr=0.02, glr=0.01, alpha=1.0, augment=0, total_kimg=26, lr_decay="linear",
+        sigma_schedule="lognormal=-0.7,1", fake_sigma_schedule="lognormal=-0.7,1",
+    )  # fmt: skip
+    distillation = prepare(teacher, config, CPU, start=start)
+    generator = Generator(distillation.state.generator, distillation.state.steps)
+    z = torch.randn([2000, 1, 4, 4])
+
+    def means():
+        with torch.no_grad():
+            return [generator.sample(z, step=step).mean().item() for step in range(2)]
+
+    before = means()
+    assert before[0] < 0.1
+    assert before[1] > 0.45
+    for _ in range(400):
+        distillation.iteration()
+    assert means() == pytest.approx([0.3, 0.3], abs=0.1)  # with a fake score that is common to both, 0 and 0.6
+
+
+def test_the_fake_score_has_vectors_for_each_step():
+    net = tiny_teacher()
+    x, sigma, labels = torch.randn([2, 1, 8, 8]), torch.ones([2, 1, 1, 1]), torch.eye(3)[[0, 1]]
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    expected = net.eval()(x, sigma, labels)
+    served = step_vectors.split(net, 3)
+    for step in range(3):
+        served.step = step
+        torch.testing.assert_close(net(x, sigma, labels), expected, rtol=0, atol=0)
+    net(x, sigma, labels).sum().backward()
+    moved = {name for name, p in net.named_parameters() if p.grad is not None}
+    names = dict(net.named_parameters())
+    assert {name for name in names if "_of_step" in name and name in moved} == {
+        name for name in names if name.endswith(".values.2")
+    }
+    assert {p.grad is None for p in matrices} == {False, True}  # augmentation labels weren't given
+
+
+@pytest.mark.parametrize("mode", [{"lora_rank": 2}, {"precision": "bf16"}, {"checkpoint": True, "chunk": 2}])
+def test_it_goes_with_what_saves_memory(mode):
+    distillation = tiny_distillation(steps=2, optimizer="muon", augment=0, **mode)
+    start = weights(distillation)
+    for _ in range(4):
+        distillation.iteration()
+    found = weights(distillation)
+    assert all(value.isfinite().all() for value in found.values())
+    changed = {name for name, value in found.items() if not value.equal(start[name])}
+    assert {name.rpartition(".")[2] for name in changed if "_of_step" in name} == {"0", "1"}
 
 
 # --- files and commands

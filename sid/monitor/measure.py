@@ -70,6 +70,7 @@ class Health:
         Health/ema_distance          distance of the average's images from theta's, over theta's from the teacher's
         """
         state = self._distillation.state
+        state.serve(len(state.steps) - 1)
         for net in (state.generator, state.fake_score):
             net.eval()
         with same_dtype(state.ema, state.generator):  # otherwise rounding would count as distance
