@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ def main():
     python fid.py calc --images=generated.zip --ref=cifar10-32x32.npz
     torchrun --standalone --nproc_per_node=8 fid.py eval --network=network.pkl --ref=cifar10-32x32.npz --metrics=fid50k
     """
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"Warning: {message}\n"
 
 
 @main.command()

@@ -3,11 +3,14 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
 STREAMS = ("stdin", "stdout", "stderr")  # in the order of their file descriptors
 
 
@@ -73,6 +76,49 @@ def lossy_output() -> Iterator[None]:
             stack.callback(text.flush)
             stack.enter_context(getattr(contextlib, f"redirect_{name}")(text))
         yield
+
+
+@contextlib.contextmanager
+def short_warnings() -> Iterator[None]:
+    """While open, a warning is printed as one line, without the place in the program that it comes from."""
+    original = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"Warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = original
+
+
+class WholeLines:
+    """Puts together what is written piece by piece, so that only whole lines go on.
+
+    Of a line that was overwritten in place, as progress bars do, the last version goes on.
+    """
+
+    def __init__(self):
+        self._begun = ""  # the line that isn't complete
+
+    def add(self, text: str) -> str:
+        """The lines that `text` completes, each with its newline."""
+        *lines, begun = (self._begun + text).replace("\r\n", "\n").split("\n")
+        self._begun = _last_version(begun)
+        return "".join(f"{_last_version(line)}\n" for line in lines)
+
+    @property
+    def rest(self) -> str:
+        """What has been written since the last whole line, without blanks at its end."""
+        return self._begun.rstrip()
+
+
+def _last_version(line: str) -> str:
+    """What follows the last carriage return but one at the very end, which may belong to a newline to come."""
+    start = line.rfind("\r", 0, max(len(line) - 1, 0)) + 1
+    return line[start:]
+
+
+def without_escapes(text: str) -> str:
+    """`text` without the escape codes that colour it or move a terminal's cursor."""
+    return ESCAPE_CODE.sub("", text)
 
 
 def drop_unwritable_output() -> None:

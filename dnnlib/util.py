@@ -150,7 +150,8 @@ class Command(click.Command):
             reconfigure = getattr(stream, "reconfigure", None)  # which only streams that are files have
             if reconfigure is not None:
                 reconfigure(errors="backslashreplace")
-        return super().main(*args, **kwargs)
+        with terminal.short_warnings():
+            return super().main(*args, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rest = [parameter for parameter in self.get_params(ctx) if parameter not in self.params]  # --help
@@ -294,9 +295,10 @@ def format_time(seconds: float) -> str:
 
 
 class Logger:
-    """While open, everything printed to stdout and stderr is also appended to a file.
+    """While open, every line printed to stdout and stderr is also appended to a file, as plain text.
 
-    A full disk costs the file its lines, not the run its life. Errors: OSError when the file can't be opened.
+    Progress bars and escape codes, such as those of colours, stay out of the file. A full disk costs the file its
+    lines, not the run its life. Errors: OSError when the file can't be opened.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -306,8 +308,8 @@ class Logger:
     def __enter__(self) -> "Logger":
         self._stack.enter_context(self._file)
         for name in ("stdout", "stderr"):
-            redirect = getattr(contextlib, f"redirect_{name}")
-            self._stack.enter_context(redirect(_Tee(getattr(sys, name), self._file)))
+            tee = self._stack.enter_context(contextlib.closing(_Tee(getattr(sys, name), self._file)))
+            self._stack.enter_context(getattr(contextlib, f"redirect_{name}")(tee))
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -316,12 +318,20 @@ class Logger:
 
 class _Tee:
     def __init__(self, stream: Any, file: Any):
-        self._stream, self._file = stream, file
+        self._stream, self._file, self._lines = stream, file, terminal.WholeLines()
 
     def write(self, text: str) -> int:
-        self._file.write(text)
-        self._file.flush()  # a run that is killed keeps its last line
+        self._log(self._lines.add(text))
         return self._stream.write(text)
+
+    def _log(self, text: str) -> None:
+        if text:
+            self._file.write(terminal.without_escapes(text))
+            self._file.flush()  # a run that is killed keeps its last line
+
+    def close(self) -> None:
+        """Logs what doesn't end in a newline. The stream itself stays open."""
+        self._log(self._lines.rest)
 
     def flush(self) -> None:
         self._stream.flush()

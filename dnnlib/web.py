@@ -4,7 +4,6 @@ import contextlib
 import email.utils
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -103,7 +102,7 @@ def _watch(attempt: "_Attempt", begun: float) -> None:
 
     Nothing else ends a wait for a server that sends its headers or a chunk byte by byte.
     """
-    from tqdm import tqdm
+    from .progress import ProgressBar
 
     failure: list[BaseException] = []
 
@@ -115,14 +114,13 @@ def _watch(attempt: "_Attempt", begun: float) -> None:
 
     thread = threading.Thread(target=work, daemon=True)
     mark, marked = 0, time.monotonic()
-    quiet = not sys.stderr.isatty()
     try:
-        with tqdm(unit="B", unit_scale=True, desc=attempt.name, disable=quiet) as bar:
+        with ProgressBar(unit="B", unit_scale=True, desc=attempt.name) as bar:
             thread.start()
             while thread.is_alive():
                 thread.join(timeout=0.2)
                 bar.total = attempt.version.total if attempt.version else None
-                bar.update(attempt.position - bar.n)
+                bar.advance_to(attempt.position)
                 now = time.monotonic()
                 if now - begun > DEADLINE_SEC:
                     attempt.give_up()

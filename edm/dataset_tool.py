@@ -14,9 +14,9 @@ from typing import Any
 
 import click
 from PIL import Image
-from tqdm import tqdm
 
 from dnnlib import LongCommand, UserError, WholeRange
+from dnnlib.progress import ProgressBar
 from dnnlib.util import printable
 
 from .dataset_sources import open_source
@@ -89,11 +89,12 @@ def convert(
     made = ""
     if vae is None:
         names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)]
-        with _writer(dest) as write:
-            for name, image in zip(tqdm(names, unit="img", disable=None), fitted()):
+        with _writer(dest) as write, ProgressBar(count) as bar:
+            for name, image in zip(names, fitted()):
                 file = io.BytesIO()
                 image.save(file, "png", compress_level=0)
                 write(name, file.getvalue())
+                bar.update()
             listed = labels and [[name, label] for name, label in zip(names, labels)]
             write(LABELS_FILE, json.dumps({"labels": listed}).encode())
     else:

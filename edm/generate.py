@@ -93,6 +93,7 @@ def main(
 
     import torch
 
+    from dnnlib.progress import ProgressBar
     from edm import zoo
     from edm.images import image_writer, save_grid
     from edm.sampler import generate_images
@@ -109,6 +110,7 @@ def main(
     with contextlib.ExitStack() as stack:
         write = stack.enter_context(image_writer(outdir)) if outdir else None
         mine = seeds[distributed.rank() :: distributed.world_size()]
+        bar = stack.enter_context(ProgressBar(len(mine), hidden=distributed.rank() > 0))
         done = 0
         for images in generate_images(net, mine, **options):
             if write is not None:
@@ -117,6 +119,7 @@ def main(
                     done += 1
             if grid:
                 kept.append(images)
+            bar.update(len(images))
     if grid:
         save_grid(torch.cat(kept), grid)
     distributed.print0(f"{len(seeds)} images: {', '.join(filter(None, (outdir, grid)))}")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dnnlib import UserError, write_atomically
+from dnnlib.progress import ProgressBar
 from training.decoder import DECODED_AT_ONCE, LatentDecoder
 from training.latent_dataset import RECORD, SUFFIX
 
@@ -77,11 +77,13 @@ def check_dest(dest: Path) -> None:
 
 def _batches(images: Iterator[Image.Image], count: int) -> Iterator[list[Image.Image]]:
     batch = []
-    for image in tqdm(images, total=count, unit="img", disable=None):
-        batch.append(image)
-        if len(batch) == DECODED_AT_ONCE:
-            yield batch
-            batch = []
+    with ProgressBar(count) as bar:
+        for image in images:
+            batch.append(image)
+            if len(batch) == DECODED_AT_ONCE:
+                yield batch
+                bar.update(len(batch))
+                batch = []
     if batch:
         yield batch
 

@@ -13,6 +13,7 @@ from edm.metrics.sources import NetworkSource
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.records import is_figure, measured_value, sound_records
+from torch_utils.run_lines import path_text
 from torch_utils.training_stats import append_line
 
 EVALUATIONS = "evaluations_"  # in a network's metadata: FID at so many evaluations per image
@@ -33,34 +34,39 @@ class SnapshotMetrics:
     an earlier part of the run measured only in part. Damaged lines are skipped.
 
     steps: how many steps of Heun's sampler make an image; None: as the network's metadata says, one for a generator.
-    goal: the teacher's FID, to be printed beside a generator's first FID.
     """
 
-    def __init__(self, run_dir: Path, evaluator: Evaluator, steps: int | None = None, goal: MultiStepFid | None = None):
+    def __init__(self, run_dir: Path, evaluator: Evaluator, steps: int | None = None):
         self._run_dir, self._evaluator, self._steps = run_dir, evaluator, steps
-        self._goals = {} if goal is None else {first_fid(evaluator): goal}
 
-    def measure(self, net: torch.nn.Module, nimg: int) -> None:
+    def measure(self, net: torch.nn.Module, nimg: int) -> dict[str, float]:
         """Measures the snapshot after `nimg` images. Every process must call it, with equal weights.
 
+        Returns the new values by a short name, on process 0; the first FID is called so.
         Errors: UserError on every process when the images fit no metric.
         """
         sha256 = network_hash(net)
         missing = distributed.from_process_0(self._missing(sha256))
         if not missing:
-            return
+            return {}
         records = self._evaluator(NetworkSource(net, steps=self._steps, name="ema", sha256=sha256))
         if distributed.rank() != 0:
-            return
-        evaluations = "" if self._steps is None else f", {2 * self._steps - 1} evaluations"
+            return {}
+        found = {}
         for record in records:
             if record["metric"] in missing:
-                values = "  ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
-                goal = self._goals.get(record["metric"])
-                beside = "" if goal is None else f" (teacher: {goal.value:.4g} with {goal.evaluations} evaluations)"
-                print(f"{record['metric']} at {nimg / 1e3:.1f} kimg{evaluations}: {values}{beside}", flush=True)
+                found |= self._named(record)
                 line = json.dumps({"kimg": nimg / 1e3, **record})
                 append_line(_metric_file(self._run_dir, record["metric"]), line)
+        return found
+
+    def _named(self, record: dict[str, Any]) -> dict[str, float]:
+        """The values of a record by names for a line that is printed, without their deviations."""
+        metric = record["metric"]
+        if metric == first_fid(self._evaluator):
+            return {"FID": record["value"]}
+        values = {name: value for name, value in record["values"].items() if not name.endswith("_std")}
+        return {metric: record["value"]} if len(values) == 1 else {f"{metric} {n}": v for n, v in values.items()}
 
     def _missing(self, sha256: str) -> list[str]:
         """The metrics that are not yet recorded for the weights with this hash."""
@@ -101,6 +107,12 @@ def read_metrics(run_dir: str | os.PathLike, name: str) -> list[dict[str, Any]]:
 def first_fid(evaluator: Evaluator) -> str | None:
     """The name of the first FID among an evaluator's metrics."""
     return next((metric.name for metric in evaluator.metrics if metric.kind == "fid"), None)
+
+
+def metrics_text(evaluator: Evaluator, reference: str | None) -> str:
+    """What an evaluator measures. reference: where the real images or their statistics come from."""
+    names = ", ".join(metric.name for metric in evaluator.metrics)
+    return names if reference is None else f"{names} against {path_text(reference)}"
 
 
 def _metric_file(run_dir: str | os.PathLike, name: str) -> Path:

@@ -73,6 +73,7 @@ def train(
 
     from edm import training_report
     from torch_utils import distributed, misc, run_folder
+    from torch_utils.run_lines import start_block
     from training import loss
     from training.training_loop import Training, training_loop
 
@@ -95,16 +96,17 @@ def train(
         check_resume(resume, net, options, config, asked, device)
         summary["lr_rampup_kimg"] = config.lr_rampup_kimg
     evaluator = training_report.make_evaluator(options, device)
-    distributed.print0(training_report.describe_start(net, dataset, config, device))
     training = Training(config, net, loss_fn, pipe, device, asked, resume)
     with run_folder.create(*place, summary, resume and resume.path) as run_dir:
-        distributed.print0(f"Run folder: {run_dir}")
+        sources = (options["data"], options["data_stat"])
+        about = training_report.describe_start(training, dataset, *sources, evaluator, run_dir)
+        distributed.print0(start_block(about))
         report = training_report.TeacherReport(run_dir, evaluator, config.batch)
         # Heun's method can't sample with a denoiser of a single noise level.
         pictures = report.snapshot if options["sigma"] is None else None
         training_begins.set()
         training_loop(training, dataset, run_dir, snapshot_writer(run_dir, options, dataset, config), pictures)
-        distributed.print0(f"next: {training_report.next_command(run_dir, options, evaluator)}")
+        distributed.print0(f"Next: {training_report.next_command(run_dir, options, evaluator)}")
 
 
 def build_network(precond: str, network_kwargs: dict[str, Any], transfer: str | None) -> "torch.nn.Module":

@@ -1,4 +1,4 @@
-"""What training a teacher prints and draws: the sizes at the start, pictures and metrics, the next command."""
+"""What training a teacher prints and draws: a block at the start, pictures and metrics, the next command."""
 
 import shlex
 from pathlib import Path
@@ -10,13 +10,16 @@ from dnnlib import UserError, kimg_name
 from edm.images import save_grid
 from edm.metrics.evaluate import Evaluator
 from edm.sampler import generate_all
-from edm.snapshot_metrics import SnapshotMetrics
+from edm.snapshot_metrics import SnapshotMetrics, metrics_text
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt
+from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
+from training.training_loop import Training
 
 PICTURE_COLUMNS, PICTURE_ROWS = 8, 8
 PICTURE_STEPS = 8  # of Heun's sampler: enough to see shapes and colours
 METRICS_STEPS = 18  # of Heun's sampler, 35 evaluations, as EDM's figures for 32x32 images
+METRICS_SAMPLER = f"by Heun's sampler with {2 * METRICS_STEPS - 1} evaluations"
 
 
 class TeacherReport:
@@ -31,19 +34,20 @@ class TeacherReport:
         self._run_dir, self._batch = run_dir, batch
         self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator, METRICS_STEPS)
 
-    def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
-        """Reports a snapshot. Every process must call it, with equal weights."""
+    def snapshot(self, ema: torch.nn.Module, nimg: int) -> dict[str, float]:
+        """Reports a snapshot. Every process must call it, with equal weights.
+
+        Returns what was measured now, by name, on process 0.
+        """
         if distributed.rank() == 0:
             name = f"fakes_{kimg_name(nimg, self._batch)}.png"
-            if attempt(f"saving {name}", lambda: self._draw(ema, self._run_dir / name)):
-                count, evaluations = PICTURE_COLUMNS * PICTURE_ROWS, 2 * PICTURE_STEPS - 1
-                sampler = f"Heun's sampler, {PICTURE_STEPS} steps ({evaluations} network evaluations)"
-                print(f"{self._run_dir / name}: {count} samples, {sampler}", flush=True)
+            attempt(f"saving {name}", lambda: self._draw(ema, self._run_dir / name))
         if self._metrics is not None:
             try:
-                self._metrics.measure(ema, nimg)
+                return self._metrics.measure(ema, nimg)
             except UserError as error:  # early in training, images may be unfit for any metric
-                distributed.print0(f"Warning: no metrics at {nimg / 1e3:.1f} kimg: {error.message}; the run goes on")
+                distributed.print0(f"Warning: no metrics at {nimg / 1e3:g} kimg: {error.message}; the run goes on")
+        return {}
 
     def _draw(self, ema: torch.nn.Module, path: Path) -> None:
         images = generate_all(ema, range(PICTURE_COLUMNS * PICTURE_ROWS), steps=PICTURE_STEPS)
@@ -62,24 +66,30 @@ def make_evaluator(options: dict[str, Any], device: torch.device) -> Evaluator |
             raise UserError("--metrics=none means nothing with --data_stat or --detector; leave one of them out")
         return None
     metrics = [name for name in names.split(",") if name]
-    return Evaluator(metrics, options["data_stat"], options["detector"], options["data"], device=device)
+    where = (options["data_stat"], options["detector"], options["data"])
+    return Evaluator(metrics, *where, device=device, progress=True)
 
 
-def describe_start(net: torch.nn.Module, dataset: Any, config: Any, device: torch.device) -> str:
-    """Three lines about the network, the data, and the length and pace of the training."""
-    parameters = sum(p.numel() for p in net.parameters())
+def describe_start(
+    training: Training, dataset: Any, data: str, reference: str | None, evaluator: Evaluator | None, run_dir: Path
+) -> dict[str, str | None]:
+    """{name: text} for `start_block`. data, reference: where the data set and the reference statistics come from."""
+    config = training.config
     classes = f"{dataset.label_dim} classes" if dataset.label_dim else "without classes"
-    side, channels = dataset.resolution, f"{dataset.num_channels} channel{'s' * (dataset.num_channels > 1)}"
+    size = f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}"
     passes = config.total_kimg * 1000 / len(dataset)
-    return "\n".join(
-        [
-            f"Network:  {type(net).__name__}, {parameters / 1e6:.2f} million parameters",
-            f"Data:     {dataset.name}, {len(dataset)} images of {side}x{side}, {channels}, {classes}",
-            f"Training: {config.total_kimg:g} kimg ({passes:.1f} passes over the data) in batches of {config.batch} on"
-            f" {distributed.world_size()} x {device.type}, warm-up {config.lr_rampup_kimg:g} kimg,"
-            f" a report every {config.kimg_per_tick:g} kimg, a snapshot every {config.snapshot_ticks} reports",
-        ]
-    )
+    length = length_text(config.total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks)
+    return {
+        "Network": network_text(training.net),
+        "Data": f"{path_text(data)}, {len(dataset)} of {size}, {classes}; {passes:.3g} passes over it",
+        "Device": device_text(training.device),
+        "Batch": batch_text(config.batch, training.batch_gpu),
+        "Rate": f"lr {config.lr:g} after a warm-up of {config.lr_rampup_kimg:g} kimg, decay {config.lr_decay}",
+        "Length": length,
+        "Metrics": None if evaluator is None else f"{metrics_text(evaluator, reference or data)}, {METRICS_SAMPLER}",
+        "Run folder": str(run_dir),
+        "Look at": f"fakes_*.png (Heun's sampler, {PICTURE_STEPS} steps), stats.jsonl and log.txt there",
+    }
 
 
 def next_command(run_dir: Path, options: dict[str, Any], evaluator: Evaluator | None) -> str:

@@ -248,7 +248,13 @@ def make_evaluator(
     # A given reference names its detector. Without one, the evaluator makes a reference from --data.
     loaded = load_reference(reference) if reference and needed else None
     return Evaluator(
-        metrics, loaded, options["detector"], options["data"], batch=options["metrics_batch"], device=device
+        metrics,
+        loaded,
+        options["detector"],
+        options["data"],
+        batch=options["metrics_batch"],
+        device=device,
+        progress=True,
     )
 
 

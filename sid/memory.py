@@ -132,10 +132,11 @@ def fitting_batch_gpu(
     images: int,
     device: torch.device,
     guide: DenoiserModule | None = None,
-) -> int:
+) -> tuple[int, float | None]:
     """The largest divisor of `images` (per process and update) whose estimate fits into the free memory.
 
-    At least --chunk, or 1. Errors: UserError when --chunk doesn't divide `images`.
+    At least --chunk, or 1. With it comes the estimate of the peak in GB; None if nothing fits.
+    Errors: UserError when --chunk doesn't divide `images`.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] / GB
@@ -146,14 +147,14 @@ def fitting_batch_gpu(
     if config.chunk and images % config.chunk:
         raise UserError(f"--chunk={config.chunk} must divide the {images} images per process")
     if not divisors:
-        return config.chunk or 1
+        return config.chunk or 1, None
     most, least = divisors[0], divisors[-1]
     ends = [estimate(teacher, config, n, guide) for n in dict.fromkeys((least, most))]
 
     def peak(n: int) -> float:
         return ends[0].between(ends[-1], (n - least) / max(most - least, 1)).peak
 
-    return next((n for n in divisors if peak(n) < USABLE * free), config.chunk or 1)
+    return next(((n, peak(n)) for n in divisors if peak(n) < USABLE * free), (config.chunk or 1, None))
 
 
 def store_teacher(teacher: DenoiserModule, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager]) -> None:

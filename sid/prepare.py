@@ -58,7 +58,8 @@ def prepare(
     batch_gpu = config.batch_gpu or former_batch_gpu(state, config)
     if batch_gpu is not None:
         return Distillation(*parts, batch_gpu)
-    distillation = Distillation(*parts, estimated_batch_gpu(teacher, config, device, guide))
+    batch_gpu, _ = estimated_batch_gpu(teacher, config, device, guide)
+    distillation = Distillation(*parts, batch_gpu)
     while not distillation.fits():
         smaller = next_smaller(distillation.batch_gpu, config.chunk)
         if smaller is None:
@@ -113,7 +114,7 @@ def former_batch_gpu(state: DistillationState, config: DistillationConfig) -> in
 
 def estimated_batch_gpu(
     teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None
-) -> int:
-    """The most images per process and round that fit into every process's memory, by estimate."""
+) -> tuple[int, float | None]:
+    """The most images per process and round that fit into every process's memory, by estimate; `fitting_batch_gpu`."""
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
     return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device, guide))

@@ -12,6 +12,7 @@ import torch
 from dnnlib import UserError, without_passwords
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
+from torch_utils.run_lines import path_text, start_block
 from torch_utils.untrusted import edm_pickle
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
@@ -39,8 +40,9 @@ from .inputs import (
 )
 from .options import other_options
 from .prepare import prepare
+from .report.opening import describe_run
 from .report.progress import Report
-from .start import CLEARLY, choose_start
+from .start import choose_start
 from .state import SavedState
 from .teacher_distance import TeacherDistance
 from .training_loop import training_loop
@@ -116,8 +118,8 @@ def run(
         if teacher is None:
             options = choose_snapshots(options)
         summary = summarise(options, config, reference, metrics, device)
-        distributed.print0(json.dumps(summary, indent=2))
         if options["dry_run"]:
+            distributed.print0(json.dumps(summary, indent=2))
             return None
 
         torch.backends.cudnn.benchmark = options["bench"]
@@ -135,7 +137,10 @@ def run(
         picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
         distillation = build(inputs, plan.config, device, plan.saved, options["override"])
         with run_folder.create(*plan.place, summary, plan.saved and plan.saved.path) as run_dir:
-            distributed.print0(f"Run folder: {run_dir}")
+            if distributed.rank() == 0:
+                settled = (config.total_kimg, plan.trials, plan.starts, goal)
+                about = describe_run(inputs, distillation, options, reference, run_dir, *settled)
+                print(start_block(about), flush=True)
             if teacher is not None and distributed.rank() == 0:
                 zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
                 if guide is not None:
@@ -147,8 +152,11 @@ def run(
                 if distributed.rank() == 0:
                     run_folder.record_options(run_dir, summary | plan.summary())
                 distillation = build(inputs, plan.config, device, plan.saved, options["override"])
-            report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance, goal)
+            report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance)
             net = training_loop(distillation, run_dir, report, dropped=plan.dropped, before=plan.dropped)
+            snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
+            if snapshot.is_file():
+                distributed.print0(f"Finished: {path_text(snapshot)}")
     distributed.shutdown()
     return OneStepGenerator(net)
 
@@ -302,12 +310,6 @@ def find_start(
         return float(level), {}
     chosen_there = choose_start(teacher, distance) if distributed.rank() == 0 else None
     level, measured = distributed.from_process_0(chosen_there)
-    for candidate, found in measured.items():
-        chosen = "  <- the generator starts here" if float(candidate) == level else ""
-        distributed.print0(f"start at {candidate:>4}: energy distance from the teacher {found:.3f}{chosen}")
-    if measured and measured.get(f"{level:g}", 0) > min(measured.values()):
-        why = f"a closer start led to no better end unless it was {CLEARLY:g} times as close"
-        distributed.print0(f"start at {level:g}, as usual: {why}")
     return level, measured
 
 
@@ -326,7 +328,7 @@ def memory_estimate(
     """GB per process by purpose, at --batch-gpu or at the largest that fits."""
     config = resolve(config, teacher, device)
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
-    batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device, guide)
+    batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device, guide)[0]
     return {"batch_gpu": batch_gpu, **memory.estimate(teacher.to(device), config, batch_gpu, guide).rounded()}
 
 

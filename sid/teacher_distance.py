@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from dnnlib.progress import ProgressBar
 from edm.latents import decoder_of
 from edm.metrics.energy import energy_distance, energy_distance_of_vectors
-from edm.sampler import generate_all
+from edm.sampler import generate_all, generate_images
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
 NUM_IMAGES = 256
@@ -47,8 +48,18 @@ class TeacherDistance:
         self._device = next(teacher.parameters()).device
         self._moves = keep and self._device.type != "cpu"
         self._teacher = copy.deepcopy(teacher) if keep else teacher
-        self.samples = generate_all(teacher, range(NUM_IMAGES), batch=BATCH, sampler="heun", num_steps=STEPS)
+        self.samples = self._sample(teacher)
         self._corrections = self._correct(self.samples)
+
+    @staticmethod
+    def _sample(teacher: DenoiserModule) -> torch.Tensor:
+        """The teacher's samples, uint8 [N, C, H, W]; they take the longest of all."""
+        samples = []
+        with ProgressBar(NUM_IMAGES, desc="samples of the teacher") as bar:
+            for images in generate_images(teacher, range(NUM_IMAGES), batch=BATCH, sampler="heun", num_steps=STEPS):
+                samples.append(images)
+                bar.update(len(images))
+        return torch.cat(samples)
 
     def __call__(self, net: Any, **options: Any) -> Distance:
         """The distance of the images that a network makes with `options`, those of `generate_all`."""

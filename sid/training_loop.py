@@ -74,9 +74,12 @@ def training_loop(
     return lora.merge(state.ema)
 
 
-def publish(state: DistillationState, config: DistillationConfig, run_dir: Path, report: Report) -> None:
+def publish(
+    state: DistillationState, config: DistillationConfig, run_dir: Path, report: Report
+) -> dict[str, float] | None:
     """Writes the snapshot, its picture and its metrics; all of them again when a run is resumed here.
 
+    Returns, on process 0, what was measured, by name.
     Errors: DivergenceError when the generator's images aren't finite.
     """
     net = lora.merge(state.ema)
@@ -84,9 +87,9 @@ def publish(state: DistillationState, config: DistillationConfig, run_dir: Path,
         path = snapshot_path(run_dir, state.nimg, config.batch)
         attempt(f"saving {path.name}", lambda: save_snapshot(net, state.nimg, config, path))
     try:
-        report.snapshot(net, state.nimg)
+        return report.snapshot(net, state.nimg)
     except NonFiniteImagesError as error:
-        raise DivergenceError(f"{error.message} at {state.nimg / 1e3:.1f} kimg") from None
+        raise DivergenceError(f"{error.message} at {state.nimg / 1e3:g} kimg") from None
 
 
 def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:

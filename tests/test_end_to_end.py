@@ -51,7 +51,9 @@ def test_from_images_to_fid(tmp_path):
         "--snap=2",
         "--device=cpu",
     )
-    assert output.count("fid32 at 0.0 kimg") == 2  # before and after 40 images
+    lines = [line for line in output.splitlines() if line.startswith("0.0")]
+    assert [("FID" in line, "100%" in line) for line in lines] == [(True, False), (False, False), (True, True)]
+    assert f"Metrics     fid32 against {reference}" in output.replace("\n            ", " ")
 
     generator = run_dir / "network-snapshot-000000.040.safetensors"
     files = {path.name for path in run_dir.iterdir()}

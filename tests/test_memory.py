@@ -91,6 +91,8 @@ def test_weights_gradients_and_moments():
 def test_two_estimates_give_those_of_all_batches(mode, monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**{**RESOLVED, **mode})
     exact = {n: memory.estimate(teacher, config, n).peak for n in (24, 8, 4)}
+    divisors = [n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n % (config.chunk or 1) == 0]
+    memory_of = {n: memory.estimate(teacher, config, n).peak for n in divisors}
     asked, found, original = [], [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *args: asked.append(args[2]) or original(*args))
     for n, peak in exact.items():
@@ -99,8 +101,9 @@ def test_two_estimates_give_those_of_all_batches(mode, monkeypatch):
             monkeypatch.setattr(
                 memory.psutil, "virtual_memory", lambda a=available: type("Memory", (), {"available": a})
             )
-            chosen = memory.fitting_batch_gpu(teacher, config, 24, CPU)
+            chosen, estimated = memory.fitting_batch_gpu(teacher, config, 24, CPU)
             found.append((chosen == n) == fits)
+            assert estimated is None or estimated == pytest.approx(memory_of[chosen])
     assert all(found)
     assert len(asked) == 2 * len(found)
 
@@ -111,7 +114,7 @@ def test_the_largest_batch_that_fits(monkeypatch):
 
     def chosen(free, **changes):
         monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
-        return memory.fitting_batch_gpu(teacher, dataclasses.replace(config, **changes), 12, CPU)
+        return memory.fitting_batch_gpu(teacher, dataclasses.replace(config, **changes), 12, CPU)[0]
 
     assert [chosen(need[n] * 1.001) for n in (2, 3, 4, 6, 12)] == [2, 3, 4, 6, 12]
     assert chosen(0) == 1

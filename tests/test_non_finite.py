@@ -316,7 +316,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path):
             with_value(distillation.state.ema, INF)
 
     distillation.iteration = iteration
-    with pytest.raises(DivergenceError, match=r"^average: .* at 0\.0 kimg; there is no earlier training state"):
+    with pytest.raises(DivergenceError, match=r"^average: .* at 0\.016 kimg; there is no earlier training state"):
         training_loop(distillation, tmp_path, NoReport())
     assert not checkpoint.states(tmp_path)
     assert not checkpoint.snapshots(tmp_path)
@@ -379,5 +379,5 @@ def test_pictures_that_are_not_finite_end_a_distillation(tmp_path, nimg):
     pictures = {path.name for path in tmp_path.glob("fakes*.png")}
     assert pictures == (set() if nimg == 0 else {"fakes_init.png", "fakes_000000.008.png"})
     if nimg:
-        assert "at 0.0 kimg; go on from a state before" in error.value.message
+        assert "at 0.016 kimg; go on from a state before" in error.value.message
         assert "000000.008.pt" in error.value.message

@@ -203,7 +203,7 @@ def test_the_same_command_continues(tmp_path, options, monkeypatch):
     assert (tmp_path / "00001-mine").is_dir()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = distil(run[:-1], "--duration=0.000008")
-    assert "Resumed at 0.0 kimg" in again.output
+    assert "Resumed at 0.004 kimg" in again.output
     assert not (tmp_path / "00002-mine").exists()
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_state_is_reported_and_the_one_before_taken(tmp_path, options)
     resumed = distil(run, "--duration=0.000016")
     assert resumed.exit_code == 0, resumed.output
     assert f"{newest}: damaged, its checksum is another" in resumed.output
-    assert "Resumed at 0.0 kimg" in resumed.output
+    assert "Resumed at 0.008 kimg" in resumed.output
     assert before in checkpoint.states(tmp_path)
     again = checkpoint.load_state(newest)
     assert checkpoint.checksum(again["generator"]) == checkpoint.checksum(whole["generator"])
@@ -315,7 +315,7 @@ def test_hanging_and_disagreeing_processes_are_named(tmp_path, phase):
     assert {process.exitcode for process in context.processes} <= {watchdog.HANG_EXIT_CODE, -signal.SIGTERM}
     told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     for text in told:
-        assert "net: the weights on process 1 are not those on process 0 at 8.0 kimg" in text
+        assert "net: the weights on process 1 are not those on process 0 at 8 kimg" in text
     assert "no progress for 1.5 seconds: process 1 keeps the others waiting" in told[0]
 
 

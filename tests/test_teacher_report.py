@@ -44,7 +44,7 @@ def test_a_training_speaks(work):
     options = ["--data=images", "--outdir=runs", "--duration=0.000064", "--augment=0", *TINY]
     said = run(train.main, *options, "--detector=detector.safetensors", "--metrics=fid8,kid8")
     (folder,) = (work / "runs").iterdir()
-    ticks = re.findall(r"^tick .* (\d+)% left (\S+)", said, re.MULTILINE)
+    ticks = re.findall(r"kimg +(\d+)% .* img/s +(\S+) left  loss \S+  FID \S+\n?  kid8 \S+$", said, re.MULTILINE)
     assert ticks[-1] == ("100", "0s")
     assert [int(percent) for percent, _ in ticks] == sorted(int(percent) for percent, _ in ticks)
     with PIL.Image.open(folder / "fakes_000000.064.png") as picture:
@@ -53,7 +53,7 @@ def test_a_training_speaks(work):
         records = [json.loads(line) for line in (folder / f"metric-{metric}.jsonl").read_text().splitlines()]
         assert records[-1]["kimg"] == 0.064
         assert len({record["kimg"] for record in records}) == len(records) > 1
-    command = shlex.split(said.strip().splitlines()[-1].removeprefix("next: "))
+    command = shlex.split(said.strip().splitlines()[-1].removeprefix("Next: "))
     run(sid_train.main, *command[1:], "--device=cpu", "--dry-run")
 
 

@@ -110,3 +110,8 @@ def test_nohup_is_obeyed():
         assert signal.SIGHUP in stop_signals()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_warnings_are_one_line(tmp_path):
+    script = SHORT.replace('print("line", i)', 'i or __import__("warnings").warn("first\\n  second")')
+    assert shell(tmp_path, script, "")[2] == "Warning: first second\n"

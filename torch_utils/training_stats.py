@@ -6,16 +6,21 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from dnnlib import format_time, write_atomically
+from dnnlib import write_atomically
+from dnnlib.progress import ProgressBar
 
 from . import checkpoint, distributed
 from .records import parse_line
+from .run_lines import tick_line
+
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} img, {rate_noinv_fmt}, {remaining} left"  # for tqdm
 
 
 class Collector:
@@ -131,68 +136,92 @@ def append_line(path: Path, line: str) -> None:
 
 
 class TickLog:
-    """Prints one line a tick and appends one JSON record a tick to `stats.jsonl`, on process 0.
+    """Shows how far a training is and appends one JSON record a tick to `stats.jsonl`, on process 0.
 
+    Prints one line a tick. Between ticks a terminal shows a progress bar.
+
+    end_img: images at the end of this training. step_img: images from one tick to the next.
     elapsed_sec, nimg: time and images of the state that a run goes on from; later records in the folder are dropped.
-    total_img: images of the whole run; with it, each line tells the percentage done and the time left.
+    total_img: images of the whole run, for the percentage done and the time left; by default `end_img`.
     before_img: those of them that were trained on before the count `nimg` began, in trials that were dropped.
+    shown: which statistics each line shows, {name: what the line calls it}.
     """
 
     def __init__(
         self,
         run_dir: Path,
         device: torch.device,
+        end_img: int,
+        step_img: float,
         elapsed_sec: float = 0.0,
         nimg: int = 0,
         total_img: int | None = None,
         before_img: int = 0,
+        shown: Mapping[str, str] | None = None,
     ):
         if nimg:
-            distributed.print0(f"Resumed at {nimg / 1e3:.1f} kimg")
+            distributed.print0(f"Resumed at {nimg / 1e3:g} kimg")
         if distributed.rank() == 0:
             drop_later_records(run_dir, nimg)
         self._path = run_dir / "stats.jsonl"
         self._device = device
-        self._total_img, self._before_img = total_img, before_img
+        self._end_img, self._step_img = end_img, min(step_img, end_img)
+        self._total_img, self._before_img = end_img if total_img is None else total_img, before_img
+        self._shown = shown or {}
         self._start = time.time() - elapsed_sec
         self._tick_start = time.time()
-        self._tick_nimg: int | None = None
+        self._tick_nimg = nimg
+        self._rate: float | None = None
+        self._values: dict[str, float] = {}
+        self._bar: ProgressBar | None = None
 
     @property
     def elapsed_sec(self) -> float:
         return time.time() - self._start
 
-    def resume_clock(self, nimg: int) -> None:
+    def begin_tick(self, nimg: int) -> None:
         """Training goes on: what happened since `tick` (snapshots, metrics) is no training time."""
         self._tick_start, self._tick_nimg = time.time(), nimg
+        if nimg < self._end_img:
+            done = min(self._before_img + nimg, self._total_img)
+            hidden = distributed.rank() != 0
+            self._bar = ProgressBar(self._total_img, done, self._rate, hidden=hidden, among_lines=True, bar_format=BAR)
+
+    def advance(self, nimg: int) -> None:
+        """`nimg` images have been trained on."""
+        if self._bar is not None:
+            self._bar.advance_to(min(self._before_img + nimg, self._total_img))
 
     def tick(self, tick: int, nimg: int, statistics: dict[str, dict[str, float]]) -> None:
-        """statistics: what `Collector.collect` returns."""
+        """Records the end of a tick, whose line `show` prints. statistics: what `Collector.collect` returns."""
+        self.close()
         seconds = time.time() - self._tick_start
-        images = nimg - (self._tick_nimg or 0)
-        rate = images / seconds if images else 0.0
+        self._rate = (nimg - self._tick_nimg) / seconds
+        self._values = {self._shown[name]: s["mean"] for name, s in statistics.items() if name in self._shown}
         gpu = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
-        cpu = psutil.Process().memory_info().rss / 2**30
         fields = {
             "Progress/tick": tick,
             "Progress/kimg": nimg / 1e3,
             "Timing/total_sec": self.elapsed_sec,
             "Timing/sec_per_tick": seconds,
-            "Timing/img_per_sec": rate,
-            "Resources/cpu_mem_GB": cpu,
+            "Timing/img_per_sec": self._rate,
+            "Resources/cpu_mem_GB": psutil.Process().memory_info().rss / 2**30,
             "Resources/gpu_mem_GB": gpu,
         }
-        done = ""
-        if self._total_img is not None:
-            seen = self._before_img + nimg
-            share = min(seen / self._total_img, 1.0) if self._total_img else 1.0
-            left = format_time(max(self._total_img - seen, 0) / rate) if rate else "?"
-            done = f" {share:>4.0%} left {left:<9s}"
-        distributed.print0(
-            f"tick {tick:<5d} kimg {nimg / 1e3:<9.1f}{done} time {format_time(self.elapsed_sec):<12s}"
-            f" sec/tick {seconds:<7.1f} img/sec {rate:<7.1f} cpumem {cpu:.1f}GB gpumem {gpu:.1f}GB"
-            + "".join(f" {name.split('/')[-1]} {s['mean']:.4g}" for name, s in statistics.items())
-        )
         if distributed.rank() == 0:
             record = {**fields, **{name: s["mean"] for name, s in statistics.items()}, "timestamp": time.time()}
             append_line(self._path, json.dumps(record, allow_nan=False))
+
+    def show(self, nimg: int, measured: Mapping[str, float] | None = None) -> None:
+        """Prints the line of a tick. measured: what its snapshot's images were measured to be, by name."""
+        done = self._before_img + nimg
+        share = min(done / self._total_img, 1.0) if self._total_img else 1.0
+        left = max(self._total_img - done, 0) / self._rate if self._rate else None
+        values = {**self._values, **(measured or {})}
+        distributed.print0(tick_line(nimg, self._end_img, self._step_img, share, self._rate, left, values))
+
+    def close(self) -> None:
+        """Removes the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -35,7 +35,7 @@ def check_finite(networks: Mapping[str, torch.nn.Module], nimg: int) -> None:
     for name, net in networks.items():
         weight = misc.first_non_finite(net)
         if weight is not None:
-            raise DivergenceError(f"{name}: {weight} holds NaN or infinity at {nimg / 1e3:.1f} kimg")
+            raise DivergenceError(f"{name}: {weight} holds NaN or infinity at {nimg / 1e3:g} kimg")
 
 
 class Updater:
@@ -161,7 +161,7 @@ class Updater:
         """
         if self._counts["longest_row"] >= MAX_SKIPPED_UPDATES:
             raise DivergenceError(
-                f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients at {nimg / 1e3:.1f} kimg"
+                f"{self.name}: {MAX_SKIPPED_UPDATES} updates in a row had non-finite gradients at {nimg / 1e3:g} kimg"
             )
 
     @property

@@ -44,7 +44,7 @@ def check_equal_weights(networks: Mapping[str, torch.nn.Module], nimg: int) -> N
         ranks = [str(rank) for rank, differs in enumerate(wrong.any(1).tolist()) if differs]
         raise RanksDisagreeError(
             f"{', '.join(names)}: the weights on process {', '.join(ranks)} are not those on process 0 at"
-            f" {nimg / 1e3:.1f} kimg; the last saved state is good: continue with --resume, and suspect that machine"
+            f" {nimg / 1e3:g} kimg; the last saved state is good: continue with --resume, and suspect that machine"
         )
 
 

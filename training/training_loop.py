@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -136,22 +136,22 @@ def training_loop(
     dataset: torch.utils.data.Dataset,
     run_dir: Path,
     save_snapshot: Callable[[torch.nn.Module, int], None],
-    report_snapshot: Callable[[torch.nn.Module, int], None] | None = None,
+    report_snapshot: Callable[[torch.nn.Module, int], dict[str, float] | None] | None = None,
 ) -> torch.nn.Module:
     """Trains to the end and returns the moving average of the weights.
 
     dataset: items are (uint8 image [C, H, W] or latent [2, C, H, W], float32 label [label_dim]); `clean_samples`.
     save_snapshot: called on process 0 as save_snapshot(ema, nimg) every `snapshot_ticks` ticks and at the end.
-    report_snapshot: called after it in the same way, but on every process.
+    report_snapshot: called after it in the same way, but on every process. What it measures, on process 0, by name, is
+    shown.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     networks = {"network": training.net, "average": training.ema}
 
-    def publish() -> None:
+    def publish() -> dict[str, float] | None:
         if distributed.rank() == 0:
             checkpoint.attempt("saving a snapshot", lambda: save_snapshot(training.ema, training.nimg))
-        if report_snapshot is not None:
-            report_snapshot(training.ema, training.nimg)
+        return None if report_snapshot is None else report_snapshot(training.ema, training.nimg)
 
     with (
         contextlib.closing(_endless_batches(dataset, training)) as batches,
@@ -163,6 +163,7 @@ def training_loop(
             statistics=training.collector.collect,
             contents=training.contents,
             publish=publish,
+            shown={"Loss/loss": "loss"},
         )
         run_to_end(steps, training, networks, training.config, training.device, run_dir)
     return training.ema
@@ -176,9 +177,10 @@ class Steps:
     check: Callable[[], None]  # waits for the device; raises DivergenceError
     statistics: Callable[[], dict[str, dict[str, float]]]  # of the tick that ends, {name: {"mean": value}}
     contents: Callable[[], dict[str, Any]]  # what a training state holds
-    publish: Callable[[], None]  # writes a snapshot, with what belongs to it
-    begin: Callable[[], None] = lambda: None  # called before the first iteration of a new run
+    publish: Callable[[], dict[str, float] | None]  # writes a snapshot and, on process 0, gives what it measures
+    begin: Callable[[], dict[str, float] | None] = lambda: None  # the same before the first iteration of a new run
     after_tick: Callable[[dict[str, dict[str, float]]], None] = lambda statistics: None  # its line has been printed
+    shown: Mapping[str, str] = dataclasses.field(default_factory=dict)  # statistics in each line (`TickLog`)
 
 
 def run_to_end(
@@ -202,35 +204,44 @@ def run_to_end(
     Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     states = checkpoint.StateFolder(run_dir, config.keep_states)
-    total_img = int(config.total_kimg * 1000) if total_img is None else total_img
-    log = TickLog(run_dir, device, progress.elapsed_sec, progress.nimg, total_img, before_img)
-    with Interruption(device, config.save_minutes) as interruption:
+    end_img, step_img = int(config.total_kimg * 1000), max(1000 * config.kimg_per_tick, config.batch)
+    counts = {"elapsed_sec": progress.elapsed_sec, "nimg": progress.nimg}
+    counts |= {"total_img": total_img, "before_img": before_img}
+    log = TickLog(run_dir, device, end_img, step_img, **counts, shown=steps.shown)
+    with contextlib.closing(log), Interruption(device, config.save_minutes) as interruption:
+        measured = None
         if progress.nimg == 0:
-            steps.begin()
+            measured = steps.begin()
         elif progress.at_snapshot:  # the run ended between this state and its snapshot
-            steps.publish()
-        log.resume_clock(progress.nimg)
-        while progress.nimg < int(config.total_kimg * 1000):
+            measured = steps.publish()
+        if measured:
+            log.show(progress.nimg, measured)
+        log.begin_tick(progress.nimg)
+        while progress.nimg < end_img:
             steps.iteration()
+            log.advance(progress.nimg)
             tick, save = milestones(progress, config, interruption)
             if tick or save:
                 steps.check()
                 check_finite(networks, progress.nimg)
                 check_equal_weights(networks, progress.nimg)
+            statistics = steps.statistics() if tick else {}
             if tick:
-                statistics = steps.statistics()
                 log.tick(progress.tick, progress.nimg, statistics)
-                steps.after_tick(statistics)
             if save:
                 progress.elapsed_sec = log.elapsed_sec
                 saved = states.save(steps.contents(), config.batch)
                 interruption.saved()
-            if interruption.stop:
-                interruption.leave(resume_dir or run_dir, saved)
-            if progress.at_snapshot:
-                steps.publish()
+            publishes = progress.at_snapshot and not interruption.stop
+            measured = steps.publish() if publishes else None
             if tick:
-                log.resume_clock(progress.nimg)
+                log.show(progress.nimg, measured)
+                steps.after_tick(statistics)
+            if interruption.stop:
+                log.close()
+                interruption.leave(resume_dir or run_dir, saved)
+            if tick:
+                log.begin_tick(progress.nimg)
 
 
 @contextlib.contextmanager

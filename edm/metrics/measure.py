@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import tqdm
 
 import dnnlib
+from dnnlib.progress import ProgressBar
 from torch_utils import distributed
 
 from .detector import Detector
@@ -60,8 +60,8 @@ def measure(
         detector.check(source.channels, source.resolution)
     kept = torch.zeros(features, detector.feature_dim) if features else None
     rank, processes = distributed.rank(), distributed.world_size()
-    without_bar = None if progress and rank == 0 else True
-    with distributed.shared_errors(), tqdm.tqdm(total=num_images, unit="img", disable=without_bar) as bar:
+    bar = ProgressBar(num_images, hidden=not progress or rank > 0, desc="measuring")
+    with distributed.shared_errors(), bar:
         for start, images in source.batches(num_images, batch, rank, processes):
             distributed.alive()
             hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import dnnlib
+from dnnlib.progress import ProgressBar
 
 if TYPE_CHECKING:
     import torch
@@ -182,25 +183,28 @@ def train_detector(
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps, pct_start=WARM_UP)
     start = time.time()
-    for epoch in range(epochs):
-        net.train()
-        for index in torch.randperm(len(images))[: steps * batch].split(batch):
-            pictures, answers = ask(images[index], labels[index])
-            logits = net(pictures.to(device))[1].split(sizes, 1)
-            losses = [
-                F.cross_entropy(own, answer, label_smoothing=LABEL_SMOOTHING)
-                for own, answer in zip(logits, answers.to(device).unbind(1))
-            ]
-            loss = torch.stack(losses).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        accuracy = measure_accuracy(net, *asked, sizes, device)
-        took = dnnlib.format_time(time.time() - start)
-        print(
-            f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}  test accuracy {accuracy:.2%}  time {took}", flush=True
-        )
+    with ProgressBar(epochs * steps, unit="batch", among_lines=True) as bar:
+        for epoch in range(epochs):
+            net.train()
+            for index in torch.randperm(len(images))[: steps * batch].split(batch):
+                pictures, answers = ask(images[index], labels[index])
+                logits = net(pictures.to(device))[1].split(sizes, 1)
+                losses = [
+                    F.cross_entropy(own, answer, label_smoothing=LABEL_SMOOTHING)
+                    for own, answer in zip(logits, answers.to(device).unbind(1))
+                ]
+                loss = torch.stack(losses).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            accuracy = measure_accuracy(net, *asked, sizes, device)
+            took = dnnlib.format_time(time.time() - start)
+            print(
+                f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}  test accuracy {accuracy:.2%}  time {took}",
+                flush=True,
+            )
     command = " ".join(["python -m edm.metrics.train_detector", *map(dnnlib.without_password, sys.argv[1:])])
     save_detector(net, dest, init_kwargs, test_accuracy=accuracy, epochs=epochs, command=command)
     return accuracy

@@ -121,17 +121,19 @@ def call(module: str, command: click.Command, arguments: list[str]) -> None:
 
 def write_data(teacher: "SmallTeacher", dest: Path) -> None:
     """Writes the pictures of a teacher as a data set, as `edm.dataset_tool` does; equal pictures give equal bytes."""
+    from dnnlib.progress import ProgressBar
     from edm.images import zip_writer
     from training.dataset import LABELS_FILE
 
     labels = []
-    with zip_writer(dest) as write:
+    with zip_writer(dest) as write, ProgressBar() as bar:
         for i, (image, label) in enumerate(teacher.source(teacher.resolution)):
             name, file = f"{i // 1000:05d}/img{i:08d}.png", io.BytesIO()
             image.save(file, "png")
             write(name, file.getvalue())
             if label is not None:
                 labels.append([name, label])
+            bar.update()
         write(LABELS_FILE, json.dumps({"labels": labels or None}).encode())
 
 
@@ -142,7 +144,7 @@ def write_reference(data: Path, detector: Path, dest: Path, device: str | None) 
     from edm.metrics.sources import open_data
     from torch_utils import distributed
 
-    make_reference(open_data(str(data)), dest, load_detector(str(detector), distributed.init(device)))
+    make_reference(open_data(str(data)), dest, load_detector(str(detector), distributed.init(device)), progress=True)
 
 
 def keep_last_snapshot(run: Path, dest: Path) -> None:
@@ -162,7 +164,8 @@ def write_result(folder: Path, num: int, device: str | None) -> None:
     place = distributed.init(device)
     net = zoo.load_network(folder / "teacher.safetensors").to(place)
     source = NetworkSource(net, steps=STEPS, name="teacher.safetensors", sha256=zoo.network_hash(net))
-    (record,) = evaluate(source, [fid_name(num)], reference=folder / "reference.npz", device=place, batch=250)
+    how = {"reference": folder / "reference.npz", "device": place, "batch": 250, "progress": True}
+    (record,) = evaluate(source, [fid_name(num)], **how)
     ticks = [json.loads(line) for line in (folder / "teacher/stats.jsonl").read_text(encoding="utf-8").splitlines()]
     result = {
         "images": open_data(str(folder / "data.zip")).size,

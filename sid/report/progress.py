@@ -11,7 +11,7 @@ import torch
 from dnnlib import kimg_name, write_atomically
 from edm.images import save_grid
 from edm.metrics.evaluate import Evaluator
-from edm.snapshot_metrics import MultiStepFid, SnapshotMetrics, first_fid, read_metrics
+from edm.snapshot_metrics import SnapshotMetrics, first_fid, read_metrics
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
@@ -32,7 +32,6 @@ class Report:
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
-    goal: the teacher's FID, if it is known.
     distance: measures how far the images are from the teacher's, for the record; None: nobody does.
     Files that can't be written, to a full disk for instance, are reported and skipped.
     """
@@ -44,50 +43,56 @@ class Report:
         reals: torch.Tensor | None = None,
         batch: int = 1,
         distance: TeacherDistance | None = None,
-        goal: MultiStepFid | None = None,
     ):
         self._run_dir = run_dir
         self._batch = batch
-        self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator, goal=goal)
+        self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator)
         self._fid = None if evaluator is None else first_fid(evaluator)
         self._reals = reals
         self._distance = distance
 
-    def start(self, ema: torch.nn.Module) -> None:
-        """Reports before the first iteration, when `ema` is the teacher used as a one-step generator."""
+    def start(self, ema: torch.nn.Module) -> dict[str, float]:
+        """Reports before the first iteration, when `ema` is the teacher used as a one-step generator.
+
+        Returns the same as `snapshot`.
+        """
         reals = self._reals
         if reals is not None and distributed.rank() == 0:
             attempt("saving reals.png", lambda: save_grid(reals, self._run_dir / "reals.png", GRID_COLUMNS))
-        self._show(ema, 0, FIRST_PICTURE)
+        return self._show(ema, 0, FIRST_PICTURE)
 
-    def snapshot(self, ema: torch.nn.Module, nimg: int) -> None:
-        """Reports a snapshot. Every process must call it, with equal weights."""
-        self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
+    def snapshot(self, ema: torch.nn.Module, nimg: int) -> dict[str, float]:
+        """Reports a snapshot. Every process must call it, with equal weights.
 
-    def _show(self, ema: torch.nn.Module, nimg: int, name: str) -> None:
+        Returns what was measured now, by name, on process 0: the distance from the teacher and the metrics.
+        """
+        return self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
+
+    def _show(self, ema: torch.nn.Module, nimg: int, name: str) -> dict[str, float]:
+        found = {}
         with distributed.shared_errors():
             if distributed.rank() == 0:
                 images = sample(ema, GRID_COLUMNS * GRID_ROWS)
                 attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name, GRID_COLUMNS))
                 distance = self._distance
                 if distance is not None:
-                    attempt(f"recording {DISTANCES_FILE}", lambda: self._record_distance(ema, nimg, distance))
+                    attempt(f"recording {DISTANCES_FILE}", lambda: found.update(self._distance_of(ema, nimg, distance)))
         if self._metrics is not None:
-            self._metrics.measure(ema, nimg)
+            found |= self._metrics.measure(ema, nimg)
             if distributed.rank() == 0:
                 attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
+        return found
 
-    def _record_distance(self, ema: torch.nn.Module, nimg: int, distance: TeacherDistance) -> None:
-        """Appends the distance from the teacher's samples to the run's record, once per snapshot."""
-        path, kimg = self._run_dir / DISTANCES_FILE, nimg / 1e3
+    def _distance_of(self, ema: torch.nn.Module, nimg: int, distance: TeacherDistance) -> dict[str, float]:
+        """Measures the distance from the teacher's samples and appends it to the run's record, once per snapshot."""
+        path = self._run_dir / DISTANCES_FILE
         sha256 = network_hash(ema)
         if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
-            return  # resumed at this snapshot
+            return {}  # resumed at this snapshot
         found = distance(ema)
-        parts = f"pixels {found.pixels:.3f}, detail {found.detail:.3f}"
-        print(f"distance from the teacher at {kimg:.1f} kimg: {found.value:.3f} ({parts})", flush=True)
-        line = {"kimg": kimg, "value": found.value, **dataclasses.asdict(found), "network_sha256": sha256}
+        line = {"kimg": nimg / 1e3, "value": found.value, **dataclasses.asdict(found), "network_sha256": sha256}
         append_line(path, json.dumps(line))
+        return {"distance": found.value}
 
     def _remember_best(self) -> None:
         """best.json and best.safetensors: the snapshot with the lowest value of the first requested FID."""
