@@ -337,7 +337,8 @@ def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: b
     cond = "cond" if teacher.label_dim else "uncond"
     size = f"{teacher.img_resolution}x{teacher.img_resolution}"
     chosen = "auto" if with_trials else f"alpha{config.alpha:g}-glr{config.glr:g}"
-    return f"sid-{size}-{cond}-{chosen}-batch{config.batch}"
+    steps = f"-{config.steps}steps" if config.steps > 1 else ""
+    return f"sid-{size}-{cond}-{chosen}-batch{config.batch}{steps}"
 
 
 # --- resume: compare the state's options with this run's, then build the distillation
