@@ -43,6 +43,7 @@ class Distillation:
     state       theta, psi, theta's moving average, the optimisers and counters
     networks    phi, psi and theta as training calls them
     batch_gpu   images per process and round
+    peak_GB     the estimate of the memory that `batch_gpu` was chosen by, per process; None if there was none
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Distillation:
         state: DistillationState,
         networks: Networks,
         batch_gpu: int,
+        peak_GB: float | None = None,
     ):
+        self.peak_GB = peak_GB
         self.teacher, self.device, self.loss, self.state, self.networks = teacher, device, loss, state, networks
         self.batch_gpu, self.rounds = misc.split_batch(config.batch, batch_gpu, distributed.world_size())
         if config.chunk and self.batch_gpu % config.chunk:

@@ -58,8 +58,8 @@ def prepare(
     batch_gpu = config.batch_gpu or former_batch_gpu(state, config)
     if batch_gpu is not None:
         return Distillation(*parts, batch_gpu)
-    batch_gpu, _ = estimated_batch_gpu(teacher, config, device, guide)
-    distillation = Distillation(*parts, batch_gpu)
+    batch_gpu, peak = estimated_batch_gpu(teacher, config, device, guide)
+    distillation = Distillation(*parts, batch_gpu, peak)
     while not distillation.fits():
         smaller = next_smaller(distillation.batch_gpu, config.chunk)
         if smaller is None:

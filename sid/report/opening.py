@@ -4,9 +4,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from edm.snapshot_metrics import MultiStepFid, metrics_text
+from torch_utils import distributed
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 
+from .. import memory
 from ..config import DistillationConfig
 from ..distillation import Distillation
 from ..inputs import Inputs
@@ -40,6 +45,7 @@ def describe_run(
         "Trials": trials and _trials_text(trials),
         "Device": f"{device_text(device)}, precision {config.precision}{', compiled' * config.compile}",
         "Batch": batch_text(config.batch, distillation.batch_gpu),
+        "Memory": _memory_text(distillation),
         "Length": length_text(total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
         "Metrics": _metrics_text(inputs, reference or options["data"], goal),
         "Run folder": str(run_dir),
@@ -98,6 +104,23 @@ def _start_text(level: float, starts: dict[str, float] | None) -> str | None:
 def _trials_text(trials: Plan) -> str:
     rates = "; ".join(f"{name} (lr {c.lr:g}, glr {c.glr:g})" for name, c in trials.configs.items())
     return f"{rates}: {trials.images / 1000:g} kimg each, then the best goes on"
+
+
+def _memory_text(distillation: Distillation) -> str | None:
+    """The estimate that the rounds were chosen by, and what was done to need less. None without an estimate."""
+    config, device, plan = distillation.config, distillation.device, ""
+    if distillation.peak_GB is None:
+        return None
+    if device.type == "cuda":
+        there = f"this GPU's {torch.cuda.mem_get_info(device)[1] / memory.GB:.3g}"
+    else:
+        there = f"this machine's {psutil.virtual_memory().total / memory.GB:.3g}"
+    if config.checkpoint:
+        plan += ", recomputing activations"
+    if config.chunk:
+        plan += f", {config.chunk} images at once through the score networks"
+    each = " per process" if distributed.world_size() > 1 else ""
+    return f"about {distillation.peak_GB:.2g} GB of {there} GB{each}{plan}"
 
 
 def _metrics_text(inputs: Inputs, reference: str | None, goal: MultiStepFid | None) -> str | None:
