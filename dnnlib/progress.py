@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from .terminal import WholeLines
 
+USUAL_COLUMNS, USUAL_ROWS = 79, 24  # the last column stays free, where some terminals begin a new line
 LARGE = 1_000_000  # totals from here on are shown as 1.00M
 
 
@@ -36,7 +37,7 @@ class ProgressBar(tqdm):
         **options: Any,
     ):
         disable = hidden or not takes_bars(sys.stderr) or (among_lines and not takes_bars(sys.stdout))
-        options = {"unit_scale": (total or 0) >= LARGE, "mininterval": 0.2, "dynamic_ncols": True, **options}
+        options = {"unit_scale": (total or 0) >= LARGE, "mininterval": 0.2, **_size(sys.stderr), **options}
         self._rate = rate
         self._redirection = contextlib.ExitStack()
         # What is printed before tqdm has drawn anything goes its usual way.
@@ -86,6 +87,14 @@ class _AboveBar:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _size(stream: Any) -> dict[str, Any]:
+    """The options of tqdm for the terminal's size, which some, such as serial consoles, don't tell."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        if min(os.get_terminal_size(stream.fileno())) > 0:
+            return {"dynamic_ncols": True}  # it may change
+    return {"ncols": USUAL_COLUMNS, "nrows": USUAL_ROWS}
 
 
 def takes_bars(stream: Any) -> bool:

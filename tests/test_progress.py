@@ -40,10 +40,13 @@ with Logger(sys.argv[1]):
 """
 
 
-def in_terminal(command, cwd, interrupt_at=None, columns=COLUMNS, **environment):
-    """(exit code, all that arrives) of a command in a pseudo-terminal; Ctrl-C is typed when `interrupt_at` appears."""
+def in_terminal(command, cwd, interrupt_at=None, size=(24, COLUMNS), **environment):
+    """(exit code, all that arrives) of a command in a pseudo-terminal.
+
+    interrupt_at: pattern of bytes; when they appear, Ctrl-C is typed. size: rows and columns.
+    """
     own, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     environment = {**os.environ, **ENVIRONMENT, **environment}
     session = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
@@ -59,7 +62,7 @@ def in_terminal(command, cwd, interrupt_at=None, columns=COLUMNS, **environment)
             if not piece:
                 break
             arrived += piece
-            if interrupt_at is not None and interrupt_at in arrived:
+            if interrupt_at is not None and re.search(interrupt_at, arrived):
                 os.write(own, b"\x03")
                 interrupt_at = None
         code = process.wait()
@@ -95,6 +98,13 @@ def test_lines_are_whole_and_the_bar_is_gone_in_the_end(tmp_path):
     assert not re.search("[\r\x1b|█]", log)
     assert log.splitlines()[:2] == ["line 0", "half whole"]
     assert log.splitlines()[-1] == "over"
+
+
+@pytest.mark.parametrize(("size", "width"), [((24, 200), 199), ((24, 40), 39), ((0, 0), 79), ((24, 0), 79)])
+def test_the_bar_fits_the_terminal(tmp_path, size, width):
+    (tmp_path / "script.py").write_text(BAR)
+    _, text = in_terminal([sys.executable, "script.py", "log.txt"], tmp_path, size=size)
+    assert {len(bar) for bar in re.findall(r"\r([^\r\n]*%\|[^\r\n]*)", text)} == {width}
 
 
 @pytest.mark.parametrize(("redirection", "environment"), [("", {"TERM": "dumb"}), ("2>err", {}), ("| cat", {})])
@@ -189,7 +199,7 @@ def test_a_run_in_a_pipe(work, command):
 
 def test_an_interrupted_run_leaves_whole_lines(work):
     command = distil("stopped", "--duration=0.1", "--tick=1")
-    code, text = in_terminal(command, work, interrupt_at=b" 8/100000")
+    code, text = in_terminal(command, work, interrupt_at=rb"[1-9]\d*/100000 img")
     assert code == 75
     screen = on_screen(text)
     (told,) = [i for i, line in enumerate(screen) if line == "SIGINT: saving after this iteration"]
