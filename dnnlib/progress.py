@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from typing import Any
 
 from tqdm import tqdm
@@ -25,6 +26,7 @@ class ProgressBar(tqdm):
     """
 
     monitor_interval = 0  # no thread that redraws it: training forks processes
+    _lock = threading.RLock()  # tqdm's own is a semaphore of the system, which a killed run would leave behind
 
     def __init__(
         self,
