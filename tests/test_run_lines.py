@@ -1,5 +1,6 @@
 """What a run prints: the block at its start, the line of a tick, in 80 columns whatever the values."""
 
+import itertools
 import math
 
 import pytest
@@ -15,17 +16,19 @@ def test_a_tick_line_says_what_one_looks_for():
     assert line == " 1.0/20.0 kimg   5%   25.0 img/s   1h 52m left  distance 0.02314  FID 16.80"
 
 
-@pytest.mark.parametrize("rate", [None, 0.0123, 25, 98_765])
-@pytest.mark.parametrize("left", [None, 0, 59.6, 86_399, 123 * 86_400 + 25_000, 1e9])
-@pytest.mark.parametrize("nimg", [0, 8, 999_999_744, 1_000_000_000])
-@pytest.mark.parametrize("value", [-1.234567e-5, 0.5, 123.456, 1e30, math.nan, math.inf])
-def test_a_tick_line_fits_80_columns(rate, left, nimg, value):
+RATES = [None, 0.0123, 25, 98_765]
+LEFT = [None, 0, 59.6, 86_399, 123 * 86_400 + 25_000, 1e9]
+NIMG = [0, 8, 999_999_744, 1_000_000_000]
+VALUES = [-1.234567e-5, 0.5, 123.456, 1e30, math.nan, math.inf]
+
+
+def test_a_tick_line_fits_80_columns():
     names = ("distance", "FID", "is50k", "kid50k_full", "pr50k3_full precision", "pr50k3_full recall")
-    text = tick_line(nimg, 10**9, 50, nimg / 1e9, rate, left, dict.fromkeys(names, value))
-    assert all(len(line) <= COLUMNS for line in text.split("\n"))
-    words = text.split()
-    assert words.count(figure_text(value)) == len(names)  # nothing is left out
-    assert f"{nimg / 1000:.3f}/1000000.000" in words
+    for rate, left, nimg, value in itertools.product(RATES, LEFT, NIMG, VALUES):
+        text = tick_line(nimg, 10**9, 50, nimg / 1e9, rate, left, dict.fromkeys(names, value))
+        assert all(len(line) <= COLUMNS for line in text.split("\n")), text
+        assert text.split().count(figure_text(value)) == len(names), text  # nothing is left out
+        assert f"{nimg / 1000:.3f}/1000000.000" in text.split(), text
 
 
 def test_the_longest_published_run_takes_one_line():
