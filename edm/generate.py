@@ -128,11 +128,10 @@ def main(
 
 def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The sampler that the options belong to. Errors: UserError when they belong to different ones."""
-    from edm.sampler import default_sampler, sampler_of
+    from edm.sampler import default_sampler
 
-    sampler = sampler_of(net, options["steps"]) if "steps" in options else default_sampler(net)
-    if any(name in options for name in ABLATION):
-        sampler = "ablation"
+    ablation = any(name in options for name in ABLATION)
+    sampler = "ablation" if ablation else default_sampler(net, options.get("steps"))
     stochastic = {"S_churn", "S_min", "S_max", "S_noise"}
     of_diffusion = {"sigma_min", "sigma_max", "rho", *stochastic, *GUIDANCE}
     name, foreign = {

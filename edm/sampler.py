@@ -285,18 +285,17 @@ class SeededDraws:
         return torch.cat([torch.randint(high, [1], generator=g) for g in self._generators]).to(self._device)
 
 
-def default_sampler(net: Any) -> str:
-    """'one-step' or 'few-step' for a generator, whose metadata hold its steps; 'heun' for other denoisers."""
-    steps = Steps.of(net)
-    return "heun" if steps is None else "one-step" if len(steps) == 1 else "few-step"
+def default_sampler(net: Any, steps: int | None = None) -> str:
+    """'one-step', 'few-step' for as many steps as a generator was trained for (its metadata hold them), or 'heun'.
 
-
-def sampler_of(net: Any, steps: int) -> str:
-    """The sampler of so many steps: a generator's own has as many as it was trained for."""
-    if steps == 1:
-        return "one-step"
+    steps: how many are wanted; None: the generator's own.
+    """
     recorded = Steps.of(net)
-    return "few-step" if recorded is not None and len(recorded) == steps else "heun"
+    own = None if recorded is None else len(recorded)
+    wanted = own if steps is None else steps
+    if wanted == 1:
+        return "one-step"
+    return "heun" if own is None or wanted != own else "few-step"
 
 
 def sample(
@@ -359,7 +358,7 @@ def generate_images(
     be had; NonFiniteImagesError.
     """
     if steps is not None:
-        sampler = sampler or sampler_of(net, steps)
+        sampler = sampler or default_sampler(net, steps)
         if sampler in ("heun", "ablation"):
             options["num_steps"] = steps
     seeds, decoder = list(seeds), decoder_of(net)

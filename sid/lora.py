@@ -13,11 +13,12 @@ and foreign denoisers have their own layers. Its networks wouldn't keep their cl
 """
 
 import copy
-import functools
 import math
 from typing import Any, TypeVar
 
 import torch
+
+from torch_utils.computed import compute_parameters
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -70,13 +71,7 @@ def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None) 
 
     bases = dict((net if base is None else base).named_parameters(remove_duplicate=False))
     made = {parameter: LowRank(bases[name], rank) for name, parameter in net.named_parameters() if large(parameter)}
-    for module in list(net.modules()):
-        updates = {name: made[w] for name, w in module._parameters.items() if w is not None and w in made}
-        for name, update in updates.items():
-            module.add_module(name + SUFFIX, update)  # one for all that share the parameter
-            module._parameters[name] = None  # keeps its place for `merge`
-        if updates:
-            module.__class__ = _adapted_class(type(module), tuple(updates))
+    compute_parameters(net, made, SUFFIX)
 
 
 def merge(net: Network) -> Network:
@@ -89,13 +84,13 @@ def merge(net: Network) -> Network:
     net = copy.deepcopy(net).requires_grad_(False)
     made: dict[LowRank, torch.nn.Parameter] = {}
     for module in list(net.modules()):
-        for name in getattr(type(module), "adapted_names", ()):
+        for name in getattr(type(module), "computed_names", ()):
             update = module._modules.pop(name + SUFFIX)
             assert isinstance(update, LowRank)
             if update not in made:
                 made[update] = torch.nn.Parameter(update().contiguous(), requires_grad=False)
             module._parameters[name] = made[update]
-        if hasattr(type(module), "adapted_names"):
+        if hasattr(type(module), "computed_names"):
             (module.__class__,) = type(module).__bases__
     return net
 
@@ -103,10 +98,3 @@ def merge(net: Network) -> Network:
 def _matrix(weight: torch.Tensor) -> tuple[int, int]:
     """(out, in) of a weight [out, ...]."""
     return weight.shape[0], weight[0].numel()
-
-
-@functools.cache
-def _adapted_class(cls: type, names: tuple[str, ...]) -> type:
-    """`cls` with attributes `names` that are computed whenever they are read."""
-    computed = {name: property(lambda module, name=name: getattr(module, name + SUFFIX)()) for name in names}
-    return type(f"LowRank{cls.__name__}", (cls,), {**computed, "adapted_names": names})

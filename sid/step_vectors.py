@@ -7,10 +7,10 @@ conditioned on classes.
 """
 
 import copy
-import functools
-from typing import Any
 
 import torch
+
+from torch_utils.computed import compute_parameters
 
 SUFFIX = "_of_step"  # `bias` is computed by the module `bias_of_step`
 
@@ -41,20 +41,5 @@ def split(net: torch.nn.Module, steps: int) -> Choice:
     choice = Choice()
     vectors = [p for p in net.parameters() if p.requires_grad and p.ndim < 2]
     made = {vector: StepVector(vector, steps, choice) for vector in vectors}
-    for module in list(net.modules()):
-        found = {name: made[p] for name, p in module._parameters.items() if p is not None and p in made}
-        for name, vector in found.items():
-            module.add_module(name + SUFFIX, vector)  # one for all that share the parameter
-            del module._parameters[name]
-        if found:
-            module.__class__ = _class_of_steps(type(module), tuple(found))
+    compute_parameters(net, made, SUFFIX)
     return choice
-
-
-@functools.cache
-def _class_of_steps(cls: type, names: tuple[str, ...]) -> type:
-    """`cls` with attributes `names` that are computed whenever they are read."""
-    computed: dict[str, Any] = {
-        name: property(lambda module, name=name: getattr(module, name + SUFFIX)()) for name in names
-    }
-    return type(f"Stepwise{cls.__name__}", (cls,), computed)
