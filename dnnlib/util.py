@@ -297,8 +297,8 @@ def format_time(seconds: float) -> str:
 class Logger:
     """While open, every line printed to stdout and stderr is also appended to a file, as plain text.
 
-    Progress bars and escape codes, such as those of colours, stay out of the file. A full disk costs the file its
-    lines, not the run its life. Errors: OSError when the file can't be opened.
+    Progress bars and escape codes are left out of the file. If the disk is full, the file misses lines and the run goes
+    on. Errors: OSError when the file can't be opened.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -12,8 +12,8 @@ from training.steps import Steps
 
 
 class OneStepGenerator:
-    """A distilled generator; `generator(n, seed)` makes n images. The start noise level comes with the weights, and
-    so do those of further steps, if it was trained for several.
+    """A distilled generator; `generator(n, seed)` makes n images. The noise levels at which
+    its steps start are stored with the weights.
 
     generator = OneStepGenerator.from_pretrained("network-snapshot-000035.safetensors")
     images = generator(16, seed=0)    # uint8 [16, C, H, W]
