@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from edm.sampler import heun_sampler
-from training.conditions import Classes, as_ranges, learnt_classes
+from training.conditions import as_ranges, conditions_of, learnt_classes
 from training.denoiser import SIGMA_DATA, known_sigma, noise_range, sigma_data
 from training.networks_edm2 import Precond
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
@@ -101,8 +101,8 @@ def own_samples(net: Any, number: int, seed: int) -> tuple[torch.Tensor, torch.T
     """(samples, float32 [number, C, H, W] on the network's device; their condition; the generator that drew both)."""
     device = next(net.parameters()).device
     draws = torch.Generator().manual_seed(seed)
-    classes = Classes.of(net)
-    condition = classes.draw(number, device, lambda high: torch.randint(high, [number], generator=draws).to(device))
+    conditions = conditions_of(net)
+    condition = conditions.draw(number, device, lambda high: torch.randint(high, [number], generator=draws).to(device))
     z = torch.randn([number, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
     return heun_sampler(net, z.to(device), condition, num_steps=STEPS).float(), condition, draws
 

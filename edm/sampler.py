@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError
-from training.conditions import Classes, check_class
+from training.conditions import Classes, check_class, conditions_of
 from training.denoiser import noise_range
 from training.generator import Generator
 from training.networks import iddpm_sigmas
@@ -307,13 +307,13 @@ def sample(
     image, of those that the network has learnt (`training.conditions`). options: those of the sampler.
     Each image draws its latents, then its class, then what the sampler needs.
     """
-    device = next(net.parameters()).device
+    seeds, device, conditions = list(seeds), next(net.parameters()).device, conditions_of(net)
     draws = SeededDraws(seeds, device)
     latents = draws.randn([net.img_channels, net.img_resolution, net.img_resolution])
-    labels = Classes.of(net).draw(len(latents), device, draws.randint)
+    labels = conditions.of_seeds(seeds, device, draws.randint)
     if class_idx is not None:
         check_class(net, class_idx)
-        labels = Classes.of(net).one_hot(torch.full([len(latents)], class_idx, device=device))
+        labels = Classes(net.label_dim).one_hot(torch.full([len(latents)], class_idx, device=device))
     name = sampler or default_sampler(net)
     recorded = Steps.of(net) or ONE_STEP
     if name == "one-step":

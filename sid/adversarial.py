@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import softplus
 
 from dnnlib import UserError
-from training.conditions import Classes
+from training.conditions import conditions_of
 from training.dataset import ImageFolderDataset
 from training.decoder import clean_samples
 from training.denoiser import known_sigma, sigma_data
@@ -164,7 +164,7 @@ class SiDALoss(SiDLoss):
         with logits_of(fake_score) as logits:
             x_t, f_phi, f_psi = self.denoised(teacher, fake_score, images, sigma, n, labels, score_gradient)
         if report is not None:
-            report("Health/divergence", divergence(images, f_phi, f_psi), groups=labels)
+            report("Health/divergence", divergence(images, f_phi, f_psi), groups=self.conditions.groups(labels))
         terms = SHARE * self.terms(images, x_t, f_phi, f_psi)
         if adversarial:
             entropy = adversarial_loss(logits[0])
@@ -187,7 +187,7 @@ def make_loss(
         raise UserError(
             f"--uncertainty: {type(teacher).__name__} has no u(sigma), which EDM2's networks have; leave the option out"
         )
-    options |= {"sigma_data": sigma_data(teacher), "conditions": Classes.of(teacher), "guide": guide}
+    options |= {"sigma_data": sigma_data(teacher), "conditions": conditions_of(teacher), "guide": guide}
     if config.fake_score_weighting == "prediction":
         options["fake_score_weight"] = getattr(teacher, "loss_weight", None)
         if options["fake_score_weight"] is None or config.uncertainty:

@@ -198,7 +198,7 @@ class Distillation:
         self, x_g: torch.Tensor, condition: torch.Tensor | None, noise: tuple[torch.Tensor, ...], part: slice
     ) -> tuple:
         """The arguments of theta's losses for one chunk of the images."""
-        chosen = self.conditions.select(condition, part), tuple(draw[part] for draw in noise)
+        chosen = None if condition is None else condition[part], tuple(draw[part] for draw in noise)
         return self.networks.teacher, self.networks.fake_score, x_g[part], *chosen, self.collector.report
 
     def _stage(self) -> dict[str, bool]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.conditions import Classes
+from training.conditions import Classes, Conditions
 from training.denoiser import SIGMA_DATA, known_sigma
 from training.guidance import autoguided, class_guided
 from training.loss import EDM2Loss, EDMLoss, PredictionLoss, squared_error
@@ -79,7 +79,7 @@ class SiDLoss:
         fake_sigma_schedule: str | Schedule = "lognormal",
         guidance: Guidance | None = None,
         guide: Callable | None = None,
-        conditions: Classes | None = None,
+        conditions: Conditions | None = None,
         uncertainty: bool = False,
         fake_score_weight: Callable | None = None,
     ):
@@ -132,13 +132,14 @@ class SiDLoss:
         """The generator's loss on its images x_g [N, C, H, W], per pixel; gradients reach x_g through both networks.
 
         labels: the images' conditions. noise: from `draw_noise`; None draws it. report: called as report(name,
-        values [N], groups=labels) with measures of convergence. score_gradient: overrides the constructor's.
+        values [N], groups=the images' classes) with measures of convergence. score_gradient: overrides the constructor's.
         """
         sigma, n = noise or self.draw_noise(images)
         sigma = known_sigma(teacher, sigma)
         x_t, f_phi, f_psi = self.denoised(teacher, fake_score, images, sigma, n, labels, score_gradient)
         if report is not None:
-            report("Health/divergence", divergence(images, f_phi, f_psi), groups=labels)
+            groups = self.conditions.groups(labels)
+            report("Health/divergence", divergence(images, f_phi, f_psi), groups=groups)
         loss = self.weighted(self.terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
         return self.balanced(loss, fake_score, sigma)
 
@@ -185,7 +186,8 @@ class SiDLoss:
         denoising = self.denoising.weighted(psi, (f_psi - images.detach()) ** 2, sigma)
         f_psi = f_psi if through_scores else f_psi.detach()
         if report is not None:
-            report("Health/divergence", weight_theta.flatten() * divergence(images, f_phi, f_psi), groups=labels)
+            groups = self.conditions.groups(labels)
+            report("Health/divergence", weight_theta.flatten() * divergence(images, f_phi, f_psi), groups=groups)
         loss = self.weighted(self.terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
         return weight_theta * self.balanced(loss, psi, sigma), weight_psi * denoising
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnnlib import UserError
 from torch_utils import muon, precision
+from training.conditions import blank_condition, conditions_of
 from training.denoiser import DenoiserModule
 
 from . import lora
@@ -166,11 +167,13 @@ def store_teacher(teacher: DenoiserModule, dtype: torch.dtype, autocast: Callabl
     sigma = torch.tensor(EXAMPLE_SIGMAS).reshape(-1, 1, 1, 1)
     shape = [len(sigma), teacher.img_channels, teacher.img_resolution, teacher.img_resolution]
     x = sigma * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    labels = torch.eye(len(sigma), teacher.label_dim, device=device) if teacher.label_dim else None
+    condition = conditions_of(teacher).null(len(sigma), device)
+    if teacher.label_dim:
+        condition = torch.eye(len(sigma), teacher.label_dim, device=device)
 
     def call() -> torch.Tensor:
         with torch.no_grad(), autocast():
-            return teacher(x.to(device), sigma.to(device), labels)
+            return teacher(x.to(device), sigma.to(device), condition)
 
     precision.store_weights(teacher, dtype, call)
 
@@ -197,7 +200,7 @@ def _kept_activations(net: DenoiserModule, num: int, device: torch.device, input
     shape = [num, net.img_channels, net.img_resolution, net.img_resolution]
     x = torch.empty(shape, device=device, requires_grad=input_gradient)
     sigma = torch.empty([num, 1, 1, 1], device=device)
-    labels = torch.empty([num, net.label_dim], device=device) if net.label_dim else None
+    condition = blank_condition(net, num, device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net.train()(x, sigma, labels)
+        net.train()(x, sigma, condition)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

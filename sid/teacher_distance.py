@@ -11,6 +11,7 @@ from dnnlib.progress import ProgressBar
 from edm.latents import decoder_of
 from edm.metrics.energy import energy_distance, energy_distance_of_vectors
 from edm.sampler import generate_all, generate_images
+from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
 NUM_IMAGES = 256
@@ -86,9 +87,9 @@ class TeacherDistance:
         for part in images.split(BATCH):
             clean = decoder.from_images(part)
             noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
-            labels = torch.zeros([len(part), teacher.label_dim], device=self._device) if teacher.label_dim else None
+            condition = conditions_of(teacher).null(len(part), self._device)
             levels = torch.full([len(part), 1, 1, 1], sigma, device=self._device)
-            denoised = teacher(noisy.to(self._device), levels, labels).to("cpu", torch.float32)
+            denoised = teacher(noisy.to(self._device), levels, condition).to("cpu", torch.float32)
             corrections.append((denoised - clean).flatten(1))
         if self._moves:
             self._teacher.to("cpu")

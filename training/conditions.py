@@ -1,17 +1,20 @@
-"""What conditions a network. The losses, guidance and sampling pass conditions on without looking inside.
+"""What conditions a network: its class, or a prompt. The losses, guidance and sampling pass conditions on without
+looking inside; they are float32, one row per image.
 
-Today that is its class. A network says in its metadata which of its classes had images in its training, as ranges such
-as "1-3,7", where some had none. Where the metadata say nothing, as in files of other programs, it has learnt them all.
+A network says in its metadata which of its classes had images in its training, as ranges such as "1-3,7", where some
+had none. Where the metadata say nothing, as in files of other programs, it has learnt them all.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from dnnlib import UserError
+
+SHUFFLE_SEED = 0  # of the order in which seeds meet prompts
 
 
 class Classes:
@@ -55,6 +58,16 @@ class Classes:
         """The conditions that stand for class numbers [N]."""
         return torch.nn.functional.one_hot(classes, self.label_dim).float()
 
+    def of_seeds(
+        self, seeds: Sequence[int], device: torch.device | str, randint: Callable[[int], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The conditions of the images of these seeds: drawn by `randint`, which depends on the seeds."""
+        return self.draw(len(seeds), device, randint)
+
+    def null(self, n: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """The conditions of n images with which a network answers without knowing the class."""
+        return torch.zeros([n, self.label_dim], device=device) if self.label_dim else None
+
     @staticmethod
     def null_like(condition: torch.Tensor) -> torch.Tensor:
         """The conditions with which a network answers without knowing the class: zeros, as in EDM's label dropout."""
@@ -68,9 +81,100 @@ class Classes:
         return condition * (torch.rand([len(condition), 1], device=condition.device) >= probability)
 
     @staticmethod
-    def select(condition: torch.Tensor | None, part: slice) -> torch.Tensor | None:
-        """The conditions of some of the images."""
-        return None if condition is None else condition[part]
+    def groups(condition: torch.Tensor | None) -> torch.Tensor | None:
+        """Which class each image belongs to, one-hot, for statistics by class."""
+        return condition
+
+
+class Prompts:
+    """Prompts as a text encoder gives them, float32 [N, prompt_dim] (`edm.text_encoders`).
+
+    encoded: [P, prompt_dim] float32, of all prompts; rows are read when they are drawn, so it may be mapped from a file.
+    null:    [prompt_dim], with which a network answers without knowing the prompt, usually the empty prompt's.
+    texts:   the prompts themselves, P of them.
+    in_order: whether seeds meet the prompts in their own order, or shuffled.
+    """
+
+    label_dim = 0
+
+    def __init__(self, encoded: Any, null: torch.Tensor, texts: Sequence[str], in_order: bool = False):
+        self._encoded, self._null, self.texts = encoded, null, texts
+        order = torch.arange(len(texts))
+        if not in_order:
+            order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
+        self._order = order
+
+    def __deepcopy__(self, _memo: Any) -> "Prompts":
+        return self  # it never changes, and may be large
+
+    @property
+    def prompt_dim(self) -> int:
+        return len(self._null)
+
+    def draw(
+        self,
+        n: int,
+        device: torch.device | str = "cpu",
+        randint: Callable[[int], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Conditions of n images: every prompt is as likely. randint: as for `Classes.draw`."""
+        randint = randint or (lambda high: torch.randint(high, [n], device=device))
+        return self._rows(randint(len(self.texts)), device)
+
+    def of_seeds(
+        self, seeds: Sequence[int], device: torch.device | str, _randint: Callable[[int], torch.Tensor]
+    ) -> torch.Tensor:
+        """The conditions of the images of these seeds. As many seeds in a row as there are prompts have each once."""
+        return self._rows(torch.tensor(self.numbers_of_seeds(seeds)), device)
+
+    def numbers_of_seeds(self, seeds: Sequence[int]) -> list[int]:
+        """Which prompts the images of these seeds have, from 0."""
+        return [int(self._order[seed % len(self.texts)]) for seed in seeds]
+
+    def _rows(self, numbers: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        return torch.as_tensor(self._encoded[numbers.cpu().numpy()], dtype=torch.float32).to(device)
+
+    def null(self, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The conditions of n images with which a network answers without knowing the prompt."""
+        return self._null.to(device).expand(n, -1)
+
+    def null_like(self, condition: torch.Tensor) -> torch.Tensor:
+        """The conditions with which a network answers without knowing the prompt."""
+        return self.null(len(condition), condition.device)
+
+    def drop(self, condition: torch.Tensor | None, probability: float) -> torch.Tensor | None:
+        """Replaces each image's prompt by the null condition with the given probability; 0 draws nothing."""
+        if condition is None or not probability:
+            return condition
+        kept = torch.rand([len(condition), 1], device=condition.device) >= probability
+        return torch.where(kept, condition, self.null_like(condition))
+
+    @staticmethod
+    def groups(_condition: torch.Tensor | None) -> None:
+        """Prompts have no classes."""
+        return None
+
+
+Conditions: TypeAlias = Classes | Prompts
+
+
+def conditions_of(net: Any) -> Conditions:
+    """What a network is conditioned on: its classes, or the prompts in its attribute `prompts`.
+
+    Errors: UserError when it was trained on prompts and has none, or its metadata name classes that it hasn't.
+    """
+    if not getattr(net, "prompt_dim", 0):
+        return Classes.of(net)
+    prompts = getattr(net, "prompts", None)
+    if prompts is None:
+        raise UserError("this network makes images of prompts: give some with --prompts=FILE")
+    return prompts
+
+
+def blank_condition(net: Any, n: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
+    """Zeros in the shape of n conditions of a network; None for an unconditional one."""
+    width = net.label_dim or getattr(net, "prompt_dim", 0)
+    return torch.zeros([n, width], device=device) if width else None
 
 
 def as_ranges(classes: Iterable[int]) -> str:

@@ -10,12 +10,15 @@ import torch
 
 from dnnlib import UserError
 
+from .conditions import blank_condition
+
 
 class Denoiser(Protocol):
     """D(x; sigma) of images x [N, C, H, W] at noise levels sigma [N, 1, 1, 1], both float32.
 
     img_resolution, img_channels   H = W, and C
-    label_dim                      how many classes its condition names; 0 for an unconditional network
+    label_dim                      how many classes its condition names; 0 for a network without classes
+    prompt_dim                     how many numbers its condition has if that is a prompt; 0 where it is missing
     sigma_min, sigma_max           between which its answers make sense; 0 and infinity where they are missing
     round_sigma                    gives the nearest noise levels that it knows; the identity where it is missing
     sigma_data                     standard deviation of the images; 0.5 where it is missing
@@ -57,7 +60,7 @@ def check_denoiser(net: Any, source: Any) -> None:
             raise UserError(f"{source}: {name} is not a denoiser: it has no whole number {attribute}; add it")
     like = next(net.parameters(), torch.empty(0))
     x = torch.zeros([2, net.img_channels, net.img_resolution, net.img_resolution], device=like.device)
-    condition = torch.zeros([2, net.label_dim], device=like.device) if net.label_dim else None
+    condition = blank_condition(net, 2, like.device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             answer = net(x, known_sigma(net, torch.ones([2, 1, 1, 1], device=like.device)), condition)

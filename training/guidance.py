@@ -8,7 +8,7 @@ import torch
 
 from dnnlib import UserError
 
-from .conditions import Classes, as_ranges, learnt_classes
+from .conditions import Conditions, as_ranges, conditions_of, learnt_classes
 from .denoiser import known_sigma, noise_range, sigma_data
 from .steps import Steps
 
@@ -30,8 +30,8 @@ def autoguided(net: Callable, guide: Callable | None, weight: float) -> Callable
     return call
 
 
-def class_guided(net: Callable, weight: float, conditions: Classes) -> Callable:
-    """D_null + weight (D - D_null), classifier-free guidance; with a weight of 1 the denoiser itself.
+def class_guided(net: Callable, weight: float, conditions: Conditions) -> Callable:
+    """D_null + weight (D - D_null), classifier-free guidance; with a weight of 1 the denoiser itself, with 0 D_null.
 
     The network is called once with the images' conditions and then once with null conditions. Each call has as many
     images as without guidance, so --batch-gpu and --chunk keep their meaning.
@@ -40,6 +40,8 @@ def class_guided(net: Callable, weight: float, conditions: Classes) -> Callable:
         return net
 
     def call(x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if weight == 0:
+            return net(x, sigma, conditions.null_like(condition), **kwargs)
         strong, weak = net(x, sigma, condition, **kwargs), net(x, sigma, conditions.null_like(condition), **kwargs)
         return weak + weight * (strong - weak)
 
@@ -72,7 +74,7 @@ class GuidedDenoiser(torch.nn.Module):
     ) -> torch.Tensor:
         if self.guide is not None:
             return autoguided(self.net, self.guide, self.weight)(x, sigma, class_labels)
-        return class_guided(self.net, self.weight, Classes(self.net.label_dim))(x, sigma, class_labels)
+        return class_guided(self.net, self.weight, conditions_of(self.net))(x, sigma, class_labels)
 
 
 def check_guide(guide: Any, net: Any) -> str | None:
@@ -85,6 +87,7 @@ def check_guide(guide: Any, net: Any) -> str | None:
     for what, of in (
         ("images", lambda n: f"{n.img_channels} x {n.img_resolution} x {n.img_resolution}"),
         ("classes", lambda n: str(n.label_dim)),
+        ("prompts", lambda n: f"{getattr(n, 'prompt_dim', 0)} numbers each"),
         ("sigma_data", lambda n: f"{sigma_data(n):g}"),
     ):
         if of(guide) != of(net):

@@ -31,7 +31,7 @@ Picture = tuple[Image.Image, int | None]  # an image and its class
 def fashion(resolution: int) -> Iterator[Picture]:
     """The 60 000 training images of Fashion-MNIST, gray on black, with their 10 classes."""
     files = [FASHION / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
-    _check(all(file.is_file() for file in files), "apt install dataset-fashion-mnist")
+    check_source(all(file.is_file() for file in files), "apt install dataset-fashion-mnist")
     pixels, labels = (gzip.decompress(file.read_bytes()) for file in files)
     for image, label in zip(np.frombuffer(pixels[16:], np.uint8).reshape(-1, 28, 28), labels[8:]):
         yield _resized(Image.fromarray(image), resolution), label
@@ -39,7 +39,7 @@ def fashion(resolution: int) -> Iterator[Picture]:
 
 def digits(resolution: int) -> Iterator[Picture]:
     """The 1797 handwritten digits of scikit-learn, 8x8 pixels, gray on black, with their 10 classes."""
-    _check(importlib.util.find_spec("sklearn") is not None, "pip install scikit-learn")
+    check_source(importlib.util.find_spec("sklearn") is not None, "pip install scikit-learn")
     from sklearn.datasets import load_digits
 
     data: Any = load_digits()  # scikit-learn has no annotations
@@ -51,7 +51,7 @@ def letters(resolution: int) -> Iterator[Picture]:
     """The capital letters of all installed fonts that have them, white on black, with their 26 classes."""
     size = 4 * resolution
     usable = [font for path in sorted(FONTS.rglob("*")) if (font := _latin_font(path, size * 3 // 4))]
-    _check(bool(usable), "apt install fonts-dejavu fonts-liberation fonts-urw-base35")
+    check_source(bool(usable), "apt install fonts-dejavu fonts-liberation fonts-urw-base35")
     for font in usable:
         for label, letter in enumerate(CAPITALS):
             image = Image.new("L", (size, size))
@@ -76,7 +76,7 @@ def _latin_font(path: Path, size: int) -> ImageFont.FreeTypeFont | None:
 
 def emoji(resolution: int) -> Iterator[Picture]:
     """Colour emoji on a dark ground, without classes."""
-    _check(EMOJI_FONT.is_file(), "apt install fonts-noto-color-emoji")
+    check_source(EMOJI_FONT.is_file(), "apt install fonts-noto-color-emoji")
     font = ImageFont.truetype(str(EMOJI_FONT), EMOJI_SIZE)
     blank = font.getbbox("\uffff")
 
@@ -92,7 +92,7 @@ def emoji(resolution: int) -> Iterator[Picture]:
 
 def icons(resolution: int) -> Iterator[Picture]:
     """The icons of the Oxygen theme on white, without classes."""
-    _check(ICONS.is_dir(), "apt install oxygen-icon-theme")
+    check_source(ICONS.is_dir(), "apt install oxygen-icon-theme")
 
     def opened() -> Iterator[Image.Image]:
         for path in sorted(ICONS.rglob("*.png")):
@@ -107,7 +107,7 @@ def crops(resolution: int) -> Iterator[Picture]:
     """Random crops of the photographs that scikit-image ships, reduced to half their size, without classes."""
     spec = importlib.util.find_spec("skimage")
     paths = [Path(str(spec and spec.origin)).parent / "data" / name for name in PHOTOGRAPHS]
-    _check(all(path.is_file() for path in paths), "pip install scikit-image")
+    check_source(all(path.is_file() for path in paths), "pip install scikit-image")
     photographs = [Image.open(path).convert("RGB").reduce(2) for path in paths]
     draws = np.random.default_rng(0)
     for _ in range(CROPS):
@@ -116,7 +116,7 @@ def crops(resolution: int) -> Iterator[Picture]:
         yield photograph.crop((left, top, left + resolution, top + resolution)), None
 
 
-def _check(is_there: bool, remedy: str) -> None:
+def check_source(is_there: bool, remedy: str) -> None:
     if not is_there:
         raise UserError(f"its pictures aren't on this machine: {remedy}")
 
