@@ -111,13 +111,14 @@ def evaluate_network(
         net = zoo.load_denoiser(network, own_classes(classes))
         given = {name: value for name, value in sampling.items() if value is not None}
         made_by: dict[str, Any] = {"name": Path(network).name, "sha256": zoo.network_hash(net)}
+        given, prompts = generate.prompted(net, given, device)
         net, sampling, guidance = generate.guided(net, generate.sampler_options(net, given), own_classes(classes))
         net = net.to(device)
         evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)
         num = max(metric.num for metric in evaluator.metrics)
         made_by |= sampling
         records = [evaluator(NetworkSource(net, seed=seeds + trial * num, **made_by)) for trial in range(trials)]
-        report([{**record, **guidance} for record in summarise(records)], json_file)
+        report([{**record, **guidance, **prompts} for record in summarise(records)], json_file)
 
 
 evaluate_network.params += [option for option in generate.main.params if option.name not in NOT_SAMPLING]

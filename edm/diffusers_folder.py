@@ -19,6 +19,7 @@ from . import network_files
 from .network_files import read_tensors
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+SCHEDULER_FILE = "scheduler_config.json"
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 16 << 20, 100_000
 INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

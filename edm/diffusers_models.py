@@ -1,35 +1,19 @@
-"""Networks of the diffusers library as denoisers: a folder in its layout, or the name of one on the Hugging Face Hub.
+"""Networks of the diffusers library as denoisers. The library is imported when the first such network is built."""
 
-A folder holds either a pipeline (model_index.json, the model in unet/ or transformer/, scheduler/) or a model alone
-(config.json) with scheduler_config.json, scheduler/ or ../scheduler/. Weights are read from safetensors only, and
-no code that a folder may hold is run. The library is imported when the first such network is built.
-"""
-
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError
-from torch_utils import persistence
 from torch_utils.persistence import persistent_class
-from torch_utils.untrusted import edm_pickle
 from training.denoiser import SIGMA_DATA
 from training.parameterisations import DiscreteTimes, FlowTimes, WrappedDenoiser
 
-from . import latents, network_files
-from .diffusers_folder import library, licence, read_config, weights
-from .network_files import CONFIG_FILE, INDEX_FILE
+from .diffusers_folder import SCHEDULER_FILE, library
 
-SCHEDULER_FILE = "scheduler_config.json"
 MAX_STEPS = 100_000
 MODELS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}  # class: its folder in a pipeline
-VAES = (latents.FOLDER, "vqvae", "movq")  # what pipelines call the folder of a VAE
-PIPELINE_ONLY = "pipeline_only"  # in the metadata of a model that only its pipeline calls rightly
 LATENT_SIGMA_DATA = 1.0  # about the standard deviation of latents as such models scale them
-OTHER_PARTS = {  # of a pipeline, and what its presence means
-    "text_encoder": "it is conditioned on text, which isn't supported yet",
-}
 FLOW_SCHEDULERS = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
 SCHEDULERS = FLOW_SCHEDULERS | {
     *("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"),
@@ -80,7 +64,7 @@ class DiffusersDenoiser(WrappedDenoiser):
             raise UserError(f"its model is a {str(name)[:80]!r}; the supported classes are {' and '.join(MODELS)}")
         given = {} if dropout is None else {"dropout": dropout}
         net = getattr(diffusers, name).from_config({**model, **given})
-        channels, resolution = _shape(net.config)
+        channels, resolution = shape_of(net.config)
         embedding = net.config.get("time_embedding_type", "positional")
         if embedding not in ("positional", "learned"):
             raise UserError(f"its time embedding is {str(embedding)[:80]!r}, which isn't supported")
@@ -88,7 +72,7 @@ class DiffusersDenoiser(WrappedDenoiser):
         if net.config.get("class_embed_type") is not None:
             raise UserError(f"its classes are embedded as {str(net.config.class_embed_type)[:80]!r}, not by a table")
         label_dim = (net.config.num_embeds_ada_norm if is_dit else net.config.num_class_embeds) or 0
-        prediction, times = _times(scheduler, nearest or embedding == "learned")
+        prediction, times = times_of(scheduler, nearest or embedding == "learned")
         super().__init__(net, prediction, times, resolution, channels, int(label_dim), sigma_data)
         self.null_class = self.label_dim if is_dit else None
         for module in net.modules():
@@ -109,7 +93,7 @@ class DiffusersDenoiser(WrappedDenoiser):
         return net(x_s, timestep=t, class_labels=index, return_dict=False)[0]
 
 
-def _shape(config: Any) -> tuple[int, int]:
+def shape_of(config: Any) -> tuple[int, int]:
     """(channels, resolution) of a model's images. Errors: UserError when this project can't use such images."""
     channels, size = config.in_channels, config.sample_size
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
@@ -142,7 +126,7 @@ def scheduler_of(net: Any) -> Any:
     return _scheduler(net.init_kwargs["scheduler"])
 
 
-def _times(config: dict[str, Any], nearest: bool) -> tuple[str, DiscreteTimes | FlowTimes]:
+def times_of(config: dict[str, Any], nearest: bool) -> tuple[str, DiscreteTimes | FlowTimes]:
     """(prediction, times) of a scheduler's configuration, as `WrappedDenoiser` takes them."""
     scheduler = _scheduler(config)
     steps = scheduler.config.num_train_timesteps
@@ -153,76 +137,3 @@ def _times(config: dict[str, Any], nearest: bool) -> tuple[str, DiscreteTimes | 
         raise UserError(f"its prediction_type is {str(named)[:80]!r}, none of {', '.join(PREDICTIONS)}")
     signal = scheduler.alphas_cumprod.to(torch.float64)
     return PREDICTIONS[named], DiscreteTimes(((1 - signal) / signal).sqrt(), nearest)
-
-
-# --- reading a folder
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether a folder is in the library's layout, and not one that this project wrote for itself."""
-    if (Path(path) / INDEX_FILE).is_file():
-        return True
-    try:
-        config = read_config(Path(path) / CONFIG_FILE)
-    except UserError:
-        return False
-    return "_sha256" not in config and ("_diffusers_version" in config or config.get("_class_name") in MODELS)
-
-
-def read(path: Path) -> tuple[DiffusersDenoiser, dict[str, Any]]:
-    """(denoiser, metadata) of a folder. Errors: UserError when it is damaged or not supported."""
-    try:
-        folder, scheduler, vae_folder = _parts(path)
-        config = read_config(folder / CONFIG_FILE)
-        metadata = config.pop("_metadata", {})
-        model = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
-        if model.get("_class_name") not in MODELS:  # before weights of another kind are looked for
-            DiffusersDenoiser(model, {})
-        state = {f"net.{name}": tensor for name, tensor in weights(folder).items()}
-        settings: dict[str, Any] = {"model": model, "scheduler": read_config(scheduler)}
-        if not edm_pickle.is_plain(settings):
-            raise UserError("its configuration holds more than plain values")
-        metadata = network_files.checked_metadata(metadata or {"kind": "teacher", **licence(path)}, path)
-        if metadata.get(PIPELINE_ONLY):
-            raise UserError("is for the library's own pipeline; load the snapshot that it was made of")
-        if vae_folder is not None:
-            settings["sigma_data"] = LATENT_SIGMA_DATA
-            metadata["vae"] = latents.record_of(vae_folder)
-        net = persistence.construct(DiffusersDenoiser, (), settings, state, path)
-        if vae_folder is None and net.img_channels not in (1, 3):
-            raise UserError(
-                f"its {net.img_channels} channels are latents, but there is no VAE: put the folder of the one that it"
-                f" was trained with as {latents.FOLDER}/ next to its own"
-            )
-        latents.check_channels(net, metadata)
-        return network_files.checked(net, path), metadata
-    except UserError as error:
-        raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}") from None
-
-
-def _parts(path: Path) -> tuple[Path, Path, Path | None]:
-    """(folder of the model, file of its scheduler's configuration, folder of its VAE if it has one)."""
-    folder, named, vaes = path, [], [path / latents.FOLDER, path.resolve().parent / latents.FOLDER]
-    if (path / INDEX_FILE).is_file():
-        index = read_config(path / INDEX_FILE)
-        parts = {name for name, value in index.items() if isinstance(value, list) and all(value)}
-        for part, meaning in OTHER_PARTS.items():
-            if part in parts:
-                raise UserError(f"{path}: a {str(index.get('_class_name'))[:80]}: {meaning}")
-        named = [path / name for name in VAES if name in parts]
-        vaes = named
-        found = [name for name in MODELS.values() if name in parts]
-        if len(found) != 1:
-            raise UserError(f"{path}: {INDEX_FILE} names neither a unet nor a transformer, or names both")
-        folder = path / found[0] if (path / found[0] / CONFIG_FILE).is_file() else path
-    vae = next((vae for vae in vaes if (vae / CONFIG_FILE).is_file()), None)
-    if named and vae is None:
-        raise UserError(f"{path}: {INDEX_FILE} names a VAE, but there is no {named[0].name}/{CONFIG_FILE}")
-    places = [folder, folder / "scheduler", path / "scheduler", folder.resolve().parent / "scheduler"]
-    for place in places:
-        if (place / SCHEDULER_FILE).is_file():
-            return folder, place / SCHEDULER_FILE, vae
-    raise UserError(
-        f"{path}: has no {SCHEDULER_FILE}, which says how noise was added in training: put the file of the scheduler"
-        " that the model was trained with next to config.json"
-    )

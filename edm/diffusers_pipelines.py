@@ -5,6 +5,7 @@ The library's pipelines compute the same with other numbers:
 
     pipeline                                       starts at   model's input            result
     ConsistencyModelPipeline, LDMPipeline (Euler)  s z         s z / sqrt(1 + s^2)      s z - s F
+    StableDiffusionPipeline, …XLPipeline (Euler)   the same
     DiTPipeline (DDIM), epsilon                    z           z                        (z - sqrt(1 - A) F) / sqrt(A)
     DiTPipeline (DDIM), v                          z           z                        sqrt(A) z - sqrt(1 - A) F
 
@@ -26,12 +27,17 @@ from training.dit import EPS, DiTDenoiser, time_features
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
 from training.steps import Steps
 
-from . import latents, network_files
+from . import latents, network_files, text_encoders
 from .diffusers_folder import library, read_config
-from .diffusers_models import MODELS, PIPELINE_ONLY, DiffusersDenoiser, scheduler_of
+from .diffusers_models import MODELS, DiffusersDenoiser, scheduler_of
+from .diffusers_reader import PIPELINE_ONLY
 from .network_files import CONFIG_FILE
+from .text_models import TEXT_MODELS, TextDenoiser
 
 NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
+MOST_STEPS = 1000  # that a text-to-image pipeline may be asked for
+LEAST_BETA = 2.0**-23  # the least noise in float32: sigma 3e-4
+GUIDANCE_FEATURES = 8  # of the guidance scale, which the model is told and doesn't heed
 SHORTEST = 3  # times of a schedule of which only the last is used; fewer aren't read here again
 MIN_DISTANCE = 1e-3  # of p from 1, where DDIM's schedules have no noise
 ADVICE = "save it as .safetensors"
@@ -44,7 +50,7 @@ def write(net: Any, path: Path) -> str:
     of many steps. Returns how to call the pipeline from Python.
     Errors: UserError when the library has no pipeline for the network, or `path` is there already.
     """
-    if type(net) not in (DiffusersDenoiser, DiTDenoiser):
+    if type(net) not in (DiffusersDenoiser, DiTDenoiser, TextDenoiser):
         raise UserError(
             f"--to=diffusers: a {type(net).__name__} isn't a network of the diffusers library; that is for teachers"
             f" of its classes, DiT and SiT, and what was distilled from them; {ADVICE}"
@@ -54,19 +60,21 @@ def write(net: Any, path: Path) -> str:
     if steps is not None and len(steps) > 1:
         raise UserError(f"--to=diffusers: the library has no pipeline for a generator of {len(steps)} steps; {ADVICE}")
     level = None if steps is None else steps.levels[0]
-    part = "transformer" if type(net) is DiTDenoiser else MODELS[type(net.net).__name__]
+    part = "transformer" if type(net) is DiTDenoiser else {**MODELS, **TEXT_MODELS}[type(net.net).__name__]
     make = {
         ("unet", False): _pipeline_of_images,
         ("unet", True): _pipeline_of_latents,
         ("transformer", True): _pipeline_of_transformer,
     }.get((part, vae is not None))
+    if isinstance(net, TextDenoiser):
+        make = _pipeline_of_prompts
     if make is None:
         raise UserError(f"--to=diffusers: DiTPipeline, the library's only one for a DiT, needs a VAE; {ADVICE}")
     pipeline, call, changes = make(net, level, vae)
     with network_files.new_folder(path) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         config = read_config(folder / part / CONFIG_FILE)
-        values = {name: value for name, value in {**metadata, **changes}.items() if name != "vae"}
+        values = {name: value for name, value in {**metadata, **changes}.items() if name not in ("vae", "text")}
         text = json.dumps({**config, "_metadata": values}, indent=2)
         (folder / part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return f"{type(pipeline).__name__}: pipeline({call})"
@@ -148,6 +156,40 @@ def _pipeline_of_transformer(net: WrappedDenoiser, level: float | None, vae: Any
     scheduler = pipelines.DDIMScheduler(**_betas(net), clip_sample=False)
     call = "class_labels=[...], num_inference_steps=..., guidance_scale=1"
     return pipelines.DiTPipeline(copy.deepcopy(net.net), vae, scheduler), call, {}
+
+
+def _pipeline_of_prompts(net: TextDenoiser, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
+    """The pipeline of a generator, which makes the same images with the pipeline's default arguments as in one step.
+
+    Its schedule has hardly any noise at all times but the last, so that further steps change nothing, and its model
+    takes the guidance scale as a condition, as those of latent consistency models do, and doesn't heed it.
+    """
+    encoders = text_encoders.TextEncoder(text_encoders.checked_record(net.metadata.get("text"), "the network"))
+    kind = encoders.kind
+    if level is None or not kind.startswith("StableDiffusion") or kind == "StableDiffusion3Pipeline":
+        raise UserError(
+            f"--to=diffusers: of text-to-image, only generators distilled from Stable Diffusion 1, 2 and XL can become"
+            f" pipelines; {ADVICE}"
+        )
+    _refuse_whole_times(net)
+    step = OneStep(net, level)
+    last = max(MOST_STEPS, math.ceil(step.t))
+    config = {**net.net.config, "time_cond_proj_dim": GUIDANCE_FEATURES}
+    model = type(net.net).from_config(config)
+    missing = model.load_state_dict(net.net.state_dict(), strict=False).missing_keys
+    for name in missing:
+        model.get_parameter(name).data.zero_()
+    _set_time(model, step.t, last)
+    scheduler = library().EulerDiscreteScheduler(
+        **_ending_at(torch.tensor([LEAST_BETA] + [0.0] * (last - 1)), 1 / (1 + level**2)),
+        prediction_type=NAMED[net.prediction],
+        timestep_spacing="trailing",
+        steps_offset=1,  # without effect; Stable Diffusion's pipelines warn of any other
+    )
+    parts = {**encoders.pipeline.components, "vae": vae, "unet": model.eval(), "scheduler": scheduler}
+    extra = {"requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {"add_watermarker": False}
+    pipeline = getattr(library(), kind)(**parts, **extra)
+    return pipeline, 'prompt="...", num_inference_steps=1', {PIPELINE_ONLY: True}
 
 
 def _refuse_flow(net: WrappedDenoiser, pipeline: str) -> None:

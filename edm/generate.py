@@ -16,7 +16,7 @@ MAX_SEEDS = 10_000_000
 MAX_SEED = 2**32 - 1  # as edm.sampler
 MAX_SIGMA = 1e6
 MAX_STEPS = 100_000
-GUIDANCE = ("guidance", "guide")
+GUIDANCE, PROMPTS = ("guidance", "guide"), ("prompt", "prompts")
 ABLATION = ("solver", "discretization", "schedule", "scaling")
 POSITIVE = FiniteRange(0, MAX_SIGMA, min_open=True)
 
@@ -46,6 +46,8 @@ class SeedRanges(click.ParamType):
 @click.option("--grid", help="PNG file for all images in one picture")
 @click.option("--seeds", help="One image per seed, such as 0-63,100", type=SeedRanges(), default="0-63")
 @click.option("--class", "class_idx", help="Class of all images  [default: one per seed]", type=WholeRange(0))
+@click.option("--prompt", help="Prompt of all images, for a text-to-image network")
+@click.option("--prompts", help="Their prompts, one per line: seed 0 has the first, and so on")
 @click.option("--batch", help="Images at once", type=WholeRange(1), default=64)
 @click.option("--steps", help="Sampler steps  [default: a generator's own, else 18]", type=WholeRange(1, MAX_STEPS))
 @click.option("--init_sigma", help="Start noise level of one step  [default: the network's]", type=POSITIVE)
@@ -104,6 +106,7 @@ def main(
         raise UserError("--grid needs one process; several write a folder, --outdir")
     given = {name: value for name, value in options.items() if value is not None}
     net = zoo.load_denoiser(network, own_classes(classes))
+    given, _ = prompted(net, given, place)
     net, options, _ = guided(net, sampler_options(net, given), own_classes(classes))
     net = net.to(place)
     kept = []
@@ -144,6 +147,28 @@ def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise UserError(f"--{sorted(wrong)[0]} means nothing to {name}; leave it out")
     return {**options, "sampler": sampler}
+
+
+def prompted(net: Any, options: dict[str, Any], device: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the options but --prompt and --prompts, which the network gets; what a metric's record says of the prompts).
+
+    Errors: UserError when a text-to-image network has none, or another network some.
+    """
+    from edm.text_encoders import prompts_for, read_prompts
+
+    prompt, path = options.get("prompt"), options.get("prompts")
+    options = {name: value for name, value in options.items() if name not in PROMPTS}
+    if prompt is not None and path is not None:
+        raise UserError("--prompt and --prompts: give one of them")
+    if prompt is None and path is None:
+        if getattr(net, "prompt_dim", 0):
+            raise UserError(
+                "--network: it makes images of prompts; give --prompt=TEXT, or --prompts=FILE, one per line"
+            )
+        return options, {}
+    texts = read_prompts(path) if path is not None else [str(prompt)]
+    net.prompts = prompts_for(net, texts, device, in_order=True)
+    return options, {"prompts": len(texts)} if path is None else {"prompts": Path(path).name}
 
 
 def guided(net: Any, options: dict[str, Any], classes: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -40,7 +40,7 @@ def facts(net: Any) -> dict[str, str]:
     low, high = noise_range(net)
     steps, size = Steps.of(net), net.img_resolution
     made = "latents" if "vae" in metadata else "images"
-    classes = learnt_classes(net)
+    classes, text = learnt_classes(net), _text(net)
     learnt = f", of which {as_ranges(classes)} had images in training" if classes is not None else ""
     parameters = sum(parameter.numel() for parameter in net.parameters())
     told = {
@@ -53,11 +53,20 @@ def facts(net: Any) -> dict[str, str]:
         "sigma_data": f"{sigma_data(net):g}",
         made: f"{net.img_channels} x {size} x {size}",
         "VAE": _vae(metadata.get("vae")),
-        "classes": f"{net.label_dim}{learnt}" if net.label_dim else "none",
+        "classes": f"{net.label_dim}{learnt}" if net.label_dim else None if text else "none",
+        "prompts": text,
         "parameters": f"{parameters / 1e6:.2f} million",
         "licence": metadata.get("licence", "not told"),
     }
     return {name: str(text) for name, text in told.items() if text is not None}
+
+
+def _text(net: Any) -> str | None:
+    """What encodes the prompts of a text-to-image network; None for others."""
+    record = getattr(net, "metadata", {}).get("text")
+    if record is None or not getattr(net, "prompt_dim", 0):
+        return None
+    return f"{net.prompt_dim} numbers each, by the text encoders of {record['source']} ({record['pipeline']})"
 
 
 def _vae(record: Any) -> str | None:

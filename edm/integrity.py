@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
-from edm import diffusers_models, network_files, zoo
+from edm import diffusers_reader, network_files, zoo
 from edm.metrics.detector import load_detector
 from edm.metrics.npz import read_arrays
 from edm.metrics.reference import load_reference
@@ -83,7 +83,7 @@ def _check(path: Path) -> str:
 
 
 def _check_network(path: Path) -> str:
-    if path.is_dir() and diffusers_models.is_folder(path):
+    if path.is_dir() and diffusers_reader.is_folder(path):
         zoo.load_network(path)
         return READABLE
     header, state, source = network_files.contents(path)

@@ -46,7 +46,7 @@ WRITTEN = (*SUFFIXES, ".onnx")
 FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # of what torch.save writes, mostly weights alone
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "network.safetensors"  # of a folder
 FORMER_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in older folders
-INDEX_FILE = "model_index.json"  # of a folder that the diffusers library wrote (`edm.diffusers_models`)
+INDEX_FILE = "model_index.json"  # of a folder that the diffusers library wrote (`edm.diffusers_reader`)
 OWN_KEYS = {"class_name": "_class_name", "init_args": "_init_args", "metadata": "_metadata"}  # in CONFIG_FILE
 OWN_KEYS[checkpoint.CHECKSUM] = "_sha256"
 

@@ -24,7 +24,17 @@ import torch
 from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, is_url, local_path, verify
 from dnnlib.util import printable
-from edm import diffusers_folder, diffusers_models, diffusers_pipelines, latents, network_files, transformer_files
+from edm import (
+    diffusers_folder,
+    diffusers_models,
+    diffusers_pipelines,
+    diffusers_reader,
+    latents,
+    network_files,
+    text_encoders,
+    text_models,
+    transformer_files,
+)
 from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
@@ -41,7 +51,7 @@ NETWORK_CLASSES: dict[str, type] = {
     for cls in (
         *(networks.EDMPrecond, networks.VPPrecond, networks.VEPrecond, networks.iDDPMPrecond),
         *(networks.SongUNet, networks.DhariwalUNet, networks_edm2.Precond),
-        *(diffusers_models.DiffusersDenoiser, dit.DiTDenoiser),
+        *(diffusers_models.DiffusersDenoiser, text_models.TextDenoiser, dit.DiTDenoiser),
     )
 }
 
@@ -126,14 +136,15 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
     transformer = transformer_files.weights_of(path) if path.suffix in network_files.FOREIGN_SUFFIXES else None
     if transformer is not None:
         loaded, metadata = transformer_files.read(path, transformer)
-    elif diffusers_models.is_folder(path):
-        loaded, metadata = diffusers_models.read(path)
+    elif diffusers_reader.is_folder(path):
+        loaded, metadata = diffusers_reader.read(path)
     else:
         loaded, metadata = network_files.read(path, {**NETWORK_CLASSES, **(classes or {})})
     net = cast(DenoiserModule, loaded.float().eval().requires_grad_(False))
-    metadata = latents.found_nearby(metadata, path)
+    metadata = text_encoders.found_nearby(latents.found_nearby(metadata, path), path)
     if "vae" in metadata and diffusers_folder.is_hub_name(source) and not user_path(source).exists():
-        metadata["vae"]["source"] = str(source)  # where it is found on other machines, too
+        for part in ("vae", "text"):  # where they are found on other machines, too
+            metadata.get(part, {})["source"] = str(source)
     net.metadata = {**_published_metadata(str(source)), **metadata}
     try:
         learnt_classes(net)
@@ -149,7 +160,8 @@ def load_denoiser(source: str | os.PathLike, classes: Mapping[str, Callable[...,
     Errors: UserError as `load_network` and `training.denoiser.check_denoiser`.
     """
     net = load_network(source, classes)
-    if type(net).__name__ in (classes or {}) or isinstance(net, diffusers_models.DiffusersDenoiser):
+    of_library = isinstance(net, diffusers_models.DiffusersDenoiser | text_models.TextDenoiser)
+    if of_library or type(net).__name__ in (classes or {}):
         check_denoiser(net, source)
     return net
 
@@ -166,7 +178,8 @@ def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: A
     Errors:    UserError when the suffix is another, the format can't hold the class or the path can't be written.
     """
     net = edm_pickle.frozen_copy(net).float()
-    vars(net).pop("metadata", None)
+    for name in ("metadata", "prompts"):
+        vars(net).pop(name, None)
     metadata = json.loads(json.dumps(metadata))  # the same plain values in either format
     decoder = latents.decoder_by(metadata, net) if Path(path).suffix == ".onnx" else None
     try:
@@ -193,8 +206,9 @@ def clone_network(net: Network, **overrides: Any) -> Network:
     clone = clone.to(reference.device).train(net.training)
     for copied, original in zip(clone.parameters(), net.parameters()):
         copied.requires_grad_(original.requires_grad)
-    if hasattr(net, "metadata"):
-        clone.metadata = copy.deepcopy(net.metadata)
+    for name in ("metadata", "prompts"):
+        if hasattr(net, name):
+            setattr(clone, name, copy.deepcopy(getattr(net, name)))
     return clone
 
 
@@ -360,6 +374,8 @@ def inspect_command(source: str, classes: str | None) -> None:
     if Steps.of(net) is not None:
         click.echo("test          none: a generator is no denoiser")
         return
+    if getattr(net, "prompt_dim", 0):
+        net.prompts = text_encoders.prompts_for(net, [""])
     wrong = misfit(net) or latents_misfit(net)
     if wrong is not None:
         raise UserError(f"{source}: {wrong}")

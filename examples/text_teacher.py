@@ -34,9 +34,7 @@ LATENT_CHANNELS = 4
 def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer with a vocabulary of its own, in which every word of the captions is one token."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        pattern=Regex(r"[a-z]+|[^a-z\s]"), behavior="removed", invert=True
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern=Regex(r"[a-z]+|[^a-z\s]"), behavior="removed", invert=True)
     tokenizer.train_from_iterator(
         captions,
         trainers.BpeTrainer(
@@ -111,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the pipeline and the prompts")
     parser.add_argument("--vae-kimg", type=float, default=20, help="thousands of pictures to train the VAE on")
-    parser.add_argument("--kimg", type=float, default=200, help="thousands of pictures to train the U-Net on")
+    parser.add_argument("--kimg", type=float, default=120, help="thousands of pictures to train the U-Net on")
     parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level")
     parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], default="v_prediction")
     parser.add_argument("--seed", type=int, default=0)
@@ -149,8 +147,8 @@ def main() -> None:
         sample_size=source.resolution // 4,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(arguments.width, 2 * arguments.width),
         layers_per_block=1,
         cross_attention_dim=128,
@@ -161,6 +159,7 @@ def main() -> None:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
+        steps_offset=1,
         prediction_type=arguments.prediction,
         clip_sample=False,
     )

@@ -22,6 +22,7 @@ from training.latent_dataset import LatentDataset
 
 from .config import DistillationConfig
 from .loss import SiDLoss, divergence
+from .schedules import Times
 
 LOGIT_LIMIT = 10.0  # the generator's logits are clamped to it (SiDA's value)
 SHARE = 0.5  # weight of each of theta's two losses
@@ -174,6 +175,11 @@ class SiDALoss(SiDLoss):
         return self.balanced(self.weighted(terms, sigma, images, f_phi), fake_score, sigma)
 
 
+def noise_weight(sigma: torch.Tensor) -> torch.Tensor:
+    """The weight with which the clean image's squared error is that of the noise; in the shape of sigma."""
+    return sigma**-2
+
+
 def make_loss(
     config: DistillationConfig, teacher: torch.nn.Module, reals: RealImages | None, guide: Callable | None = None
 ) -> SiDLoss:
@@ -188,12 +194,20 @@ def make_loss(
             f"--uncertainty: {type(teacher).__name__} has no u(sigma), which EDM2's networks have; leave the option out"
         )
     options |= {"sigma_data": sigma_data(teacher), "conditions": conditions_of(teacher), "guide": guide}
-    if config.fake_score_weighting == "prediction":
-        options["fake_score_weight"] = getattr(teacher, "loss_weight", None)
+    for name in ("sigma_schedule", "fake_sigma_schedule"):
+        if isinstance(options[name], Times):
+            try:
+                options[name] = options[name].of(teacher)
+            except UserError as error:
+                raise UserError(f"--{name.replace('_', '-')}={error.message}") from None
+    if config.fake_score_weighting != "edm":
+        own = getattr(teacher, "loss_weight", None)
+        options["fake_score_weight"] = own if config.fake_score_weighting == "prediction" else noise_weight
         if options["fake_score_weight"] is None or config.uncertainty:
             raise UserError(
-                f"--fake-score-weighting=prediction: is for teachers that predict noise, v or a flow, and a"
-                f" {type(teacher).__name__} predicts the image, or learns its own weights; leave the option out"
+                f"--fake-score-weighting={config.fake_score_weighting}: is for teachers that predict noise, v or a"
+                f" flow, and a {type(teacher).__name__} predicts the image, or learns its own weights; leave the option"
+                " out"
             )
     if not config.gan:
         return SiDLoss(**options)

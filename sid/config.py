@@ -29,11 +29,12 @@ COMMAND_LINE = {
     "gan_freeze_kimg": ("gan-freeze", 1),
     "gan_start_kimg": ("gan-start", 1),
     "real_images": ("data (images)", 1),
+    "prompts_sha256": ("prompts (contents)", 1),
 }
 OPTIMIZERS = ("adam", "muon")
 ADAM_STATES = ("fp32", "bf16")
 DROP_LABELS = ("before", "after")
-FAKE_SCORE_WEIGHTINGS = ("edm", "prediction")
+FAKE_SCORE_WEIGHTINGS = ("edm", "prediction", "noise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,7 @@ class DistillationConfig:
     lsd: float = 1.0  # scales the discriminator's loss, as ls does the fake score's
     lsg_gan: float = 0.01  # scales the adversarial loss, as lsg does the generator's
     real_images: int = 0  # number of images that `gan` draws from; the same in a resumed run
+    prompts_sha256: str | None = None  # of the prompts of a text-to-image teacher; the same in a resumed run
     spike_guard: float | None = None  # skip updates whose gradient norm is this many times the usual; None: never
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
@@ -162,8 +164,10 @@ class DistillationConfig:
 
     @property
     def label_dropout(self) -> float:
-        """Probability that an image of the fake score's phase loses its label."""
-        return self.guidance.label_dropout if self.guidance is not None else 0.0
+        """Probability that an image of the fake score's phase loses its label. With share_noise it is 0, since the
+        generator's loss has the same images; the fake score then learns both its answers from their guided sum.
+        """
+        return self.guidance.label_dropout if self.guidance is not None and not self.share_noise else 0.0
 
     @property
     def generator_objective(self) -> Objective:
@@ -189,8 +193,11 @@ class DistillationConfig:
         """Both losses must be able to use the same output of the fake score."""
         if self.gan:
             raise UserError("--share-noise: --gan shows the fake score real images, too; use --share-images=1")
-        if self.guidance is not None and (self.guidance.fake_score_step, self.guidance.fake_score) != (1, 1):
-            raise UserError(f"--share-noise: --guidance={self.guidance} guides the fake score; only long=K fits")
+        if self.guidance is not None and self.guidance.fake_score_step != self.guidance.fake_score:
+            raise UserError(
+                f"--share-noise: --guidance={self.guidance} guides the fake score differently in the two losses, which"
+                " share its output; use long=K or long-short=K"
+            )
         schedules = {self.sigma_schedule, self.fake_sigma_schedule}
         if len(schedules) > 1 and any(isinstance(schedule, Single) for schedule in schedules):
             raise UserError("--share-noise: a single noise level must be the same for --fake-sigma-schedule")

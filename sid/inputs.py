@@ -1,6 +1,7 @@
 """What a distillation works with: loads what its options name and checks it against the teacher."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
 from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
+from edm.text_encoders import prompts_for, read_prompts
 from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
@@ -60,7 +62,7 @@ def load_inputs(
     teacher, start, guide: networks to use instead of loading --edm_model, --transfer and --guide.
     Errors: UserError naming the option that doesn't fit.
     """
-    teacher = checked_teacher(config, options, teacher)
+    teacher = with_prompts(checked_teacher(config, options, teacher), options, device)
     if start is not None:
         start = fitting_start(start, "start", teacher)
     elif options["transfer"]:
@@ -93,10 +95,29 @@ def checked_teacher(
     return teacher
 
 
+def with_prompts(teacher: DenoiserModule, options: dict[str, Any], device: torch.device | str) -> DenoiserModule:
+    """The teacher, with the prompts of --prompts if it makes images of prompts.
+
+    Errors: UserError when it does and there are none, or it doesn't and there are some.
+    """
+    if options.get("prompts"):
+        teacher.prompts = prompts_for(teacher, read_prompts(options["prompts"]), device)
+    elif getattr(teacher, "prompt_dim", 0):
+        raise UserError("--edm_model: the teacher makes images of prompts; name some with --prompts=FILE, one per line")
+    return teacher
+
+
+def prompts_hash(teacher: DenoiserModule) -> str | None:
+    """A hash of the prompts that a text-to-image teacher has; None for other teachers."""
+    prompts = getattr(teacher, "prompts", None)
+    return None if prompts is None else hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()[:16]
+
+
 def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule:
     """The teacher of a run: the one in its folder, where `sid.distil` keeps it, otherwise the recorded --edm_model."""
     is_kept = options.get("nosubdir") and options["edm_model"] == str(Path(options["outdir"]) / TEACHER_FILE)
-    return zoo.load_denoiser(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
+    teacher = zoo.load_denoiser(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
+    return with_prompts(teacher, options, "cpu")
 
 
 def checked_guide(

@@ -50,7 +50,7 @@ class SiDLoss:
     tmax         a Karras schedule reaches up to time tmax / 1000
     sigma_data   standard deviation of the images, in the weight of the fake score's loss (EDM's)
     objective    the generator's, one of `sid.objectives.OBJECTIVES`
-    weighting    'omega', 'sigma' (1/sigma^2) or 'none'; None: the weighting the objective was published with
+    weighting    'omega', 'sigma' (1/sigma^2), 'time' (1/(1 + sigma), 1 - t of a flow) or 'none'; None: the weighting the objective was published with
     huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2 only
     score_gradient    whether gradients pass through f_phi and f_psi; methods may override it; False: sid and l2 only
     sigma_schedule, fake_sigma_schedule    noise levels of the generator's and of the fake score's loss, or their names
@@ -132,7 +132,8 @@ class SiDLoss:
         """The generator's loss on its images x_g [N, C, H, W], per pixel; gradients reach x_g through both networks.
 
         labels: the images' conditions. noise: from `draw_noise`; None draws it. report: called as report(name,
-        values [N], groups=the images' classes) with measures of convergence. score_gradient: overrides the constructor's.
+        values [N], groups=classes of the images) with measures of convergence. score_gradient: overrides the
+        constructor's.
         """
         sigma, n = noise or self.draw_noise(images)
         sigma = known_sigma(teacher, sigma)
@@ -232,7 +233,8 @@ class SiDLoss:
         """Terms per pixel under the objective's weighting."""
         if self.objective.weighting == "omega":
             return terms / omega(x_g, f_phi)
-        return terms / sigma**2 if self.objective.weighting == "sigma" else terms
+        divisors = {"sigma": sigma**2, "time": 1 + sigma}
+        return terms / divisors[self.objective.weighting] if self.objective.weighting in divisors else terms
 
     def balanced(self, loss: torch.Tensor, fake_score: Callable, sigma: torch.Tensor) -> torch.Tensor:
         """theta's loss [N, C, H, W], with `uncertainty` divided by e^u of psi at noise levels sigma [N, 1, 1, 1]."""

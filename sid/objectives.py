@@ -14,7 +14,7 @@ from dnnlib import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTINGS = ("omega", "sigma", "none")
+WEIGHTINGS = ("omega", "sigma", "time", "none")
 
 
 def l1(x_g: "Tensor", x_t: "Tensor", f_phi: "Tensor", f_psi: "Tensor", alpha: float = 0.0) -> "Tensor":

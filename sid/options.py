@@ -44,6 +44,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         ),
         option("--edm_model", "Teacher: short name, path, URL or run folder", str, "edm-cifar10-32x32-uncond-vp"),
         option("--classes", own_classes.HELP, metavar="MODULE:CLASS"),
+        option("--prompts", "Prompts for a text-to-image teacher: a text file, one per line, or .jsonl"),
         option("--outdir", "Folder for run folders", str, "training-runs"),
         option("--data", "Real images, used only for a picture, metrics and --gan"),
         option("--data_stat", "Reference statistics (.npz) for FID  [default: the published teacher's]"),
@@ -70,7 +71,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option(
             "--fake-score-weighting",
             "Weights the fake score's loss as EDM does, or as the squared error of what the teacher predicts (noise, v,"
-            " a flow)",
+            " a flow), or of the noise",
             FAKE_SCORE_WEIGHTINGS,
             D.fake_score_weighting,
         ),
@@ -83,7 +84,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         ),
         option(
             "--weighting",
-            "Divides the loss by omega, sigma^2 or nothing  [default: none for diff-instruct, otherwise omega]",
+            "Divides the loss by omega, sigma^2, 1 + sigma (time) or nothing  [default: none for diff-instruct, otherwise omega]",
             WEIGHTINGS,
         ),
         option("--huber", "Pseudo-Huber distance with this c, in pixels of [-1, 1]  [default: squared]", POSITIVE),
@@ -95,7 +96,8 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         ),
         option(
             "--sigma-schedule",
-            "Noise levels of the generator's loss: karras, lognormal[=MEAN,STD] or single=SIGMA",
+            "Noise levels of the generator's loss: karras, lognormal[=MEAN,STD], single=SIGMA, or times=FROM,TO of the"
+            " teacher's own",
             str,
             str(D.sigma_schedule),
         ),
@@ -164,7 +166,8 @@ SECTIONS: dict[str, list[click.Parameter]] = {
     "Guidance and real images": [
         option(
             "--guidance",
-            "Guides a class-conditional teacher: long=K, short=K or long-short=K; with --guide a weight, such as 1.7",
+            "Guides by classes or prompts: long=K, short=K, long-short=K, zero, anti=K or kappa=K1:K2:K4; with --guide"
+            " a weight, such as 1.7",
         ),
         option("--guide", "A weaker network than the teacher, which then guides the teacher (autoguidance)"),
         option(

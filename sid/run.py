@@ -35,6 +35,7 @@ from .inputs import (
     first_images,
     load_inputs,
     load_start,
+    prompts_hash,
     published_reference,
     teacher_fid,
 )
@@ -60,6 +61,7 @@ def distil(
     *,
     start: torch.nn.Module | None = None,
     guide: torch.nn.Module | None = None,
+    prompts: str | None = None,
     data: str | None = None,
     data_stat: str | None = None,
     detector: str | None = None,
@@ -79,13 +81,20 @@ def distil(
              guide.safetensors.
     trials:  share of the config's length for short trials of settings (`sid.trials`), of which the best goes on. They
              vary only what the config leaves at its default.
-    data, data_stat, detector, metrics, resume, override, device: as the options of sid_train.py.
+    prompts, data, data_stat, detector, metrics, resume, override, device: as the options of sid_train.py.
     Errors: UserError naming what doesn't fit; SystemExit when a signal such as Ctrl-C asked to stop, after saving.
     """
     check_denoiser(teacher, "teacher")
     if guide is not None:
         check_denoiser(guide, "guide")
-    given = {"data": data, "data_stat": data_stat, "detector": detector, "metrics": metrics, "resume": resume}
+    given = {
+        "prompts": prompts,
+        "data": data,
+        "data_stat": data_stat,
+        "detector": detector,
+        "metrics": metrics,
+        "resume": resume,
+    }
     settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     given |= {"trials": trials, "override": override, "device": device}
     given |= {"nosubdir": True, "outdir": os.fspath(out), "edm_model": str(Path(out) / TEACHER_FILE)}
@@ -126,6 +135,7 @@ def run(
         copies = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start, guide)]
         networks = cast(list[DenoiserModule | None], copies)
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
+        config = dataclasses.replace(config, prompts_sha256=prompts_hash(inputs.teacher))
         if config.gan and inputs.dataset is not None:
             config = dataclasses.replace(config, real_images=len(inputs.dataset))
         goal = teacher_fid(inputs, options["edm_model"])
@@ -334,7 +344,7 @@ def memory_estimate(
 
 def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: bool = False) -> str:
     """The run folder's description when --desc isn't given. with_trials: alpha and rates aren't chosen yet."""
-    cond = "cond" if teacher.label_dim else "uncond"
+    cond = "cond" if teacher.label_dim else "text" if getattr(teacher, "prompt_dim", 0) else "uncond"
     size = f"{teacher.img_resolution}x{teacher.img_resolution}"
     chosen = "auto" if with_trials else f"alpha{config.alpha:g}-glr{config.glr:g}"
     steps = f"-{config.steps}steps" if config.steps > 1 else ""

@@ -5,7 +5,7 @@ torch is imported only where it is needed, so that command lines can check optio
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dnnlib import UserError, format_number
 
@@ -105,11 +105,68 @@ class Single:
         return f"single={format_number(self.level)}"
 
 
-Schedule: TypeAlias = Karras | LogNormal | Single
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """The teacher's own time is uniform: whole times from `low` to below `high` of a diffusion, t of a flow.
+
+    times: the teacher's (`training.parameterisations`), set by `of`; nothing can be drawn before.
+    """
+
+    low: float
+    high: float
+    times: Any = dataclasses.field(default=None, compare=False)
+
+    def of(self, teacher: Any) -> "Times":
+        """This schedule for a teacher. Errors: UserError when it has no times, or not these."""
+        times = getattr(teacher, "times", None)
+        if times is None:
+            raise UserError(f"times={self.text}: the teacher of --edm_model has no times of its own; give karras")
+        last = times.scale if times.is_flow else times.last + 1
+        if not 0 <= self.low < self.high <= last:
+            raise UserError(f"times={self.text}: the teacher's times go from 0 to {last:g}")
+        return dataclasses.replace(self, times=times)
+
+    def draw(self, n: int, device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """n noise levels, [n, 1, 1, 1]."""
+        import torch
+
+        if self.times.is_flow:
+            t = torch.rand([n, 1, 1, 1], device=device) * (self.high - self.low) + self.low
+            return self.times.sigma(t)
+        t = torch.randint(math.ceil(self.low), math.ceil(self.high), [n, 1, 1, 1], device=device)
+        return self.times.sigma(t.double()).float()
+
+    def quantile(self, q: "torch.Tensor") -> "torch.Tensor":
+        """The level that a share q, in (0, 1), of the draws lies below; same shape as q."""
+        t = self.low + q.double() * (self.high - self.low)
+        reverses = self.times.is_flow and self.times.is_reversed
+        return self.times.sigma(self.low + self.high - t if reverses else t).to(q.dtype)
+
+    def density(self, sigma: "torch.Tensor") -> "torch.Tensor":
+        """Probability density of ln sigma, same shape as sigma; that of times between whole ones is interpolated."""
+        import torch
+
+        step = 1e-3
+        around = [sigma.double() * math.exp(sign * step / 2) for sign in (-1, 1)]
+        low, high = (self.times.time(level.flatten()).reshape(sigma.shape) for level in around)
+        t = self.times.time(sigma.double().flatten()).reshape(sigma.shape)
+        first = self.low if self.times.is_flow else self.low - 0.5
+        inside = (t >= first) & (t <= self.high)
+        return torch.where(inside, (high - low).abs() / (step * (self.high - self.low)), 0).to(sigma.dtype)
+
+    @property
+    def text(self) -> str:
+        return f"{format_number(self.low)},{format_number(self.high)}"
+
+    def __str__(self) -> str:
+        return f"times={self.text}"
+
+
+Schedule: TypeAlias = Karras | LogNormal | Single | Times
 
 
 def parse_schedule(value: "str | Schedule", option: str, tmax: float = TMAX) -> Schedule:
-    """Parses an option's text: karras, lognormal, lognormal=MEAN,STD or single=SIGMA.
+    """Parses an option's text: karras, lognormal, lognormal=MEAN,STD, single=SIGMA or times=FROM,TO.
 
     value: the text, or a schedule, which is returned unchanged except that Karras takes on `tmax`.
     Errors: UserError naming `option`.
@@ -128,6 +185,9 @@ def parse_schedule(value: "str | Schedule", option: str, tmax: float = TMAX) -> 
             return LogNormal(*numbers)
         if kind == "single" and len(numbers) == 1:
             return Single(*numbers)
+        if kind == "times" and len(numbers) == 2 and 0 <= numbers[0] < numbers[1]:
+            return Times(*numbers)
     raise UserError(
-        f"{option}={value}: give karras, lognormal[=MEAN,STD] of ln sigma, or single=SIGMA, such as single=0.5"
+        f"{option}={value}: give karras, lognormal[=MEAN,STD] of ln sigma, single=SIGMA, such as single=0.5, or"
+        " times=FROM,TO of the teacher's own"
     )

@@ -24,7 +24,7 @@ GAN_LIMIT = 1.0  # psi's gradients are clipped to this by value with --gan (SiDA
 EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 FACTORS_PHASE = 4  # random stream of the initial low-rank factors, separate from training's draws
 ROUNDING_PHASE = 5  # random stream of the stochastic rounding of Adam's second moments
-INHERITED = ("classes", "licence", "vae")  # what a generator's metadata take from its teacher's
+INHERITED = ("classes", "licence", "vae", "text")  # what a generator's metadata take from its teacher's
 PARTS = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")  # of a state's file
 
 

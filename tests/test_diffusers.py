@@ -221,7 +221,7 @@ WRONG = {  # what is done to the folder: what the message says
     "config that isn't JSON": (lambda f: (f / "unet/config.json").write_text("{"), "can't be read"),
     "another class": (
         lambda f: edit(f / "unet/config.json", _class_name="UNet2DConditionModel"),
-        "its model is a 'UNet2DConditionModel'; the supported classes",
+        "a DDPMPipeline; of text-to-image, StableDiffusionPipeline",
     ),
     "another width": (lambda f: edit(f / "unet/config.json", block_out_channels=[8, 16]), "weights don't fit"),
     "too large": (lambda f: edit(f / "unet/config.json", block_out_channels=[1 << 20, 8]), "far more"),

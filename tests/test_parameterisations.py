@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny import CPU, smoothed
 
+from dnnlib import UserError
 from sid.config import DistillationConfig
 from sid.loss import SiDLoss
 from sid.prepare import prepare
+from sid.schedules import Times, parse_schedule
 from training.denoiser import known_sigma, noise_range
 from training.parameterisations import PREDICTIONS, DiscreteTimes, FlowTimes, WrappedDenoiser, ddpm_sigmas
 
@@ -206,3 +208,45 @@ def test_the_fake_scores_weight_makes_its_loss_the_networks_own(prediction):
     loss = SiDLoss(fake_score_weight=net.loss_weight)
     found = loss.denoising.weighted(net, (net(x0 + sigma * n, sigma) - x0).square(), sigma)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("times", [DiscreteTimes(ddpm_sigmas()), FlowTimes(), FlowTimes(1.0, is_reversed=True)])
+def test_noise_levels_at_uniform_times(times):
+    """Every whole time, or time of a flow, is as likely: draws, quantiles and density agree with the times."""
+    net = WrappedDenoiser(lambda x, t: x, "flow" if times.is_flow else "epsilon", times, 4, 1)
+    low, high = (20, 980) if not times.is_flow or times.scale > 1 else (0.02, 0.98)
+    schedule = parse_schedule(f"times={low},{high}", "--sigma-schedule").of(net)
+    torch.manual_seed(0)
+    drawn = schedule.draw(20_000)
+    t = times.time(drawn.flatten().double())
+    assert drawn.shape == (20_000, 1, 1, 1)
+    assert drawn.dtype == torch.float32
+    if times.is_flow:
+        assert low <= t.min()
+        assert t.max() <= high
+    else:
+        assert (t - t.round()).abs().max() < 1e-2
+        assert (t.round().min(), t.round().max()) == (20, 979)
+    shares = (t.sort().values - low) / (high - low)
+    assert (shares - torch.linspace(0, 1, len(t))).abs().max() < 2.2 / len(t) ** 0.5  # Kolmogorov-Smirnov, p = 1e-4
+    levels = schedule.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    below = torch.stack([(drawn.flatten() <= level).double().mean() for level in levels])
+    assert (below - torch.tensor([0.1, 0.5, 0.9])).abs().max() < 0.012
+    edges = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    density = schedule.density(edges.exp())
+    assert abs(torch.trapezoid(density, edges).item() - 1) < 2e-3
+    inside = density[(edges > levels[0].log()) & (edges < levels[2].log())].sum() * (edges[1] - edges[0])
+    assert abs(inside.item() - 0.8) < 2e-3
+    assert str(schedule) == f"times={low},{high}"
+    assert schedule == Times(low, high)
+
+
+def test_times_that_a_teacher_does_not_have():
+    net = WrappedDenoiser(lambda x, t: x, "epsilon", DiscreteTimes(ddpm_sigmas()), 4, 1)
+    with pytest.raises(UserError, match="go from 0 to 1000"):
+        Times(20, 1200).of(net)
+    with pytest.raises(UserError, match="no times of its own"):
+        Times(20, 980).of(ExactDenoiser())
+    for text in ("times=980,20", "times=20", "times=-1,5"):
+        with pytest.raises(UserError, match=text):
+            parse_schedule(text, "--sigma-schedule")

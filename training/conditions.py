@@ -89,7 +89,7 @@ class Classes:
 class Prompts:
     """Prompts as a text encoder gives them, float32 [N, prompt_dim] (`edm.text_encoders`).
 
-    encoded: [P, prompt_dim] float32, of all prompts; rows are read when they are drawn, so it may be mapped from a file.
+    encoded: [P, prompt_dim] float32, of all prompts; rows are read when they are drawn, so a mapped file will do.
     null:    [prompt_dim], with which a network answers without knowing the prompt, usually the empty prompt's.
     texts:   the prompts themselves, P of them.
     in_order: whether seeds meet the prompts in their own order, or shuffled.
@@ -152,7 +152,7 @@ class Prompts:
     @staticmethod
     def groups(_condition: torch.Tensor | None) -> None:
         """Prompts have no classes."""
-        return None
+        return
 
 
 Conditions: TypeAlias = Classes | Prompts

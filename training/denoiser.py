@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 
-from .conditions import blank_condition
+from .conditions import Prompts, blank_condition
 
 
 class Denoiser(Protocol):
@@ -41,12 +41,14 @@ class DenoiserModule(torch.nn.Module):
     """A denoiser that is a torch module, for annotations: any module with these attributes will do.
 
     metadata   plain values that travel with its weights (`edm.zoo.load_network`); a network of one's own may lack it
+    prompts    what it is asked to make, set by whoever gives some to a text-to-image network
     """
 
     img_resolution: int
     img_channels: int
     label_dim: int
     metadata: dict[str, Any]
+    prompts: Prompts
 
 
 def check_denoiser(net: Any, source: Any) -> None:

@@ -123,8 +123,10 @@ def check_class_guidance(net: Any, option: str, name: str = "the network") -> st
     name: of the network in messages.
     Errors: UserError naming `option` for a network without classes, or without a way to be called without them.
     """
+    if getattr(net, "prompt_dim", 0):
+        return None
     if not net.label_dim:
-        raise UserError(f"{option}: {name} has no classes to guide with; leave the option out")
+        raise UserError(f"{option}: {name} has neither classes nor prompts to guide with; leave the option out")
     if getattr(net, "null_class", 0) is None:
         raise UserError(f"{option}: {name} has no class that stands for none; leave the option out")
     if getattr(getattr(net, "model", None), "label_dropout", None) == 0:

@@ -65,7 +65,9 @@ class CaptionedEmoji:
             index, place = self._draws.integers(len(self.names)), self._draws.integers(len(PLACES))
             ground = list(GROUNDS)[self._draws.integers(len(GROUNDS))]
             if not is_held_out(self.names[index], ground):
-                pictures.append(self.picture(int(index), ground, PLACES[place], self._draws.integers(-1, 2, 2)))
+                pictures.append(
+                    self.picture(int(index), ground, PLACES[place], self._draws.integers(-1, 2, 2).tolist())
+                )
                 captions.append(caption(self.names[index], ground, PLACES[place]))
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         return images.float() / 127.5 - 1, captions

@@ -63,6 +63,8 @@ def _teacher_text(inputs: Inputs) -> str:
     size = f"{teacher.img_channels} x {teacher.img_resolution} x {teacher.img_resolution}"
     kind = "latents" if getattr(teacher, "metadata", {}).get("vae") else "images"
     classes = f", {teacher.label_dim} classes" if teacher.label_dim else ""
+    if getattr(teacher, "prompt_dim", 0):
+        classes = f", {len(teacher.prompts.texts)} prompts"
     guide = "" if inputs.guide is None else ", guided by a weaker network"
     return f"{network_text(teacher)}, {size} {kind}{classes}{guide}"
 

@@ -1,0 +1,116 @@
+"""Reads folders in the layout of the diffusers library as denoisers: a pipeline, or a model with its scheduler.
+
+A folder holds either a pipeline (model_index.json, the model in unet/ or transformer/, scheduler/) or a model alone
+(config.json) with scheduler_config.json, scheduler/ or ../scheduler/. Weights are read from safetensors only, and
+no code that a folder may hold is run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from dnnlib import UserError
+from torch_utils import persistence
+from torch_utils.untrusted import edm_pickle
+from training.parameterisations import WrappedDenoiser
+
+from . import latents, network_files, text_encoders
+from .diffusers_folder import SCHEDULER_FILE, licence, read_config, weights
+from .diffusers_models import LATENT_SIGMA_DATA, MODELS, DiffusersDenoiser
+from .network_files import CONFIG_FILE, INDEX_FILE
+from .text_models import TEXT_MODELS, TextDenoiser
+
+VAES = (latents.FOLDER, "vqvae", "movq")  # what pipelines call the folder of a VAE
+FLUX_SAMPLE_SIZE = 128  # width of FLUX.1's latents, which its configuration doesn't name
+PIPELINE_ONLY = "pipeline_only"  # in the metadata of a model that only its pipeline calls rightly
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is in the library's layout, and not one that this project wrote for itself."""
+    if (Path(path) / INDEX_FILE).is_file():
+        return True
+    try:
+        config = read_config(Path(path) / CONFIG_FILE)
+    except UserError:
+        return False
+    is_model = config.get("_class_name") in {**MODELS, **TEXT_MODELS}
+    return "_sha256" not in config and ("_diffusers_version" in config or is_model)
+
+
+def read(path: Path) -> tuple[WrappedDenoiser, dict[str, Any]]:
+    """(denoiser, metadata) of a folder. Errors: UserError when it is damaged or not supported."""
+    try:
+        folder, scheduler, vae_folder = _parts(path)
+        config = read_config(folder / CONFIG_FILE)
+        metadata = config.pop("_metadata", {})
+        model = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+        is_text = model.get("_class_name") in TEXT_MODELS
+        if not is_text and model.get("_class_name") not in MODELS:  # before weights of another kind are looked for
+            DiffusersDenoiser(model, {})
+        metadata = network_files.checked_metadata(metadata or {"kind": "teacher", **licence(path)}, path)
+        if metadata.get(PIPELINE_ONLY):
+            raise UserError("is for the library's own pipeline; load the snapshot that it was made of")
+        settings: dict[str, Any] = {"model": model, "scheduler": read_config(scheduler)}
+        if not edm_pickle.is_plain(settings):
+            raise UserError("its configuration holds more than plain values")
+        if is_text:
+            metadata["text"] = _text_encoders(path)
+            settings |= {"length": text_encoders.tokens_of(path), **_sizes(model, path)}
+        state = {f"net.{name}": tensor for name, tensor in weights(folder).items()}
+        if vae_folder is not None:
+            settings["sigma_data"] = LATENT_SIGMA_DATA
+            metadata["vae"] = latents.record_of(vae_folder)
+        net = persistence.construct(TextDenoiser if is_text else DiffusersDenoiser, (), settings, state, path)
+        if vae_folder is None and net.img_channels not in (1, 3):
+            raise UserError(
+                f"its {net.img_channels} channels are latents, but there is no VAE: put the folder of the one that it"
+                f" was trained with as {latents.FOLDER}/ next to its own"
+            )
+        latents.check_channels(net, metadata)
+        return network_files.checked(net, path), metadata
+    except UserError as error:
+        raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}") from None
+
+
+def _text_encoders(path: Path) -> dict[str, Any]:
+    """The record of a pipeline's text encoders. Errors: UserError when it has none, or others than are supported."""
+    if not (path / INDEX_FILE).is_file():
+        raise UserError("its model is conditioned on text: name the folder of the whole pipeline, with text_encoder/")
+    return text_encoders.record_of(path)
+
+
+def _sizes(model: dict[str, Any], path: Path) -> dict[str, int]:
+    """What a text-to-image model is told of the size of its images, besides its own configuration."""
+    vae = read_config(path / latents.FOLDER / CONFIG_FILE)
+    blocks = vae.get("block_out_channels")
+    reduction = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and len(blocks) < 10 else 8
+    if model["_class_name"] == "FluxTransformer2DModel":
+        return {"sample_size": FLUX_SAMPLE_SIZE, "image_size": FLUX_SAMPLE_SIZE * reduction}
+    size = model.get("sample_size")
+    return {"image_size": size * reduction} if type(size) is int else {}
+
+
+def _parts(path: Path) -> tuple[Path, Path, Path | None]:
+    """(folder of the model, file of its scheduler's configuration, folder of its VAE if it has one)."""
+    folder, named, vaes = path, [], [path / latents.FOLDER, path.resolve().parent / latents.FOLDER]
+    if (path / INDEX_FILE).is_file():
+        index = read_config(path / INDEX_FILE)
+        parts = {name for name, value in index.items() if isinstance(value, list) and all(value)}
+        if "text_encoder" in parts:
+            text_encoders.record_of(path)  # which pipelines are supported
+        named = [path / name for name in VAES if name in parts]
+        vaes = named
+        found = [name for name in ("unet", "transformer") if name in parts]
+        if len(found) != 1:
+            raise UserError(f"{path}: {INDEX_FILE} names neither a unet nor a transformer, or names both")
+        folder = path / found[0] if (path / found[0] / CONFIG_FILE).is_file() else path
+    vae = next((vae for vae in vaes if (vae / CONFIG_FILE).is_file()), None)
+    if named and vae is None:
+        raise UserError(f"{path}: {INDEX_FILE} names a VAE, but there is no {named[0].name}/{CONFIG_FILE}")
+    places = [folder, folder / "scheduler", path / "scheduler", folder.resolve().parent / "scheduler"]
+    for place in places:
+        if (place / SCHEDULER_FILE).is_file():
+            return folder, place / SCHEDULER_FILE, vae
+    raise UserError(
+        f"{path}: has no {SCHEDULER_FILE}, which says how noise was added in training: put the file of the scheduler"
+        " that the model was trained with next to config.json"
+    )

@@ -1,0 +1,344 @@
+"""Text encoders of text-to-image pipelines, and the conditions that they make of prompts.
+
+The record of a pipeline's text encoders, metadata["text"], is plain values:
+
+source         folder of the pipeline, or its name on the Hugging Face Hub
+pipeline       its class in the diffusers library
+sha256         of the encoders' and tokenizers' files (`fingerprint`)
+
+The library's own pipeline encodes, without its image model. Prompts are encoded once, and kept in the cache folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib import UserError, user_path
+from dnnlib.download import cache_folder
+from dnnlib.progress import ProgressBar
+from torch_utils import distributed, persistence
+from training.conditions import Prompts
+
+from . import diffusers_folder
+from .diffusers_folder import read_config
+from .network_files import INDEX_FILE
+
+PIPELINES = {  # class: its tokenizers and text encoders
+    "StableDiffusionPipeline": ("tokenizer", "text_encoder"),
+    "StableDiffusionXLPipeline": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+    "StableDiffusion3Pipeline": (
+        *("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+        *("tokenizer_3", "text_encoder_3"),
+    ),
+    "FluxPipeline": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+}
+T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}  # of a prompt, as the pipelines call T5
+UNUSED = ("vae", "unet", "transformer", "safety_checker", "feature_extractor", "image_encoder")  # parts not loaded
+ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+FOLDER = "text"  # of a pipeline with the encoders, next to a network's file
+EDGE_BYTES = 1 << 20  # of a file of weights that its fingerprint reads at either end
+ENCODED_AT_ONCE = 32
+MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_FILE_BYTES = 20_000_000, 10_000, 4 << 30
+INSTALL = "pip install 'sid-distillation[text]', or pip install diffusers transformers"
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """The record of the text encoders in a pipeline's folder. Errors: UserError when they aren't supported."""
+    pipeline, parts = _parts(path)
+    return {"source": str(path.resolve()), "pipeline": pipeline, "sha256": fingerprint(path, parts)}
+
+
+def tokens_of(path: Path) -> int:
+    """How many tokens a prompt has in a pipeline's conditions. Errors: UserError when its tokenizer doesn't say."""
+    pipeline, _ = _parts(path)
+    length = read_config(path / "tokenizer" / "tokenizer_config.json").get("model_max_length")
+    if type(length) is not int or not 0 < length < 10_000:
+        raise UserError(f"{path / 'tokenizer'}: names no model_max_length, how many tokens a prompt has at most")
+    extra = T5_TOKENS.get(pipeline, 0)
+    return extra if pipeline == "FluxPipeline" else length + extra
+
+
+def _parts(path: Path) -> tuple[str, list[str]]:
+    """(class of a pipeline, its folders of tokenizers and text encoders that are there)."""
+    index = read_config(path / INDEX_FILE)
+    pipeline = str(index.get("_class_name"))[:80]
+    if pipeline not in PIPELINES:
+        raise UserError(f"{path}: a {pipeline}; of text-to-image, {', '.join(PIPELINES)} are supported")
+    parts = []
+    for name in PIPELINES[pipeline]:
+        entry = index.get(name)
+        library, found = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if found is None and name.endswith("_3"):  # Stable Diffusion 3 does without T5
+            continue
+        known = TOKENIZERS if name.startswith("tokenizer") else ENCODERS
+        if library != "transformers" or found not in known:
+            raise UserError(f"{path}: its {name} is {str(found)[:80]!r}, none of {', '.join(known)}")
+        if not (path / name).is_dir():
+            raise UserError(f"{path}: {INDEX_FILE} names a {name}, but there is no folder {name}/")
+        if name.startswith("text") and not any((path / name).glob("*.safetensors")):
+            raise UserError(f"{path / name}: holds no .safetensors; save the pipeline again by save_pretrained")
+        parts.append(name)
+    return pipeline, parts
+
+
+def fingerprint(path: Path, parts: Sequence[str]) -> str:
+    """A hash that other text encoders are told by: of small files whole, of weights their size and both ends."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in sorted((path / part).iterdir()):
+            if not file.is_file() or file.suffix not in (".json", ".txt", ".model", ".safetensors"):
+                continue
+            size = file.stat().st_size
+            digest.update(f"{part}/{file.name} {size}".encode())
+            with open(file, "rb") as opened:
+                digest.update(opened.read(EDGE_BYTES))
+                if size > EDGE_BYTES:
+                    opened.seek(max(EDGE_BYTES, size - EDGE_BYTES))
+                    digest.update(opened.read(EDGE_BYTES))
+    return digest.hexdigest()
+
+
+# --- prompts
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one per line, or of a .jsonl file, one JSON object with "prompt" or "text" per line.
+
+    Empty lines are skipped. Errors: UserError naming --prompts when it holds none, or isn't such a file.
+    """
+    file, prompts = user_path(str(path)), []
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"--prompts={path}: is no file of prompts, one per line; name one")
+        with open(file, encoding="utf-8-sig", newline=None) as lines:
+            for number, line in enumerate(lines, 1):
+                if not (line := line.strip()):
+                    continue
+                prompts.append(_prompt(line, number, path) if file.suffix in (".jsonl", ".ndjson") else line)
+                if len(prompts[-1]) > MAX_PROMPT_CHARACTERS:
+                    raise UserError(f"--prompts={path}: line {number} has {len(prompts[-1])} characters; shorten it")
+                if len(prompts) > MAX_PROMPTS:
+                    raise UserError(f"--prompts={path}: holds more than {MAX_PROMPTS} prompts; take a part of them")
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts={path}: is no text in UTF-8; save it as such") from None
+    except OSError as error:
+        raise UserError(f"--prompts={path}: can't be read ({error.strerror})") from None
+    if not prompts:
+        raise UserError(f"--prompts={path}: holds no prompt; write one per line")
+    return prompts
+
+
+def _prompt(line: str, number: int, path: str | Path) -> str:
+    try:
+        value = json.loads(line)
+        found = next(value[key] for key in ("prompt", "text", "caption") if isinstance(value.get(key), str))
+    except (ValueError, AttributeError, StopIteration, RecursionError):
+        raise UserError(f'--prompts={path}: line {number} is no JSON object with a "prompt"; write one') from None
+    return re.sub(r"\s+", " ", found).strip()
+
+
+def prompts_for(net: Any, texts: Sequence[str], device: torch.device | str = "cpu", in_order: bool = False) -> Prompts:
+    """The conditions that a network's text encoders make of prompts, from the cache if they are there.
+
+    in_order: as for `training.conditions.Prompts`. Every process must call it; one of them encodes.
+    Errors: UserError when the encoders can't be had, or aren't the ones that the network was trained with.
+    """
+    if not getattr(net, "prompt_dim", 0):
+        raise UserError("--prompts: this network makes no images of prompts; leave the option out")
+    record = checked_record(net.metadata.get("text"), "the network")
+    with distributed.shared_errors():
+        if distributed.rank() == 0:
+            path = _encoded(record, texts, net.prompt_dim, torch.device(device))
+    path = distributed.from_process_0(str(path) if distributed.rank() == 0 else None)
+    rows = np.load(path, mmap_mode="r")  # the last row is the null condition
+    return Prompts(rows, torch.from_numpy(rows[len(texts)].copy()), texts, in_order)
+
+
+def _encoded(record: dict[str, Any], texts: Sequence[str], prompt_dim: int, device: torch.device) -> Path:
+    """The file in the cache with the conditions of prompts and, last, the null condition, float32 [P + 1, prompt_dim].
+
+    Made if it isn't there.
+    """
+    key = hashlib.sha256(json.dumps([record["sha256"], record["pipeline"], list(texts)]).encode()).hexdigest()
+    path = Path(cache_folder()) / "prompts" / f"{key}.npy"
+    shape = (len(texts) + 1, prompt_dim)
+    if path.is_file():
+        try:
+            if np.load(path, mmap_mode="r").shape == shape:
+                return path
+        except (ValueError, OSError, EOFError):
+            pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UserError(
+            f"--prompts: {len(texts)} encoded prompts take {needed / 1e9:.3g} GB, but {path.parent} has"
+            f" {free / 1e9:.3g} GB free; give fewer, or name another disk with DNNLIB_CACHE_DIR"
+        )
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        rows = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+        done = 0
+        for encoded in TextEncoder(record, device).encode(texts):
+            if encoded.shape[1] != prompt_dim:
+                raise UserError(
+                    f"{record['source']}: its text encoders give {encoded.shape[1]} numbers per prompt, but the model"
+                    f" takes {prompt_dim}; give the pipeline that it belongs to"
+                )
+            rows[done : done + len(encoded)] = encoded.numpy()
+            done += len(encoded)
+        if not all(np.isfinite(rows[start : start + 1024]).all() for start in range(0, len(rows), 1024)):
+            raise UserError(f"{record['source']}: its text encoders make NaN or infinity of some prompts: damaged")
+        rows.flush()
+        del rows
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+class TextEncoder:
+    """The tokenizers and text encoders of a pipeline.
+
+    record: as the module describes it. Errors: UserError when they can't be had, or are others than recorded.
+    """
+
+    def __init__(self, record: dict[str, Any], device: torch.device | str = "cpu"):
+        self.kind, self.device = record["pipeline"], device
+        path = folder_of(record)
+        pipeline, parts = _parts(path)
+        if pipeline != self.kind or fingerprint(path, parts) != record["sha256"]:
+            raise UserError(
+                f"{path}: its text encoders aren't those that the network was trained with; put the pipeline with those"
+                f" as {FOLDER}/ next to the network's file"
+            )
+        diffusers = diffusers_folder.library()
+        try:
+            import transformers  # noqa: F401  # pyright: ignore[reportMissingImports]  an optional package
+        except ImportError:
+            raise UserError(f"encoding prompts needs the transformers library: {INSTALL}") from None
+        index = read_config(path / INDEX_FILE)
+        unused = {name: None for name in UNUSED if name in index}
+        try:
+            with _quiet(diffusers):
+                self.pipeline = getattr(diffusers, self.kind).from_pretrained(
+                    path, **unused, use_safetensors=True, local_files_only=True
+                )
+        except Exception as error:  # whatever the libraries raise on damaged files
+            reason = persistence.one_line(error, 200)
+            raise UserError(f"{path}: its text encoders can't be loaded: {reason}") from None
+        self.pipeline.to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Iterator[torch.Tensor]:
+        """The conditions of prompts, float32 [n, prompt_dim] on the CPU, in batches; last, the null condition [1, …].
+
+        Prints one line if some are longer than the encoders take.
+        """
+        self._warn_of_long(texts)
+        null = None
+        with ProgressBar(len(texts), desc="encoding prompts") as bar, _quiet(diffusers_folder.library()):
+            for start in range(0, len(texts), ENCODED_AT_ONCE):
+                part = list(texts[start : start + ENCODED_AT_ONCE])
+                encoded, null = self._call(part)
+                yield encoded
+                bar.update(len(part))
+            if null is None:
+                null, _ = self._call([""])
+        yield null[:1]
+
+    def _call(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(conditions of prompts, null conditions if the pipeline has its own)."""
+        given: dict[str, Any] = {"prompt": texts, "device": self.device, "num_images_per_prompt": 1}
+        if self.kind == "FluxPipeline":
+            tokens, pooled, _ = self.pipeline.encode_prompt(**given, prompt_2=None)
+            return _row(tokens, pooled), None
+        given["do_classifier_free_guidance"] = True
+        if self.kind == "StableDiffusion3Pipeline":
+            given |= {"prompt_2": None, "prompt_3": None}
+        found = self.pipeline.encode_prompt(**given)
+        return _row(*found[0::2]), _row(*found[1::2])
+
+    def _warn_of_long(self, texts: Sequence[str]) -> None:
+        name = "tokenizer" if self.kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else "tokenizer_2"
+        if self.kind == "StableDiffusion3Pipeline" and self.pipeline.tokenizer_3 is not None:
+            name = "tokenizer_3"
+        tokenizer = getattr(self.pipeline, name)
+        most = T5_TOKENS.get(self.kind, 0) if name != "tokenizer" else 0
+        most = most or tokenizer.model_max_length
+        with _quiet(diffusers_folder.library()):
+            long = [i for i, text in enumerate(texts) if len(tokenizer(text, truncation=False).input_ids) > most]
+        if long:
+            print(
+                f"{len(long)} of {len(texts)} prompts are longer than the {most} tokens that the text encoder takes and"
+                f" are cut off, such as number {long[0] + 1}: {texts[long[0]][:60]!r}…",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _row(*parts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part.detach().to("cpu", torch.float32).flatten(1) for part in parts], dim=1)
+
+
+class _quiet:
+    """Keeps the libraries from writing about parts that aren't loaded and prompts that are cut off."""
+
+    def __init__(self, diffusers: Any):
+        import transformers  # pyright: ignore[reportMissingImports]
+
+        self._logs = (diffusers.utils.logging, transformers.utils.logging)
+
+    def __enter__(self) -> None:
+        self._before = [log.get_verbosity() for log in self._logs]
+        self._logs[0].disable_progress_bar()
+        self._logs[1].disable_progress_bar()
+        for log in self._logs:
+            log.set_verbosity_error()
+
+    def __exit__(self, *_: Any) -> None:
+        for log, level in zip(self._logs, self._before):
+            log.set_verbosity(level)
+
+
+def folder_of(record: dict[str, Any]) -> Path:
+    """The folder of a record's pipeline, downloaded if need be. Errors: UserError when it can't be had."""
+    source = str(record["source"])
+    path = user_path(source)
+    if (path / INDEX_FILE).is_file():
+        return path
+    if diffusers_folder.is_hub_name(source):
+        return diffusers_folder.fetch(source)
+    raise UserError(
+        f"{source}: the pipeline whose text encoders the network was trained with isn't there; put it as {FOLDER}/ next"
+        " to the network's file"
+    )
+
+
+def checked_record(record: Any, name: Any) -> dict[str, Any]:
+    """`record`, if it is one of text encoders. name: of what holds it, in messages. Errors: UserError if it isn't."""
+    keys = ("source", "pipeline", "sha256")
+    if type(record) is not dict or not all(type(record.get(key)) is str for key in keys):
+        raise UserError(f"{name}: what it says about its text encoders is damaged")
+    if record["pipeline"] not in PIPELINES:
+        raise UserError(f"{name}: its prompts are those of a {record['pipeline'][:80]}, which isn't supported")
+    return record
+
+
+def found_nearby(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A network's metadata in which the text encoders are those next to its file, where there are some."""
+    nearby = (path if path.is_dir() else path.parent) / FOLDER
+    if "text" not in metadata or not (nearby / INDEX_FILE).is_file():
+        return metadata
+    return {**metadata, "text": {**checked_record(metadata["text"], path), "source": str(nearby.resolve())}}

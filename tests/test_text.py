@@ -1,0 +1,382 @@
+"""Text-to-image teachers: the library's own pipelines, the published losses with guidance, prompts to images."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from parity import DATA
+from test_steps import fill
+from tiny import CPU, tiny_config, tiny_teacher
+
+from dnnlib import UserError
+from edm import diffusers_pipelines, generate, latents, text_encoders, zoo
+from edm.sampler import generate_all
+from edm.text_models import TextDenoiser
+from sid.guidance import Guidance, parse_guidance
+from sid.loss import SiDLoss
+from sid.run import distil
+from training.conditions import Classes, Prompts, conditions_of
+from training.generator import Generator
+from training.guidance import class_guided
+from training.steps import Steps
+
+pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+import tiny_pipelines  # noqa: E402
+
+diffusers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+TEXTS = ["a red apple", "dogs", "a cat in a hat"]
+KAPPAS = [(1, 1, 1, 1.0), (1, 1, 3.0, 1.0), (0.5, 1, 1, 1.0), (1.5, 1.5, 1.5, 1.0), (4.5, 4.5, 4.5, 1.2)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DNNLIB_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: the folder of a pipeline}"""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name in ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"):
+        getattr(tiny_pipelines, name)().save_pretrained(root / name)
+    return {path.name: path for path in root.iterdir()}
+
+
+def teacher_of(folder, texts=TEXTS):
+    net = zoo.load_denoiser(folder)
+    net.prompts = text_encoders.prompts_for(net, texts, in_order=True)
+    return net
+
+
+# --- the published losses
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_published_losses_with_guidance(kind):
+    """Guided answers, both losses and theta's gradient of SiD-LSG's code on a tiny UNet, 1e-4 of the largest value."""
+    arrays = np.load(DATA / "lsg-losses.npz")
+    model = {**json.loads((DATA / "lsg-unet.json").read_text()), "_class_name": "UNet2DConditionModel"}
+    scheduler = {**tiny_pipelines.BETAS, "_class_name": "DDPMScheduler", "prediction_type": kind}
+    psi, phi = (TextDenoiser(model, scheduler, length=5).eval() for _ in range(2))
+    fill(psi.net, seed=701)
+    fill(phi.net, seed=702)
+    embeddings, noise, t = (torch.tensor(arrays[name]) for name in ("embeddings", "noise", "timesteps"))
+    condition = embeddings[:-1].flatten(1)
+    prompts = Prompts(condition.numpy(), embeddings[-1].flatten(), TEXTS)
+    sigma = phi.times.sigma(t.double()).float().reshape(-1, 1, 1, 1)
+    x_g = torch.tensor(arrays[f"{kind}/generated_steps1"])
+
+    def check(found, name):
+        expected = torch.tensor(arrays[f"{kind}/kappa{k1}_{k2}_{k4}_alpha{alpha}/{name}"])
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), (k1, k2, k4, name)
+
+    for k1, k2, k4, alpha in KAPPAS:
+        options = {"guidance": Guidance(k1, k2, k4), "conditions": prompts}
+        loss, x = SiDLoss(alpha, **options, fake_score_weight=lambda s: s**-2), x_g.clone().requires_grad_()
+        _, f_phi, f_psi = loss.denoised(phi, psi, x, sigma, noise, condition)
+        check(f_phi.detach(), "f_phi")
+        check(f_psi.detach(), "f_psi")
+        value = loss.generator_loss(phi, psi, x, condition, (sigma, noise))
+        check(value.detach(), "generator_loss")
+        check(torch.autograd.grad(value.sum(), x)[0], "generator_grad_images")
+        answer = class_guided(psi, k1, prompts)(x_g + sigma * noise, sigma, condition)
+        check(loss.denoising.weighted(psi, (answer - x_g) ** 2, sigma).detach(), "fake_score_loss")
+
+
+def test_a_class_is_a_prompt():
+    """Classes given as the encodings of prompts: the same losses bit for bit, dropped conditions included."""
+    net, (x, labels) = tiny_teacher().eval(), (torch.randn(4, 1, 8, 8), torch.eye(3)[[0, 2, 1, 0]])
+    found = []
+    for conditions in (Classes(3), Prompts(torch.eye(3).numpy(), torch.zeros(3), TEXTS)):
+        torch.manual_seed(7)
+        loss = SiDLoss(guidance=Guidance(2.0, 1.5, 3.0), conditions=conditions)
+        drawn = conditions.drop(conditions.draw(4), 0.5)
+        found.append([drawn, loss.generator_loss(net, net, x, labels), loss.fake_score_loss(net, x, labels)])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found))
+
+
+# --- the library's pipelines
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"])
+def test_a_pipeline_as_a_teacher(folders, kind):
+    """One step of the library's own pipeline from pure noise, its encoding of prompts included, is our denoiser."""
+    net = teacher_of(folders[kind])
+    if kind == "flux":  # whose configuration doesn't name the size
+        assert net.img_resolution == 128
+        net.img_resolution = tiny_pipelines.SIZE
+    torch.manual_seed(2)
+    z, width = torch.randn(2, 4, tiny_pipelines.SIZE, tiny_pipelines.SIZE), 2 * tiny_pipelines.SIZE
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[kind])
+    pipeline.set_progress_bar_config(disable=True)
+    level, start = torch.full([2, 1, 1, 1], math.inf), z
+    if kind.startswith("stable_diffusion") and kind != "stable_diffusion_3":
+        options = {"timestep_spacing": "trailing", "clip_sample": False}
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **options)
+        level = torch.full([2, 1, 1, 1], net.sigma_max)
+    if kind == "flux":
+        start = pipeline._pack_latents(z, 2, 4, tiny_pipelines.SIZE, tiny_pipelines.SIZE)
+    how = {"num_inference_steps": 1, "guidance_scale": 3.5 if kind == "flux" else 1.0, "output_type": "latent"}
+    expected = pipeline(TEXTS[:2], latents=start, width=width, height=width, **how).images
+    if kind == "flux":
+        expected = pipeline._unpack_latents(expected, width, width, 2)
+    with torch.no_grad():
+        found = net.scaled(z, level, net.prompts.of_seeds([0, 1], CPU, None))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not torch.equal(*net.prompts.of_seeds([0, 1], CPU, None))
+
+
+def test_the_null_condition_is_the_librarys(folders):
+    """The empty prompt for Stable Diffusion; zeros for XL, as its configuration says."""
+    plain, large = (teacher_of(folders[kind]) for kind in ("stable_diffusion", "stable_diffusion_xl"))
+    assert not large.prompts.null(1).any()
+    empty = text_encoders.prompts_for(plain, [""])
+    assert torch.equal(plain.prompts.null(1), empty.draw(1, randint=lambda high: torch.zeros(1, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl"])
+def test_a_generator_as_a_pipeline(folders, tmp_path, kind, prediction):
+    """The library's pipeline makes our images of the same noise: in one step, and by its own default arguments."""
+    folder = folders[kind]
+    if prediction == "v_prediction":
+        if kind != "stable_diffusion":
+            pytest.skip("one kind is enough")
+        folder = tmp_path / "v"
+        tiny_pipelines.stable_diffusion(prediction).save_pretrained(folder)
+    net = teacher_of(folder)
+    net.metadata |= Steps((2.2,)).record() | {"kind": "sid-generator"}
+    call = diffusers_pipelines.write(net, tmp_path / "out")
+    assert call.endswith('pipeline(prompt="...", num_inference_steps=1)')
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(3)
+    z, width = torch.randn(2, 4, tiny_pipelines.SIZE, tiny_pipelines.SIZE), 2 * tiny_pipelines.SIZE
+    with torch.no_grad():
+        x = Generator(net, Steps((2.2,))).sample(z, net.prompts.of_seeds([0, 1], CPU, None))
+        expected = latents.decoder_of(net).decode(x).clamp(-1, 1)
+    for options, tolerance in (({"num_inference_steps": 1}, 2e-5), ({}, 5e-3)):
+        images = pipeline(TEXTS[:2], latents=z, width=width, height=width, output_type="pt", **options).images
+        assert (images * 2 - 1 - expected).abs().max() < tolerance
+    with pytest.raises(UserError, match="for the library's own pipeline"):
+        zoo.load_network(tmp_path / "out")
+
+
+def test_what_cannot_become_a_pipeline(folders, tmp_path):
+    net = teacher_of(folders["stable_diffusion_3"])
+    net.metadata |= Steps((2.2,)).record()
+    with pytest.raises(UserError, match="only generators distilled from Stable Diffusion 1, 2 and XL"):
+        diffusers_pipelines.write(net, tmp_path / "out")
+
+
+# --- distillation
+
+
+def test_distilling_a_pipeline(folders, tmp_path, monkeypatch):
+    """With long-short guidance from prompts to a snapshot, again from a state, and images of it by the command line."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS), encoding="utf-8")
+    teacher = zoo.load_denoiser(folders["stable_diffusion"])
+    names = {"fake_sigma_schedule": "times=20,980", "sigma_schedule": "times=20,980", "augment": 0}
+    config = tiny_config(guidance="long-short=1.5", fake_score_weighting="noise", **names)
+    distil(teacher, config, tmp_path / "whole", prompts=str(prompts))
+
+    half = tmp_path / "half"
+    shorter = tiny_config(guidance="long-short=1.5", fake_score_weighting="noise", total_kimg=0.016, **names)
+    distil(teacher, shorter, half, prompts=str(prompts))
+    prompts.write_text("\n".join(reversed(TEXTS)), encoding="utf-8")
+    with pytest.raises(UserError, match=r"prompts \(contents\)"):
+        distil(teacher, config, half, prompts=str(prompts))
+    prompts.write_text("\n\n".join(TEXTS), encoding="utf-8")
+    generator = distil(teacher, config, half, prompts=str(prompts), override=True)
+    snapshots = [next((tmp_path / name).glob("network-snapshot-000000.040*")) for name in ("whole", "half")]
+    first, second = (zoo.load_denoiser(path) for path in snapshots)
+    assert zoo.network_hash(first) == zoo.network_hash(second) == zoo.network_hash(generator.net)
+    assert zoo.network_hash(first) != zoo.network_hash(teacher)
+
+    assert first.metadata["text"] == teacher.metadata["text"]
+    assert first.metadata["vae"] == teacher.metadata["vae"]
+    with pytest.raises(UserError, match="give some with --prompts"):
+        generate_all(first, [0])
+    for option in ("--prompt=dogs", f"--prompts={prompts}"):
+        out = tmp_path / f"out{len(option)}"
+        result = CliRunner().invoke(
+            generate.main, [f"--network={snapshots[0]}", f"--outdir={out}", "--seeds=0-3", option]
+        )
+        assert result.exit_code == 0, result.output
+        assert len(list(out.rglob("*.png"))) == 4
+    first.prompts = text_encoders.prompts_for(first, ["dogs"])
+    shutil.move(folders["stable_diffusion"], tmp_path / "elsewhere")
+    try:
+        with pytest.raises(UserError, match=r"put it as text/ next to the network's file"):
+            text_encoders.prompts_for(first, ["frogs"])
+        shutil.copytree(tmp_path / "elsewhere", snapshots[0].parent / "text")
+        shutil.copytree(tmp_path / "elsewhere/vae", snapshots[0].parent / "vae")
+        moved = zoo.load_denoiser(snapshots[0])
+        moved.prompts = text_encoders.prompts_for(moved, ["dogs"])
+        monkeypatch.setattr(text_encoders, "TextEncoder", None)  # the cache has them
+        assert text_encoders.prompts_for(moved, ["dogs"]).texts == ["dogs"]
+        assert torch.equal(moved.prompts.draw(2), first.prompts.draw(2))
+        assert generate_all(moved, [0]).shape == (1, 3, 16, 16)
+    finally:
+        shutil.move(tmp_path / "elsewhere", folders["stable_diffusion"])
+
+
+def test_other_text_encoders_are_refused(folders, tmp_path):
+    """A generator isn't asked by the words of another encoder."""
+    net, other = zoo.load_denoiser(folders["stable_diffusion"]), tmp_path / "other"
+    tiny_pipelines.stable_diffusion(encoder_scale=2.0).save_pretrained(other)
+    net.metadata["text"]["source"] = str(other)
+    with pytest.raises(UserError, match="aren't those that the network was trained with"):
+        text_encoders.prompts_for(net, ["something new"])
+
+
+# --- prompts
+
+
+def test_prompts_are_drawn_and_dropped():
+    """Every prompt is as likely; as many seeds as there are prompts have each once; dropping gives the null."""
+    rows = torch.arange(12.0).reshape(4, 3)
+    prompts = Prompts(rows.numpy(), torch.full([3], -1.0), ["a", "b", "c", "d"])
+    torch.manual_seed(0)
+    counts = (prompts.draw(4000)[:, 0] / 3).long().bincount(minlength=4)
+    assert (counts - 1000).abs().max() < 5 * math.sqrt(750)
+    numbers = prompts.numbers_of_seeds(range(8))
+    assert sorted(numbers[:4]) == [0, 1, 2, 3]
+    assert numbers[4:] == numbers[:4] != [0, 1, 2, 3]
+    assert torch.equal(prompts.of_seeds(range(4), CPU, None), rows[numbers[:4]])
+    assert Prompts(rows, prompts.null(1)[0], list("abcd"), in_order=True).numbers_of_seeds([2, 5]) == [2, 1]
+    dropped = prompts.drop(rows.repeat(500, 1), 0.1)
+    share = (dropped == -1).all(dim=1).float().mean()
+    assert abs(share - 0.1) < 0.04
+    assert torch.equal(dropped[dropped[:, 0] >= 0].unique(dim=0), rows)
+    assert prompts.drop(rows, 0) is rows
+    assert prompts.groups(rows) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"caf\xe9", "no text in UTF-8"),
+        ("a.txt", b"x" * 20_000, "line 1 has 20000 characters"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"words": 1}\n', 'line 2 is no JSON object with a "prompt"'),
+        ("a.jsonl", b"[[[", "line 1 is no JSON object"),
+    ],
+)
+def test_files_that_hold_no_prompts(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        text_encoders.read_prompts(tmp_path / name)
+
+
+def test_files_of_prompts(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\n\r\n  ein Hund auf der Straße \n".encode())
+    (tmp_path / "a.jsonl").write_text('{"text": "two\\nlines"}\n{"prompt": "b", "text": "c"}\n')
+    assert text_encoders.read_prompts(tmp_path / "a.txt") == ["a cat", "ein Hund auf der Straße"]
+    assert text_encoders.read_prompts(tmp_path / "a.jsonl") == ["two lines", "b"]
+    with pytest.raises(UserError, match="no file of prompts"):
+        text_encoders.read_prompts(tmp_path)
+
+
+def test_long_prompts_are_named(folders, capsys):
+    teacher_of(folders["stable_diffusion"], ["dogs", "a prompt of many letters, which are its tokens here"])
+    assert "1 of 2 prompts are longer than the 16 tokens" in capsys.readouterr().err
+
+
+def test_prompts_and_networks_that_do_not_fit(folders, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("dogs")
+    with pytest.raises(UserError, match="makes no images of prompts"):
+        distil(tiny_teacher(), tiny_config(), tmp_path / "run", prompts=str(prompts))
+    net = zoo.load_denoiser(folders["stable_diffusion"])
+    with pytest.raises(UserError, match="name some with --prompts=FILE"):
+        distil(net, tiny_config(augment=0), tmp_path / "run")
+    with pytest.raises(UserError, match="give some with --prompts=FILE"):
+        conditions_of(net)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"text_encoder": ["transformers", "LlamaModel"]}, "its text_encoder is 'LlamaModel'"),
+        ({"text_encoder": ["own_module", "CLIPTextModel"]}, "its text_encoder is"),
+        ({"_class_name": "StableDiffusionUpscalePipeline"}, "a StableDiffusionUpscalePipeline"),
+    ],
+)
+def test_pipelines_that_are_not_supported(folders, tmp_path, damage, words):
+    folder = shutil.copytree(folders["stable_diffusion"], tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **damage}))
+    with pytest.raises(UserError, match=words):
+        zoo.load_network(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: shutil.rmtree(folder / "text_encoder"), "there is no folder text_encoder/"),
+        (lambda folder: (folder / "text_encoder/model.safetensors").rename(folder / "model.bin"), "no .safetensors"),
+        (lambda folder: (folder / "text_encoder/model.safetensors").write_bytes(b"junk"), "can't be loaded"),
+        (lambda folder: (folder / "tokenizer/tokenizer.json").write_bytes(b"{"), "can't be loaded"),
+    ],
+)
+def test_damaged_pipelines(folders, tmp_path, change, words):
+    folder = shutil.copytree(folders["stable_diffusion"], tmp_path / "copy")
+    change(folder)
+    with pytest.raises(UserError, match=words):
+        teacher_of(folder, ["something else"])
+
+
+def test_a_model_without_its_pipeline(folders):
+    with pytest.raises(UserError, match="name the folder of the whole pipeline"):
+        zoo.load_network(folders["stable_diffusion"] / "unet")
+
+
+# --- guidance
+
+
+@pytest.mark.parametrize(
+    ("text", "kappas"),
+    [
+        ("zero", (0, 0, 1)),
+        ("anti=-1.5", (-1.5, -1.5, 1)),
+        ("kappa=0.5:1:4.5", (0.5, 1, 4.5)),
+        ("long-short=2", (2, 2, 2)),
+        ("short=0", (0, 1, 1)),
+    ],
+)
+def test_guidance_by_places(text, kappas):
+    guidance = parse_guidance(text)
+    assert (guidance.fake_score_step, guidance.fake_score, guidance.teacher) == kappas
+    assert str(guidance) == text
+    assert parse_guidance(str(guidance)) == guidance
+
+
+@pytest.mark.parametrize("text", ["zero=1", "anti=1", "anti", "kappa=1:2", "kappa=1:2:inf", "zero,long=2", "kappa=2"])
+def test_guidance_that_makes_no_sense(text):
+    with pytest.raises(UserError, match=f"--guidance={text}"):
+        parse_guidance(text)
+
+
+def test_zero_guidance_asks_psi_without_its_condition():
+    """One call, with null conditions; no image loses a condition that psi isn't shown anyway."""
+    seen = []
+
+    def net(x, sigma, condition):
+        seen.append(condition)
+        return x
+
+    guided = class_guided(net, 0, Classes(3))
+    guided(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 1, 1), torch.eye(3)[:2])
+    assert len(seen) == 1
+    assert not seen[0].any()
+    assert parse_guidance("zero").label_dropout == 0 < parse_guidance("anti=-1").label_dropout

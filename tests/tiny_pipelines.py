@@ -1,0 +1,138 @@
+"""Tiny text-to-image pipelines of the diffusers library, with random weights."""
+
+import string
+
+import diffusers
+import torch
+import transformers
+from tiny import TINY_VAE
+
+LENGTH = 16  # tokens of CLIP's prompts
+SIZE = 8  # of latents; images are twice as wide
+VAE = {**TINY_VAE, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 16}
+UNET = {
+    "sample_size": SIZE,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+BETAS["steps_offset"] = 1
+
+
+def seeded(build):
+    torch.manual_seed(0)
+    return build().eval().requires_grad_(False)
+
+
+def clip_tokenizer():
+    letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
+    vocabulary = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    numbers = {word: i for i, word in enumerate(vocabulary)}
+    return transformers.CLIPTokenizer(vocab=numbers, merges=[], model_max_length=LENGTH)
+
+
+def clip(tokenizer, projected=False, scale=1.0):
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=scale,
+    )
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return seeded(lambda: cls(config))
+
+
+def t5(width):
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "abcdefghij")]
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=len(tokenizer), **sizes)
+    return tokenizer, seeded(lambda: transformers.T5EncoderModel(config))
+
+
+def vae():
+    return seeded(lambda: diffusers.AutoencoderKL(**VAE))
+
+
+def stable_diffusion(prediction="epsilon", encoder_scale=1.0):
+    tokenizer = clip_tokenizer()
+    return diffusers.StableDiffusionPipeline(
+        vae(),
+        clip(tokenizer, scale=encoder_scale),
+        tokenizer,
+        seeded(lambda: diffusers.UNet2DConditionModel(**UNET, cross_attention_dim=16)),
+        diffusers.DDIMScheduler(**BETAS, prediction_type=prediction),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl():
+    tokenizer = clip_tokenizer()
+    added = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8}
+    return diffusers.StableDiffusionXLPipeline(
+        vae(),
+        clip(tokenizer),
+        clip(tokenizer, projected=True),
+        tokenizer,
+        tokenizer,
+        seeded(
+            lambda: diffusers.UNet2DConditionModel(
+                **UNET, **added, cross_attention_dim=32, addition_embed_type="text_time"
+            )
+        ),
+        diffusers.DDIMScheduler(**BETAS),
+        add_watermarker=False,
+    )
+
+
+def stable_diffusion_3():
+    tokenizer, (tokenizer_3, encoder_3) = clip_tokenizer(), t5(32)
+    transformer = seeded(
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=SIZE,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            pos_embed_max_size=SIZE,
+        )
+    )
+    encoders = [part for _ in range(2) for part in (clip(tokenizer, projected=True), tokenizer)]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.StableDiffusion3Pipeline(transformer, scheduler, vae(), *encoders, encoder_3, tokenizer_3)
+
+
+def flux():
+    tokenizer, (tokenizer_2, encoder_2) = clip_tokenizer(), t5(16)
+    transformer = seeded(
+        lambda: diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.FluxPipeline(scheduler, vae(), clip(tokenizer), tokenizer, encoder_2, tokenizer_2, transformer)
