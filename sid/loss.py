@@ -50,7 +50,8 @@ class SiDLoss:
     tmax         a Karras schedule reaches up to time tmax / 1000
     sigma_data   standard deviation of the images, in the weight of the fake score's loss (EDM's)
     objective    the generator's, one of `sid.objectives.OBJECTIVES`
-    weighting    'omega', 'sigma' (1/sigma^2), 'time' (1/(1 + sigma), 1 - t of a flow) or 'none'; None: the weighting the objective was published with
+    weighting    'omega', 'sigma' (1/sigma^2), 'time' (1/(1 + sigma), which is 1 - t of a flow) or 'none'; None: the
+                 weighting the objective was published with
     huber        c of `pseudo_huber_factor`; None: the squared distance. For sid and l2 only
     score_gradient    whether gradients pass through f_phi and f_psi; methods may override it; False: sid and l2 only
     sigma_schedule, fake_sigma_schedule    noise levels of the generator's and of the fake score's loss, or their names

@@ -85,6 +85,43 @@ def _edm2(size: str, dropout: float, duration: float) -> dict[str, Any]:
     return {**_EDM2, "edm_model": f"edm2-img512-{size}", "dropout": dropout, "duration": duration}
 
 
+# Text-to-image: SiD-LSG (arXiv:2406.01561) of Stable Diffusion, and four steps of flows (arXiv:2509.25127). The user
+# names prompts by --prompts. The lengths of the two for Stable Diffusion are this project's.
+_TEXT: dict[str, Any] = {
+    "alpha": 1.0,
+    "ls": 1,
+    "lsg": 1,
+    "lr": 1e-6,
+    "glr": 1e-6,
+    "augment": 0,
+    "metrics": "none",
+    "ema": 0.05,
+}
+_STABLE_DIFFUSION: dict[str, Any] = {
+    **_TEXT,
+    "init_sigma": 2.5017,  # time 625
+    "sigma_schedule": "times=20,980",
+    "fake_sigma_schedule": "times=20,980",
+    "fake_score_weighting": "noise",
+    "guidance": "long-short=1.5",  # also published: 2, 3, 4.5
+    "batch": 512,
+    "fp16": False,
+    "duration": 10,
+}
+_TEXT_FLOW: dict[str, Any] = {
+    **_TEXT,
+    "steps": 4,
+    "init_sigma": 999,  # the whole time of the flow
+    "sigma_schedule": "lognormal=0.693,1.6",
+    "fake_sigma_schedule": "lognormal=0.693,1.6",
+    "fake_score_weighting": "prediction",
+    "weighting": "time",
+    "guidance": "long-short=4.5",
+    "batch": 256,
+    "precision": "bf16",
+    "duration": 2,
+}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cifar10-uncond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-uncond-vp", "cond": False, "duration": 500},
     "cifar10-cond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-cond-vp", "cond": True, "duration": 800},
@@ -146,6 +183,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet512-edm2-l": _edm2("l", 0.1, 200),
     "imagenet512-edm2-xl": _edm2("xl", 0.1, 200),
     "imagenet512-edm2-xxl": _edm2("xxl", 0.1, 100),
+    "sd15": {**_STABLE_DIFFUSION, "edm_model": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+    "sd21": {**_STABLE_DIFFUSION, "edm_model": "stabilityai/stable-diffusion-2-1-base"},
+    "sd35-medium": {**_TEXT_FLOW, "edm_model": "stabilityai/stable-diffusion-3.5-medium"},
+    "flux-dev": {**_TEXT_FLOW, "edm_model": "black-forest-labs/FLUX.1-dev"},
     # For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at
     # theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.
     "auto": {

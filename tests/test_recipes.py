@@ -26,6 +26,7 @@ SIDA_IMAGES = {"cifar10-uncond": 32, "cifar10-cond": 32, "imagenet64-cond": 32, 
 
 
 # FID of the published generators, one evaluation.
+TEXT_FID = {"sd15": "8.15", "sd21": "9.52", "sd35-medium": "", "flux-dev": ""}  # on COCO-2014
 EDM2_SIDA = {
     f"imagenet512-edm2-{size}": fid
     for size, fid in zip(
@@ -43,6 +44,17 @@ def dry_run(*options):
     result = CliRunner().invoke(sid_train.main, [*options, "-n"])
     assert result.exit_code == 0, result.output
     return json.loads(result.output)
+
+
+def test_published_settings_of_text_to_image():
+    for name, kappa in (("sd15", 1.5), ("sd35-medium", 4.5)):
+        found = dry_run(f"--recipe={name}", "--prompts=captions.txt")
+        assert (found["alpha"], found["lsg"], found["lr"], found["glr"], found["g_beta1"]) == (1, 1, 1e-6, 1e-6, 0)
+        assert (found["guidance"], found["drop_labels"]) == (f"long-short={kappa}", "before")
+        levels = "times=20,980" if name == "sd15" else "lognormal=0.693,1.6"
+        assert found["sigma_schedule"] == found["fake_sigma_schedule"] == levels
+        expected = (1, 2.5017, None, 512) if name == "sd15" else (4, 999, "time", 256)
+        assert (found["steps"], found["init_sigma"], found["weighting"], found["batch"]) == expected
 
 
 @pytest.mark.parametrize("name", SID)
@@ -151,6 +163,13 @@ def test_the_documents_say_the_same():
             continue
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
         cells = [cell.strip() for cell in row.split("|")]
+        if name in TEXT_FID:
+            line = next(line for line in SCRIPT.splitlines() if line.startswith(f"{name})"))
+            assert f"teacher={recipe['edm_model']} " in line
+            assert f"duration={recipe['duration']} " in line
+            assert line.endswith(f"# {TEXT_FID[name]} on COCO" if TEXT_FID[name] else ";;")
+            assert cells[2:5] == [f"{recipe.get('steps', 1)}", TEXT_FID[name], f"{recipe['duration']}"]
+            continue
         if name in EDM2_SIDA:
             line = next(line for line in SCRIPT.splitlines() if line.startswith(f"{name})"))
             assert line.endswith(f"# {EDM2_SIDA[name]} with SiDA")
