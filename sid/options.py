@@ -84,8 +84,8 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         ),
         option(
             "--weighting",
-            "Divides the loss by omega, sigma^2, 1 + sigma (time) or nothing  [default: none for diff-instruct, otherwise"
-            " omega]",
+            "Divides the loss by omega, sigma^2, 1 + sigma (time) or nothing  [default: none for diff-instruct,"
+            " otherwise omega]",
             WEIGHTINGS,
         ),
         option("--huber", "Pseudo-Huber distance with this c, in pixels of [-1, 1]  [default: squared]", POSITIVE),
