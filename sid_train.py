@@ -15,6 +15,7 @@ def main(context, **options):
     """
     config = build_config(options)
     options["given"] = given_options(context)
+    options |= {"recipe": context.meta.get("recipe"), "arguments": context.meta["arguments"]}  # for the record
     from sid.run import run  # torch loads here, not for --help
 
     run(options, config)

@@ -133,6 +133,8 @@ def _is_utf8_in_another_locale(arg: str) -> bool:
 class Command(click.Command):
     """A command whose errors are one line each, also those of the operating system (a full disk, a name too long).
 
+    Its context keeps the command line's words as `meta["arguments"]`.
+
     Characters that the terminal's encoding lacks are printed as escapes.
 
     sections: its options under the headings that --help gives them, in place of `params`.
@@ -169,6 +171,7 @@ class Command(click.Command):
                 raise UserError(f"{arg}: holds a control character, or one that isn't UTF-8: leave it out")
             if arg == "" or re.fullmatch(r"--[\w-]+=", arg):
                 raise UserError(f"{arg or repr(arg)}: is empty: give a value, or leave the option out")
+        ctx.meta["arguments"] = list(args)
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:

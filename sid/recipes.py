@@ -235,3 +235,4 @@ def use(context: Any, _option: Any, name: str | None) -> None:
     """Callback of the option --recipe: makes the recipe's values the command's defaults."""
     if name is not None:
         context.default_map = {**(context.default_map or {}), **RECIPES[name]}
+        context.meta["recipe"] = name

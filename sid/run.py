@@ -41,7 +41,8 @@ from .inputs import (
 )
 from .options import other_options
 from .prepare import prepare
-from .report.opening import describe_run
+from .report.opening import describe_run, environment
+from .report.page import RunPage
 from .report.progress import Report
 from .start import choose_start
 from .state import SavedState
@@ -52,6 +53,7 @@ from .trials import Plan, has_begun, plan_trials, run_trials
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
 # takes as long as half a kimg of training.
 WORTH_SAMPLES_KIMG = 10
+COMMAND = ("recipe", "arguments")  # of the options: how sid_train.py was called, which the run's folder records
 
 
 def distil(
@@ -146,7 +148,10 @@ def run(
         # Both may refuse their inputs, and then there is no folder yet.
         picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
         distillation = build(inputs, plan.config, device, plan.saved, options["override"])
-        with run_folder.create(*plan.place, summary, plan.saved and plan.saved.path) as run_dir:
+        summary["environment"] = environment(device)
+        summary |= without_passwords({name: options.get(name) for name in COMMAND})
+        folder = run_folder.create(*plan.place, summary, plan.saved and plan.saved.path)
+        with folder as run_dir, RunPage(run_dir, distributed.rank() == 0) as page:
             if distributed.rank() == 0:
                 settled = (config.total_kimg, plan.trials, plan.starts, goal)
                 about = describe_run(inputs, distillation, options, reference, run_dir, *settled)
@@ -156,13 +161,14 @@ def run(
                 if guide is not None:
                     zoo.save_network(guide, run_dir / GUIDE_FILE, **getattr(guide, "metadata", {}))
             training_begins.set()
+            page.write()
             if plan.trials is not None:
                 del distillation  # each trial has its own
-                plan = after_trials(plan, inputs, run_dir, picture, device, options)
+                plan = after_trials(plan, inputs, page, picture, device, options)
                 if distributed.rank() == 0:
                     run_folder.record_options(run_dir, summary | plan.summary())
                 distillation = build(inputs, plan.config, device, plan.saved, options["override"])
-            report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance)
+            report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance, page)
             net = training_loop(distillation, run_dir, report, dropped=plan.dropped, before=plan.dropped)
             snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
             if snapshot.is_file():
@@ -188,7 +194,7 @@ def summarise(
     device: torch.device,
 ) -> dict[str, Any]:
     """What the run was asked for, as plain values without passwords; with --dry-run, also the memory that it needs."""
-    asked = {name: value for name, value in options.items() if name != "given"}
+    asked = {name: value for name, value in options.items() if name not in ("given", *COMMAND)}
     summary = {**config.options(), **asked, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
     if options["dry_run"] and zoo.is_here(options["edm_model"]):
@@ -262,12 +268,12 @@ def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, st
 def after_trials(
     plan: RunPlan,
     inputs: Inputs,
-    run_dir: Path,
+    page: RunPage,
     picture: torch.Tensor | None,
     device: torch.device,
     options: dict[str, Any],
 ) -> RunPlan:
-    """Runs the trials to their ends; how the run goes on from the best of them."""
+    """Runs the trials to their ends; how the run goes on from the best of them. page: of the run, shows them."""
 
     def build_candidate(config: DistillationConfig, state: checkpoint.StateFile | None) -> Distillation:
         # Networks of its own, whose weights it may store in another precision.
@@ -275,10 +281,10 @@ def after_trials(
         return build(own, config, device, state and SavedState(state, inputs.hashes), options["override"])
 
     def report(folder: Path) -> Report:
-        return Report(folder, None, picture, plan.config.batch, plan.distance)
+        return Report(folder, None, picture, plan.config.batch, plan.distance, page)
 
     assert plan.trials is not None
-    saved = SavedState(run_trials(plan.trials, run_dir, build_candidate, report), inputs.hashes)
+    saved = SavedState(run_trials(plan.trials, page.run_dir, build_candidate, report), inputs.hashes)
     config = plan.trials.fitting(saved.options, options["given"])
     return dataclasses.replace(plan, config=config, saved=saved, trials=None)
 

@@ -29,7 +29,7 @@ from sid.bench import __main__ as bench
 from sid.config import DistillationConfig
 from sid.probe import gradients, noise, pull
 from sid.report import __main__ as report
-from sid.report import pictures
+from sid.report import pictures, serve
 from sid.sweep import __main__ as sweep
 from training.networks import EDMPrecond
 
@@ -147,6 +147,7 @@ def invoke(made, tmp_path, monkeypatch):
         (data_reference, "measure"),
         (evaluate, "measure"),
         (pictures, "compare"),
+        (serve, "serve"),
         (bench, "run"),
         (gradients, "compare"),
         (noise, "report"),

@@ -57,8 +57,11 @@ def test_from_images_to_fid(tmp_path):
 
     generator = run_dir / "network-snapshot-000000.040.safetensors"
     files = {path.name for path in run_dir.iterdir()}
-    logs = {"training_options.json", "log.txt", "stats.jsonl", "metric-fid32.jsonl"}
+    logs = {"training_options.json", "log.txt", "stats.jsonl", "metric-fid32.jsonl", "index.html"}
     assert logs | {"fakes_init.png", "fakes_000000.040.png", "training-state-000000.040.pt", generator.name} <= files
+    recorded = json.loads((run_dir / "training_options.json").read_text())
+    assert recorded["arguments"][:3] == [f"--edm_model={teacher}", f"--outdir={run_dir}", "--nosubdir"]
+    assert '<strong class="badge finished">' in (run_dir / "index.html").read_text()
     for line in (run_dir / "stats.jsonl").read_text().splitlines():
         assert all(np.isfinite(value) for value in json.loads(line).values())
 

@@ -44,6 +44,7 @@ def run(installed, folder, *command):
 def test_it_holds_every_module_and_the_demo(installed):
     modules = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     modules |= {Path("sid_train.py"), Path("fid.py")}
+    modules |= {path.relative_to(ROOT) for path in (ROOT / "sid" / "report" / "static").iterdir()}
     assert {path for path in modules if not (installed / path).is_file()} == set()
     for name in ("teacher.safetensors", "reference.npz", "detector.safetensors"):
         path = Path("assets", "fashion-mnist-16", name)
@@ -82,3 +83,6 @@ def test_the_demo_trains_in_an_empty_folder(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "generator after" in done.stdout
     assert (tmp_path / folder / "comparison.png").is_file()
+    page = (tmp_path / folder / "index.html").read_text()
+    assert "made by sid.report" in page  # the comparison
+    assert "uPlot=function" in page

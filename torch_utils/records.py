@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dnnlib import UserError
 from dnnlib.util import MAX_NUMBER
@@ -66,7 +66,7 @@ def parse_line(line: str) -> Any:
         return None
 
 
-def is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> TypeGuard[int | float]:
     """Whether `value` is a number small enough to compute with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 

@@ -1,10 +1,11 @@
-"""The summary of a run: python -m sid.report RUN_FOLDER"""
+"""The page and the summary of a run: python -m sid.report RUN_FOLDER"""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from dnnlib import Command, UserError
+from dnnlib import Command, UserError, WholeRange
 from edm.own_classes import classes_option, own_classes
 from sid.guidance import parse_guidance
 from sid.monitor.records import OPTIONS_FILE, read_run_options
@@ -12,9 +13,33 @@ from sid.monitor.records import OPTIONS_FILE, read_run_options
 
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True))
+@click.option("--page-only", is_flag=True, help="Write the page from what is recorded, without drawing new samples")
+@click.option("--serve", "serves", is_flag=True, help="Show all runs in the folder RUN on a local page")
+@click.option("--port", type=WholeRange(0, 65535), default=8000, show_default=True, help="With --serve; 0: any")
 @classes_option
-def main(run: str, classes: str | None) -> None:
-    """Summarise the distillation in the folder RUN: a table of FID and a picture."""
+def main(run: str, page_only: bool, serves: bool, port: int, classes: str | None) -> None:
+    """Summarise the distillation in the folder RUN: a page (index.html), a table of FID and a picture."""
+    if serves:
+        from sid.report.serve import serve
+
+        if not Path(run).is_dir():
+            raise UserError(f"{run}: is not a folder; name one that holds run folders")
+        serve(Path(run), port)
+    else:
+        from sid.report.page import write_page
+
+        run_dir, options, own = Path(run), read_run_options(run), own_classes(classes)
+        if not page_only:
+            summarise_and_compare(run_dir, options, own)
+        print(f"Page:      {write_page(run_dir)}")
+
+
+def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str, Any]) -> None:
+    """Prints the FID of teacher and generator and draws both.
+
+    options: as the run recorded them. own: the user's network classes, by name.
+    Errors: UserError when the run has no snapshot yet or its records are damaged.
+    """
     from edm import zoo
     from sid.inputs import load_guide, load_teacher
     from sid.report.pictures import TEACHER_EVALUATIONS, compare
@@ -23,10 +48,9 @@ def main(run: str, classes: str | None) -> None:
     from training.guidance import GuidedDenoiser
     from training.steps import Steps
 
-    run_dir, options, own = Path(run), read_run_options(run), own_classes(classes)
     snapshots = checkpoint.snapshots(run_dir)
     if not snapshots:
-        raise UserError(f"{run}: has no snapshot yet; wait for the first one")
+        raise UserError(f"{run_dir}: has no snapshot yet; wait for the first one, or give --page-only")
     if "edm_model" not in options:
         raise UserError(f"{run_dir / OPTIONS_FILE}: names no edm_model; name a run folder of sid_train.py")
     teacher = load_teacher(run_dir, options, own)

@@ -12,6 +12,7 @@ from training.steps import Steps
 
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
+COMPARED_PIXELS = 64  # width at which images are compared
 TEACHER_STEPS = 18  # of Heun's sampler
 TEACHER_EVALUATIONS = 2 * TEACHER_STEPS - 1
 
@@ -38,3 +39,26 @@ def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path, nam
         f"Generator distilled from it, {evaluations} per image": sample(generator, num),
     }
     save_titled_grids(bands, path, COMPARISON_COLUMNS)
+
+
+def save_nearest(images: torch.Tensor, samples: torch.Tensor, path: Path) -> None:
+    """Saves the first images above the teacher's sample nearest to each: do they look alike, and are they diverse?
+
+    images, samples: uint8 [N, C, H, W] of the generator and of the teacher.
+    Errors: OSError when `path` can't be written.
+    """
+    shown = images[: COMPARISON_COLUMNS * COMPARISON_ROWS]
+    found = samples[nearest(shown, samples)]
+    bands = {"Generator": shown, f"Nearest of {len(samples)} samples of the teacher, in pixels": found}
+    save_titled_grids(bands, path, COMPARISON_COLUMNS)
+
+
+def nearest(images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """For each image the index of the sample nearest to it: [N] of uint8 [N, C, H, W] and [M, C, H, W]."""
+
+    def small(x: torch.Tensor) -> torch.Tensor:
+        x = x.to("cpu", torch.float32)
+        width = min(COMPARED_PIXELS, x.shape[-1])
+        return torch.nn.functional.adaptive_avg_pool2d(x, width).flatten(1)
+
+    return torch.cdist(small(images), small(samples)).argmin(dim=1)

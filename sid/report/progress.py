@@ -20,7 +20,9 @@ from torch_utils.training_stats import append_line
 
 from ..monitor.records import DISTANCES_FILE
 from ..teacher_distance import TeacherDistance
-from .pictures import GRID_COLUMNS, GRID_ROWS, sample
+from .embedded import NEAREST_PICTURE, TEACHER_PICTURE
+from .page import RunPage
+from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_nearest
 
 FIRST_PICTURE = "fakes_init.png"
 
@@ -32,7 +34,9 @@ class Report:
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
-    distance: measures how far the images are from the teacher's, for the record; None: nobody does.
+    distance: measures how far the images are from the teacher's, for the record; None: nobody does. With it, the
+    teacher's own images of the same seeds are in `teacher.png`, and those nearest to the generator's in `nearest.png`.
+    page: shows all that on process 0, in `index.html`.
     Files that can't be written, to a full disk for instance, are reported and skipped.
     """
 
@@ -43,6 +47,7 @@ class Report:
         reals: torch.Tensor | None = None,
         batch: int = 1,
         distance: TeacherDistance | None = None,
+        page: RunPage | None = None,
     ):
         self._run_dir = run_dir
         self._batch = batch
@@ -50,6 +55,7 @@ class Report:
         self._fid = None if evaluator is None else first_fid(evaluator)
         self._reals = reals
         self._distance = distance
+        self._page = page
 
     def start(self, ema: torch.nn.Module) -> dict[str, float]:
         """Reports before the first iteration, when `ema` is the teacher used as a one-step generator.
@@ -76,12 +82,22 @@ class Report:
                 attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name, GRID_COLUMNS))
                 distance = self._distance
                 if distance is not None:
+                    attempt(f"saving {TEACHER_PICTURE}", lambda: self._show_teacher(distance))
+                    nearest = self._run_dir / NEAREST_PICTURE
+                    attempt(f"saving {nearest.name}", lambda: save_nearest(images, distance.samples, nearest))
                     attempt(f"recording {DISTANCES_FILE}", lambda: found.update(self._distance_of(ema, nimg, distance)))
         if self._metrics is not None:
             found |= self._metrics.measure(ema, nimg)
             if distributed.rank() == 0:
                 attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
+        if self._page is not None:
+            self._page.write()
         return found
+
+    def _show_teacher(self, distance: TeacherDistance) -> None:
+        path = self._run_dir / TEACHER_PICTURE
+        if not path.exists():
+            save_grid(distance.samples[: GRID_COLUMNS * GRID_ROWS], path, GRID_COLUMNS)
 
     def _distance_of(self, ema: torch.nn.Module, nimg: int, distance: TeacherDistance) -> dict[str, float]:
         """Measures the distance from the teacher's samples and appends it to the run's record, once per snapshot."""

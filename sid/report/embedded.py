@@ -1,0 +1,140 @@
+"""The pictures of a run, made small enough to be part of its page."""
+
+import base64
+import dataclasses
+import io
+import re
+import warnings
+from pathlib import Path
+
+import PIL.features
+import PIL.Image
+
+from dnnlib import open_plain
+
+TEACHER_PICTURE, NEAREST_PICTURE, COMPARISON_PICTURE = "teacher.png", "nearest.png", "comparison.png"
+MAX_FILE_BYTES = 256 << 20
+MAX_PIXELS = 1 << 26
+MAX_WIDTH = 1024  # on the page
+GRID_COLUMNS = 16  # of sid.report.pictures, which loads torch; a test compares
+LEAST_COLUMNS = 4  # shown of a grid of large images
+MAX_FRAMES = 32
+FRAMES_BYTES, OTHER_BYTES = 1_300_000, 130_000  # of all pictures over time, of any other; base64 adds a third
+HOPEFUL = 3  # times the limit: PNG files below may fit without loss
+QUALITIES = (75, 50, 25)  # of lossy compression, until a picture is small enough
+FRAME = r"fakes_(?:init|(\d{6,12})(?:\.(\d{3}))?)\.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A picture in a page. uri: the data. columns: how many images of a grid are side by side, if it is one."""
+
+    uri: str
+    width: int
+    height: int
+    columns: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The generator's picture after `kimg`."""
+
+    kimg: float
+    picture: Embedded
+
+
+class PictureCache:
+    """Reads and shrinks the pictures of a run's folder; each file once, as long as it stays the same."""
+
+    def __init__(self, run_dir: Path):
+        self._run_dir = run_dir
+        self._known: dict[tuple[str, int, int, int], Embedded | None] = {}
+
+    def frames(self) -> list[Frame]:
+        """The generator's pictures, oldest first; of many, every second, fourth, … and the last."""
+        names = _frame_names(self._run_dir)
+        stride = 1
+        while len(names[::stride]) > MAX_FRAMES:  # a power of two, so that a growing run keeps those it has
+            stride *= 2
+        chosen = names[::stride]
+        chosen += names[-1:] if names and chosen[-1] != names[-1] else []
+        limit = FRAMES_BYTES // (MAX_FRAMES + 1) if len(names) > MAX_FRAMES // 2 else 2 * FRAMES_BYTES // MAX_FRAMES
+        found = [(kimg, self.picture(name, limit, is_grid=True)) for kimg, name in chosen]
+        return [Frame(kimg, picture) for kimg, picture in found if picture is not None]
+
+    def picture(self, name: str, limit: int = OTHER_BYTES, is_grid: bool = False) -> Embedded | None:
+        """A picture in at most `limit` bytes; None if there is none, or the file holds no picture.
+
+        Links that lead out of the run's folder aren't followed: a page may be given to others.
+        is_grid: whether it may be cut to the first images of a grid of GRID_COLUMNS columns.
+        """
+        path = self._run_dir / name
+        try:
+            if self._run_dir.resolve() not in path.resolve().parents:
+                return None
+            status = path.stat()
+            key = (name, status.st_mtime_ns, status.st_size, limit)
+            if key not in self._known:
+                self._known[key] = _read(path, limit, is_grid)
+            return self._known[key]
+        except (OSError, RuntimeError):  # the latter of links that lead in a circle
+            return None
+
+
+def _frame_names(run_dir: Path) -> list[tuple[float, str]]:
+    """(kimg, file name), oldest first."""
+    matches = [re.fullmatch(FRAME, path.name) for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    return sorted((int(m[1] or 0) + int(m[2] or 0) / 1000, m[0]) for m in matches if m)
+
+
+def _read(path: Path, limit: int, is_grid: bool) -> Embedded | None:
+    try:
+        with open_plain(path, MAX_FILE_BYTES) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(file, formats=["PNG"]) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    return None
+                picture = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    except Exception:  # Pillow raises errors of many kinds for what isn't a picture
+        return None
+    columns = GRID_COLUMNS if is_grid else 0
+    if is_grid and picture.width > MAX_WIDTH and picture.width % GRID_COLUMNS == 0:
+        cell = picture.width // GRID_COLUMNS
+        columns = max(LEAST_COLUMNS, MAX_WIDTH // cell)
+        picture = picture.crop((0, 0, columns * cell, min(picture.height, columns // 2 * cell)))
+    if picture.width > MAX_WIDTH or picture.height > 2 * MAX_WIDTH:
+        picture.thumbnail((MAX_WIDTH, 2 * MAX_WIDTH), PIL.Image.Resampling.LANCZOS)
+    hopeful = path.stat().st_size < HOPEFUL * limit
+    kind, data = _encode(picture, limit, hopeful)
+    while len(data) > limit and min(picture.size) > 16:
+        picture = picture.reduce(2)
+        kind, data = _encode(picture, limit, hopeful)
+    if len(data) > limit:
+        return None
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Embedded(uri, picture.width, picture.height, columns)
+
+
+def _encode(picture: PIL.Image.Image, limit: int, hopeful: bool) -> tuple[str, bytes]:
+    """(kind, data): without loss if that fits into `limit` bytes, otherwise as well as fits, or the smallest.
+
+    hopeful: whether it may fit without loss, which takes long to find out.
+    """
+    webp = PIL.features.check("webp")
+    exact, lossy = ("webp", "webp") if webp else ("png", "jpeg")
+    if hopeful:
+        data = _saved(picture, exact, **({"lossless": True, "method": 2} if webp else {"optimize": True}))
+        if len(data) <= limit:
+            return exact, data
+    data = b""
+    for quality in QUALITIES:
+        data = _saved(picture, lossy, quality=quality)
+        if len(data) <= limit:
+            break
+    return lossy, data
+
+
+def _saved(picture: PIL.Image.Image, kind: str, **options: bool | int) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    return buffer.getvalue()

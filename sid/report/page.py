@@ -1,0 +1,307 @@
+"""The page of a run, `index.html` in its folder: one file that needs neither a network nor this library.
+
+Nothing in the folder can break the page or put a script into it (`markup`).
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dnnlib import UserError, format_number, format_time, write_atomically
+from dnnlib.util import printable
+from edm.published import FILES
+from torch_utils.records import is_figure, measured_value
+
+from .. import __version__
+from ..objectives import OBJECTIVES
+from . import commands
+from .curves import Chart, charts
+from .embedded import COMPARISON_PICTURE, NEAREST_PICTURE, TEACHER_PICTURE, Embedded, Frame, PictureCache
+from .markup import code, document, escaped, section, table
+from .run_record import RunRecord, read_run
+
+PAGE_FILE = "index.html"
+GOOD = ("healthy", "converged")  # findings that name no problem; frozen, too-early and unknown name none either
+NEUTRAL = ("frozen", "too-early", "unknown")
+
+
+BANDS = [  # (picture, caption, alternative text)
+    (
+        NEAREST_PICTURE,
+        "The last snapshot's images and the teacher's samples nearest to them",
+        "Images of the generator, and below the teacher's sample that is nearest to each",
+    ),
+    (
+        COMPARISON_PICTURE,
+        "Teacher and generator, made by sid.report",
+        "Bands of images of equal seeds: the teacher at many evaluations, at the generator's, and the generator",
+    ),
+]
+
+
+class RunPage:
+    """Keeps the page of a run up to date while open, and finishes it at the end, however the run ends.
+
+    Process 0 writes it; others do nothing. A page that can't be written costs a warning and nothing else.
+    """
+
+    def __init__(self, run_dir: Path, is_writer: bool = True):
+        self.run_dir, self._is_writer, self._pictures = run_dir, is_writer, PictureCache(run_dir)
+
+    def __enter__(self) -> "RunPage":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.write(is_running=False)
+
+    def write(self, is_running: bool = True) -> None:
+        """Writes the page as of now."""
+        if not self._is_writer:
+            return
+        try:
+            write_page(self.run_dir, is_running, self._pictures)
+        except Exception as error:  # of any kind: the run is worth more than its page
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            print(f"Warning: writing {PAGE_FILE} failed ({printable(reason)}); the run goes on", flush=True)
+
+
+def write_page(run_dir: Path, is_running: bool | None = None, pictures: PictureCache | None = None) -> Path:
+    """Writes the page into the run's folder and returns its path.
+
+    is_running: as for `read_run`. pictures: what an earlier call has read. Errors: OSError when it can't be written.
+    """
+    path = run_dir / PAGE_FILE
+    content = page(read_run(run_dir, is_running), pictures or PictureCache(run_dir))
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, so the page can't be written; remove it")
+    with write_atomically(path) as file:
+        file.write(content.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def page(record: RunRecord, pictures: PictureCache) -> str:
+    """The HTML of a run's page."""
+    shown = charts(record)
+    sections = [
+        _findings(record),
+        _trials(record),
+        _pictures(record, pictures),
+        _curves(record, shown),
+        _classes(record),
+        _options(record),
+        _environment(record),
+        _continuing(record),
+        _using(record),
+    ]
+    title = f"{teacher_name(record)}: {record.state}"
+    return document(title, _header(record) + "\n".join(filter(None, sections)), {"charts": [c.plain() for c in shown]})
+
+
+def teacher_name(record: RunRecord) -> str:
+    """A short name of the run's teacher."""
+    source = record.options.get("edm_model")
+    if not isinstance(source, str) or not source:
+        return "Unknown teacher"
+    path = Path(source)
+    if source not in FILES and path.stem.startswith(("network-snapshot", "teacher", "best")):
+        return printable(path.parent.name or path.name)
+    return printable(path.name)
+
+
+# --- the sections
+
+
+def _header(record: RunRecord) -> str:
+    total = record.total_kimg
+    progress = f"{format_number(record.kimg)} kimg"
+    bar = ""
+    if total is not None:
+        progress += f" of {format_number(total)} ({min(record.kimg / total, 1):.0%})"
+        bar = f'<progress max="1" value="{min(record.kimg / total, 1):.4f}" aria-label="How far the run is"></progress>'
+    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return (
+        f'<header><p class="path">{escaped(record.run_dir)}</p>'
+        f"<h1>{escaped(teacher_name(record))}, distilled</h1>"
+        f"<p>{escaped(_method(record.options))}</p>"
+        f'<p class="state"><strong class="badge {record.state}">{record.state}</strong> {escaped(progress)}'
+        f'{_latest(record)}</p>{bar}<p class="quiet">Written <time datetime="{written}">{written}</time>'
+        f" by version {escaped(__version__)}</p></header>"
+    )
+
+
+def _latest(record: RunRecord) -> str:
+    """The last measurements, for the header."""
+    rate, found = record.ticks[-1].get("Timing/img_per_sec") if record.ticks else None, []
+    if record.state == "running" and rate and record.total_kimg is not None:
+        left = format_time(1000 * (record.total_kimg - record.kimg) / rate)
+        found.append(f"{rate:.3g} img/s, about {left} left")
+    if record.distances:
+        found.append(f"distance {record.distances[-1]['value']:.3g}")
+    if (fid := record.fid) is not None:
+        beside = "" if fid.teacher is None else f" (teacher {fid.teacher:.4g})"
+        found.append(f"{fid.name} {fid.last:.4g}{beside}")
+    return "".join(f" · {escaped(text)}" for text in found)
+
+
+def _method(options: dict[str, Any]) -> str:
+    """The method in a few words; what a damaged record lacks is left out."""
+    objective, steps = options.get("objective"), options.get("steps", 1)
+    parts = [objective if isinstance(objective, str) and objective in OBJECTIVES else "unknown objective"]
+    if is_figure(options.get("alpha")) and (objective == "sid" or str(objective).endswith("-l1")):
+        parts.append(f"alpha {options['alpha']:g}")
+    if options.get("guidance"):
+        parts.append(f"guidance {commands.value_text('guidance', options['guidance'])}")
+    count = f"{steps:g} steps" if is_figure(steps) and steps != 1 else "one step"
+    parts.append(f"{count} from sigma {options['init_sigma']:g}" if is_figure(options.get("init_sigma")) else count)
+    parts.append("with an adversarial loss from real images" if options.get("gan") is True else "without data")
+    if is_figure(options.get("batch")):
+        parts.append(f"{options['batch']:g} images a batch")
+    return ", ".join(parts)
+
+
+def _findings(record: RunRecord) -> str:
+    items = []
+    for finding in record.findings():
+        kind = "good" if finding.name in GOOD else "neutral" if finding.name in NEUTRAL else "problem"
+        text = finding.text[:1].upper() + finding.text[1:]
+        items.append(f'<li class="{kind}"><strong>{escaped(finding.name)}</strong> {escaped(printable(text))}</li>')
+    if record.fid is not None:
+        items.append(f'<li class="neutral"><strong>FID</strong> {escaped(record.fid)}</li>')
+    return section("findings", "Findings", f'<ul class="findings">{"".join(items)}</ul>')
+
+
+def _trials(record: RunRecord) -> str:
+    if not record.trials:
+        begun = (record.run_dir / "trials").is_dir() and not record.ticks
+        content = "<p>Trials are under way; the curves begin after them.</p>" if begun else ""
+        return section("trials", "Trials", content)
+    rows = [
+        (
+            printable(name),
+            *(commands.value_text(key, result.get(key)) for key in ("lr", "glr", "kimg")),
+            _figure(result.get("distance")),
+            "goes on" if result.get("best") is True else "",
+        )
+        for name, result in record.trials.items()
+    ]
+    headings = ("Trial", "--lr", "--glr", "kimg", "distance from the teacher", "")
+    return section("trials", "Trials", table(headings, rows, "Trials"))
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if is_figure(value) else "diverged" if value == math.inf else "?"
+
+
+def _image(picture: Embedded, alt: str) -> str:
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<img src="{picture.uri}" {size} alt="{escaped(alt)}" decoding="async">'
+
+
+def _pictures(record: RunRecord, pictures: PictureCache) -> str:
+    frames, teacher = pictures.frames(), pictures.picture(TEACHER_PICTURE, is_grid=True)
+    measured = _by_kimg(record)
+    figures = "".join(
+        f'<figure class="frame" data-label="{escaped(_frame_label(frame, measured))}">'
+        f"{_image(frame.picture, f'Images of the generator after {frame.kimg:g} kimg, of equal seeds')}"
+        f"<figcaption>{escaped(_frame_label(frame, measured))}</figcaption></figure>"
+        for frame in frames
+    )
+    beside = ""
+    if teacher is not None:
+        image = _image(teacher, "Images of the teacher, of the same seeds as the generator's")
+        beside = f"<figure>{image}<figcaption>Teacher, many evaluations per image, same seeds</figcaption></figure>"
+    content = f'<div class="pair"><div id="frames">{figures}</div>{beside}</div>' if frames or teacher else ""
+    bands = "".join(
+        f'<figure class="natural">{_image(picture, alt)}<figcaption>{caption}</figcaption></figure>'
+        for name, caption, alt in BANDS
+        if (picture := pictures.picture(name)) is not None
+    )
+    return section("pictures", "Pictures over time", content + (bands and f'<div class="pair">{bands}</div>'))
+
+
+def _by_kimg(record: RunRecord) -> dict[str, dict[float, float]]:
+    """{name: {kimg: value}} of what was measured of the snapshots."""
+    found = {"distance": {line["kimg"]: line["value"] for line in record.distances}}
+    if (fid := record.fid) is not None:
+        found[fid.name] = {line["kimg"]: line["value"] for line in fid.records}
+    return found
+
+
+def _frame_label(frame: Frame, measured: dict[str, dict[float, float]]) -> str:
+    """A picture's kimg and what was measured there. Its name may lack the images beyond a whole kimg."""
+    texts = ["before the first update" if frame.kimg == 0 else f"{frame.kimg:g} kimg"]
+    for name, values in measured.items():
+        near = [kimg for kimg in values if frame.kimg <= kimg < frame.kimg + (1 if frame.kimg % 1 == 0 else 1e-3)]
+        if near:
+            texts.append(f"{name} {values[min(near)]:.3g}")
+    return ", ".join(texts)
+
+
+def _curves(record: RunRecord, shown: Sequence[Chart]) -> str:
+    figures = "".join(
+        f'<figure class="chart"><figcaption><h3>{escaped(chart.title)}</h3><p>{escaped(chart.note)}</p></figcaption>'
+        f'<div class="plot" id="chart-{escaped(chart.name)}" tabindex="0" role="group"'
+        f' aria-label="{escaped(_chart_label(chart))}"></div></figure>'
+        for chart in shown
+    )
+    hint = (
+        '<p class="quiet">Over kimg, thousands of generated images. Point at a curve, or move along it with the arrow'
+        " keys, to read its values; drag to zoom in, double-click to zoom out.</p>"
+    )
+    return section("curves", "Curves", figures and f'{hint}<div class="charts">{figures}</div>')
+
+
+def _chart_label(chart: Chart) -> str:
+    """What a chart shows, in words."""
+    texts = []
+    for label, column in chart.series.items():
+        known = [value for value in column if value is not None]
+        texts.append(f"{label} last {known[-1]:.4g}, lowest {min(known):.4g}, highest {max(known):.4g}")
+    if chart.goal:
+        texts.append(f"{chart.goal[0]} {chart.goal[1]:.4g}")
+    return f"{chart.title}, {chart.kimg[0]:g} to {chart.kimg[-1]:g} kimg: {'; '.join(texts)}"
+
+
+def _classes(record: RunRecord) -> str:
+    """Which classes were the worst in the last third of the run, and how often."""
+    late = [tick for tick in record.ticks if tick["Progress/kimg"] > record.kimg * 2 / 3]
+    late = [tick for tick in late if "Health/worst_class" in tick]
+    counts = Counter(tick["Health/worst_class"] for tick in late)
+    rows = []
+    for number, count in counts.most_common(10):
+        ratios = [t.get("Health/worst_class_divergence", math.nan) for t in late if t["Health/worst_class"] == number]
+        rows.append((f"{number:g}", f"{count} of {len(late)}", f"{max(ratios):.3g}"))
+    headings = ("Class", "worst in how many measurements", "its divergence over the median class's, at most")
+    return section("classes", "Worst classes", table(headings, rows, "Worst classes in the last third"))
+
+
+def _options(record: RunRecord) -> str:
+    recipe, rows = commands.recipe_of(record), commands.changed_options(record)
+    headings = ["Option", "this run", "default", *([] if recipe is None else [f"--recipe={recipe}"])]
+    return section("options", "Options that differ", table(headings, rows, "Options"))
+
+
+def _environment(record: RunRecord) -> str:
+    found = record.options.get("environment")
+    rows = [] if not isinstance(found, dict) else [(printable(str(k)), printable(str(v))) for k, v in found.items()]
+    return section("environment", "Environment", table(("What", "which"), rows, "Environment"))
+
+
+def _continuing(record: RunRecord) -> str:
+    sentence, command = commands.continuing(record)
+    shown = "" if command is None else code(command, "Command that continues the run")
+    return section("continue", "Continue the run", f"<p>{escaped(sentence)}</p>{shown}")
+
+
+def _using(record: RunRecord) -> str:
+    lines, command = commands.using(record.run_dir)
+    content = f"<p>In Python:</p>{code(lines, 'Use in Python')}<p>On the command line:</p>{code(command, 'Command')}"
+    best = ""
+    if record.fid is not None and len(trained := [r for r in record.fid.records if r["kimg"] > 0]) > 1:
+        lowest = min(trained, key=measured_value)
+        best = f"<p>The folder stands for its best snapshot, of {lowest['kimg']:g} kimg.</p>"
+    return section("use", "Use the generator", content + best)

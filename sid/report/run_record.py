@@ -1,0 +1,143 @@
+"""What a run's folder holds, for its page. Nothing in the folder can make it fail; it works without torch."""
+
+import dataclasses
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from dnnlib import UserError, open_plain
+from torch_utils.records import MAX_BYTES, is_figure, parse_line
+
+from ..monitor.records import DISTANCES_FILE, OPTIONS_FILE, STATS_FILE, MeasuredFid, read_options
+from ..monitor.rules import Finding, diagnose
+
+MAX_RECORDS = 100_000  # of a file; of more, every second one is left out, as often as necessary
+MAX_NAMES = 100  # of figures in a record
+MAX_METRICS = 8
+METRIC_FILE = r"metric-([\w.-]{1,40})\.jsonl"
+TRIAL_RESULTS = "trials/results.json"  # of sid.trials, which loads torch; a test compares
+SILENT_SEC = 600  # a run that has written nothing for so long, or for three ticks, isn't running
+
+Figures = list[dict[str, float]]  # records, by kimg
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run recorded: options as plain values; ticks, distances and metrics as figures by name, oldest first."""
+
+    run_dir: Path
+    options: dict[str, Any]
+    ticks: Figures
+    distances: Figures
+    metrics: dict[str, Figures]
+    trials: dict[str, dict[str, Any]]
+    is_running: bool
+
+    @property
+    def kimg(self) -> float:
+        """How far the run has come."""
+        return self.ticks[-1]["Progress/kimg"] if self.ticks else 0.0
+
+    @property
+    def total_kimg(self) -> float | None:
+        """The length of the run, if it is recorded."""
+        total = self.options.get("total_kimg")
+        return float(total) if is_figure(total) and total > 0 else None
+
+    @property
+    def state(self) -> str:
+        """finished, running or stopped."""
+        if self.total_kimg is not None and int(self.kimg * 1000) >= int(self.total_kimg * 1000):
+            return "finished"
+        return "running" if self.is_running else "stopped"
+
+    @property
+    def fid(self) -> MeasuredFid | None:
+        """The first FID that the run measures."""
+        name = next((name for name in self.metrics if name.startswith("fid")), None)
+        if name is None:
+            return None
+        teacher = self.options.get("teacher_fid")
+        value = teacher.get("value") if isinstance(teacher, dict) else None
+        return MeasuredFid(name, self.metrics[name], value if is_figure(value) else None)
+
+    def findings(self) -> list[Finding]:
+        """What the doctor says (`sid.doctor`)."""
+        try:
+            return diagnose(self.ticks, read_options(self.run_dir), self.distances, self.fid)
+        except UserError as error:
+            return [Finding("unknown", f"the run can't be judged: {error.message}", False)]
+        except (ArithmeticError, ValueError) as error:
+            return [Finding("unknown", f"no distillation has such figures ({error})", False)]
+
+
+def read_run(run_dir: Path, is_running: bool | None = None) -> RunRecord:
+    """Reads a run's folder, leaving out what is damaged.
+
+    is_running: whether the run goes on; None: judged by when it last wrote something.
+    """
+    ticks = read_figures(run_dir / STATS_FILE, "Progress/kimg")
+    metrics = {}
+    for path in sorted(run_dir.glob("metric-*.jsonl")) if run_dir.is_dir() else []:
+        name = re.fullmatch(METRIC_FILE, path.name)
+        if name and len(metrics) < MAX_METRICS and (records := read_figures(path, "kimg", "value")):
+            metrics[name[1]] = records
+    return RunRecord(
+        run_dir,
+        _read_object(run_dir / OPTIONS_FILE),
+        ticks,
+        read_figures(run_dir / DISTANCES_FILE, "kimg", "value"),
+        metrics,
+        {n: r for n, r in _read_object(run_dir / TRIAL_RESULTS).items() if isinstance(r, dict)},
+        _writes(run_dir, ticks) if is_running is None else is_running,
+    )
+
+
+def read_figures(path: Path, kimg: str, *needed: str) -> Figures:
+    """The figures in the records of a file, sorted by `kimg`; of records with equal kimg, the last one.
+
+    Damaged lines are left out, and so are values that aren't finite unless they are `needed`: those become NaN.
+    """
+    found: dict[float, dict[str, float]] = {}
+    stride = 1
+    try:
+        with open_plain(path, MAX_BYTES) as file:
+            for number, line in enumerate(file):
+                if number % stride or not line.endswith(b"\n"):
+                    continue
+                record = parse_line(line.decode("utf-8", "replace"))
+                if not isinstance(record, dict) or not is_figure(record.get(kimg)) or record[kimg] < 0:
+                    continue
+                figures = {n: v for n, v in list(record.items())[:MAX_NAMES] if is_figure(v)}
+                if all(isinstance(record.get(name), int | float) for name in needed):
+                    found[record[kimg]] = figures | {name: figures.get(name, math.nan) for name in needed}
+                if len(found) > MAX_RECORDS:
+                    found, stride = dict(list(found.items())[::2]), 2 * stride
+    except OSError:
+        return []
+    return [found[key] for key in sorted(found)]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none."""
+    try:
+        with open_plain(path, 1 << 20) as file:
+            found = json.loads(file.read().decode("utf-8", "replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _writes(run_dir: Path, ticks: Figures) -> bool:
+    """Whether a run has written something lately."""
+    tick_sec = ticks[-1].get("Timing/sec_per_tick", 0.0) if ticks else 0.0
+    written = 0.0
+    for name in (STATS_FILE, "log.txt", OPTIONS_FILE):
+        try:
+            written = max(written, (run_dir / name).stat().st_mtime)
+        except OSError:
+            continue
+    return time.time() - written < max(SILENT_SEC, 3 * tick_sec)

@@ -1,0 +1,120 @@
+"use strict";
+
+// All runs of a folder: a table and charts that compare the ticked ones, brought up to date every few seconds.
+
+const EVERY_MS = 5000;
+const TICKED_AT_FIRST = 8;
+const ORDER = ["distance", "divergence", "generator", "fake-score", "speed"];
+const HEADINGS = ["Compare", "Run", "teacher", "state", "kimg", "distance", "FID", "img/s", "finding"];
+
+const plots = new Plots();
+const rows = new Map(); // of the table, by the run's name: { row, box, cells }
+let runs = [];
+
+function element(tag, text = "", attributes = {}) {
+  const made = Object.assign(document.createElement(tag), attributes);
+  made.textContent = text;
+  return made;
+}
+
+function makeTable() {
+  const head = document.createElement("tr");
+  head.append(...HEADINGS.map((heading) => element("th", heading, { scope: "col" })));
+  const table = document.getElementById("table");
+  table.append(document.createElement("thead"), document.createElement("tbody"));
+  table.tHead.append(head);
+  return table.tBodies[0];
+}
+
+function makeRow(name) {
+  const row = document.createElement("tr");
+  const box = element("input", "", { type: "checkbox", checked: rows.size < TICKED_AT_FIRST });
+  box.setAttribute("aria-label", `Compare ${name}`);
+  box.addEventListener("change", drawCharts);
+  const first = document.createElement("td");
+  first.append(box);
+  const heading = element("th", "", { scope: "row" });
+  heading.append(element("a", name, { href: `/run/${encodeURIComponent(name)}` }));
+  const cells = HEADINGS.slice(2).map(() => document.createElement("td"));
+  row.append(first, heading, ...cells);
+  return { row, box, cells };
+}
+
+function showRows(body) {
+  for (const run of runs) {
+    if (!rows.has(run.name)) rows.set(run.name, makeRow(run.name));
+    const total = run.total == null ? "" : ` of ${figure(run.total)}`;
+    const texts = [run.teacher, run.state, figure(run.kimg) + total, figure(run.distance), figure(run.fid)];
+    texts.push(figure(run.rate), run.finding);
+    rows.get(run.name).cells.forEach((cell, i) => {
+      if (cell.textContent !== texts[i]) cell.textContent = texts[i];
+    });
+  }
+  for (const name of [...rows.keys()]) {
+    if (!runs.some((run) => run.name === name)) rows.delete(name);
+  }
+  const wanted = runs.map((run) => rows.get(run.name).row);
+  if (wanted.length !== body.rows.length || wanted.some((row, i) => row !== body.rows[i])) body.replaceChildren(...wanted);
+}
+
+// One chart with the first curve of each run that has this chart.
+function compared(name, chosen) {
+  const having = chosen.filter((run) => run.charts[name]);
+  if (!having.length) return null;
+  const [kimg, ...values] = uPlot.join(having.map((run) => [run.charts[name].kimg, run.charts[name].values[0]]));
+  const all = values.flat().filter((value) => value != null);
+  const low = Math.min(...all);
+  const log = low > 0 && Math.max(...all) > 10 * low;
+  const goal = having.map((run) => run.charts[name].goal).find(Boolean) ?? null;
+  const labels = having.map((run) => run.name);
+  const colours = having.map((run) => runs.indexOf(run)); // the same in every chart
+  return { name, title: having[0].charts[name].title, log, kimg, labels, colours, values, goal };
+}
+
+function drawCharts() {
+  const chosen = runs.filter((run) => rows.get(run.name).box.checked);
+  const metrics = [...new Set(chosen.flatMap((run) => Object.keys(run.charts)))].filter((name) => !ORDER.includes(name));
+  const shown = [...metrics, ...ORDER].map((name) => compared(name, chosen)).filter(Boolean);
+  const box = document.getElementById("charts");
+  for (const place of [...box.children]) {
+    if (!shown.some((chart) => chart.name === place.dataset.name)) {
+      plots.remove(place.lastChild);
+      place.remove();
+    }
+  }
+  shown.forEach((chart, i) => {
+    let place = [...box.children].find((child) => child.dataset.name === chart.name);
+    if (!place) {
+      place = element("figure", "", { className: "chart" });
+      place.dataset.name = chart.name;
+      const caption = document.createElement("figcaption");
+      caption.append(element("h3", chart.title));
+      const plot = element("div", "", { className: "plot", tabIndex: 0, role: "group" });
+      plot.setAttribute("aria-label", `${chart.title} of the ticked runs`);
+      place.append(caption, plot);
+    }
+    if (box.children[i] !== place) box.insertBefore(place, box.children[i] ?? null);
+    plots.show(place.lastChild, chart);
+  });
+}
+
+async function update(body) {
+  const status = document.getElementById("status");
+  try {
+    const answer = await fetch("/runs.json", { cache: "no-store" });
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    const text = await answer.text();
+    if (text !== update.last) {
+      update.last = text;
+      runs = JSON.parse(text);
+      showRows(body);
+      drawCharts();
+    }
+    status.textContent = runs.length ? `${runs.length} runs` : "No run with a finished tick yet";
+  } catch (error) {
+    status.textContent = `The server doesn't answer (${error.message}); start it again`;
+  }
+  setTimeout(update, EVERY_MS, body);
+}
+
+update(makeTable());

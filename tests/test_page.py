@@ -1,0 +1,288 @@
+"""The page of a run: what it shows, that it is self-contained and small, and that no run folder breaks or enters it."""
+
+import base64
+import hashlib
+import http.client
+import json
+import os
+import random
+import shlex
+import threading
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from sid import inputs, trials
+from sid.config import DistillationConfig
+from sid.options import parse
+from sid.report import commands, embedded, pictures, run_record
+from sid.report.curves import MAX_VALUES, charts, thinned
+from sid.report.page import PAGE_FILE, RunPage, write_page
+from sid.report.serve import make_server
+
+HOSTILE = '</script></title><script>alert(1)</script><img src=x onerror="alert(1)"><!--\'&'
+
+
+class Page(HTMLParser):
+    """elements: (tag, attributes). texts: contents of script and style elements. text: all other text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.texts, self.text, self._inside = [], [], "", None
+        self.feed(path.read_text(encoding="utf-8"))
+        self.data = json.loads(self.content("data"))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = (tag, dict(attrs)) if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside is None:
+            self.text += data
+        else:
+            self.texts.append((*self._inside, data))
+
+    def content(self, name):
+        (found,) = [data for _, attributes, data in self.texts if attributes.get("id") == name]
+        return found
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_run(folder, ticks=30, total=30.0, **options):
+    folder.mkdir(exist_ok=True)
+    config = DistillationConfig(total_kimg=total)
+    recorded = {**config.options(), "edm_model": "runs/my-teacher/network-snapshot-000100.safetensors", **options}
+    (folder / "training_options.json").write_text(json.dumps(recorded))
+    figures = {"Loss/fake_score": 0.6, "Health/divergence_sigma0.1-2": 0.3, "Timing/img_per_sec": 50.0}
+    figures |= {"Resources/gpu_mem_GB": 0.0, "Resources/cpu_mem_GB": 2.0}
+    lines = [{"Progress/kimg": k + 1.0, "Health/divergence": 1 / (k + 1), **figures} for k in range(ticks)]
+    write_lines(folder / "stats.jsonl", lines)
+    write_lines(folder / "teacher-distance.jsonl", [{"kimg": k, "value": 0.1 / (k + 1)} for k in (0.0, 10.24, 20.0)])
+    write_lines(folder / "metric-fid5k.jsonl", [{"kimg": k, "value": 90.0 - k} for k in (0.0, 10.24, 20.0)])
+    for shade, name in enumerate(("init", "000010", "000020")):
+        Image.new("L", (64, 32), 40 * shade).save(folder / f"fakes_{name}.png")
+    return folder
+
+
+def images_of(page):
+    return [attributes for tag, attributes in page.elements if tag == "img"]
+
+
+def test_it_shows_the_run(tmp_path):
+    run = make_run(tmp_path / "run", teacher_fid={"value": 9.5, "evaluations": 35})
+    page = Page(write_page(run))
+    assert "my-teacher, distilled" in page.text
+    assert "finished 30 kimg of 30 (100%)" in page.text
+    assert "fid5k: best 70 at 20 kimg, last 70 at 20 kimg; the teacher has 9.5" in page.text
+    assert "far-from-teacher" in page.text  # the doctor's word: 70 is above twice 9.5
+    captions = [attributes["data-label"] for _, attributes in page.elements if "data-label" in attributes]
+    assert captions[1:] == ["10 kimg, distance 0.00890, fid5k 79.8".replace("0890", "089"), captions[2]]
+    assert [image["alt"] for image in images_of(page)][-1] == "Images of the generator after 20 kimg, of equal seeds"
+    found = {chart["name"]: chart for chart in page.data["charts"]}
+    assert list(found) == ["metric-fid5k", "distance", "divergence", "fake-score", "speed", "memory"]
+    assert found["metric-fid5k"]["goal"] == {"label": "teacher", "value": 9.5}
+    assert found["metric-fid5k"]["values"] == [[90.0, 79.76, 70.0]]
+    assert found["divergence"]["labels"] == ["all noise levels", "σ 0.1 to 2"]
+    assert found["divergence"]["log"]
+    assert found["memory"]["labels"] == ["CPU"]
+
+
+def test_it_needs_no_network_and_runs_its_own_scripts_only(tmp_path):
+    page = Page(write_page(make_run(tmp_path / "run")))
+    places = [a[name] for _, a in page.elements for name in ("src", "href", "action", "srcset") if name in a]
+    assert places
+    assert all(place.startswith("data:") for place in places)
+    (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == rules["connect-src"] == "'none'"
+    for tag in ("script", "style"):  # what the browser computes of each element
+        texts = [data for name, attributes, data in page.texts if name == tag and not attributes]
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        assert rules[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in digests]
+        assert not any("url(" in text or "@import" in text for text in texts if tag == "style")
+
+
+def test_nothing_in_a_run_folder_enters_the_page_or_breaks_it(tmp_path):
+    options = {"edm_model": HOSTILE, "environment": {HOSTILE: HOSTILE}, "desc": HOSTILE, "steps": HOSTILE}
+    options |= {"arguments": [HOSTILE], "batch": [HOSTILE], "init_sigma": float("nan"), "objective": HOSTILE}
+    run = make_run(tmp_path / "<img src=x onerror=alert(1)>", **options)
+    random.seed(0)
+    odd = [float("nan"), float("inf"), 1e300, HOSTILE, None, [], 10**400, -1, True]
+    names = ["Progress/kimg", "Health/divergence", "Health/worst_class", "Health/worst_class_divergence", HOSTILE]
+    names += ["Health/divergence_sigma1-2", f"Health/divergence_sigma{HOSTILE}", "Timing/sec_per_tick"]
+    lines = [{"Progress/kimg": i, random.choice(names): random.choice(odd)} for i in range(200)]
+    for name in ("stats.jsonl", "teacher-distance.jsonl", "metric-fid5k.jsonl", "metric-<b>.jsonl"):
+        write_lines(run / name, [*lines, *({"kimg": i, "value": value} for i, value in enumerate(odd))])
+        with open(run / name, "ab") as file:
+            file.write(b"\xff\x00\n[1]\n" + b"[" * 5000 + b'\n{"Progress/kimg": 3')
+    (run / "trials").mkdir()
+    (run / "trials" / "results.json").write_text(json.dumps({HOSTILE: {"lr": HOSTILE, "distance": HOSTILE}, "b": 3}))
+    (run / "fakes_000021.png").write_text(HOSTILE)
+    (run / "fakes_000022.png").write_bytes((run / "fakes_init.png").read_bytes()[:50])
+    (run / "fakes_000023.png").mkdir()
+    Image.new("L", (64, 32)).save(tmp_path / "secret.png")
+    for name, target in (("000024", "../secret.png"), ("000025", "fakes_000025.png"), ("000026", "/dev/zero")):
+        os.symlink(target, run / f"fakes_{name}.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(run / "fakes_000027.png")
+    page = Page(write_page(run))
+    assert [tag for tag, _ in page.elements].count("script") == 4  # data, uPlot, curves, page
+    assert len(images_of(page)) == 3
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert HOSTILE in page.text  # shown as it is
+    for name in ("training_options.json", "stats.jsonl", "teacher-distance.jsonl"):
+        for content in (b"", b"[" * 5000, b"\xff\xfe", b"[1]\n"):
+            (run / name).write_bytes(content)
+            Page(write_page(run))
+    Page(write_page(tmp_path))  # not a run at all
+
+
+def test_thinned_curves_keep_ends_and_extremes():
+    kimg = 10_000
+    low = [float(i % 97) for i in range(kimg)]
+    low[4321], low[777] = -5.0, None
+    high = [None if i % 2 else 1.0 for i in range(kimg)]
+    high[6000] = 1e6
+    keep = thinned([low, high], kimg)
+    assert keep == sorted(set(keep))
+    assert len(keep) * 3 <= MAX_VALUES + 6
+    assert {0, 4321, 6000, kimg - 1} <= set(keep)
+    assert thinned([low[:100]], 100) == list(range(100))
+
+
+def test_long_runs_have_small_pages(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", ticks=10_000)
+    monkeypatch.setattr(embedded, "FRAMES_BYTES", 33_000)
+    noise = Image.frombytes("L", (128, 64), random.Random(0).randbytes(128 * 64))  # 8 kB in any exact format
+    for k in range(30, 130):
+        noise.save(run / f"fakes_{k:06d}.png")
+    cache = embedded.PictureCache(run)
+    frames = cache.frames()
+    assert frames[0].kimg == 0
+    assert frames[-1].kimg == 129
+    assert 16 <= len(frames) <= embedded.MAX_FRAMES + 1
+    assert sum(len(frame.picture.uri) for frame in frames) < 33_000 * 1.4
+    monkeypatch.setattr(embedded, "_read", None)  # nothing is read twice
+    assert cache.frames() == frames
+    size = write_page(run, pictures=cache).stat().st_size
+    shown = charts(run_record.read_run(run))
+    assert size < 300_000
+    assert sum(len(chart.plain()["kimg"]) for chart in shown) < 4 * MAX_VALUES
+
+
+def test_the_command_continues_the_run_and_the_options_differ_from_the_recipe(tmp_path):
+    arguments = ["--recipe=demo", "--alpha", "1", "--resume", "old", "--desc=it's"]
+    config, others = parse(arguments)
+    recorded = {**config.options(), **others, "recipe": "demo", "arguments": arguments, "processes": 2}
+    record = run_record.read_run(make_run(tmp_path / "a run", ticks=3, **recorded), is_running=False)
+    assert record.state == "stopped"
+    words = shlex.split(commands.continuing(record)[1])
+    assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "sid_train"]
+    again, now = parse(words[5:])
+    assert again == config
+    assert (now["resume"], now["desc"]) == (f"{tmp_path}/a run", "it's")
+    rows = {name: values for name, *values in commands.changed_options(record)}
+    assert rows["--alpha"] == ["1", "1.2", "1.2"]
+    assert rows["--lr"] == ["0.0004", "1e-05", "0.0004"]
+    assert rows["--duration"] == ["0.02", "500", "0.02"]
+    assert [name for name, (own, _, recipe) in rows.items() if own != recipe] == ["--alpha", "--desc"]
+    longer = run_record.read_run(make_run(tmp_path / "a run", ticks=20, **recorded))
+    assert longer.state == "finished"
+    again, now = parse(shlex.split(commands.continuing(longer)[1])[5:])
+    assert (again.total_kimg, now["override"]) == (40, True)  # its learning rate decays over the length
+
+
+def test_a_run_keeps_its_page_up_to_date_whatever_happens(tmp_path, capsys):
+    run = make_run(tmp_path / "run", ticks=10)
+
+    def interrupted():
+        with RunPage(run) as page:
+            page.write()
+            assert "running 10 kimg of 30 (33%) · 50 img/s, about 6m 40s left" in Page(run / PAGE_FILE).text
+            (run / "training_options.json").unlink()
+            page.write()
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        interrupted()
+    assert "stopped 10 kimg" in Page(run / PAGE_FILE).text
+    assert capsys.readouterr().out == ""
+    (run / PAGE_FILE).unlink()
+    (run / PAGE_FILE).mkdir()
+    RunPage(run).write()
+    assert "index.html" in capsys.readouterr().out
+    assert not list(run.glob(".*"))
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """ask(place, method="GET", host=None) -> (status, content) of a server of all runs in the folder `runs`."""
+    server = make_server(tmp_path / "runs", 0)
+    port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    def call(place, method="GET", host=None):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request(method, place, headers={"Host": host or f"127.0.0.1:{port}"})
+        answer = connection.getresponse()
+        found = answer.status, answer.read().decode()
+        connection.close()
+        return found
+
+    thread.start()
+    yield call
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_all_runs_of_a_folder_are_served_and_nothing_else(tmp_path, ask):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    make_run(runs / "one", teacher_fid={"value": 9.5})
+    (runs / "deep").mkdir()
+    make_run(runs / "deep" / "<b>", ticks=3)
+    (tmp_path / "secret").write_text("secret")
+    os.symlink(make_run(tmp_path / "elsewhere"), runs / "link")
+    before = sorted(tmp_path.rglob("*"))
+    status, text = ask("/runs.json")
+    assert status == 200
+    found = {run["name"]: run for run in json.loads(text)}
+    assert list(found) == ["deep/<b>", "one"]
+    assert found["one"]["kimg"] == 30
+    assert found["one"]["charts"]["metric-fid5k"]["goal"]["value"] == 9.5
+    with open(runs / "deep" / "<b>" / "stats.jsonl", "a") as file:
+        file.write('{"Progress/kimg": 7.0}\n')
+    assert [run["kimg"] for run in json.loads(ask("/runs.json")[1])] == [7, 30]  # live
+    assert "my-teacher, distilled" in ask("/run/deep%2F%3Cb%3E")[1]
+    assert "overview" not in ask("/run/one")[1]
+    assert ask("/")[0] == 200
+    for place in ("/run/../secret", "/run/%2e%2e%2fsecret", "/run/link", "/run/", "/run/.", "/secret", "/run/%00"):
+        assert ask(place)[0] == 404, place
+    assert ask("/", host="attacker.example")[0] == 403  # a name that resolves to this computer
+    assert ask("/runs.json", "POST")[0] == 501
+    assert ask("/runs.json", "HEAD") == (200, "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_nearest_sample_is_found():
+    torch.manual_seed(0)
+    samples = torch.randint(256, (50, 3, 128, 128), dtype=torch.uint8)  # more than the pixels that are compared
+    which = torch.tensor([7, 0, 49, 7])
+    noise = torch.randint(-20, 21, (4, 3, 128, 128))
+    images = (samples[which] + noise).clamp(0, 255).to(torch.uint8)
+    assert torch.equal(pictures.nearest(images, samples), which)
+
+
+def test_names_and_sizes_agree_with_modules_that_load_torch():
+    assert f"{trials.TRIALS}/{trials.RESULTS_FILE}" == run_record.TRIAL_RESULTS
+    assert embedded.GRID_COLUMNS == pictures.GRID_COLUMNS
+    assert commands.KEPT_TEACHER == inputs.TEACHER_FILE
