@@ -3,9 +3,11 @@
 Weights are read from safetensors only, and no code that a folder may hold is run.
 """
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ SCHEDULER_FILE = "scheduler_config.json"
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 16 << 20, 100_000
 INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_WITHOUT_WEIGHTS: list[bool] = []  # holds something inside `shapes_only`
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention layers
 
 
@@ -33,6 +36,22 @@ def library() -> Any:
     except ImportError:
         raise UserError(f"a network of the diffusers library needs that library: {INSTALL}") from None
     return diffusers
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within it, `build` makes models without weights, on the device meta."""
+    _WITHOUT_WEIGHTS.append(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_WEIGHTS.pop()
+
+
+def build(name: str, config: dict[str, Any]) -> Any:
+    """A model of the library by its class and configuration."""
+    with torch.device("meta") if _WITHOUT_WEIGHTS else contextlib.nullcontext():
+        return getattr(library(), name).from_config(config)
 
 
 def is_hub_name(source: str | os.PathLike) -> bool:

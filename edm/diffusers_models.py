@@ -9,7 +9,7 @@ from torch_utils.persistence import persistent_class
 from training.denoiser import SIGMA_DATA
 from training.parameterisations import DiscreteTimes, FlowTimes, WrappedDenoiser
 
-from .diffusers_folder import SCHEDULER_FILE, library
+from .diffusers_folder import SCHEDULER_FILE, build, library
 
 MAX_STEPS = 100_000
 MODELS = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}  # class: its folder in a pipeline
@@ -58,12 +58,12 @@ class DiffusersDenoiser(WrappedDenoiser):
         nearest: bool = False,
         sigma_data: float = SIGMA_DATA,
     ):
-        diffusers = library()
+        library()
         name = model.get("_class_name")
         if name not in MODELS:
             raise UserError(f"its model is a {str(name)[:80]!r}; the supported classes are {' and '.join(MODELS)}")
         given = {} if dropout is None else {"dropout": dropout}
-        net = getattr(diffusers, name).from_config({**model, **given})
+        net = build(name, {**model, **given})
         channels, resolution = shape_of(net.config)
         embedding = net.config.get("time_embedding_type", "positional")
         if embedding not in ("positional", "learned"):

@@ -158,7 +158,7 @@ def _pipeline_of_transformer(net: WrappedDenoiser, level: float | None, vae: Any
     return pipelines.DiTPipeline(copy.deepcopy(net.net), vae, scheduler), call, {}
 
 
-def _pipeline_of_prompts(net: TextDenoiser, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
+def _pipeline_of_prompts(net: Any, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
     """The pipeline of a generator, which makes the same images with the pipeline's default arguments as in one step.
 
     Its schedule has hardly any noise at all times but the last, so that further steps change nothing, and its model

@@ -14,7 +14,7 @@ from torch_utils.untrusted import edm_pickle
 from training.parameterisations import WrappedDenoiser
 
 from . import latents, network_files, text_encoders
-from .diffusers_folder import SCHEDULER_FILE, licence, read_config, weights
+from .diffusers_folder import SCHEDULER_FILE, licence, read_config, shapes_only, weights
 from .diffusers_models import LATENT_SIGMA_DATA, MODELS, DiffusersDenoiser
 from .network_files import CONFIG_FILE, INDEX_FILE
 from .text_models import TEXT_MODELS, TextDenoiser
@@ -43,21 +43,15 @@ def read(path: Path) -> tuple[WrappedDenoiser, dict[str, Any]]:
         config = read_config(folder / CONFIG_FILE)
         metadata = config.pop("_metadata", {})
         model = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
-        is_text = model.get("_class_name") in TEXT_MODELS
-        if not is_text and model.get("_class_name") not in MODELS:  # before weights of another kind are looked for
-            DiffusersDenoiser(model, {})
+        is_text = _is_text(model)
         metadata = network_files.checked_metadata(metadata or {"kind": "teacher", **licence(path)}, path)
         if metadata.get(PIPELINE_ONLY):
             raise UserError("is for the library's own pipeline; load the snapshot that it was made of")
-        settings: dict[str, Any] = {"model": model, "scheduler": read_config(scheduler)}
-        if not edm_pickle.is_plain(settings):
-            raise UserError("its configuration holds more than plain values")
-        if is_text:
-            metadata["text"] = _text_encoders(path)
-            settings |= {"length": text_encoders.tokens_of(path), **_sizes(model, path)}
+        settings = _settings(path, model, scheduler, vae_folder)
         state = {f"net.{name}": tensor for name, tensor in weights(folder).items()}
+        if is_text:
+            metadata["text"] = text_encoders.record_of(path)
         if vae_folder is not None:
-            settings["sigma_data"] = LATENT_SIGMA_DATA
             metadata["vae"] = latents.record_of(vae_folder)
         net = persistence.construct(TextDenoiser if is_text else DiffusersDenoiser, (), settings, state, path)
         if vae_folder is None and net.img_channels not in (1, 3):
@@ -71,11 +65,45 @@ def read(path: Path) -> tuple[WrappedDenoiser, dict[str, Any]]:
         raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}") from None
 
 
-def _text_encoders(path: Path) -> dict[str, Any]:
-    """The record of a pipeline's text encoders. Errors: UserError when it has none, or others than are supported."""
-    if not (path / INDEX_FILE).is_file():
-        raise UserError("its model is conditioned on text: name the folder of the whole pipeline, with text_encoder/")
-    return text_encoders.record_of(path)
+def shapes(path: Path) -> WrappedDenoiser:
+    """The denoiser of a folder without its weights, which needn't be there: on the device meta, for estimates.
+
+    Errors: UserError as `read`.
+    """
+    folder, scheduler, vae_folder = _parts(path)
+    model = {name: value for name, value in read_config(folder / CONFIG_FILE).items() if name[0] != "_"}
+    model["_class_name"] = read_config(folder / CONFIG_FILE).get("_class_name")
+    cls = TextDenoiser if _is_text(model) else DiffusersDenoiser
+    settings = _settings(path, model, scheduler, vae_folder)
+    with shapes_only():
+        try:
+            return cls(**settings).eval()
+        except UserError:
+            raise
+        except Exception as error:  # whatever the library raises on a configuration
+            raise UserError(f"{path}: can't be built by its configuration: {persistence.one_line(error)}") from None
+
+
+def _is_text(model: dict[str, Any]) -> bool:
+    """Whether a model is text-to-image, by its configuration. Errors: UserError when it isn't a supported one."""
+    is_text = model.get("_class_name") in TEXT_MODELS
+    if not is_text and model.get("_class_name") not in MODELS:
+        DiffusersDenoiser(model, {})
+    return is_text
+
+
+def _settings(path: Path, model: dict[str, Any], scheduler: Path, vae_folder: Path | None) -> dict[str, Any]:
+    """The arguments of a folder's denoiser. Errors: UserError when they hold more than plain values."""
+    settings: dict[str, Any] = {"model": model, "scheduler": read_config(scheduler)}
+    if not edm_pickle.is_plain(settings):
+        raise UserError("its configuration holds more than plain values")
+    if _is_text(model):
+        if not (path / INDEX_FILE).is_file():
+            raise UserError("its model takes text: name the folder of the whole pipeline, with text_encoder/")
+        settings |= {"length": text_encoders.tokens_of(path), **_sizes(model, path)}
+    if vae_folder is not None:
+        settings["sigma_data"] = LATENT_SIGMA_DATA
+    return settings
 
 
 def _sizes(model: dict[str, Any], path: Path) -> dict[str, int]:
@@ -96,7 +124,7 @@ def _parts(path: Path) -> tuple[Path, Path, Path | None]:
         index = read_config(path / INDEX_FILE)
         parts = {name for name, value in index.items() if isinstance(value, list) and all(value)}
         if "text_encoder" in parts:
-            text_encoders.record_of(path)  # which pipelines are supported
+            text_encoders.supported_parts(path, with_weights=False)
         named = [path / name for name in VAES if name in parts]
         vaes = named
         found = [name for name in ("unet", "transformer") if name in parts]

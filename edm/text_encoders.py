@@ -54,13 +54,13 @@ INSTALL = "pip install 'sid-distillation[text]', or pip install diffusers transf
 
 def record_of(path: Path) -> dict[str, Any]:
     """The record of the text encoders in a pipeline's folder. Errors: UserError when they aren't supported."""
-    pipeline, parts = _parts(path)
+    pipeline, parts = supported_parts(path)
     return {"source": str(path.resolve()), "pipeline": pipeline, "sha256": fingerprint(path, parts)}
 
 
 def tokens_of(path: Path) -> int:
     """How many tokens a prompt has in a pipeline's conditions. Errors: UserError when its tokenizer doesn't say."""
-    pipeline, _ = _parts(path)
+    pipeline, _ = supported_parts(path, with_weights=False)
     length = read_config(path / "tokenizer" / "tokenizer_config.json").get("model_max_length")
     if type(length) is not int or not 0 < length < 10_000:
         raise UserError(f"{path / 'tokenizer'}: names no model_max_length, how many tokens a prompt has at most")
@@ -68,8 +68,11 @@ def tokens_of(path: Path) -> int:
     return extra if pipeline == "FluxPipeline" else length + extra
 
 
-def _parts(path: Path) -> tuple[str, list[str]]:
-    """(class of a pipeline, its folders of tokenizers and text encoders that are there)."""
+def supported_parts(path: Path, with_weights: bool = True) -> tuple[str, list[str]]:
+    """(class of a pipeline, its folders of tokenizers and text encoders). with_weights: whether they must be there.
+
+    Errors: UserError when one isn't supported, or isn't there.
+    """
     index = read_config(path / INDEX_FILE)
     pipeline = str(index.get("_class_name"))[:80]
     if pipeline not in PIPELINES:
@@ -83,9 +86,9 @@ def _parts(path: Path) -> tuple[str, list[str]]:
         known = TOKENIZERS if name.startswith("tokenizer") else ENCODERS
         if library != "transformers" or found not in known:
             raise UserError(f"{path}: its {name} is {str(found)[:80]!r}, none of {', '.join(known)}")
-        if not (path / name).is_dir():
+        if with_weights and not (path / name).is_dir():
             raise UserError(f"{path}: {INDEX_FILE} names a {name}, but there is no folder {name}/")
-        if name.startswith("text") and not any((path / name).glob("*.safetensors")):
+        if with_weights and name.startswith("text") and not any((path / name).glob("*.safetensors")):
             raise UserError(f"{path / name}: holds no .safetensors; save the pipeline again by save_pretrained")
         parts.append(name)
     return pipeline, parts
@@ -216,7 +219,7 @@ class TextEncoder:
     def __init__(self, record: dict[str, Any], device: torch.device | str = "cpu"):
         self.kind, self.device = record["pipeline"], device
         path = folder_of(record)
-        pipeline, parts = _parts(path)
+        pipeline, parts = supported_parts(path)
         if pipeline != self.kind or fingerprint(path, parts) != record["sha256"]:
             raise UserError(
                 f"{path}: its text encoders aren't those that the network was trained with; put the pipeline with those"

@@ -13,7 +13,7 @@ from dnnlib import UserError
 from torch_utils.persistence import persistent_class
 from training.parameterisations import WrappedDenoiser
 
-from .diffusers_folder import library
+from .diffusers_folder import build, library
 from .diffusers_models import LATENT_SIGMA_DATA, shape_of, times_of
 
 TEXT_MODELS = {  # class: its folder in a pipeline
@@ -92,7 +92,7 @@ class TextDenoiser(WrappedDenoiser):
         dropout: float | None = None,
         sigma_data: float = LATENT_SIGMA_DATA,
     ):
-        diffusers = library()
+        library()
         name = model.get("_class_name")
         if name not in TEXT_MODELS:
             raise UserError(f"its model is a {str(name)[:80]!r}; of text-to-image, {', '.join(TEXT_MODELS)} are known")
@@ -102,7 +102,7 @@ class TextDenoiser(WrappedDenoiser):
             if model.get(setting) not in usual:
                 raise UserError(f"its {setting} is {str(model[setting])[:80]!r}, which isn't supported")
         given = {} if dropout is None or name != "UNet2DConditionModel" else {"dropout": dropout}
-        net = getattr(diffusers, name).from_config({**model, **given})
+        net = build(name, {**model, **given})
         if name == "FluxTransformer2DModel":
             channels, resolution = net.config.in_channels // FLUX_PATCH**2, sample_size
             if type(resolution) is not int or resolution % FLUX_PATCH:

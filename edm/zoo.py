@@ -153,6 +153,17 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
     return net
 
 
+def load_shapes(source: str | os.PathLike) -> DenoiserModule | None:
+    """The network of a folder of the diffusers library without its weights, on the device meta; None for others.
+
+    Errors: UserError as `load_network`.
+    """
+    path = user_path(source)
+    if not path.is_dir() or not diffusers_reader.is_folder(path):
+        return None
+    return cast(DenoiserModule, diffusers_reader.shapes(path))
+
+
 def load_denoiser(source: str | os.PathLike, classes: Mapping[str, Callable[..., Any]] | None = None) -> DenoiserModule:
     """As `load_network`; a network of one of `classes`, or of the diffusers library, is also called once, to see that
     it is a denoiser.

@@ -55,15 +55,19 @@ class Estimate:
 
 
 def estimate(
-    teacher: DenoiserModule, config: DistillationConfig, batch_gpu: int, guide: DenoiserModule | None = None
+    teacher: DenoiserModule,
+    config: DistillationConfig,
+    batch_gpu: int,
+    guide: DenoiserModule | None = None,
+    device: torch.device | None = None,
 ) -> Estimate:
     """The memory of a distillation, from shapes alone.
 
     teacher: any denoiser; it isn't changed. batch_gpu: images per process and round. guide: the weaker network that
-    guides the teacher. The precision must be resolved (not None).
+    guides the teacher. The precision must be resolved (not None). device: that it runs on; None: the teacher's.
     """
     assert config.precision is not None
-    device = next(teacher.parameters()).device
+    device = device or next(teacher.parameters()).device
     dtype = precision.DTYPES[config.precision]
     part = config.chunk or batch_gpu
     with _shapes_of(teacher, config, device) as net:
@@ -127,6 +131,41 @@ def _store_casts(net: DenoiserModule, dtype: torch.dtype, images: int, device: t
         parameter.data = parameter.data.to(dtype)
 
 
+class Fitting:
+    """Which divisors of `images` (per process and update) fit into memory as --batch-gpu, by estimates of two of them.
+
+    limit: the most at once. Errors: UserError when --chunk doesn't divide `images`.
+    """
+
+    def __init__(
+        self,
+        teacher: DenoiserModule,
+        config: DistillationConfig,
+        images: int,
+        device: torch.device,
+        guide: DenoiserModule | None,
+        limit: int,
+    ):
+        if config.chunk and images % config.chunk:
+            raise UserError(f"--chunk={config.chunk} must divide the {images} images per process")
+        self._least = config.chunk or 1
+        self._divisors = [n for n in range(limit, 1, -1) if images % n == 0 and n % self._least == 0]
+        self._ends = {
+            n: estimate(teacher, config, n, guide, device)
+            for n in dict.fromkeys(self._divisors[-1:] + self._divisors[:1])
+        }
+
+    def peak(self, n: int) -> float:
+        """GB that n images at once need."""
+        least, most = min(self._ends), max(self._ends)
+        return self._ends[least].between(self._ends[most], (n - least) / max(most - least, 1)).peak
+
+    def largest(self, free: float) -> tuple[int, float | None]:
+        """The most images that fit into `free` GB, at least --chunk, or 1, with their peak; None if nothing fits."""
+        found = (n for n in self._divisors if self.peak(n) < USABLE * free)
+        return next(((n, self.peak(n)) for n in found), (self._least, None))
+
+
 def fitting_batch_gpu(
     teacher: DenoiserModule,
     config: DistillationConfig,
@@ -144,18 +183,7 @@ def fitting_batch_gpu(
     else:
         free = psutil.virtual_memory().available / GB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit = min(images, CPU_BATCH if device.type == "cpu" else images, GAN_BATCH if config.gan else images)
-    divisors = [n for n in range(limit, 1, -1) if images % n == 0 and n % (config.chunk or 1) == 0]
-    if config.chunk and images % config.chunk:
-        raise UserError(f"--chunk={config.chunk} must divide the {images} images per process")
-    if not divisors:
-        return config.chunk or 1, None
-    most, least = divisors[0], divisors[-1]
-    ends = [estimate(teacher, config, n, guide) for n in dict.fromkeys((least, most))]
-
-    def peak(n: int) -> float:
-        return ends[0].between(ends[-1], (n - least) / max(most - least, 1)).peak
-
-    return next(((n, peak(n)) for n in divisors if peak(n) < USABLE * free), (config.chunk or 1, None))
+    return Fitting(teacher, config, images, device, guide, limit).largest(free)
 
 
 def store_teacher(teacher: DenoiserModule, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager]) -> None:

@@ -50,6 +50,7 @@ from .teacher_distance import TeacherDistance
 from .training_loop import training_loop
 from .trials import Plan, has_begun, plan_trials, run_trials
 
+GPUS = (24, 80)  # sizes of memory in GB, for which --dry-run tells what fits
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
 # takes as long as half a kimg of training.
 WORTH_SAMPLES_KIMG = 10
@@ -331,7 +332,8 @@ def find_start(
 
 def dry_run(options: dict[str, Any], config: DistillationConfig, device: torch.device) -> dict[str, float]:
     """Checks the networks that the options name and estimates the memory that the run needs (`memory_estimate`)."""
-    teacher = checked_teacher(config, options)
+    shapes = zoo.load_shapes(options["edm_model"])
+    teacher = checked_teacher(config, options, shapes)
     if options["transfer"] and zoo.is_here(options["transfer"]):
         load_start(options["transfer"], teacher, options["classes"])
     guide = checked_guide(teacher, options) if options["guide"] and zoo.is_here(options["guide"]) else None
@@ -340,12 +342,15 @@ def dry_run(options: dict[str, Any], config: DistillationConfig, device: torch.d
 
 def memory_estimate(
     teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None = None
-) -> dict[str, float]:
-    """GB per process by purpose, at --batch-gpu or at the largest that fits."""
+) -> dict[str, Any]:
+    """GB per process by purpose, at --batch-gpu or at the largest that fits; and the largest that fits GPUS."""
     config = resolve(config, teacher, device)
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
     batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device, guide)[0]
-    return {"batch_gpu": batch_gpu, **memory.estimate(teacher.to(device), config, batch_gpu, guide).rounded()}
+    found = memory.estimate(teacher, config, batch_gpu, guide, device).rounded()
+    fitting = memory.Fitting(teacher, config, share, device, guide, memory.GAN_BATCH if config.gan else share)
+    fits = {f"{size} GB": images for size in GPUS for images, peak in [fitting.largest(size)] if peak is not None}
+    return {"batch_gpu": batch_gpu, **found, "batch_gpu_that_fits": fits}
 
 
 def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: bool = False) -> str:

@@ -12,12 +12,16 @@ from parity import DATA
 from test_steps import fill
 from tiny import CPU, tiny_config, tiny_teacher
 
+import sid_train
 from dnnlib import UserError
 from edm import diffusers_pipelines, generate, latents, text_encoders, zoo
 from edm.sampler import generate_all
 from edm.text_models import TextDenoiser
+from sid import memory
+from sid.config import resolve
 from sid.guidance import Guidance, parse_guidance
 from sid.loss import SiDLoss
+from sid.options import parse
 from sid.run import distil
 from training.conditions import Classes, Prompts, conditions_of
 from training.generator import Generator
@@ -237,6 +241,29 @@ def test_other_text_encoders_are_refused(folders, tmp_path):
     net.metadata["text"]["source"] = str(other)
     with pytest.raises(UserError, match="aren't those that the network was trained with"):
         text_encoders.prompts_for(net, ["something new"])
+
+
+def test_a_dry_run_needs_no_weights(folders, tmp_path):
+    """The memory estimate of a pipeline's configurations alone is that of the pipeline; more fits into more memory."""
+
+    def dry_run(folder, *options):
+        arguments = [f"--edm_model={folder}", "--batch=64", "--batch-gpu=4", "--augment=0", "--device=cpu", "-n"]
+        result = CliRunner().invoke(sid_train.main, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.output)["memory_GB"]
+
+    bare = tmp_path / "bare"
+    shutil.copytree(
+        folders["stable_diffusion_xl"], bare, ignore=shutil.ignore_patterns("*.safetensors", "text_encoder*")
+    )
+    for options in ((), ("--precision=bf16", "--lora-rank=2", "--checkpoint=1", "--guidance=long-short=2")):
+        found = dry_run(bare, *options)
+        assert found["batch_gpu_that_fits"] == {"24 GB": 64, "80 GB": 64}
+        net = zoo.load_denoiser(folders["stable_diffusion_xl"])
+        config = resolve(parse(["--augment=0", "--batch=64", *options])[0], net, CPU)
+        assert memory.estimate(net, config, 4).rounded().items() <= found.items()
+    with pytest.raises(UserError, match="no safetensors|has no diffusion_pytorch_model"):
+        zoo.load_network(bare)
 
 
 # --- prompts
