@@ -26,6 +26,9 @@ MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 16 << 20, 100_000
 INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WITHOUT_WEIGHTS: list[bool] = []  # holds something inside `shapes_only`
+# Folders of a pipeline with weights that are used here, and names of their variants.
+PARTS = ("unet", "transformer", "vae", "vqvae", "movq", "text_encoder", "text_encoder_2", "text_encoder_3")
+VARIANTS = ["*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*"]
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention layers
 
 
@@ -62,10 +65,18 @@ def is_hub_name(source: str | os.PathLike) -> bool:
 def fetch(name: str) -> Path:
     """The local folder of a model on the Hub, downloaded unless the library's cache holds it.
 
-    Only configurations, safetensors and the model card are downloaded: no pickles, no code.
+    Only configurations, vocabularies, safetensors and the model card are downloaded: no pickles, no code. Of a
+    pipeline's weights, only those of PARTS, and a variant such as fp16 only where there is nothing else.
     Errors: UserError when it can't be had.
     """
-    return _download(name, ["*.json", "*.safetensors", "README.md"])  # in a pattern, "*" stands for slashes, too
+    small = ["*.json", "*.txt", "*.model", "README.md"]  # in a pattern, "*" stands for slashes, too
+    folder = _download(name, small)
+    if not (folder / network_files.INDEX_FILE).is_file():
+        return _download(name, [*small, "*.safetensors"])
+    weights = [f"{part}/*.safetensors" for part in PARTS]
+    folder = _download(name, weights, ignore_patterns=VARIANTS)
+    absent = [part for part in PARTS if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors"))]
+    return _download(name, [f"{part}/*.safetensors" for part in absent]) if absent else folder
 
 
 def fetch_part(name: str, part: str, class_name: str, why: str) -> Path:

@@ -379,7 +379,7 @@ def hub(monkeypatch, tmp_path):
 
     repositories, downloads = {}, []
 
-    def snapshot_download(name, allow_patterns, local_files_only=False):
+    def snapshot_download(name, allow_patterns, ignore_patterns=None, local_files_only=False):
         cached = tmp_path / "cache" / name
         if local_files_only:
             if not cached.is_dir():
@@ -387,7 +387,7 @@ def hub(monkeypatch, tmp_path):
             return str(cached)
         source = repositories[name]
         files = [str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
-        for file in sorted(filter_repo_objects(files, allow_patterns=allow_patterns)):
+        for file in sorted(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)):
             if not (cached / file).is_file():
                 downloads.append(file)
                 (cached / file).parent.mkdir(parents=True, exist_ok=True)
@@ -420,6 +420,27 @@ def test_a_vae_that_a_file_names_is_fetched_alone_and_said(hub, pipeline, vae, t
     named_vae(net, "someone/vae")
     assert len(hub["downloads"]) == 2
     assert capsys.readouterr().err == ""  # from the cache
+
+
+def test_a_pipeline_is_fetched_without_what_is_not_used(hub, pipeline, tmp_path):
+    repository = shutil.copytree(pipeline, tmp_path / "repository")
+    weights = "diffusion_pytorch_model.safetensors"
+    for name in (
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "whole.safetensors",
+        "safety_checker/model.safetensors",
+    ):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_bytes(b"unused")
+    (repository / "transformer" / weights).rename(repository / "transformer/diffusion_pytorch_model.fp16.safetensors")
+    (repository / "code.py").write_text("import os")
+    hub["someone/model"] = repository
+    net = zoo.load_denoiser("someone/model")
+    assert zoo.network_hash(net) == zoo.network_hash(zoo.load_denoiser(pipeline))
+    assert [name for name in hub["downloads"] if not name.endswith(".json")] == [
+        f"vae/{weights}",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+    ]
 
 
 def test_nothing_but_a_vae_is_fetched(hub, pipeline, tmp_path):
