@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_env.sh test \
-    "import torch, numpy, scipy, PIL, click, requests, psutil, tqdm, safetensors, pytest, xdist, ruff, basedpyright, sklearn, onnxscript, onnxruntime, setuptools, diffusers, transformers"
+    "import torch, numpy, scipy, PIL, click, requests, psutil, tqdm, safetensors, pytest, xdist, ruff, basedpyright, sklearn, onnxscript, onnxruntime, setuptools, diffusers, transformers, peft"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

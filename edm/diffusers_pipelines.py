@@ -181,7 +181,7 @@ def _pipeline_of_prompts(net: Any, level: float | None, vae: Any) -> tuple[Any, 
         model.get_parameter(name).data.zero_()
     _set_time(model, step.t, last)
     scheduler = library().EulerDiscreteScheduler(
-        **_ending_at(torch.tensor([LEAST_BETA] + [0.0] * (last - 1)), 1 / (1 + level**2)),
+        **one_step_betas(last, level),
         prediction_type=NAMED[net.prediction],
         timestep_spacing="trailing",
         steps_offset=1,  # without effect; Stable Diffusion's pipelines warn of any other
@@ -283,6 +283,11 @@ def _rising_betas(sigma: float, number: int) -> torch.Tensor:
     """The betas of so many noise levels on the way to `sigma`, evenly spaced, float32."""
     signal = 1 / (1 + torch.linspace(0, sigma, number + 2, dtype=torch.float64)[:-1] ** 2)
     return (1 - signal[1:] / signal[:-1]).float()
+
+
+def one_step_betas(last: int, sigma: float) -> dict[str, Any]:
+    """Arguments of a scheduler with hardly any noise before its last time, and with noise level `sigma` there."""
+    return _ending_at(torch.tensor([LEAST_BETA] + [0.0] * (last - 1)), 1 / (1 + sigma**2))
 
 
 def _ending_at(betas: torch.Tensor, signal: float) -> dict[str, Any]:

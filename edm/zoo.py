@@ -30,6 +30,7 @@ from edm import (
     diffusers_pipelines,
     diffusers_reader,
     latents,
+    lora_files,
     network_files,
     text_encoders,
     text_models,
@@ -349,18 +350,24 @@ def verify_command(names: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("destination")
-@click.option("--to", type=click.Choice(["diffusers"]), help="Write a pipeline of the diffusers library")
+@click.option("--to", type=click.Choice(["diffusers", "lora"]), help="Write what the diffusers library reads")
+@click.option("--base", help="With --to=lora: the teacher that the generator was distilled from")
 @classes_option
 @mirror_option
-def convert(source: str, destination: str, to: str | None, classes: str | None) -> None:
+def convert(source: str, destination: str, to: str | None, base: str | None, classes: str | None) -> None:
     """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
 
     DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), .onnx (to run elsewhere: a generator from noise to
     8-bit images; can't be loaded again), or without a suffix a folder with config.json. With --to=diffusers, a folder
-    that the diffusers library opens with DiffusionPipeline.from_pretrained; for networks of its own classes.
+    that the diffusers library opens with DiffusionPipeline.from_pretrained; for networks of its own classes. With
+    --to=lora, a folder for load_lora_weights, of a text-to-image generator distilled with --lora-rank.
     """
     net: Any = load_denoiser(source, own_classes(classes))
-    if to == "diffusers":
+    if (to == "lora") != (base is not None):
+        raise UserError("--to=lora and --base=TEACHER go together: the file holds what is added to the teacher")
+    if base is not None:
+        click.echo(lora_files.write(net, load_denoiser(base, own_classes(classes)), Path(destination)))
+    elif to == "diffusers":
         click.echo(diffusers_pipelines.write(net, Path(destination)))
     else:
         save_network(net, destination, **net.metadata)

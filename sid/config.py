@@ -114,6 +114,7 @@ class DistillationConfig:
     share_noise: bool = False  # and one draw of noise for them: the fake score is called once
     adam_state: str = "fp32"  # Adam's second moments, one of ADAM_STATES
     lora_rank: int | None = None  # rank of the updates that generator and fake score learn; None: all weights
+    lora_vectors: bool = True  # with lora_rank, whether the generator's biases and norms are trained, too
     guidance: Guidance | None = None  # of the score networks: by classes, and of the teacher by a weaker one
     drop_labels: str = "before"  # where guidance drops labels: before generating, as published, or after
     gan: bool = False  # SiDA: an additional adversarial loss, from real images

@@ -57,18 +57,22 @@ class LowRank(torch.nn.Module):
             return base + (self.scale * self.b @ self.a).view_as(base)  # in the memory layout of the base
 
 
-def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None) -> None:
+def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None, matrices_only: bool = False) -> None:
     """Turns the trainable matrices of `net` into low-rank updates of the matrices of `base`, in place.
 
     net:  any module on the device where it stays; parameters that are frozen remain as they are.
     base: a network with the same parameter names, whose matrices are frozen and shared; None: the present weights of
           `net` itself. Copies (`copy.deepcopy`) of an adapted network share them, too.
+    matrices_only: freezes biases and norms, and gives every matrix its two factors, however small.
     """
 
     def large(weight: torch.nn.Parameter) -> bool:
         rows, columns = _matrix(weight) if weight.ndim > 1 else (1, 1)
-        return weight.requires_grad and rank * (rows + columns) < rows * columns
+        return weight.requires_grad and (rank * (rows + columns) < rows * columns or matrices_only)
 
+    if matrices_only:
+        for parameter in net.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter.ndim > 1)
     bases = dict((net if base is None else base).named_parameters(remove_duplicate=False))
     made = {parameter: LowRank(bases[name], rank) for name, parameter in net.named_parameters() if large(parameter)}
     compute_parameters(net, made, SUFFIX)

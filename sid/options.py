@@ -209,6 +209,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option(
             "--lora-rank", "Learn updates of this rank to one shared copy of the weights  [default: all weights]", COUNT
         ),
+        option(
+            "--lora-vectors",
+            "With --lora-rank, train the generator's biases and norms, too; 0 for edm.zoo convert --to=lora",
+            bool,
+            D.lora_vectors,
+        ),
         option("--bench", "cuDNN benchmarking", bool, True),
         option("--metrics-batch", "Images per step of the metrics", COUNT, 64),
     ],

@@ -82,7 +82,7 @@ class DistillationState:
             bases = [(self.generator, teacher if start is None else None), (self.fake_score, teacher)]
             for i, (net, base) in enumerate(bases):
                 misc.seed_at(config.seed, FACTORS_PHASE, i)
-                lora.adapt(net, config.lora_rank, base)
+                lora.adapt(net, config.lora_rank, base, matrices_only=net is self.generator and not config.lora_vectors)
         else:
             for net in (self.generator, self.fake_score):
                 normalize_weights(net)

@@ -14,14 +14,15 @@ from tiny import CPU, tiny_config, tiny_teacher
 
 import sid_train
 from dnnlib import UserError
-from edm import diffusers_pipelines, generate, latents, text_encoders, zoo
+from edm import diffusers_pipelines, generate, latents, lora_files, text_encoders, zoo
 from edm.sampler import generate_all
 from edm.text_models import TextDenoiser
-from sid import memory
+from sid import lora, memory
 from sid.config import resolve
 from sid.guidance import Guidance, parse_guidance
 from sid.loss import SiDLoss
 from sid.options import parse
+from sid.prepare import prepare
 from sid.run import distil
 from training.conditions import Classes, Prompts, conditions_of
 from training.generator import Generator
@@ -232,6 +233,56 @@ def test_distilling_a_pipeline(folders, tmp_path, monkeypatch):
         assert generate_all(moved, [0]).shape == (1, 3, 16, 16)
     finally:
         shutil.move(tmp_path / "elsewhere", folders["stable_diffusion"])
+
+
+def test_low_rank_updates_as_a_lora_file(folders, tmp_path):
+    """The library's pipeline with the file makes our images; the generator's vectors stay the teacher's."""
+    teacher = teacher_of(folders["stable_diffusion"])
+    level = teacher.times.sigma(torch.tensor([625.0], dtype=torch.float64)).item()
+    options = {"lora_rank": 3, "augment": 0, "init_sigma": level, "lr": 0.01, "glr": 0.01, "ema_halflife_kimg": 0}
+    made = prepare(teacher, tiny_config(**options, lora_vectors=False), CPU)
+    made.iteration()
+    made.iteration()
+    net = lora.merge(made.state.ema)
+    net.metadata |= {"lora_rank": 3}
+    ours, theirs = net.state_dict(), teacher.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == {name for name, weight in ours.items() if weight.ndim > 1}
+    call = lora_files.write(net, teacher, tmp_path / "lora")
+    assert "load_lora_weights" in call
+    assert "num_inference_steps=1" in call
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders["stable_diffusion"])
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "lora/scheduler")
+    torch.manual_seed(3)
+    z, width = torch.randn(2, 4, tiny_pipelines.SIZE, tiny_pipelines.SIZE), 2 * tiny_pipelines.SIZE
+    how = {"num_inference_steps": 1, "guidance_scale": 1, "width": width, "height": width, "output_type": "latent"}
+    found = pipeline(TEXTS[:2], latents=z, **how).images
+    with torch.no_grad():
+        condition = teacher.prompts.of_seeds([0, 1], CPU, None)
+        expected, start = (Generator(of, Steps((level,))).sample(z, condition) for of in (net, teacher))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (start - expected).abs().max() > 1e-2 * expected.abs().max()
+
+    whole = prepare(teacher, tiny_config(**options), CPU)
+    whole.iteration()
+    with pytest.raises(UserError, match="--lora-vectors=0"):
+        lora_files.write(named(lora.merge(whole.state.ema), lora_rank=3), teacher, tmp_path / "other")
+    with pytest.raises(UserError, match="more than a matrix of rank 1"):
+        lora_files.write(named(net, lora_rank=1), teacher, tmp_path / "other")
+    with pytest.raises(UserError, match=r"--init_sigma=2\.5017"):
+        lora_files.write(named(net, lora_rank=3, init_sigma=2.505), teacher, tmp_path / "other")
+    for wrong in (named(net, lora_rank=None), tiny_teacher()):
+        with pytest.raises(UserError, match="--to=lora: is for generators"):
+            lora_files.write(wrong, teacher, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def named(net, **metadata):
+    net.metadata = {**getattr(net, "metadata", {}), **metadata}
+    return net
 
 
 def test_other_text_encoders_are_refused(folders, tmp_path):
