@@ -33,9 +33,10 @@ def write(net: Any, base: Any, path: Path) -> str:
     Returns how to call the pipeline from Python.
     Errors: UserError when the generator differs from its teacher by more than updates of low rank.
     """
+    metadata: dict[str, Any] = getattr(net, "metadata", {})
     if not isinstance(net, TextDenoiser) or type(net.net) is not type(getattr(base, "net", None)):
         raise UserError("--to=lora: is for generators and teachers of the library's text-to-image models")
-    steps, rank = Steps.of(net), net.metadata.get("lora_rank")
+    steps, rank = Steps.of(net), metadata.get("lora_rank")
     if steps is None or len(steps) > 1 or not rank:
         raise UserError("--to=lora: is for generators of one step that were distilled with --lora-rank")
     if not isinstance(net.times, DiscreteTimes):
