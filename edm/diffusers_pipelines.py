@@ -187,8 +187,7 @@ def _pipeline_of_prompts(net: Any, level: float | None, vae: Any) -> tuple[Any, 
         steps_offset=1,  # without effect; Stable Diffusion's pipelines warn of any other
     )
     parts = {**encoders.pipeline.components, "vae": vae, "unet": model.eval(), "scheduler": scheduler}
-    extra = {"requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {"add_watermarker": False}
-    pipeline = getattr(library(), kind)(**parts, **extra)
+    pipeline = getattr(library(), kind)(**parts, **encoders.settings)
     return pipeline, 'prompt="...", num_inference_steps=1', {PIPELINE_ONLY: True}
 
 

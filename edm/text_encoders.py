@@ -10,6 +10,7 @@ The library's own pipeline encodes, without its image model. Prompts are encoded
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -42,7 +43,12 @@ PIPELINES = {  # class: its tokenizers and text encoders
     "FluxPipeline": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
 }
 T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}  # of a prompt, as the pipelines call T5
-UNUSED = ("vae", "unet", "transformer", "safety_checker", "feature_extractor", "image_encoder")  # parts not loaded
+SETTINGS: dict[str, dict[str, Any]] = {  # of the pipelines' constructors
+    "StableDiffusionPipeline": {"requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"force_zeros_for_empty_prompt": True, "add_watermarker": False},
+}
+FROM_INDEX = ("force_zeros_for_empty_prompt",)  # of them, what a pipeline's index overrides
+SETTING_NAMES = {name for settings in SETTINGS.values() for name in settings}
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
 FOLDER = "text"  # of a pipeline with the encoders, next to a network's file
@@ -227,19 +233,22 @@ class TextEncoder:
             )
         diffusers = diffusers_folder.library()
         try:
-            import transformers  # noqa: F401  # pyright: ignore[reportMissingImports]  an optional package
+            import transformers  # pyright: ignore[reportMissingImports]  an optional package
         except ImportError:
             raise UserError(f"encoding prompts needs the transformers library: {INSTALL}") from None
         index = read_config(path / INDEX_FILE)
-        unused = {name: None for name in UNUSED if name in index}
         try:
             with _quiet(diffusers):
-                self.pipeline = getattr(diffusers, self.kind).from_pretrained(
-                    path, **unused, use_safetensors=True, local_files_only=True
-                )
-        except Exception as error:  # whatever the libraries raise on damaged files
+                components = {part: _component(transformers, index[part][1], path / part) for part in parts}
+        except Exception as error:  # whatever the library raises on damaged files
             reason = persistence.one_line(error, 200)
             raise UserError(f"{path}: its text encoders can't be loaded: {reason}") from None
+        settings = SETTINGS.get(self.kind, {})
+        self.settings = {name: bool(index.get(name, v)) if name in FROM_INDEX else v for name, v in settings.items()}
+        cls = getattr(diffusers, self.kind)
+        given = {**self.settings, **components, "scheduler": _scheduler(diffusers, self.kind)}
+        absent = [name for name in inspect.signature(cls).parameters if name not in given and name not in SETTING_NAMES]
+        self.pipeline = cls(**given, **dict.fromkeys(absent))
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -289,6 +298,21 @@ class TextEncoder:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _component(transformers: Any, name: str, folder: Path) -> Any:
+    """A tokenizer or, in float32, a text encoder. No code that the folder may hold is run."""
+    cls = getattr(transformers, name, None) or getattr(transformers, name.removesuffix("Fast"))
+    if name in TOKENIZERS:
+        return cls.from_pretrained(folder, local_files_only=True)
+    return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(torch.float32).eval()
+
+
+def _scheduler(diffusers: Any, kind: str) -> Any:
+    """Any scheduler that the pipeline accepts; encoding doesn't use it."""
+    if kind in T5_TOKENS:
+        return diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
 
 
 def _row(*parts: torch.Tensor) -> torch.Tensor:
