@@ -19,11 +19,12 @@ from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
 from training.denoiser import DenoiserModule, noise_range
-from training.guidance import check_guide
+from training.guidance import GuidedDenoiser, check_guide
 from training.latent_dataset import LatentDataset, open_dataset
 from training.networks_edm2 import Precond
 
 from .config import DistillationConfig
+from .guidance import Guidance
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
 from .schedules import Single
 from .state import WeightHashes
@@ -138,6 +139,18 @@ def load_guide(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Cal
         return None
     is_kept = options.get("nosubdir") and source == str(Path(options["outdir"]) / GUIDE_FILE)
     return zoo.load_denoiser(run_dir / GUIDE_FILE if is_kept else source, classes)
+
+
+def guided_teacher(teacher: Any, guide: Any, guidance: Guidance | None) -> Any:
+    """The denoiser whose images a generator learns to make: the teacher, guided where `guidance` guides it.
+
+    guide: the weaker network of --guide, if there is one.
+    """
+    if guidance is None:
+        return teacher
+    if guide is not None:
+        teacher = GuidedDenoiser(teacher, guide, guidance.over_guide or 1)
+    return teacher if guidance.teacher == 1 else GuidedDenoiser(teacher, None, guidance.teacher)
 
 
 def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from torch_utils.run_lines import path_text, start_block
 from torch_utils.untrusted import edm_pickle
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
-from training.guidance import GuidedDenoiser
 
 from . import memory
 from .adversarial import RealImages
@@ -33,6 +32,7 @@ from .inputs import (
     choose_metrics,
     choose_snapshots,
     first_images,
+    guided_teacher,
     load_inputs,
     load_start,
     prompts_hash,
@@ -295,7 +295,7 @@ def measure_teacher(
 ) -> TeacherDistance | None:
     """The distance from the teacher's samples, on process 0, if the run wants it and the teacher makes any.
 
-    A teacher with a guide makes guided samples.
+    A guided teacher makes guided samples.
 
     Errors: UserError when trials need it and the teacher makes no samples.
     """
@@ -309,8 +309,7 @@ def measure_teacher(
     with distributed.shared_errors():  # such as samples that aren't finite
         if distributed.rank() != 0:
             return None
-        if inputs.guide is not None and config.guidance is not None:
-            teacher = GuidedDenoiser(teacher, inputs.guide, config.guidance.over_guide or 1)
+        teacher = guided_teacher(teacher, inputs.guide, config.guidance)
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
         return TeacherDistance(teacher.to(device).eval(), keep=changes)
 

@@ -215,7 +215,7 @@ def test_a_weight_without_a_guide_and_the_other_way_round():
     for guidance, guide in (("1.7", None), ("long=2", weaker()), (None, weaker())):
         with pytest.raises(UserError, match="--guid"):
             distillation(guidance, guide)
-    with pytest.raises(UserError, match="no classes"):
+    with pytest.raises(UserError, match="neither classes nor prompts"):
         prepare(Spy().eval(), tiny_config(guidance="1.7,long=2", augment=0), CPU, guide=Spy().eval())
 
 

@@ -234,7 +234,7 @@ DISTILLATION = [
     (["--gan", "--data=images", "--lsd=0"], "--lsd"),
     (["--gan", "--data=images", "--lsg_gan=inf"], "--lsg_gan"),
     (["--gan", "--data=images", "--resume=distilled"], "--gan=True: the run in distilled"),
-    (["--guidance=long=2"], "--guidance=long=2: the teacher has no classes"),
+    (["--guidance=long=2"], "--guidance=long=2: the teacher has neither classes"),
     (["--edm_model=classes.safetensors", "--guidance=strong"], "--guidance=strong"),
     (["--edm_model=classes.safetensors", "--guidance=long=1"], "--guidance=long=1"),
     (["--edm_model=classes.safetensors", "--guidance=short=1.5"], "--guidance=short=1.5"),

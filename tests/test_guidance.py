@@ -219,7 +219,7 @@ def test_foreign_denoisers_are_guided_too():
     before = weights(distillation)
     distillation.iteration()
     assert not equal(weights(distillation), before)
-    with pytest.raises(UserError, match=r"--guidance=long=2: the teacher has no classes"):
+    with pytest.raises(UserError, match=r"--guidance=long=2: the teacher has neither classes"):
         prepare(Spy(0), tiny_config(augment=None, guidance="long=2"), CPU)
 
 

@@ -41,11 +41,10 @@ def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str,
     Errors: UserError when the run has no snapshot yet or its records are damaged.
     """
     from edm import zoo
-    from sid.inputs import load_guide, load_teacher
+    from sid.inputs import guided_teacher, load_guide, load_teacher
     from sid.report.pictures import TEACHER_EVALUATIONS, compare
     from sid.report.summary import summarise
     from torch_utils import checkpoint
-    from training.guidance import GuidedDenoiser
     from training.steps import Steps
 
     snapshots = checkpoint.snapshots(run_dir)
@@ -59,11 +58,12 @@ def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str,
     steps = Steps.of(generator)
     if steps is None:
         raise UserError(f"{snapshots[0]}: records no init_sigma, so it is no snapshot of a distillation")
-    guide, guidance = load_guide(run_dir, options, own), parse_guidance(options.get("guidance"))
-    guided = teacher if guide is None else GuidedDenoiser(teacher, guide, (guidance and guidance.over_guide) or 1)
+    if hasattr(teacher, "prompts"):
+        generator.prompts = teacher.prompts
+    guided = guided_teacher(teacher, load_guide(run_dir, options, own), parse_guidance(options.get("guidance")))
     picture = run_dir / "comparison.png"
     try:
-        which = "Teacher" if guide is None else "Teacher with its guide"
+        which = "Teacher" if guided is teacher else "Guided teacher"
         compare(guided, generator, picture, which)
         told = f"{which.lower()} at {TEACHER_EVALUATIONS} evaluations, at {len(steps)}, generator at {len(steps)}"
         pictures = f"{picture}  ({told})"
