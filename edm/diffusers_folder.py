@@ -14,17 +14,16 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from torch_utils import distributed, persistence
+from torch_utils import distributed
 from torch_utils.untrusted.bounds import read_json
 
-from . import network_files
+from . import hub, network_files
 from .network_files import read_tensors
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 SCHEDULER_FILE = "scheduler_config.json"
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 16 << 20, 100_000
 INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WITHOUT_WEIGHTS: list[bool] = []  # holds something inside `shapes_only`
 # Folders of a pipeline with weights that are used here, and names of their variants.
 PARTS = ("unet", "transformer", "vae", "vqvae", "movq", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -59,7 +58,7 @@ def build(name: str, config: dict[str, Any]) -> Any:
 
 def is_hub_name(source: str | os.PathLike) -> bool:
     """Whether `source` could be the name of a repository on the Hub, owner/name."""
-    return HUB_NAME.fullmatch(str(source)) is not None and Path(source).suffix not in network_files.WRITTEN
+    return hub.NAME.fullmatch(str(source)) is not None and Path(source).suffix not in network_files.WRITTEN
 
 
 def fetch(name: str) -> Path:
@@ -70,13 +69,13 @@ def fetch(name: str) -> Path:
     Errors: UserError when it can't be had.
     """
     small = ["*.json", "*.txt", "*.model", "README.md"]  # in a pattern, "*" stands for slashes, too
-    folder = _download(name, small)
+    folder = hub.download(name, small)
     if not (folder / network_files.INDEX_FILE).is_file():
-        return _download(name, [*small, "*.safetensors"])
+        return hub.download(name, [*small, "*.safetensors"])
     weights = [f"{part}/*.safetensors" for part in PARTS]
-    folder = _download(name, weights, ignore_patterns=VARIANTS)
+    folder = hub.download(name, weights, ignore_patterns=VARIANTS)
     absent = [part for part in PARTS if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors"))]
-    return _download(name, [f"{part}/*.safetensors" for part in absent]) if absent else folder
+    return hub.download(name, [f"{part}/*.safetensors" for part in absent]) if absent else folder
 
 
 def fetch_part(name: str, part: str, class_name: str, why: str) -> Path:
@@ -91,7 +90,7 @@ def fetch_part(name: str, part: str, class_name: str, why: str) -> Path:
     weights = [f"{WEIGHTS_NAME}*.safetensors", f"{WEIGHTS_NAME}*.json"]
     patterns = [*configs, *weights, *(f"{part}/{file}" for file in weights)]
     try:
-        folder = _download(name, patterns, local_files_only=True)
+        folder = hub.download(name, patterns, local_files_only=True)
         found = next(folder / file for file in reversed(configs) if (folder / file).is_file()).parent
         if any(found.glob(weights[0])):
             return found
@@ -103,13 +102,13 @@ def fetch_part(name: str, part: str, class_name: str, why: str) -> Path:
             file=sys.stderr,
             flush=True,
         )
-    folder = _download(name, configs)
+    folder = hub.download(name, configs)
     found = next((folder / file for file in reversed(configs) if (folder / file).is_file()), None)
     if found is None:
         raise UserError(f"{name}: has neither {configs[0]} nor {configs[1]}: name the repository of an {class_name}")
     check_class(found, class_name)
     inside = "" if found.parent == folder else f"{part}/"
-    _download(name, [inside + file for file in weights])
+    hub.download(name, [inside + file for file in weights])
     return found.parent
 
 
@@ -119,21 +118,6 @@ def check_class(config: Path, class_name: str) -> dict[str, Any]:
     if values.get("_class_name") != class_name:
         raise UserError(f"{config.parent}: a {str(values.get('_class_name'))[:80]}, not an {class_name}; name one")
     return values
-
-
-def _download(name: str, patterns: list[str], **options: Any) -> Path:
-    library()
-    import huggingface_hub as hub  # pyright: ignore[reportMissingImports]  comes with diffusers
-
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=patterns, **options))
-    except Exception as error:  # of many kinds: offline, absent, gated, no space
-        reason = persistence.one_line(error, 200)
-        raise UserError(
-            f"{name}: no such file or folder here, and it can't be had from the Hugging Face Hub"
-            f" ({type(error).__name__}: {reason}); check the name; without internet, name a folder, or fill the"
-            " library's cache (HF_HOME)"
-        ) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

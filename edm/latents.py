@@ -107,7 +107,7 @@ def load_vae(source: str | Path, why: str = "the VAE") -> tuple[Any, str, Path]:
     path = user_path(str(source))
     if not path.exists() and diffusers_folder.is_hub_name(source):
         path = diffusers_folder.fetch_part(str(source), FOLDER, VAE_CLASS, why)
-    path = path / FOLDER if (path / FOLDER / network_files.CONFIG_FILE).is_file() else path
+    path = vae_folder(path)
     config = diffusers_folder.check_class(path / network_files.CONFIG_FILE, VAE_CLASS)
     state = diffusers_folder.weights(path)
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -116,6 +116,11 @@ def load_vae(source: str | Path, why: str = "the VAE") -> tuple[Any, str, Path]:
     if vae.config.in_channels not in (1, 3) or vae.config.out_channels != vae.config.in_channels:
         raise UserError(f"{path}: a VAE of {vae.config.in_channels} channels, not of gray or colour images")
     return vae.eval().requires_grad_(False), network_files.weights_hash(vae), path.resolve()
+
+
+def vae_folder(path: Path) -> Path:
+    """The folder of the VAE in a pipeline's folder, or `path`, if that is a VAE's own."""
+    return path / FOLDER if (path / FOLDER / network_files.CONFIG_FILE).is_file() else path
 
 
 class AutoencoderKL:

@@ -15,7 +15,9 @@ from torch_utils import distributed
 from torch_utils.records import is_figure, measured_value, sound_records
 from torch_utils.run_lines import path_text
 from torch_utils.training_stats import append_line
+from training.steps import Steps
 
+FID_PROTOCOL = ("num_images", "seeds", "detector", "detector_sha256", "reference", "reference_sha256")
 EVALUATIONS = "evaluations_"  # in a network's metadata: FID at so many evaluations per image
 
 
@@ -93,6 +95,27 @@ def recorded_fid(net: Any, source: str | os.PathLike, metric: str, detector_sha2
         if all(record.get(name) == value for name, value in wanted.items()) and isinstance(steps, int) and steps > 1:
             return MultiStepFid(measured_value(record), 2 * steps - 1)
     return None
+
+
+def fid_record(net: Any, run_dir: str | os.PathLike, metric: str) -> dict[str, Any] | None:
+    """The FID that a run recorded for a network's weights, in the form that `recorded_fid` reads from metadata.
+
+    metric: such as fid5k. Returns None if the run recorded none.
+    """
+    records = read_metrics(run_dir, metric)
+    sha256 = network_hash(net) if records else None
+    record = next((r for r in reversed(records) if r.get("network_sha256") == sha256), None)
+    if record is None:
+        return None
+    steps = record.get("steps")
+    evaluations = 2 * steps - 1 if isinstance(steps, int) and steps > 1 else _evaluations_of(net)
+    kept = {name: record[name] for name in FID_PROTOCOL if record.get(name) is not None}
+    return {"metric": metric, f"{EVALUATIONS}{evaluations}": measured_value(record), **kept}
+
+
+def _evaluations_of(net: Any) -> int:
+    steps = Steps.of(net)
+    return 1 if steps is None else len(steps)
 
 
 def _is_count(name: str) -> bool:

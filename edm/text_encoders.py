@@ -51,6 +51,7 @@ FROM_INDEX = ("force_zeros_for_empty_prompt",)  # of them, what a pipeline's ind
 SETTING_NAMES = {name for settings in SETTINGS.values() for name in settings}
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+FILES = (".json", ".txt", ".model", ".safetensors")  # of a tokenizer or text encoder
 FOLDER = "text"  # of a pipeline with the encoders, next to a network's file
 EDGE_BYTES = 1 << 20  # of a file of weights that its fingerprint reads at either end
 ENCODED_AT_ONCE = 32
@@ -105,7 +106,7 @@ def fingerprint(path: Path, parts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         for file in sorted((path / part).iterdir()):
-            if not file.is_file() or file.suffix not in (".json", ".txt", ".model", ".safetensors"):
+            if not file.is_file() or file.suffix not in FILES:
                 continue
             size = file.stat().st_size
             digest.update(f"{part}/{file.name} {size}".encode())
@@ -346,7 +347,8 @@ def folder_of(record: dict[str, Any]) -> Path:
     if (path / INDEX_FILE).is_file():
         return path
     if diffusers_folder.is_hub_name(source):
-        return diffusers_folder.fetch(source)
+        folder = diffusers_folder.fetch(source)
+        return folder if (folder / INDEX_FILE).is_file() else folder / FOLDER
     raise UserError(
         f"{source}: the pipeline whose text encoders the network was trained with isn't there; put it as {FOLDER}/ next"
         " to the network's file"

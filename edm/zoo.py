@@ -6,6 +6,7 @@ python -m edm.zoo verify
 python -m edm.zoo verify runs/00000-mine
 python -m edm.zoo inspect edm-cifar10-32x32-uncond-vp
 python -m edm.zoo convert edm-cifar10-32x32-uncond-vp teacher.safetensors
+python -m edm.zoo push runs/00000-mine owner/name
 """
 
 import copy
@@ -14,6 +15,7 @@ import inspect
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -126,7 +128,7 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
 
     source:   short name, path or URL of a .pkl (EDM's format) or .safetensors file, of a DiT's or SiT's .pt file
               (`edm.transformer_files`), or a folder, from `save_network`
-              or of the diffusers library, which may also be named as on the Hugging Face Hub.
+              or of the diffusers library; either may also be named as on the Hugging Face Hub, owner/name.
     classes:  further classes that the file may name, {name: class}; for one whose constructor arguments the file
               doesn't record (`save_network`), a function of no arguments that builds the network.
     returns:  the network; its `metadata` dict holds what the file or the list of published files says about it, for
@@ -143,15 +145,26 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
         loaded, metadata = network_files.read(path, {**NETWORK_CLASSES, **(classes or {})})
     net = cast(DenoiserModule, loaded.float().eval().requires_grad_(False))
     metadata = text_encoders.found_nearby(latents.found_nearby(metadata, path), path)
-    if "vae" in metadata and diffusers_folder.is_hub_name(source) and not user_path(source).exists():
-        for part in ("vae", "text"):  # where they are found on other machines, too
-            metadata.get(part, {})["source"] = str(source)
+    if diffusers_folder.is_hub_name(source) and not user_path(source).exists():
+        metadata = _with_parts_named(metadata, path, str(source))
     net.metadata = {**_published_metadata(str(source)), **metadata}
     try:
         learnt_classes(net)
     except UserError as error:
         raise UserError(f"{source}: {error.message}: damaged, or not a network") from None
     return net
+
+
+def _with_parts_named(metadata: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+    """A network's metadata, in which the VAE and text encoders in a repository's folder get the repository's name, by
+    which other machines find them, too.
+    """
+    checks = {"vae": latents.checked_record, "text": text_encoders.checked_record}
+    records = {part: check(metadata[part], folder) for part, check in checks.items() if part in metadata}
+    for record in records.values():
+        if user_path(record["source"]).resolve().is_relative_to(folder.resolve()):
+            record["source"] = name
+    return metadata
 
 
 def load_shapes(source: str | os.PathLike) -> DenoiserModule | None:
@@ -372,6 +385,48 @@ def convert(source: str, destination: str, to: str | None, base: str | None, cla
     else:
         save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
+
+
+@main.command()
+@click.argument("source")
+@click.argument("name")
+@click.option("--private", is_flag=True, help="Make a new repository private")
+@click.option("-n", "--dry-run", metavar="FOLDER", help="Write what would be uploaded into this new folder instead")
+@click.option("--force", is_flag=True, help="Replace the files that the repository holds already")
+@click.option("--message", default="Upload a network", show_default=True, help="Of the commit")
+@click.option("--licence", help="The weights' licence, such as apache-2.0  [default: as the network's file says]")
+@click.option("--onnx", is_flag=True, help="Add an ONNX model")
+@click.option("--to", type=click.Choice(["diffusers"]), help="Upload a pipeline of the diffusers library")
+@classes_option
+@mirror_option
+def push(
+    source: str,
+    name: str,
+    private: bool,
+    dry_run: str | None,
+    force: bool,
+    message: str,
+    licence: str | None,
+    onnx: bool,
+    to: str | None,
+    classes: str | None,
+) -> None:
+    """Upload the network or run SOURCE to the Hugging Face Hub as the repository NAME, owner/name, in one commit.
+
+    It holds safetensors, config.json and a model card that is filled in from the network's metadata and the run's
+    records, without passwords and paths on this machine. NAME then stands for it wherever a network is asked for.
+    """
+    from edm import hub, hub_folder
+
+    hub.check_name(name)
+    if "" in (dry_run, message.strip()):
+        raise UserError("--dry-run, --message: empty; name a folder, or give the text of the commit")
+    repository = None if dry_run is not None else hub.find_repository(name, force)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = user_path(dry_run) if dry_run is not None else Path(temporary) / "repository"
+        line = hub_folder.write(source, name, folder, own_classes(classes), to, onnx, licence)
+        address = folder if repository is None else hub.upload(folder, repository, private, message)
+    click.echo(printable(f"{address}: {line}"))
 
 
 @main.command("inspect")

@@ -180,6 +180,11 @@ class DistillationConfig:
         plain = (type(None), bool, int, float, str)
         return {name: value if isinstance(value, plain) else str(value) for name, value in vars(self).items()}
 
+    def changed_options(self) -> dict[str, Any]:
+        """The options that shape the result and differ from the defaults, as plain values."""
+        defaults, left_out = DistillationConfig().options(), {*FREE_ON_RESUME, *ROUNDING, "seed"}
+        return {n: v for n, v in self.options().items() if n not in left_out and v != defaults[n]}
+
     def _check_gan(self) -> None:
         if self.score_gradient != GradientFrom():
             raise UserError("--gan: its gradient comes through the fake score; use --score-gradient=on")

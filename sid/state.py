@@ -41,6 +41,12 @@ def generator_steps(teacher: DenoiserModule, config: DistillationConfig) -> Step
         ) from None
 
 
+def teacher_record(teacher: DenoiserModule, sha256: str) -> dict[str, Any]:
+    """What a generator's metadata say about its teacher: the hash of its weights, and its name if it has one."""
+    name = getattr(teacher, "metadata", {}).get("name")
+    return {"teacher_sha256": sha256} | ({} if name is None else {"teacher": name})
+
+
 class DistillationState:
     """Generator theta, fake score psi and theta's moving average, all starting as copies of the teacher phi.
 
@@ -93,6 +99,7 @@ class DistillationState:
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         inherited = {name: v for name, v in getattr(teacher, "metadata", {}).items() if name in INHERITED}
         self.ema.metadata = {"kind": "sid-generator", **self.steps.record(), **inherited}
+        self.ema.metadata |= teacher_record(teacher, self._hashes.teacher)
         if self._hashes.guide:
             self.ema.metadata["guide_sha256"] = self._hashes.guide
 

@@ -15,7 +15,8 @@ from torch_utils.updates import DivergenceError
 from training.denoiser import DenoiserModule
 from training.training_loop import Steps, advised, run_to_end
 
-from . import lora
+from . import __version__, lora
+from .citations import papers
 from .config import DistillationConfig
 from .distillation import Distillation
 from .monitor.measure import EDGE, PER_CLASS, Health, worst_class
@@ -83,13 +84,16 @@ def publish(
     Errors: DivergenceError when the generator's images aren't finite.
     """
     net = lora.merge(state.ema)
+    path = snapshot_path(run_dir, state.nimg, config.batch)
     if distributed.rank() == 0:
-        path = snapshot_path(run_dir, state.nimg, config.batch)
         attempt(f"saving {path.name}", lambda: save_snapshot(net, state.nimg, config, path))
     try:
-        return report.snapshot(net, state.nimg)
+        found = report.snapshot(net, state.nimg)
     except NonFiniteImagesError as error:
         raise DivergenceError(f"{error.message} at {state.nimg / 1e3:g} kimg") from None
+    if distributed.rank() == 0 and (fid := report.fid(net)):
+        attempt(f"adding the FID to {path.name}", lambda: save_snapshot(net, state.nimg, config, path, fid=fid))
+    return found
 
 
 def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
@@ -100,8 +104,11 @@ def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
     return {name: {"mean": count} for name, count in counts.items() if count}
 
 
-def save_snapshot(net: DenoiserModule, nimg: int, config: DistillationConfig, path: Path) -> None:
-    """Saves the one-step generator, with the metadata needed to use it and the settings that made it."""
+def save_snapshot(net: DenoiserModule, nimg: int, config: DistillationConfig, path: Path, **measured: Any) -> None:
+    """Saves the one-step generator, with the metadata needed to use it and the settings that made it.
+
+    measured: further metadata, such as the FID.
+    """
     recipe: dict[str, Any] = {"alpha": config.alpha, "tmax": config.tmax, "kimg": nimg / 1e3}
     if config.objective != "sid":
         recipe["objective"] = config.objective
@@ -111,4 +118,6 @@ def save_snapshot(net: DenoiserModule, nimg: int, config: DistillationConfig, pa
         recipe |= {"gan": True, "lsg_gan": config.lsg_gan}
     if config.lora_rank:
         recipe["lora_rank"] = config.lora_rank
-    zoo.save_network(net, path, **net.metadata, **recipe)
+    recipe |= {"seed": config.seed, "version": __version__, "papers": papers(config)}
+    recipe["options"] = config.changed_options()
+    zoo.save_network(net, path, **net.metadata, **recipe, **measured)

@@ -19,7 +19,7 @@ from PIL import Image
 import fid
 import sid_train
 from dnnlib import IntList, download
-from edm import dataset_tool, generate, inspection, network_files, train, zoo
+from edm import dataset_tool, generate, hub_folder, inspection, network_files, train, zoo
 from edm.metrics import data_reference, evaluate, train_detector
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
@@ -50,6 +50,7 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "edm.zoo fetch": (zoo.main, ["fetch", "{made}/net.safetensors"]),
     "edm.zoo verify": (zoo.main, ["verify"]),
     "edm.zoo convert": (zoo.main, ["convert", "{made}/net.safetensors", "new.pkl"]),
+    "edm.zoo push": (zoo.main, ["push", "--dry-run=new", "{made}/net.safetensors", "owner/name"]),
     "edm.zoo inspect": (zoo.main, ["inspect", "{made}/net.safetensors"]),
     "sid.report": (report.main, ["{made}/run"]),
     "sid.doctor": (doctor.main, ["{made}/run"]),
@@ -144,6 +145,7 @@ def invoke(made, tmp_path, monkeypatch):
         monkeypatch.setattr(work, stop)
     for module, work in (
         (inspection, "misfit"),
+        (hub_folder, "_write_picture"),
         (data_reference, "measure"),
         (evaluate, "measure"),
         (pictures, "compare"),

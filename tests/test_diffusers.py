@@ -267,10 +267,14 @@ def test_what_does_not_fit_is_one_line(wrong, teacher, tmp_path):
 
 def test_without_the_library_one_line_says_how_to_install_it(teacher, tmp_path, monkeypatch):
     zoo.save_network(zoo.load_network(teacher), tmp_path / "teacher.safetensors")
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    for source in (teacher, tmp_path / "teacher.safetensors", "someone/unknown-model"):
-        with pytest.raises(UserError, match="pip install diffusers"):
-            zoo.load_network(source)
+    for library, sources in {
+        "diffusers": (teacher, tmp_path / "teacher.safetensors"),
+        "huggingface_hub": ("someone/unknown-model",),
+    }.items():
+        monkeypatch.setitem(sys.modules, library, None)
+        for source in sources:
+            with pytest.raises(UserError, match=f"pip install {library}"):
+                zoo.load_network(source)
 
 
 def test_a_name_on_the_hub_is_read_from_the_cache(teacher, tmp_path, monkeypatch):

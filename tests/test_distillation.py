@@ -23,7 +23,7 @@ from tiny import (
 )
 
 from edm import zoo
-from sid import OneStepGenerator
+from sid import OneStepGenerator, __version__
 from sid.bench.published_step import PublishedStep, plain_network
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
 from sid.prepare import prepare
@@ -267,7 +267,17 @@ def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     path = tmp_path / "network-snapshot-000000.040.safetensors"
     generator = zoo.load_network(path, classes={"Spy": lambda: Spy(label_dim)})
     assert zoo.network_hash(generator) == zoo.network_hash(ema)
-    assert generator.metadata == {"kind": "sid-generator", "init_sigma": 2.5, "alpha": 1.2, "tmax": 800, "kimg": 0.04}
+    torch.manual_seed(0)
+    teacher_sha256 = zoo.network_hash(Spy(label_dim))
+    own = {"kind": "sid-generator", "init_sigma": 2.5, "alpha": 1.2, "tmax": 800, "kimg": 0.04, "seed": 5}
+    options = {"total_kimg": 0.04, "batch": 8, "lr": 1e-3, "glr": 2e-3, "weighting": "omega", "augment": 0.0}
+    assert generator.metadata == {
+        **own,
+        "version": __version__,
+        "teacher_sha256": teacher_sha256,
+        "papers": ["2404.04057"],
+        "options": {**options, "precision": "fp32"},
+    }
     images = OneStepGenerator(generator)(3, class_idx=2 if label_dim else None)
     assert images.shape == (3, 3, 8, 8)
     again = prepare(Spy(label_dim), tiny_config(augment=None), CPU)

@@ -455,3 +455,26 @@ def test_nothing_but_a_vae_is_fetched(hub, pipeline, tmp_path):
     hub["someone/vae"] = pipeline
     with pytest.raises(UserError, match="isn't the VAE that the network was trained with"):
         named_vae(net, "someone/vae", "0" * 64)
+
+
+def test_a_network_goes_to_the_hub_with_a_vae_of_ones_own_and_names_others(hub, pipeline, tmp_path):
+    net = zoo.load_denoiser(pipeline)
+    zoo.save_network(net, tmp_path / "net.safetensors", **net.metadata)
+    command = ["push", str(tmp_path / "net.safetensors"), "someone/net", "--dry-run", str(tmp_path / "out")]
+    result = CliRunner().invoke(zoo.main, command)
+    assert result.exit_code == 0, result.output
+    assert str(pipeline) not in "".join((tmp_path / "out" / name).read_text() for name in ("README.md", "config.json"))
+    hub["someone/net"] = tmp_path / "out"
+    again = zoo.load_network("someone/net")
+    assert again.metadata["vae"] == {**net.metadata["vae"], "source": "someone/net"}
+    assert torch.equal(generate_all(again, range(2), steps=2), generate_all(net, range(2), steps=2))
+
+    hub["someone/vae"] = pipeline / "vae"
+    again.metadata["vae"]["source"] = "someone/vae"
+    zoo.save_network(again, tmp_path / "named.safetensors", **again.metadata)
+    command[1], command[-1] = str(tmp_path / "named.safetensors"), str(tmp_path / "named")
+    result = CliRunner().invoke(zoo.main, command)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "named" / "vae").exists()
+    hub["someone/named"] = tmp_path / "named"
+    assert zoo.load_network("someone/named").metadata["vae"]["source"] == "someone/vae"

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_distillation
 
+from edm import zoo
 from edm.published import FILES
 from edm.snapshot_metrics import read_metrics
 from edm.training_report import TeacherReport
@@ -14,6 +16,7 @@ from edm.zoo import network_hash
 from sid.inputs import published_reference
 from sid.report.progress import Report
 from sid.report.summary import summarise
+from sid.training_loop import publish
 
 
 class Evaluator:
@@ -98,6 +101,18 @@ def test_equal_weights_are_not_measured_again(tmp_path, kind):
     snapshots(tmp_path, resumed, [(3, 3)], kind)
     assert len(read_metrics(tmp_path, "fid2")) == 3
     assert len(read_metrics(tmp_path, "is10")) == 1
+
+
+def test_a_snapshot_records_its_fid(tmp_path):
+    """Again when a resumed run comes past it and measures nothing."""
+    distillation = tiny_distillation()
+    state, config = distillation.state, distillation.config
+    state.nimg = 40
+    for value in (9.0, 8.0):
+        publish(state, config, tmp_path, Report(tmp_path, Evaluator(value), batch=config.batch))
+        net = zoo.load_network(tmp_path / "network-snapshot-000000.040.safetensors")
+        assert net.metadata["fid"] == {"metric": "fid2", "evaluations_1": 9.0, "seeds": [0, 1]}
+        assert network_hash(net) == network_hash(state.ema)
 
 
 @pytest.mark.parametrize("kind", [Report, TeacherReport])

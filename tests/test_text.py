@@ -458,3 +458,25 @@ def test_zero_guidance_asks_psi_without_its_condition():
     assert len(seen) == 1
     assert not seen[0].any()
     assert parse_guidance("zero").label_dropout == 0 < parse_guidance("anti=-1").label_dropout
+
+
+def test_a_network_goes_to_the_hub_with_its_text_encoders(folders, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    shutil.copytree(folders["stable_diffusion"], tmp_path / "pipeline")
+    config = tmp_path / "pipeline" / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": "/home/jane/clip"}))
+    net = teacher_of(tmp_path / "pipeline")
+    zoo.save_network(net, tmp_path / "net.safetensors", **net.metadata)
+    command = ["push", str(tmp_path / "net.safetensors"), "someone/net", "--dry-run", str(tmp_path / "out")]
+    result = CliRunner().invoke(zoo.main, command)
+    assert result.exit_code == 0, result.output
+    for path in (tmp_path / "out").rglob("*.*"):
+        assert b"/home/jane" not in path.read_bytes()
+        assert bytes(tmp_path) not in path.read_bytes()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "out"))
+    again = zoo.load_network("someone/net")
+    assert again.metadata["text"]["source"] == "someone/net"
+    found = list(text_encoders.TextEncoder(again.metadata["text"]).encode(TEXTS))
+    expected = list(text_encoders.TextEncoder(net.metadata["text"]).encode(TEXTS))
+    assert all(map(torch.equal, found, expected))

@@ -70,6 +70,9 @@ class NoReport:
     def snapshot(self, ema, nimg):
         pass
 
+    def fid(self, ema):
+        pass
+
 
 class Spy(torch.nn.Module):
     """A denoiser of a class from elsewhere, with what DESIGN asks for and nothing else; it records its calls."""

@@ -5,13 +5,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dnnlib import kimg_name, write_atomically
 from edm.images import save_grid
 from edm.metrics.evaluate import Evaluator
-from edm.snapshot_metrics import SnapshotMetrics, first_fid, read_metrics
+from edm.snapshot_metrics import SnapshotMetrics, fid_record, first_fid, read_metrics
 from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
@@ -73,6 +74,10 @@ class Report:
         Returns what was measured now, by name, on process 0: the distance from the teacher and the metrics.
         """
         return self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
+
+    def fid(self, ema: torch.nn.Module) -> dict[str, Any] | None:
+        """The first FID of these weights for a network's metadata, on process 0; None if it hasn't been measured."""
+        return fid_record(ema, self._run_dir, self._fid) if self._fid else None
 
     def _show(self, ema: torch.nn.Module, nimg: int, name: str) -> dict[str, float]:
         found = {}
