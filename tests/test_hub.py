@@ -18,6 +18,7 @@ from sid.prepare import prepare
 from sid.training_loop import training_loop
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how the library sends large files
 
 NAME = "someone/digits"
 FILES = {"README.md", "config.json", "images.png", "network.safetensors"}
