@@ -22,6 +22,7 @@ from dnnlib import UserError
 from edm import zoo
 from sid.config import DistillationConfig
 from sid.guidance import LABEL_DROPOUT, Guidance, parse_guidance
+from sid.inputs import guided_teacher
 from sid.loss import SiDLoss, omega
 from sid.prepare import prepare
 from sid.run import resume_rules
@@ -250,3 +251,11 @@ def test_snapshots_say_how_they_were_guided(tmp_path):
     assert saved.metadata["guidance"] == "short=0.5"
     line = json.loads((tmp_path / "stats.jsonl").read_text().splitlines()[-1])
     assert line["Health/divergence"] > 0
+
+
+def test_the_bank_is_the_guided_teachers():
+    """What the generator is measured against: the teacher with kappa4, whatever the fake score has."""
+    net, (x, sigma, labels) = tiny_teacher().eval(), inputs()
+    guided = guided_teacher(net, None, parse_guidance("kappa=1:0.5:2.5"))
+    assert torch.equal(guided(x, sigma, labels), class_guided(net, KAPPA, CLASSES)(x, sigma, labels))
+    assert guided_teacher(net, None, parse_guidance("short=0.5")) is guided_teacher(net, None, None) is net

@@ -1,5 +1,6 @@
 """Text-to-image teachers: the library's own pipelines, the published losses with guidance, prompts to images."""
 
+import importlib
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import ROOT
 from parity import DATA
 from test_steps import fill
 from tiny import CPU, tiny_config, tiny_teacher
@@ -16,6 +18,7 @@ import sid_train
 from dnnlib import UserError
 from edm import diffusers_pipelines, generate, latents, lora_files, text_encoders, zoo
 from edm.sampler import generate_all
+from edm.small_teachers import captions, pictures
 from edm.text_models import TextDenoiser
 from sid import lora, memory
 from sid.config import resolve
@@ -417,6 +420,43 @@ def test_damaged_pipelines(folders, tmp_path, change, words):
 def test_a_model_without_its_pipeline(folders):
     with pytest.raises(UserError, match="name the folder of the whole pipeline"):
         zoo.load_network(folders["stable_diffusion"] / "unet")
+
+
+def test_the_captioned_pictures():
+    """Colour and place are the caption's; held-out pairs of picture and ground never appear in training."""
+    if not pictures.EMOJI_FONT.is_file():
+        pytest.skip("needs fonts-noto-color-emoji")
+    source = captions.CaptionedEmoji(3)
+    drawn, texts = source.draw(64)
+    known, held_out = (source.captions(held_out=held) for held in (False, True))
+    assert set(texts) <= set(known)
+    assert not set(known) & set(held_out)
+    assert 0.05 < len(held_out) / len(known) < 0.2
+    corners = ((drawn[:, :, 0, 0] + 1) * 127.5).round()
+    colours = [
+        captions.GROUNDS[next(name for name in captions.GROUNDS if f"a {name} ground" in text)] for text in texts
+    ]
+    assert torch.equal(corners, torch.tensor(colours, dtype=torch.float32))
+    shown = (drawn - drawn[:, :, :1, :1]).abs().sum(dim=1) > 0.3
+    centres = (shown.sum(dim=1) * torch.arange(32)).sum(dim=1) / shown.sum(dim=(1, 2))
+    means = [centres[[text.endswith(place) for text in texts]].mean() for place in captions.PLACES]
+    assert means[0] + 3 < means[1] < means[2] - 3
+
+
+def test_a_text_to_image_teacher_of_our_own(tmp_path, monkeypatch):
+    """examples/text_teacher.py at tiny length makes a pipeline that is a teacher."""
+    if not pictures.EMOJI_FONT.is_file():
+        pytest.skip("needs fonts-noto-color-emoji")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("text_teacher")
+    monkeypatch.setattr(example, "BATCH", 2)
+    monkeypatch.setattr(example, "VAE_BATCH", 2)
+    sizes = ["--vae-kimg=0.002", "--kimg=0.002", "--width=8"]
+    monkeypatch.setattr("sys.argv", ["text_teacher.py", f"--out={tmp_path}/teacher", *sizes])
+    example.main()
+    net = teacher_of(tmp_path / "teacher", text_encoders.read_prompts(tmp_path / "teacher/prompts.txt")[:2])
+    assert (net.prediction, net.img_resolution, net.prompt_dim) == ("v", 8, 20 * 128)
+    assert generate_all(net, [0], steps=1, sampler="one-step", init_sigma=2.5).shape == (1, 3, 32, 32)
 
 
 # --- guidance

@@ -83,8 +83,11 @@ class CaptionedEmoji:
 
 
 def caption(name: str, ground: str, place: str) -> str:
-    article = "an" if name[0] in "aeiou" else "a"
-    return f"{article} {name} on a {ground} ground, {place}"
+    return f"{_with_article(name)} on {_with_article(ground)} ground, {place}"
+
+
+def _with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def is_held_out(name: str, ground: str) -> bool:
