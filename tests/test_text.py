@@ -433,9 +433,8 @@ def test_the_captioned_pictures():
     assert not set(known) & set(held_out)
     assert 0.05 < len(held_out) / len(known) < 0.2
     corners = ((drawn[:, :, 0, 0] + 1) * 127.5).round()
-    colours = [
-        captions.GROUNDS[next(name for name in captions.GROUNDS if f"a {name} ground" in text)] for text in texts
-    ]
+    grounds = [next(name for name in captions.GROUNDS if f" {name} ground" in text) for text in texts]
+    colours = [captions.GROUNDS[ground] for ground in grounds]
     assert torch.equal(corners, torch.tensor(colours, dtype=torch.float32))
     shown = (drawn - drawn[:, :, :1, :1]).abs().sum(dim=1) > 0.3
     centres = (shown.sum(dim=1) * torch.arange(32)).sum(dim=1) / shown.sum(dim=(1, 2))
