@@ -136,7 +136,9 @@ def _refused(name: str, error: Exception, consequence: str = "") -> UserError:
     }.get(status or 0)
     if said is None:
         reason = f"{type(error).__name__}: {persistence.one_line(error, 200)}"
-        said = f"it can't be written on the Hugging Face Hub ({reason}); --dry-run=FOLDER makes the files without it"
+        said = (
+            f"the Hugging Face Hub refuses or can't be reached ({reason}); --dry-run=FOLDER writes the files without it"
+        )
     return UserError(f"{name}: {said}{consequence}")
 
 

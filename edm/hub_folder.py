@@ -29,7 +29,8 @@ from .snapshot_metrics import EVALUATIONS, fid_record
 
 CARD_FILE, PICTURE_FILE, ONNX_FILE, OPTIONS_FILE = "README.md", "images.png", "network.onnx", "training_options.json"
 SNAPSHOT, PICTURE = "network-snapshot-", "fakes_"  # how a run names a snapshot and its picture
-PICTURE_SEEDS, PICTURE_COLUMNS = 32, 8
+PICTURE_SEEDS, PICTURE_COLUMNS = 32, 8  # of a new picture
+MANY_EVALUATIONS_SEEDS = 8  # of a diffusion model's, which takes longer
 CONFIGURATIONS = (
     network_files.CONFIG_FILE,
     network_files.INDEX_FILE,
@@ -179,8 +180,9 @@ def _write_picture(net: DenoiserModule, source: Path, run_dir: Path | None, fold
         return PICTURE_FILE, "Its images, not selected"
     if getattr(net, "prompt_dim", 0):
         return None
-    save_grid(generate_all(net, range(PICTURE_SEEDS)), folder / PICTURE_FILE, PICTURE_COLUMNS)
-    return PICTURE_FILE, f"Its images of the seeds 0 to {PICTURE_SEEDS - 1}, not selected"
+    number = MANY_EVALUATIONS_SEEDS if Steps.of(net) is None else PICTURE_SEEDS
+    save_grid(generate_all(net, range(number)), folder / PICTURE_FILE, PICTURE_COLUMNS)
+    return PICTURE_FILE, f"Its images of the seeds 0 to {number - 1}, not selected"
 
 
 def _metrics(net: DenoiserModule, weights: str, run_dir: Path | None) -> list[dict[str, Any]]:

@@ -370,6 +370,19 @@ def test_a_generator_is_a_pipeline_of_the_library(kind, tmp_path):
     torch.testing.assert_close(generate_all(again, range(4)), generate_all(net, range(4)), atol=1, rtol=0)
 
 
+def test_a_pipeline_goes_to_the_hub(teacher, tmp_path):
+    command = ["push", str(teacher), "someone/digits", "--to=diffusers", "--dry-run", str(tmp_path / "out")]
+    result = CliRunner().invoke(zoo.main, command)
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert 'DiffusionPipeline.from_pretrained("someone/digits")' in card
+    diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert zoo.network_hash(zoo.load_denoiser(tmp_path / "out")) == zoo.network_hash(zoo.load_denoiser(teacher))
+    for path in (tmp_path / "out").rglob("*.*"):
+        assert bytes(tmp_path.parent) not in path.read_bytes()
+
+
 VAE = {**TINY_VAE, "_class_name": "AutoencoderKL", "scaling_factor": 0.7}
 LATENT = {"in_channels": 2, "out_channels": 2}
 PIPELINES_OF_LATENTS = {

@@ -170,7 +170,13 @@ def test_what_is_there_is_replaced_only_by_force(run, server):
         ("GET", "api/models", 401, "doesn't accept the token", False),
         ("POST", "api/repos/create", 403, "check the owner, someone", False),
         ("POST", f"api/models/{NAME}/preupload", 403, "the token may not write there", True),
-        ("POST", f"api/models/{NAME}/commit", 400, "can't be written on the Hugging Face Hub", True),
+        (
+            "POST",
+            f"api/models/{NAME}/commit",
+            400,
+            "the Hugging Face Hub refuses or can't be reached (BadRequestError",
+            True,
+        ),
     ],
 )
 def test_refusals_are_one_line_and_leave_no_files(run, server, method, path, status, text, left):
