@@ -239,7 +239,7 @@ class TextEncoder:
             raise UserError(f"encoding prompts needs the transformers library: {INSTALL}") from None
         index = read_config(path / INDEX_FILE)
         try:
-            with _quiet(diffusers):
+            with _Quiet(diffusers):
                 components = {part: _component(transformers, index[part][1], path / part) for part in parts}
         except Exception as error:  # whatever the library raises on damaged files
             reason = persistence.one_line(error, 200)
@@ -261,7 +261,7 @@ class TextEncoder:
         """
         self._warn_of_long(texts)
         null = None
-        with ProgressBar(len(texts), desc="encoding prompts") as bar, _quiet(diffusers_folder.library()):
+        with ProgressBar(len(texts), desc="encoding prompts") as bar, _Quiet(diffusers_folder.library()):
             for start in range(0, len(texts), ENCODED_AT_ONCE):
                 part = list(texts[start : start + ENCODED_AT_ONCE])
                 encoded, null = self._call(part)
@@ -290,7 +290,7 @@ class TextEncoder:
         tokenizer = getattr(self.pipeline, name)
         most = T5_TOKENS.get(self.kind, 0) if name != "tokenizer" else 0
         most = most or tokenizer.model_max_length
-        with _quiet(diffusers_folder.library()):
+        with _Quiet(diffusers_folder.library()):
             long = [i for i, text in enumerate(texts) if len(tokenizer(text, truncation=False).input_ids) > most]
         if long:
             print(
@@ -320,7 +320,7 @@ def _row(*parts: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.detach().to("cpu", torch.float32).flatten(1) for part in parts], dim=1)
 
 
-class _quiet:
+class _Quiet:
     """Keeps the libraries from writing about parts that aren't loaded and prompts that are cut off."""
 
     def __init__(self, diffusers: Any):
