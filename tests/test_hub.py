@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -202,9 +203,10 @@ def test_what_is_missing_is_said_before_anything_is_sent(run, server, monkeypatc
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert "run hf auth login, or set HF_TOKEN" in refused(run, NAME)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "OfflineModeIsEnabled" in refused(run, NAME)
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in refused(run, NAME)
 
 
