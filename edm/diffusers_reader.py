@@ -54,11 +54,7 @@ def read(path: Path) -> tuple[WrappedDenoiser, dict[str, Any]]:
         if vae_folder is not None:
             metadata["vae"] = latents.record_of(vae_folder)
         net = persistence.construct(TextDenoiser if is_text else DiffusersDenoiser, (), settings, state, path)
-        if vae_folder is None and net.img_channels not in (1, 3):
-            raise UserError(
-                f"its {net.img_channels} channels are latents, but there is no VAE: put the folder of the one that it"
-                f" was trained with as {latents.FOLDER}/ next to its own"
-            )
+        _check_vae(net, vae_folder)
         latents.check_channels(net, metadata)
         return network_files.checked(net, path), metadata
     except UserError as error:
@@ -77,11 +73,22 @@ def shapes(path: Path) -> WrappedDenoiser:
     settings = _settings(path, model, scheduler, vae_folder)
     with shapes_only():
         try:
-            return cls(**settings).eval()
-        except UserError:
-            raise
+            net = cls(**settings).eval()
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}") from None
         except Exception as error:  # whatever the library raises on a configuration
             raise UserError(f"{path}: can't be built by its configuration: {persistence.one_line(error)}") from None
+    _check_vae(net, vae_folder)
+    return net
+
+
+def _check_vae(net: WrappedDenoiser, vae_folder: Path | None) -> None:
+    """Errors: UserError when a network makes latents and has no VAE."""
+    if vae_folder is None and net.img_channels not in (1, 3):
+        raise UserError(
+            f"its {net.img_channels} channels are latents, but there is no VAE: put the folder of the one that it was"
+            f" trained with as {latents.FOLDER}/ next to its own"
+        )
 
 
 def _is_text(model: dict[str, Any]) -> bool:

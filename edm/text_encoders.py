@@ -170,7 +170,7 @@ def prompts_for(net: Any, texts: Sequence[str], device: torch.device | str = "cp
         if distributed.rank() == 0:
             path = _encoded(record, texts, net.prompt_dim, torch.device(device))
     path = distributed.from_process_0(str(path) if distributed.rank() == 0 else None)
-    rows = np.load(path, mmap_mode="r")  # the last row is the null condition
+    rows = np.lib.format.open_memmap(path, "r")  # the last row is the null condition
     return Prompts(rows, torch.from_numpy(rows[len(texts)].copy()), texts, in_order)
 
 
@@ -184,7 +184,7 @@ def _encoded(record: dict[str, Any], texts: Sequence[str], prompt_dim: int, devi
     shape = (len(texts) + 1, prompt_dim)
     if path.is_file():
         try:
-            if np.load(path, mmap_mode="r").shape == shape:
+            if np.lib.format.open_memmap(path, "r").shape == shape:
                 return path
         except (ValueError, OSError, EOFError):
             pass

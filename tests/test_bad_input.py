@@ -228,7 +228,7 @@ DISTILLATION = [
     (["--share-noise=1", "--gan", "--data=images"], "--share-images=1"),
     (["--share-noise=1", "--augment=0.1"], "--augment=0"),
     (["--share-noise=1", "--tmax=0"], "--tmax=800"),
-    (["--share-noise=1", "--guidance=short=0.5"], "only long=K"),
+    (["--share-noise=1", "--guidance=short=0.5"], "long=K or long-short=K"),
     (["--share-noise=1", "--sigma-schedule=single=1"], "--fake-sigma-schedule"),
     (["--gan", "--data=images", "--gan-freeze=-1"], "--gan-freeze"),
     (["--gan", "--data=images", "--lsd=0"], "--lsd"),
