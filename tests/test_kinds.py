@@ -76,7 +76,7 @@ def test_the_memory_estimate(kind, tmp_path):
 
 
 def test_a_dry_run_of_latents(tmp_path):
-    """It needs the VAE's configuration and weights, as the run does, and says what the run needs."""
+    """It needs the VAE's configuration, as the run does, and says what the run needs."""
     net = test_diffusers.of_latents(tmp_path, DIT_OF_LATENTS, test_diffusers.DDPM)
     test_diffusers.write_parts(net, tmp_path)
     command = [f"--edm_model={tmp_path}", "-n", "--batch=8", "--device=cpu", f"--outdir={tmp_path}/runs"]
