@@ -120,6 +120,10 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
     Errors: UserError when packages are missing or too old, the network can't be traced, or its weights or answers
     aren't finite.
     """
+    if getattr(net, "prompt_dim", 0):
+        raise UserError(
+            ".onnx: text-to-image networks aren't exported; edm.zoo convert --to=diffusers writes a pipeline"
+        )
     if not can_trace():
         raise UserError(f".onnx needs PyTorch 2.6 or newer, and this is {torch.__version__}")
     try:

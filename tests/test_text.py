@@ -178,9 +178,11 @@ def test_a_generator_as_a_pipeline(folders, tmp_path, kind, prediction):
         zoo.load_network(tmp_path / "out")
 
 
-def test_what_cannot_become_a_pipeline(folders, tmp_path):
+def test_what_cannot_become_a_pipeline_or_onnx(folders, tmp_path):
     net = teacher_of(folders["stable_diffusion_3"])
     net.metadata |= Steps((2.2,)).record()
+    with pytest.raises(UserError, match="text-to-image networks aren't exported"):
+        zoo.save_network(net, tmp_path / "net.onnx", **net.metadata)
     with pytest.raises(UserError, match="only generators distilled from Stable Diffusion 1, 2 and XL"):
         diffusers_pipelines.write(net, tmp_path / "out")
 
