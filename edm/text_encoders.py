@@ -10,6 +10,7 @@ The library's own pipeline encodes, without its image model. Prompts are encoded
 """
 
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -233,10 +234,7 @@ class TextEncoder:
                 f" as {FOLDER}/ next to the network's file"
             )
         diffusers = diffusers_folder.library()
-        try:
-            import transformers  # pyright: ignore[reportMissingImports]  an optional package
-        except ImportError:
-            raise UserError(f"encoding prompts needs the transformers library: {INSTALL}") from None
+        transformers = _transformers()
         index = read_config(path / INDEX_FILE)
         try:
             with _Quiet(diffusers):
@@ -301,6 +299,14 @@ class TextEncoder:
             )
 
 
+def _transformers() -> Any:
+    """The library. Errors: UserError when it isn't installed."""
+    try:
+        return importlib.import_module("transformers")  # a statement would have pyright read all of it
+    except ImportError:
+        raise UserError(f"encoding prompts needs the transformers library: {INSTALL}") from None
+
+
 def _component(transformers: Any, name: str, folder: Path) -> Any:
     """A tokenizer or, in float32, a text encoder. No code that the folder may hold is run."""
     cls = getattr(transformers, name, None) or getattr(transformers, name.removesuffix("Fast"))
@@ -324,9 +330,7 @@ class _Quiet:
     """Keeps the libraries from writing about parts that aren't loaded and prompts that are cut off."""
 
     def __init__(self, diffusers: Any):
-        import transformers  # pyright: ignore[reportMissingImports]
-
-        self._logs = (diffusers.utils.logging, transformers.utils.logging)
+        self._logs = (diffusers.utils.logging, _transformers().utils.logging)
 
     def __enter__(self) -> None:
         self._before = [log.get_verbosity() for log in self._logs]

@@ -387,6 +387,7 @@ def test_a_dry_run_shows_the_memory_if_the_teacher_is_on_this_machine(work):
     sizes = dry_run(work, "--edm_model=teacher.safetensors", "--batch=8", "--batch-gpu=4", "-n")["memory_GB"]
     assert sizes["batch_gpu"] == 4
     assert sizes["peak"] >= sizes["weights"] > 0
+    assert sizes["batch_gpu_that_fits"] == {"24 GB": 8, "80 GB": 8}
     assert "memory_GB" not in dry_run(work, "--edm_model=edm-ffhq-64x64-uncond-vp", "-n")
 
 

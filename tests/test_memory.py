@@ -90,33 +90,28 @@ def test_weights_gradients_and_moments():
 @pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"precision": "bf16", "lora_rank": 2}], ids=str)
 def test_two_estimates_give_those_of_all_batches(mode, monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**{**RESOLVED, **mode})
-    exact = {n: memory.estimate(teacher, config, n).peak for n in (24, 8, 4)}
-    divisors = [n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n % (config.chunk or 1) == 0]
-    memory_of = {n: memory.estimate(teacher, config, n).peak for n in divisors}
-    asked, found, original = [], [], memory.estimate
+    divisors = [n for n in (2, 3, 4, 6, 8, 12, 24) if n % (config.chunk or 1) == 0]
+    exact = {n: memory.estimate(teacher, config, n).peak for n in divisors}
+    asked, original = [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *args: asked.append(args[2]) or original(*args))
+    fitting = memory.Fitting(teacher, config, 24, CPU, None, limit=24)
+    assert len(asked) == 2
     for n, peak in exact.items():
-        for free, fits in ((peak * 1.0001, True), (peak * 0.9999, False)):
-            available = free * memory.GB / memory.USABLE
-            monkeypatch.setattr(
-                memory.psutil, "virtual_memory", lambda a=available: type("Memory", (), {"available": a})
-            )
-            chosen, estimated = memory.fitting_batch_gpu(teacher, config, 24, CPU)
-            found.append((chosen == n) == fits)
-            assert estimated is None or estimated == pytest.approx(memory_of[chosen])
-    assert all(found)
-    assert len(asked) == 2 * len(found)
+        assert fitting.peak(n) == pytest.approx(peak)
+        assert fitting.largest(peak * 1.0001 / memory.USABLE) == (n, pytest.approx(peak))
+        assert fitting.largest(peak * 0.9999 / memory.USABLE) != (n, pytest.approx(peak))
+    assert fitting.largest(0) == (config.chunk or 1, None)
 
 
 def test_the_largest_batch_that_fits(monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**RESOLVED)
-    need = {n: memory.estimate(teacher, config, n).peak * memory.GB / memory.USABLE for n in (1, 2, 3, 4, 6, 12)}
+    need = {n: memory.estimate(teacher, config, n).peak * memory.GB / memory.USABLE for n in (4, 12)}
 
     def chosen(free, **changes):
         monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
         return memory.fitting_batch_gpu(teacher, dataclasses.replace(config, **changes), 12, CPU)[0]
 
-    assert [chosen(need[n] * 1.001) for n in (2, 3, 4, 6, 12)] == [2, 3, 4, 6, 12]
+    assert [chosen(need[n] * 1.001) for n in (4, 12)] == [4, 12]
     assert chosen(0) == 1
     assert chosen(need[12] * 2, chunk=4) == 12
     assert chosen(0, chunk=4) == 4

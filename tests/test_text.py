@@ -14,7 +14,6 @@ from parity import DATA
 from test_steps import fill
 from tiny import CPU, tiny_config, tiny_teacher
 
-import sid_train
 from dnnlib import UserError
 from edm import diffusers_pipelines, generate, latents, lora_files, text_encoders, zoo
 from edm.sampler import generate_all
@@ -24,7 +23,6 @@ from sid import lora, memory
 from sid.config import resolve
 from sid.guidance import Guidance, parse_guidance
 from sid.loss import SiDLoss
-from sid.options import parse
 from sid.prepare import prepare
 from sid.run import distil
 from training.conditions import Classes, Prompts, conditions_of
@@ -299,24 +297,15 @@ def test_other_text_encoders_are_refused(folders, tmp_path):
         text_encoders.prompts_for(net, ["something new"])
 
 
-def test_a_dry_run_needs_no_weights(folders, tmp_path):
+def test_an_estimate_needs_no_weights(folders, tmp_path):
     """The memory estimate of a pipeline's configurations alone is that of the pipeline."""
-
-    def dry_run(folder, *options):
-        arguments = [f"--edm_model={folder}", "--batch=64", "--batch-gpu=4", "--augment=0", "--device=cpu", "-n"]
-        result = CliRunner().invoke(sid_train.main, [*arguments, *options])
-        assert result.exit_code == 0, result.output
-        return json.loads(result.output)["memory_GB"]
-
-    bare = tmp_path / "bare"
-    absent = shutil.ignore_patterns("*.safetensors", "text_encoder*")
+    bare, absent = tmp_path / "bare", shutil.ignore_patterns("*.safetensors", "text_encoder*")
     shutil.copytree(folders["stable_diffusion"], bare, ignore=absent)
-    options = ("--precision=bf16",)
-    found = dry_run(bare, *options)
-    assert found["batch_gpu_that_fits"] == {"24 GB": 64, "80 GB": 64}
     net = zoo.load_denoiser(folders["stable_diffusion"])
-    config = resolve(parse(["--augment=0", "--batch=64", *options])[0], net, CPU)
-    assert memory.estimate(net, config, 4).rounded().items() <= found.items()
+    config = resolve(tiny_config(precision="bf16", augment=0), net, CPU)
+    shapes = zoo.load_shapes(bare)
+    assert next(shapes.parameters()).is_meta
+    assert memory.estimate(shapes, config, 4, device=CPU) == memory.estimate(net, config, 4)
     with pytest.raises(UserError, match="has no diffusion_pytorch_model"):
         zoo.load_network(bare)
 
