@@ -64,8 +64,8 @@ def is_hub_name(source: str | os.PathLike) -> bool:
 def fetch(name: str) -> Path:
     """The local folder of a model on the Hub, downloaded unless the library's cache holds it.
 
-    Only configurations, vocabularies, safetensors and the model card are downloaded: no pickles, no code. Of a
-    pipeline's weights, only those of PARTS, and a variant such as fp16 only where there is nothing else.
+    Only configurations, vocabularies, safetensors and the model card are downloaded: no pickles, no code. For a
+    pipeline, only the weights in PARTS are downloaded, and a variant such as fp16 only if there are no others.
     Errors: UserError when it can't be had.
     """
     small = ["*.json", "*.txt", "*.model", "README.md"]  # in a pattern, "*" stands for slashes, too

@@ -26,8 +26,31 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "fl
 PREDICTIONS |= {"sample": "x0", "original_sample": "x0"}
 
 
+class LibraryDenoiser(WrappedDenoiser):
+    """The denoiser of a model of the diffusers library; what its kinds have in common."""
+
+    supported: tuple[str, ...] = ()  # classes of the library's models
+    checkpoint = False  # `torch_utils.precision.checkpoint_blocks` sets it: recompute activations
+
+    @classmethod
+    def import_library(cls) -> None:
+        """Imports what the constructor uses; `persistence.construct` calls it before it counts the constructor's steps.
+
+        Errors: UserError when the library isn't installed.
+        """
+        for name in (*cls.supported, "DDPMScheduler"):  # the library imports its modules when they are first used
+            getattr(library(), name)
+
+    def model(self) -> Any:
+        """The library's model, set up to be called."""
+        net: Any = self.net
+        if self.checkpoint and not net.is_gradient_checkpointing:
+            net.enable_gradient_checkpointing()
+        return net
+
+
 @persistent_class
-class DiffusersDenoiser(WrappedDenoiser):
+class DiffusersDenoiser(LibraryDenoiser):
     """The denoiser of a model of the diffusers library.
 
     model, scheduler: their configurations as the library's JSON files hold them, `_class_name` included.
@@ -39,16 +62,7 @@ class DiffusersDenoiser(WrappedDenoiser):
     Errors: UserError when the model or the scheduler isn't supported, or the library isn't installed.
     """
 
-    @staticmethod
-    def import_library() -> None:
-        """Imports what the constructor uses; `persistence.construct` calls it before it counts the constructor's steps.
-
-        Errors: UserError when the library isn't installed.
-        """
-        for name in (*MODELS, "DDPMScheduler"):  # the library imports its modules when they are first used
-            getattr(library(), name)
-
-    checkpoint = False  # `torch_utils.precision.checkpoint_blocks` sets it: recompute activations
+    supported = tuple(MODELS)
 
     def __init__(
         self,
@@ -80,9 +94,7 @@ class DiffusersDenoiser(WrappedDenoiser):
                 module.dropout_prob = 0.0  # only guidance drops classes here
 
     def answer(self, x_s: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        net: Any = self.net
-        if self.checkpoint and not net.is_gradient_checkpointing:
-            net.enable_gradient_checkpointing()
+        net = self.model()
         if not self.label_dim:
             return net(x_s, t, return_dict=False)[0]
         if class_labels is None:

@@ -37,7 +37,7 @@ from .text_models import TEXT_MODELS, TextDenoiser
 NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
 MOST_STEPS = 1000  # that a text-to-image pipeline may be asked for
 LEAST_BETA = 2.0**-23  # the least noise in float32: sigma 3e-4
-GUIDANCE_FEATURES = 8  # of the guidance scale, which the model is told and doesn't heed
+GUIDANCE_FEATURES = 8  # width of the embedded guidance scale, which the model receives and ignores
 SHORTEST = 3  # times of a schedule of which only the last is used; fewer aren't read here again
 MIN_DISTANCE = 1e-3  # of p from 1, where DDIM's schedules have no noise
 ADVICE = "save it as .safetensors"
@@ -162,7 +162,7 @@ def _pipeline_of_prompts(net: Any, level: float | None, vae: Any) -> tuple[Any, 
     """The pipeline of a generator, which makes the same images with the pipeline's default arguments as in one step.
 
     Its schedule has hardly any noise at all times but the last, so that further steps change nothing, and its model
-    takes the guidance scale as a condition, as those of latent consistency models do, and doesn't heed it.
+    takes the guidance scale as a condition, as those of latent consistency models do, and ignores it.
     """
     encoders = text_encoders.TextEncoder(text_encoders.checked_record(net.metadata.get("text"), "the network"))
     kind = encoders.kind
@@ -180,12 +180,7 @@ def _pipeline_of_prompts(net: Any, level: float | None, vae: Any) -> tuple[Any, 
     for name in missing:
         model.get_parameter(name).data.zero_()
     _set_time(model, step.t, last)
-    scheduler = library().EulerDiscreteScheduler(
-        **one_step_betas(last, level),
-        prediction_type=NAMED[net.prediction],
-        timestep_spacing="trailing",
-        steps_offset=1,  # without effect; Stable Diffusion's pipelines warn of any other
-    )
+    scheduler = one_step_scheduler(net, last, level)
     parts = {**encoders.pipeline.components, "vae": vae, "unet": model.eval(), "scheduler": scheduler}
     pipeline = getattr(library(), kind)(**parts, **encoders.settings)
     return pipeline, 'prompt="...", num_inference_steps=1', {PIPELINE_ONLY: True}
@@ -284,9 +279,14 @@ def _rising_betas(sigma: float, number: int) -> torch.Tensor:
     return (1 - signal[1:] / signal[:-1]).float()
 
 
-def one_step_betas(last: int, sigma: float) -> dict[str, Any]:
-    """Arguments of a scheduler with hardly any noise before its last time, and with noise level `sigma` there."""
-    return _ending_at(torch.tensor([LEAST_BETA] + [0.0] * (last - 1)), 1 / (1 + sigma**2))
+def one_step_scheduler(net: WrappedDenoiser, last: int, sigma: float) -> Any:
+    """An Euler scheduler with hardly any noise before its last time, and with noise level `sigma` there."""
+    return library().EulerDiscreteScheduler(
+        **_ending_at(torch.tensor([LEAST_BETA] + [0.0] * (last - 1)), 1 / (1 + sigma**2)),
+        prediction_type=NAMED[net.prediction],
+        timestep_spacing="trailing",
+        steps_offset=1,  # without effect; Stable Diffusion's pipelines warn of any other
+    )
 
 
 def _ending_at(betas: torch.Tensor, signal: float) -> dict[str, Any]:

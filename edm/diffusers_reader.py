@@ -114,7 +114,7 @@ def _settings(path: Path, model: dict[str, Any], scheduler: Path, vae_folder: Pa
 
 
 def _sizes(model: dict[str, Any], path: Path) -> dict[str, int]:
-    """What a text-to-image model is told of the size of its images, besides its own configuration."""
+    """Sizes that a text-to-image model's own configuration doesn't give: of its latents and of its images."""
     vae = read_config(path / latents.FOLDER / CONFIG_FILE)
     blocks = vae.get("block_out_channels")
     reduction = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and len(blocks) < 10 else 8

@@ -4,7 +4,6 @@ The repository's layout is this project's own (a folder of `edm.zoo.save_network
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ import torch
 
 from dnnlib import UserError, user_path
 from dnnlib.download import is_url
-from torch_utils.records import is_figure, measured_value, sound_records
+from torch_utils.records import METRIC_FILE, is_figure, measured_value, sound_records
 from torch_utils.untrusted.bounds import read_json
 from training.denoiser import DenoiserModule
 from training.steps import Steps
@@ -38,7 +37,6 @@ CONFIGURATIONS = (
     diffusers_folder.SCHEDULER_FILE,
 )
 MAX_OPTIONS_BYTES = 1 << 20
-METRIC_FILE = re.compile(r"metric-([\w.-]{1,40})\.jsonl")
 
 
 def write(
@@ -102,7 +100,7 @@ def warnings(source: str, licence: str | None, own_layout: bool) -> Iterator[str
 def _bare(net: DenoiserModule) -> torch.nn.Module:
     """A copy without what isn't written."""
     copy = zoo.clone_network(net)
-    for name in ("metadata", "prompts"):
+    for name in zoo.ATTACHED:
         vars(copy).pop(name, None)
     return copy
 

@@ -16,8 +16,7 @@ from training.parameterisations import DiscreteTimes
 from training.steps import Steps
 
 from . import network_files
-from .diffusers_folder import library
-from .diffusers_pipelines import NAMED, OneStep, one_step_betas
+from .diffusers_pipelines import OneStep, one_step_scheduler
 from .text_models import TEXT_MODELS, TextDenoiser
 
 FILE = "pytorch_lora_weights.safetensors"  # that the library looks for in a folder
@@ -63,12 +62,7 @@ def write(net: Any, base: Any, path: Path) -> str:
             factors[f"{part}.{module}.lora_A.weight"], factors[f"{part}.{module}.lora_B.weight"] = a, b
     if not factors:
         raise UserError("--to=lora: the generator has its teacher's weights")
-    scheduler = library().EulerDiscreteScheduler(
-        **one_step_betas(round(step.t), steps.levels[0]),
-        prediction_type=NAMED[net.prediction],
-        timestep_spacing="trailing",
-        steps_offset=1,
-    )
+    scheduler = one_step_scheduler(net, round(step.t), steps.levels[0])
     with network_files.new_folder(path) as folder:
         save_file(factors, folder / FILE, {"format": "pt"})
         scheduler.save_pretrained(folder / "scheduler")

@@ -1,6 +1,6 @@
 """Text-to-image models of the diffusers library as denoisers: Stable Diffusion 1, 2, XL and 3, FLUX.1.
 
-A denoiser's condition is one row of numbers per image: what the pipeline's text encoders say of the prompt, one part
+A denoiser's condition is one row of numbers per image: the outputs of the pipeline's text encoders for the prompt, one
 after the other (`condition_parts`). `edm.text_encoders` makes the rows.
 """
 
@@ -11,10 +11,9 @@ import torch
 
 from dnnlib import UserError
 from torch_utils.persistence import persistent_class
-from training.parameterisations import WrappedDenoiser
 
 from .diffusers_folder import build, library
-from .diffusers_models import LATENT_SIGMA_DATA, shape_of, times_of
+from .diffusers_models import LATENT_SIGMA_DATA, LibraryDenoiser, shape_of, times_of
 
 TEXT_MODELS = {  # class: its folder in a pipeline
     "UNet2DConditionModel": "unet",
@@ -22,7 +21,7 @@ TEXT_MODELS = {  # class: its folder in a pipeline
     "FluxTransformer2DModel": "transformer",
 }
 MAX_LENGTH = 4096
-TIME_IDS = 6  # SDXL is told height, width, top, left, target height and width in pixels
+TIME_IDS = 6  # SDXL takes height, width, top, left, target height and width in pixels
 UNUSUAL = {  # settings of UNet2DConditionModel that want further conditions, and their usual values
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -34,7 +33,7 @@ UNUSUAL = {  # settings of UNet2DConditionModel that want further conditions, an
 }
 FLUX_PATCH = 2  # latents are packed so many pixels wide and high into one token
 FLUX_TIME = 1000  # the scale of a flow's time in the library
-FLUX_GUIDANCE = 3.5  # that FLUX.1-dev is told by default; distilled into it
+FLUX_GUIDANCE = 3.5  # the library's default for FLUX.1-dev, into which guidance has been distilled
 
 
 def condition_parts(model: dict[str, Any], length: int) -> dict[str, tuple[int, ...]]:
@@ -61,26 +60,20 @@ def condition_parts(model: dict[str, Any], length: int) -> dict[str, tuple[int, 
 
 
 @persistent_class
-class TextDenoiser(WrappedDenoiser):
+class TextDenoiser(LibraryDenoiser):
     """The denoiser of a text-to-image model of the diffusers library.
 
     model, scheduler: their configurations as the library's JSON files hold them, `_class_name` included.
     length:           tokens of a prompt.
     sample_size:      width of its latents; None: the model's own, which FLUX.1's doesn't have.
-    image_size:       width of the images in pixels, which SDXL is told; None: eight times that of the latents.
+    image_size:       width of the images in pixels, a condition of SDXL; None: eight times that of the latents.
     dropout:          of the model; None leaves it as the configuration says.
     prompt_dim:       how many numbers a condition has (attribute).
 
     Errors: UserError when the model or the scheduler isn't supported, or the library isn't installed.
     """
 
-    @staticmethod
-    def import_library() -> None:
-        """As `DiffusersDenoiser.import_library`."""
-        for name in (*TEXT_MODELS, "DDPMScheduler"):
-            getattr(library(), name)
-
-    checkpoint = False  # `torch_utils.precision.checkpoint_blocks` sets it: recompute activations
+    supported = tuple(TEXT_MODELS)
 
     def __init__(
         self,
@@ -117,9 +110,7 @@ class TextDenoiser(WrappedDenoiser):
         self.image_size = image_size or 8 * resolution
 
     def answer(self, x_s: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        net: Any = self.net
-        if self.checkpoint and not net.is_gradient_checkpointing:
-            net.enable_gradient_checkpointing()
+        net = self.model()
         if condition is None:
             raise ValueError("a text-to-image network needs its prompts")
         parts = self.split(condition)

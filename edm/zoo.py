@@ -49,6 +49,7 @@ from training.steps import Steps
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
+ATTACHED = ("metadata", "prompts")  # attributes that whoever loads a network sets, and that its file doesn't hold
 NETWORK_CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
@@ -185,7 +186,7 @@ def load_denoiser(source: str | os.PathLike, classes: Mapping[str, Callable[...,
     Errors: UserError as `load_network` and `training.denoiser.check_denoiser`.
     """
     net = load_network(source, classes)
-    of_library = isinstance(net, diffusers_models.DiffusersDenoiser | text_models.TextDenoiser)
+    of_library = isinstance(net, diffusers_models.LibraryDenoiser)
     if of_library or type(net).__name__ in (classes or {}):
         check_denoiser(net, source)
     return net
@@ -203,7 +204,7 @@ def save_network(net: torch.nn.Module, path: str | os.PathLike, /, **metadata: A
     Errors:    UserError when the suffix is another, the format can't hold the class or the path can't be written.
     """
     net = edm_pickle.frozen_copy(net).float()
-    for name in ("metadata", "prompts"):
+    for name in ATTACHED:
         vars(net).pop(name, None)
     metadata = json.loads(json.dumps(metadata))  # the same plain values in either format
     decoder = latents.decoder_by(metadata, net) if Path(path).suffix == ".onnx" else None
@@ -231,7 +232,7 @@ def clone_network(net: Network, **overrides: Any) -> Network:
     clone = clone.to(reference.device).train(net.training)
     for copied, original in zip(clone.parameters(), net.parameters()):
         copied.requires_grad_(original.requires_grad)
-    for name in ("metadata", "prompts"):
+    for name in ATTACHED:
         if hasattr(net, name):
             setattr(clone, name, copy.deepcopy(getattr(net, name)))
     return clone

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -10,6 +11,7 @@ from dnnlib import UserError
 from dnnlib.util import MAX_NUMBER
 
 MAX_BYTES = 256 << 20
+METRIC_FILE = re.compile(r"metric-([\w.-]{1,40})\.jsonl")  # names of a metric's records in a run folder
 
 
 def read_records(path: Path, *needed: str, wanted: str) -> list[Any]:

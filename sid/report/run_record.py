@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import math
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError, open_plain
-from torch_utils.records import MAX_BYTES, is_figure, parse_line
+from torch_utils.records import MAX_BYTES, METRIC_FILE, is_figure, parse_line
 
 from ..monitor.records import DISTANCES_FILE, OPTIONS_FILE, STATS_FILE, MeasuredFid, read_options
 from ..monitor.rules import Finding, diagnose
@@ -17,7 +16,6 @@ from ..monitor.rules import Finding, diagnose
 MAX_RECORDS = 100_000  # of a file; of more, every second one is left out, as often as necessary
 MAX_NAMES = 100  # of figures in a record
 MAX_METRICS = 8
-METRIC_FILE = r"metric-([\w.-]{1,40})\.jsonl"
 TRIAL_RESULTS = "trials/results.json"  # of sid.trials, which loads torch; a test compares
 SILENT_SEC = 600  # a run that has written nothing for so long, or for three ticks, isn't running
 
@@ -82,7 +80,7 @@ def read_run(run_dir: Path, is_running: bool | None = None) -> RunRecord:
     ticks = read_figures(run_dir / STATS_FILE, "Progress/kimg")
     metrics = {}
     for path in sorted(run_dir.glob("metric-*.jsonl")) if run_dir.is_dir() else []:
-        name = re.fullmatch(METRIC_FILE, path.name)
+        name = METRIC_FILE.fullmatch(path.name)
         if name and len(metrics) < MAX_METRICS and (records := read_figures(path, "kimg", "value")):
             metrics[name[1]] = records
     return RunRecord(
