@@ -89,8 +89,6 @@ def supported_parts(path: Path, with_weights: bool = True) -> tuple[str, list[st
     for name in PIPELINES[pipeline]:
         entry = index.get(name)
         library, found = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if found is None and name.endswith("_3"):  # Stable Diffusion 3 does without T5
-            continue
         known = TOKENIZERS if name.startswith("tokenizer") else ENCODERS
         if library != "transformers" or found not in known:
             raise UserError(f"{path}: its {name} is {str(found)[:80]!r}, none of {', '.join(known)}")
@@ -103,7 +101,7 @@ def supported_parts(path: Path, with_weights: bool = True) -> tuple[str, list[st
 
 
 def fingerprint(path: Path, parts: Sequence[str]) -> str:
-    """A hash that other text encoders are told by: of small files whole, of weights their size and both ends."""
+    """A hash that changes with the text encoders. Small files are hashed whole, weights by their size and both ends."""
     digest = hashlib.sha256()
     for part in parts:
         for file in sorted((path / part).iterdir()):
@@ -282,12 +280,9 @@ class TextEncoder:
         return _row(*found[0::2]), _row(*found[1::2])
 
     def _warn_of_long(self, texts: Sequence[str]) -> None:
-        name = "tokenizer" if self.kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else "tokenizer_2"
-        if self.kind == "StableDiffusion3Pipeline" and self.pipeline.tokenizer_3 is not None:
-            name = "tokenizer_3"
-        tokenizer = getattr(self.pipeline, name)
-        most = T5_TOKENS.get(self.kind, 0) if name != "tokenizer" else 0
-        most = most or tokenizer.model_max_length
+        longest = {"FluxPipeline": "tokenizer_2", "StableDiffusion3Pipeline": "tokenizer_3"}.get(self.kind, "tokenizer")
+        tokenizer = getattr(self.pipeline, longest)
+        most = T5_TOKENS.get(self.kind) or tokenizer.model_max_length
         with _Quiet(diffusers_folder.library()):
             long = [i for i, text in enumerate(texts) if len(tokenizer(text, truncation=False).input_ids) > most]
         if long:

@@ -148,14 +148,18 @@ def test_the_null_condition_is_the_librarys(folders):
     assert torch.equal(plain.prompts.null(1), empty.draw(1, randint=lambda high: torch.zeros(1, dtype=torch.int64)))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl"])
+@pytest.mark.parametrize(
+    ("kind", "prediction"),
+    [
+        ("stable_diffusion", "epsilon"),
+        ("stable_diffusion", "v_prediction"),
+        ("stable_diffusion_xl", "epsilon"),
+    ],
+)
 def test_a_generator_as_a_pipeline(folders, tmp_path, kind, prediction):
     """The library's pipeline makes our images of the same noise: in one step, and by its own default arguments."""
     folder = folders[kind]
     if prediction == "v_prediction":
-        if kind != "stable_diffusion":
-            pytest.skip("one kind is enough")
         folder = tmp_path / "v"
         tiny_pipelines.stable_diffusion(prediction).save_pretrained(folder)
     net = teacher_of(folder)
@@ -405,6 +409,15 @@ def test_damaged_pipelines(folders, tmp_path, change, words):
     change(folder)
     with pytest.raises(UserError, match=words):
         teacher_of(folder, ["something else"])
+
+
+def test_stable_diffusion_3_without_t5_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["stable_diffusion_3"], tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps({**index, **absent}))
+    with pytest.raises(UserError, match="its tokenizer_3 is 'None'"):
+        zoo.load_network(folder)
 
 
 def test_a_model_without_its_pipeline(folders):
