@@ -1,9 +1,14 @@
-"""Links, anchors, files and modules that the documents name exist."""
+"""Links, anchors, files and modules that the documents name exist, and their commands parse."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+
+from sid.options import build_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*/*.md")]
@@ -31,3 +36,45 @@ def test_what_a_document_names_exists(document):
     for module in re.findall(r"python -m ((?:sid|edm|training|torch_utils|dnnlib)[\w.]*\w)", text):
         place = ROOT.joinpath(*module.split("."))
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
+
+
+OMITTED = {"...", "…", "[options]", "$COMMON"}
+NUMBERS = {"--seed=SEED": "--seed=0", "--steps=STEPS": "--steps=1"}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of this project in code blocks, as words without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = (re.match(r"\s*(?:[A-Z_]+=\S+ )*((?:python (?:-m )?[\w.]+|bash run_sid\.sh) .*)", line) for line in lines)
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+def parse(words: list[str]) -> None:
+    """Parses a command line without running it. Errors: click's."""
+    program, *arguments = words[2:] if words[1] == "-m" else words[1:]
+    if program == "run_sid.sh":
+        program, arguments = "sid_train.py", [f"--recipe={arguments[0]}", *arguments[1:]]
+    module = program.removesuffix(".py")
+    if not (ROOT / module.replace(".", "/")).with_suffix(".py").exists():
+        module += ".__main__"
+    command = importlib.import_module(module).main
+    if isinstance(command, click.Group):
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    arguments = [NUMBERS.get(word, word) for word in arguments if word not in OMITTED]
+    context = command.make_context(program, arguments)
+    if module == "sid_train":
+        build_config(dict(context.params))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_parse(document, tmp_path, monkeypatch):
+    for name in ("RUN", "RUN_FOLDER", "generator", "training-runs/00000-demo"):  # whose existence is checked
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for words in commands(document.read_text(encoding="utf-8")):
+        if "--help" in words or (words[1] == "-m" and not (ROOT / words[2].split(".")[0]).exists()):
+            continue  # help ends the parsing; others are pip, venv and the like
+        try:
+            parse(words)
+        except click.ClickException as error:
+            pytest.fail(f"{shlex.join(words)}: {error.format_message()}")
