@@ -15,8 +15,8 @@ class OneStepGenerator:
     """A distilled generator; `generator(n, seed)` makes n images. The noise levels at which
     its steps start are stored with the weights.
 
-    generator = OneStepGenerator.from_pretrained("network-snapshot-000035.safetensors")
-    images = generator(16, seed=0)    # uint8 [16, C, H, W]
+        generator = OneStepGenerator.from_pretrained("network-snapshot-000035.safetensors")
+        images = generator(16, seed=0)    # uint8 [16, C, H, W]
     """
 
     def __init__(self, net: torch.nn.Module):
@@ -36,8 +36,8 @@ class OneStepGenerator:
         """Loads a generator.
 
         source: short name, path or URL of a generator (`edm.zoo.load_network`); published SiD files included.
-
-        device: None takes a GPU if there is one. init_sigma: only for a file that doesn't record it.
+        device: None takes a GPU if there is one.
+        init_sigma: only for a file that doesn't record it.
         classes: of your own, that the file may name, {name: class} (`edm.zoo.load_network`).
         Errors: UserError when it can't be loaded or is no one-step generator.
         """

@@ -78,3 +78,10 @@ def test_commands_parse(document, tmp_path, monkeypatch):
             parse(words)
         except click.ClickException as error:
             pytest.fail(f"{shlex.join(words)}: {error.format_message()}")
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = re.findall(r"^ +- [^:\n]+: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [path.name for path in ROOT.glob("docs/*.md")]
+    pages += [path.name.lower() for path in ROOT.glob("*.md")]  # as docs/mkdocs/links.py names them
+    assert sorted(listed) == sorted(pages)
