@@ -1,4 +1,4 @@
-"""Scores images and generators: FID, inception score, KID, precision and recall."""
+"""Scores images and generators: FID, inception score, KID, precision and recall, CLIP score."""
 
 import contextlib
 import json
@@ -90,35 +90,55 @@ def ref(data, dest, detector, batch, device):
 
 @main.command("eval")
 @click.option("--network", help="Network: .pkl, .safetensors, URL or name", type=str, required=True)
-@click.option("--metrics", help="Names like fid50k,is50k,kid50k,pr50k3", type=str, default="fid50k", show_default=True)
+@click.option(
+    "--metrics", help="Names like fid50k,is50k,kid50k,pr50k3,clip1k", type=str, default="fid50k", show_default=True
+)
+@click.option("--clip", help="CLIP for clip1k: folder or name on the Hugging Face Hub", type=str)
+@click.option("--table", help="Write how well the images of each prompt match it: new .csv or .jsonl", type=str)
 @click.option("--trials", help="Repetitions, each with new seeds", type=POSITIVE, default=1)
 @click.option("--seeds", help="First seed", type=WHOLE, default=0, show_default=True)
 @shared("ref", "data", "detector", "batch", "json", "device")
 def evaluate_network(
-    network, metrics, trials, seeds, ref, data, detector, batch, json_file, device, classes, **sampling
+    network, metrics, clip, table, trials, seeds, ref, data, detector, batch, json_file, device, classes, **sampling
 ):
     """Metrics of a network's images, made and scored in one pass without files in between.
 
-    The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr.
+    The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr. CLIP
+    scores say how well the images of a text-to-image network match their --prompts.
     """
     with running(device, json_file) as device:
         from edm import zoo
-        from edm.metrics.evaluate import Evaluator
+        from edm.metrics import text_alignment
+        from edm.metrics.clip import ClipEncoder
+        from edm.metrics.evaluate import Evaluator, parse_metric
         from edm.metrics.records import summarise
         from edm.metrics.sources import NetworkSource
 
+        names = [name for name in metrics.split(",") if name]
+        for option, value in (("--clip", clip), ("--table", table)):
+            if value is not None and all(parse_metric(name).kind != "clip" for name in names):
+                raise dnnlib.UserError(f"{option}: --metrics={metrics} has no CLIP score; add one, such as clip1k")
+        text_alignment.check_table(table)
+        encoder = ClipEncoder(clip, device) if clip is not None else None
         options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
         net = zoo.load_denoiser(network, own_classes(classes))
+        evaluator = Evaluator(names, device=device, encoder=encoder, **options)
         given = {name: value for name, value in sampling.items() if value is not None}
         made_by: dict[str, Any] = {"name": Path(network).name, "sha256": zoo.network_hash(net)}
         given, prompts = generate.prompted(net, given, device)
         net, sampling, guidance = generate.guided(net, generate.sampler_options(net, given), own_classes(classes))
         net = net.to(device)
-        evaluator = Evaluator([name for name in metrics.split(",") if name], device=device, **options)
         num = max(metric.num for metric in evaluator.metrics)
         made_by |= sampling
         records = [evaluator(NetworkSource(net, seed=seeds + trial * num, **made_by)) for trial in range(trials)]
-        report([{**record, **guidance, **prompts} for record in summarise(records)], json_file)
+        rows = text_alignment.table(evaluator.alignments) if evaluator.alignments else []
+        report(
+            [{**record, **guidance, **prompts} for record in summarise(records)],
+            json_file,
+            text_alignment.describe_table(rows) if rows else None,
+        )
+        if rows and table is not None:
+            text_alignment.write_table(rows, table)
 
 
 evaluate_network.params += [option for option in generate.main.params if option.name not in NOT_SAMPLING]
@@ -137,8 +157,8 @@ def running(device, json_file=None):
         distributed.shutdown()
 
 
-def report(records, json_file):
-    """Process 0 prints a readable line per record, then the records as JSON unless a file takes them."""
+def report(records, json_file, text=None):
+    """Process 0 prints a readable line per record and `text`, then the records as JSON unless a file takes them."""
     from edm.metrics.records import append_records, describe
     from torch_utils import distributed
 
@@ -146,6 +166,8 @@ def report(records, json_file):
         return
     for record in records:
         print(describe(record))
+    if text is not None:
+        print(text)
     if json_file is not None:
         append_records(records, json_file)
     else:

@@ -10,13 +10,11 @@ The library's own pipeline encodes, without its image model. Prompts are encoded
 """
 
 import hashlib
-import importlib
 import inspect
 import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,10 @@ from dnnlib.progress import ProgressBar
 from torch_utils import distributed, persistence
 from training.conditions import Prompts
 
-from . import diffusers_folder
+from . import diffusers_folder, transformers_library
 from .diffusers_folder import read_config
 from .network_files import INDEX_FILE
+from .transformers_library import Quiet
 
 PIPELINES = {  # class: its tokenizers and text encoders
     "StableDiffusionPipeline": ("tokenizer", "text_encoder"),
@@ -57,7 +56,6 @@ FOLDER = "text"  # of a pipeline with the encoders, next to a network's file
 EDGE_BYTES = 1 << 20  # of a file of weights that its fingerprint reads at either end
 ENCODED_AT_ONCE = 32
 MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_FILE_BYTES = 20_000_000, 10_000, 4 << 30
-INSTALL = "pip install 'sid-distillation[text]', or pip install diffusers transformers"
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -232,17 +230,17 @@ class TextEncoder:
                 f" as {FOLDER}/ next to the network's file"
             )
         diffusers = diffusers_folder.library()
-        transformers = _transformers()
+        transformers = transformers_library.library()
         index = read_config(path / INDEX_FILE)
         try:
-            with _Quiet(diffusers):
-                components = {part: _component(transformers, index[part][1], path / part) for part in parts}
+            with Quiet(diffusers, transformers):
+                cls = getattr(diffusers, self.kind)
+                components = {part: _component(index[part][1], path / part) for part in parts}
         except Exception as error:  # whatever the library raises on damaged files
             reason = persistence.one_line(error, 200)
             raise UserError(f"{path}: its text encoders can't be loaded: {reason}") from None
         settings = SETTINGS.get(self.kind, {})
         self.settings = {name: bool(index.get(name, v)) if name in FROM_INDEX else v for name, v in settings.items()}
-        cls = getattr(diffusers, self.kind)
         given = {**self.settings, **components, "scheduler": _scheduler(diffusers, self.kind)}
         absent = [name for name in inspect.signature(cls).parameters if name not in given and name not in SETTING_NAMES]
         self.pipeline = cls(**given, **dict.fromkeys(absent))
@@ -257,7 +255,8 @@ class TextEncoder:
         """
         self._warn_of_long(texts)
         null = None
-        with ProgressBar(len(texts), desc="encoding prompts") as bar, _Quiet(diffusers_folder.library()):
+        libraries = diffusers_folder.library(), transformers_library.library()
+        with ProgressBar(len(texts), desc="encoding prompts") as bar, Quiet(*libraries):
             for start in range(0, len(texts), ENCODED_AT_ONCE):
                 part = list(texts[start : start + ENCODED_AT_ONCE])
                 encoded, null = self._call(part)
@@ -283,31 +282,12 @@ class TextEncoder:
         longest = {"FluxPipeline": "tokenizer_2", "StableDiffusion3Pipeline": "tokenizer_3"}.get(self.kind, "tokenizer")
         tokenizer = getattr(self.pipeline, longest)
         most = T5_TOKENS.get(self.kind) or tokenizer.model_max_length
-        with _Quiet(diffusers_folder.library()):
-            long = [i for i, text in enumerate(texts) if len(tokenizer(text, truncation=False).input_ids) > most]
-        if long:
-            print(
-                f"{len(long)} of {len(texts)} prompts are longer than the {most} tokens that the text encoder takes and"
-                f" are cut off, such as number {long[0] + 1}: {texts[long[0]][:60]!r}…",
-                file=sys.stderr,
-                flush=True,
-            )
+        transformers_library.warn_of_long(tokenizer, texts, most, "the text encoder")
 
 
-def _transformers() -> Any:
-    """The library. Errors: UserError when it isn't installed."""
-    try:
-        return importlib.import_module("transformers")  # a statement would have pyright read all of it
-    except ImportError:
-        raise UserError(f"encoding prompts needs the transformers library: {INSTALL}") from None
-
-
-def _component(transformers: Any, name: str, folder: Path) -> Any:
-    """A tokenizer or, in float32, a text encoder. No code that the folder may hold is run."""
-    cls = getattr(transformers, name, None) or getattr(transformers, name.removesuffix("Fast"))
-    if name in TOKENIZERS:
-        return cls.from_pretrained(folder, local_files_only=True)
-    return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(torch.float32).eval()
+def _component(name: str, folder: Path) -> Any:
+    """A tokenizer or text encoder."""
+    return (transformers_library.tokenizer if name in TOKENIZERS else transformers_library.model)(name, folder)
 
 
 def _scheduler(diffusers: Any, kind: str) -> Any:
@@ -319,24 +299,6 @@ def _scheduler(diffusers: Any, kind: str) -> Any:
 
 def _row(*parts: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.detach().to("cpu", torch.float32).flatten(1) for part in parts], dim=1)
-
-
-class _Quiet:
-    """Keeps the libraries from writing about parts that aren't loaded and prompts that are cut off."""
-
-    def __init__(self, diffusers: Any):
-        self._logs = (diffusers.utils.logging, _transformers().utils.logging)
-
-    def __enter__(self) -> None:
-        self._before = [log.get_verbosity() for log in self._logs]
-        self._logs[0].disable_progress_bar()
-        self._logs[1].disable_progress_bar()
-        for log in self._logs:
-            log.set_verbosity_error()
-
-    def __exit__(self, *_: Any) -> None:
-        for log, level in zip(self._logs, self._before):
-            log.set_verbosity(level)
 
 
 def folder_of(record: dict[str, Any]) -> Path:

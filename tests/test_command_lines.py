@@ -65,7 +65,7 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     ),
 }
 READ = {"edm_model", "data_stat", "transfer", "resume", "detector", "data", "images", "ref", "network", "source"}
-READ |= {"test", "names", "run", "file"}  # what names something to read
+READ |= {"test", "names", "run", "file", "clip"}  # what names something to read
 
 NOWHERE = ["\0", "a\0b", "a\nb", "\x1b[2Jx", "\udcff", ""]  # no option takes such text
 NO_NUMBER = [*NOWHERE, "abc", "nan", "1e400", "-inf", "9" * 5000, "-1e31", "1e31", "0x1", "1 2", "²"]

@@ -14,8 +14,10 @@ from parity import DATA
 from test_steps import fill
 from tiny import CPU, tiny_config, tiny_teacher
 
+import fid
 from dnnlib import UserError
 from edm import diffusers_pipelines, generate, latents, lora_files, text_encoders, zoo
+from edm.metrics.clip import ClipEncoder
 from edm.sampler import generate_all
 from edm.small_teachers import captions, pictures
 from edm.text_models import TextDenoiser
@@ -190,6 +192,30 @@ def test_what_cannot_become_a_pipeline_or_onnx(folders, tmp_path):
 
 
 # --- distillation
+
+
+def test_clip_scores(folders, tmp_path):
+    """By fid.py eval, with a table of all prompts."""
+    clip, prompts = tiny_pipelines.save_clip(tmp_path / "clip"), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS), encoding="utf-8")
+    options = ["eval", f"--network={folders['stable_diffusion']}", f"--prompts={prompts}", "--steps=1", "--device=cpu"]
+    options += [f"--clip={clip}", "--metrics=clip6", "--seeds=5", "--trials=2", f"--table={tmp_path}/table.jsonl"]
+    result = CliRunner().invoke(fid.main, options)
+    assert result.exit_code == 0, result.output
+    line, *_, last = result.stdout.splitlines()
+    record = json.loads(last)
+    assert line.startswith(f"clip6: clip {record['value']:.6g} (sd")
+    assert line.endswith("2 x 6 images, seeds 5-16, ranked among 3 prompts, detector clip")
+    rows = [json.loads(row) for row in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert {row["prompt"]: row["images"] for row in rows} == dict.fromkeys(TEXTS, 4)
+    assert sum(row["images"] * row["clip"] for row in rows) / 12 == pytest.approx(record["value"])
+    assert (record["prompts"], len(record["detector_sha256"])) == ("prompts.txt", 64)
+
+    encoder = ClipEncoder(clip)
+    images = generate_all(teacher_of(folders["stable_diffusion"]), range(5, 11), steps=1)
+    pairs = zip(encoder.embed_images(images), encoder.embed_texts([TEXTS[i % 3] for i in range(5, 11)]))
+    scores = [100 * max(torch.cosine_similarity(*pair, dim=0).item(), 0) for pair in pairs]
+    assert np.mean(scores) == pytest.approx(record["trials"]["values"]["clip"][0], rel=1e-4)
 
 
 def test_distilling_a_pipeline(folders, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Tiny text-to-image pipelines of the diffusers library, with random weights."""
 
+import json
 import string
 
 import diffusers
@@ -51,6 +52,21 @@ def clip(tokenizer, projected=False, scale=1.0):
     )
     cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     return seeded(lambda: cls(config))
+
+
+def save_clip(folder):
+    """A CLIP with images that sees 24x24 pixels, as the library saves it, with its tokenizer and image processor."""
+    tokenizer = clip_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**sizes, **special, "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
+    vision = {**sizes, "image_size": 24, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    seeded(lambda: transformers.CLIPModel(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**size, "image_std": [0.2, 0.3, 0.4]}))
+    return folder
 
 
 def t5(width):

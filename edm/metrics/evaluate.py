@@ -23,8 +23,12 @@ from .measure import DEFAULT_BATCH, Measured, measure
 from .precision_recall import NEIGHBOUR, precision_recall
 from .reference import Reference, load_reference
 from .sources import ImageSource, open_data
+from .text_alignment import Alignment, TextImageEncoder, align, distinct
 
-NAME_PATTERN = re.compile(r"(?P<kind>fid|is|kid|pr)(?P<num>\d{1,9})(?:(?P<kilo>k)(?P<k>\d{1,9})?)?(?P<full>_full)?")
+KINDS = ("fid", "is", "kid", "pr", "clip")
+NAME_PATTERN = re.compile(
+    rf"(?P<kind>{'|'.join(KINDS)})(?P<num>\d{{1,9}})(?:(?P<kilo>k)(?P<k>\d{{1,9}})?)?(?P<full>_full)?"
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,18 @@ class Metric:
 
 
 def parse_metric(name: str) -> Metric:
-    """The metric of a name: fid, is, kid or pr; the number of images (`50k`, `1000`); for pr the neighbour; `_full`.
+    """The metric of a name: its kind; the number of images (`50k`, `1000`); for pr the neighbour; `_full`.
 
     Errors: UserError for any other name, and for a number of images too small for the metric.
     """
     match = NAME_PATTERN.fullmatch(name)
     if match is None or (match["k"] and match["kind"] != "pr"):
-        raise dnnlib.UserError(f"--metrics={name} is unknown; use names like fid50k, is50k, kid50k_full, pr50k3_full")
+        raise dnnlib.UserError(
+            f"--metrics={name} is unknown; use names like fid50k, is50k, kid50k_full, pr50k3_full, clip1k"
+        )
     kind, k = match["kind"], int(match["k"] or NEIGHBOUR)
     num = int(match["num"]) * (1000 if match["kilo"] else 1)
-    least = {"fid": 2, "is": SPLITS, "kid": 2, "pr": k + 1}[kind]
+    least = {"fid": 2, "is": SPLITS, "kid": 2, "pr": k + 1, "clip": 2}[kind]
     if num < least or k < 1:
         raise dnnlib.UserError(f"--metrics={name}: {kind} needs at least {least} images")
     return Metric(name, kind, num, k, match["full"] is not None)
@@ -69,9 +75,11 @@ class Evaluator:
     metrics: names as `parse_metric` reads them.
     reference: for fid: a Reference, or its path, URL or name; without, that of `data`, kept in the cache folder.
     detector: a Detector, or its path, URL or name; by default the one that made the reference.
+    encoder: for clip, which compares the images with their prompts; --clip in the command line.
     data: real images for kid and pr, and for fid without `reference`: the path of a folder, zip or `.npz` with arr_0;
         for kid and pr also an ImageSource.
     batch: images per process and step; the last digits of features depend on it, on nothing else.
+    alignments: on process 0, what the largest clip metric measured, one per call.
     Errors: UserError, here and in the call, naming the option and the remedy.
     """
 
@@ -84,6 +92,7 @@ class Evaluator:
         batch: int = DEFAULT_BATCH,
         device: torch.device | str = "cpu",
         progress: bool = False,
+        encoder: TextImageEncoder | None = None,
     ):
         self.metrics = [parse_metric(name) for name in metrics]
         if not self.metrics:
@@ -93,33 +102,54 @@ class Evaluator:
                 raise dnnlib.UserError(f"--metrics={metric.name} needs reference statistics: give --ref, or --data")
             if metric.kind in ("kid", "pr") and data is None:
                 raise dnnlib.UserError(f"--metrics={metric.name} needs real images: give --data")
+            if metric.kind == "clip" and encoder is None:
+                raise dnnlib.UserError(
+                    f"--metrics={metric.name} compares images with their prompts: run fid.py eval with --clip=MODEL, a"
+                    " folder or a name on the Hugging Face Hub"
+                )
+        self._encoder, self._prompts, self._embedded_prompts = encoder, [], torch.zeros(0)
+        self.alignments: list[Alignment] = []
+        self._detector: Detector | None = None  # where only CLIP scores are measured
         self.reference = reference if isinstance(reference, Reference | None) else load_reference(reference)
-        if not isinstance(detector, Detector):
-            if self.reference is not None:
-                detector = self.reference.load_detector(device, detector)
+        if any(metric.kind != "clip" for metric in self.metrics):
+            if isinstance(detector, Detector):
+                self._detector = detector
+                if self.reference is not None:
+                    self.reference.check(detector)
+            elif self.reference is not None:
+                self._detector = self.reference.load_detector(device, detector)
             else:
-                detector = load_detector(detector or DEFAULT_DETECTOR, device)
-        elif self.reference is not None:
-            self.reference.check(detector)
-        self.detector, self._batch, self._progress = detector, batch, progress
+                self._detector = load_detector(detector or DEFAULT_DETECTOR, device)
+        self._batch, self._progress = batch, progress
         if self.reference is None and any(metric.kind == "fid" for metric in self.metrics):
             assert not isinstance(data, ImageSource | None)  # refused above
-            self.reference = data_reference(data, detector, batch, progress)
+            self.reference = data_reference(data, self.detector, batch, progress)
         self._data = data if isinstance(data, ImageSource | None) else open_data(data)
         self._real: torch.Tensor | None = None  # features
+
+    @property
+    def detector(self) -> Detector:
+        """The detector of all metrics but CLIP scores."""
+        assert self._detector is not None
+        return self._detector
 
     def __call__(self, source: ImageSource) -> list[dict]:
         """A JSON-serialisable record for each metric, in order; every process must call it and gets them all."""
         if self.reference is not None and source.channels is not None and source.resolution is not None:
             self.reference.check_images(source.channels, source.resolution)
-        of_kind = {kind: {m.num for m in self.metrics if m.kind == kind} for kind in ("fid", "is", "kid", "pr")}
+        of_kind = {kind: {m.num for m in self.metrics if m.kind == kind} for kind in KINDS}
         kept = max(of_kind["kid"] | of_kind["pr"], default=0)
         if kept and self._real is None:
             self._real = self._measure_real()
-        measured = measure(source, self.detector, self._batch, of_kind["fid"], of_kind["is"], kept, self._progress)
+        embedded = max(of_kind["clip"], default=0)
+        prompts = self._prompts_of(source, embedded) if embedded else None
+        counts = (of_kind["fid"], of_kind["is"], kept, self._progress, self._encoder, embedded)
+        measured = measure(source, self._detector, self._batch, *counts)
         records = None
         with distributed.shared_errors():
             if distributed.rank() == 0:
+                if prompts is not None:
+                    self.alignments.append(self._align(measured, *prompts))
                 records = [self._record(metric, self._finite(metric, measured), source) for metric in self.metrics]
         return distributed.from_process_0(records)
 
@@ -140,6 +170,21 @@ class Evaluator:
         assert measured.features is not None
         return measured.features
 
+    def _prompts_of(self, source: ImageSource, num: int) -> tuple[list[str], torch.Tensor]:
+        found = source.prompts(num)
+        if found is None:
+            raise dnnlib.UserError("--metrics: CLIP scores are of images that have prompts, and these have none")
+        prompts, numbers = distinct(found[0])
+        return prompts, numbers[found[1]]
+
+    def _align(self, measured: Measured, prompts: list[str], numbers: torch.Tensor) -> Alignment:
+        assert self._encoder is not None
+        assert measured.embeddings is not None
+        if prompts != self._prompts:
+            self._prompts, self._embedded_prompts = prompts, self._encoder.embed_texts(prompts)
+        embedded = self._embedded_prompts
+        return align(measured.embeddings.to(embedded.device), embedded, prompts, numbers)
+
     def _finite(self, metric: Metric, measured: Measured) -> dict[str, float]:
         values = self._values(metric, measured)
         if not all(map(math.isfinite, values.values())):
@@ -147,6 +192,8 @@ class Evaluator:
         return values
 
     def _values(self, metric: Metric, measured: Measured) -> dict[str, float]:
+        if metric.kind == "clip":
+            return self.alignments[-1].first(metric.num).values()
         device = self.detector.device
         if metric.kind == "fid":
             assert self.reference is not None
@@ -184,9 +231,13 @@ class Evaluator:
             assert self._data is not None
             num_real = len(self._real) if metric.full else min(metric.num, len(self._real))
             record |= {"real_images": num_real, "real_source": self._data.describe(num_real).get("images")}
-        record |= {"detector": self.detector.name, "detector_sha256": self.detector.sha256, "batch": self._batch}
+        detector = self.detector if metric.kind != "clip" else self._encoder
+        assert detector is not None
+        if metric.kind == "clip":
+            record["ranked_among"] = len(self._prompts)
+        record |= {"detector": detector.name, "detector_sha256": detector.sha256, "batch": self._batch}
         versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-        return record | {"device": self.detector.device.type, "versions": versions}
+        return record | {"device": detector.device.type, "versions": versions}
 
 
 def evaluate(source: ImageSource, metrics: Sequence[str] = ("fid50k",), **options) -> list[dict]:

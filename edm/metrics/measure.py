@@ -13,6 +13,7 @@ from .detector import Detector
 from .inception_score import InceptionScore
 from .sources import ImageSource
 from .statistics import FeatureStatistics
+from .text_alignment import TextImageEncoder
 
 DEFAULT_BATCH = 64
 GATHERED_ROWS = 4096  # rows of features in one message
@@ -25,6 +26,7 @@ class Measured:
     statistics: dict[int, FeatureStatistics]
     scores: dict[int, InceptionScore]
     features: torch.Tensor | None  # float32 [N, D] on the CPU
+    embeddings: torch.Tensor | None = None  # by a TextImageEncoder, float32 [N, D] on the CPU
 
     def is_finite(self) -> bool:
         """Whether all features and probabilities were finite."""
@@ -35,36 +37,43 @@ class Measured:
 
 def measure(
     source: ImageSource,
-    detector: Detector,
+    detector: Detector | None,
     batch: int = DEFAULT_BATCH,
     statistics: Iterable[int] = (),
     scores: Iterable[int] = (),
     features: int = 0,
     progress: bool = False,
+    encoder: TextImageEncoder | None = None,
+    embeddings: int = 0,
 ) -> Measured:
     """Passes once over the images of all processes; every process must call it and gets the same result.
 
     statistics, scores: for each number n, feature statistics or inception scores are taken of the first n images.
-    features: how many images' features to keep.
+    features: how many images' features to keep. embeddings: of how many images to keep the encoder's embeddings.
+    detector: may be None where only embeddings are taken.
     Errors: UserError when the source has too few images, they don't fit the detector, or its features aren't finite.
     """
-    moments = {num: FeatureStatistics(detector.feature_dim, detector.device) for num in statistics}
+    feature_dim, device = (detector.feature_dim, detector.device) if detector is not None else (0, torch.device("cpu"))
+    moments = {num: FeatureStatistics(feature_dim, device) for num in statistics}
     scored = {num: InceptionScore(num) for num in scores}
-    num_images = max([*moments, *scored, features])
+    num_images = max([*moments, *scored, features, embeddings])
     if source.size is not None and source.size < num_images:
         raise dnnlib.UserError(
             f"{num_images} images are asked for but there are only {source.size}; ask for at most so many by --num"
             " or in the name of the metric"
         )
-    if source.channels is not None and source.resolution is not None:
+    if detector is not None and source.channels is not None and source.resolution is not None:
         detector.check(source.channels, source.resolution)
-    kept = torch.zeros(features, detector.feature_dim) if features else None
+    kept = torch.zeros(features, feature_dim) if features else None
+    embedded = torch.zeros(embeddings, encoder.embedding_dim) if encoder is not None and embeddings else None
     rank, processes = distributed.rank(), distributed.world_size()
     bar = ProgressBar(num_images, hidden=not progress or rank > 0, desc="measuring")
     with distributed.shared_errors(), bar:
         for start, images in source.batches(num_images, batch, rank, processes):
             distributed.alive()
-            hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
+            hidden, probabilities = None, None
+            if detector is not None:
+                hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
             if hidden is not None:
                 for num, moment in moments.items():
                     moment.append(hidden[: max(num - start, 0)])
@@ -73,17 +82,21 @@ def measure(
                     score.append(probabilities[: max(num - start, 0)], start)
             if kept is not None and hidden is not None and start < features:
                 kept[start : start + len(images)] = hidden[: features - start].cpu()
+            if encoder is not None and embedded is not None and start < embeddings:
+                rows = embedded[start : start + len(images)]
+                rows.copy_(encoder.embed_images(images[: len(rows)]))
             bar.update(min(len(images) * processes, num_images - bar.n))
     for moment in moments.values():
         moment.merge_processes()
-    communication = detector.device if detector.device.type == "cuda" else "cpu"
+    communication = device if device.type == "cuda" else "cpu"
     for score in scored.values():
         score.merge_processes(communication)
-    if kept is not None and processes > 1:
-        for rows in kept.split(GATHERED_ROWS):  # each row is zero on all processes but one
-            rows.copy_(distributed.all_reduce_sum(rows.to(communication, copy=True)))
-    measured = Measured(moments, scored, kept)
-    if not measured.is_finite():
+    for all_rows in (kept, embedded):
+        if all_rows is not None and processes > 1:
+            for rows in all_rows.split(GATHERED_ROWS):  # each row is zero on all processes but one
+                rows.copy_(distributed.all_reduce_sum(rows.to(communication, copy=True)))
+    measured = Measured(moments, scored, kept, embedded)
+    if detector is not None and not measured.is_finite():
         raise dnnlib.UserError(
             f"--detector={detector.path}: its features or probabilities of some images are NaN or infinite: it is"
             " damaged, or overflows on them; use another detector"

@@ -41,6 +41,8 @@ def describe(record: dict) -> str:
         of = f"{trials['num']} x {of}"
     if record.get("seeds"):
         of += ", seeds {}-{}".format(*record["seeds"])
+    if record.get("ranked_among", 1) > 1:
+        of += f", ranked among {record['ranked_among']} prompts"
     return f"{record['metric']}: {', '.join(parts)}; {of}, detector {record['detector']}"
 
 

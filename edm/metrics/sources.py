@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 import dnnlib
 from torch_utils import persistence
+from training.conditions import Prompts, conditions_of
 
 from .npz import read_arrays
 
@@ -37,6 +38,10 @@ class ImageSource(ABC):
     @abstractmethod
     def batches(self, num: int, batch: int, rank: int = 0, processes: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
         """This process's share: (index of the first image, uint8 [N, C, H, W])."""
+
+    def prompts(self, num: int) -> tuple[Sequence[str], list[int]] | None:
+        """(all prompts of the source, which of them each of the first `num` images has); None for images without."""
+        return None
 
     @abstractmethod
     def describe(self, num: int) -> dict[str, Any]:
@@ -96,6 +101,12 @@ class NetworkSource(ImageSource):
         images = self._generate(num, batch, rank, processes)
         device = next(self._net.parameters()).device
         return _prefetched(_on_own_stream(images, device)) if device.type == "cuda" else images
+
+    def prompts(self, num):
+        conditions = conditions_of(self._net)
+        if not isinstance(conditions, Prompts):
+            return None
+        return conditions.texts, conditions.numbers_of_seeds(range(self._seed, self._seed + num))
 
     def describe(self, num):
         half = getattr(self._net, "use_fp16", False) and next(self._net.parameters()).device.type != "cpu"

@@ -1,0 +1,196 @@
+"""How well images match their prompts, by a model such as CLIP that embeds images and texts in one space.
+
+CLIP score: 100 · max(cosine, 0) of an image and its prompt (arXiv:2104.08718 without its factor of 2.5), averaged over
+the images. The rank of an image's prompt is its place among all different prompts of the file, by the same cosine.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dnnlib import UserError
+
+MAX_PROMPTS = 100_000  # different ones, among which an image's own is ranked
+COMPARED_AT_ONCE = 256  # images
+TOP = (1, 5)
+SHOWN = 5  # prompts at either end of the table
+TABLE_SUFFIXES = (".csv", ".jsonl")
+
+
+class TextImageEncoder(Protocol):
+    """Embeds images and texts in one space, in which a larger cosine means a better match.
+
+    name, sha256: of its files, for the records. device: where it is. embedding_dim: D.
+    """
+
+    name: str
+    sha256: str
+    device: torch.device
+    embedding_dim: int
+
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 [N, D] of uint8 images [N, C, H, W] with 1 or 3 channels."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """float32 [N, D] of N texts, however many."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How well N images match their prompts.
+
+    prompts: the P different prompts that were compared. numbers: each image's own one, int64 [N].
+    scores: CLIP scores, float64 [N]. ranks: of the own prompts, from 1, float64 [N]; equal ones share the mean rank.
+    matches: which prompt is the most similar, int64 [N].
+    """
+
+    prompts: Sequence[str]
+    numbers: torch.Tensor
+    scores: torch.Tensor
+    ranks: torch.Tensor
+    matches: torch.Tensor
+
+    def first(self, n: int) -> "Alignment":
+        """Of the first n images."""
+        return Alignment(self.prompts, self.numbers[:n], self.scores[:n], self.ranks[:n], self.matches[:n])
+
+    def values(self) -> dict[str, float]:
+        """The mean CLIP score and its standard error; with several prompts, what the ranks say."""
+        found = {"clip": self.scores.mean().item(), "clip_se": self._standard_error()}
+        if len(self.prompts) > 1:
+            found |= {f"top{k}": (self.ranks <= k).double().mean().item() for k in TOP if k < len(self.prompts)}
+            found["mean_rank"] = self.ranks.mean().item()
+        return found
+
+    def _standard_error(self) -> float:
+        """Of the mean score. Images of one prompt resemble each other, so it is the prompts that vary."""
+        units = self.numbers.unique(return_inverse=True)[1]
+        units = units if units.max() > 0 else torch.arange(len(units))
+        count = int(units.max()) + 1
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, units, self.scores - self.scores.mean())
+        return (sums.square().sum() * count / max(count - 1, 1)).sqrt().item() / len(self.scores)
+
+
+def align(images: torch.Tensor, texts: torch.Tensor, prompts: Sequence[str], numbers: torch.Tensor) -> Alignment:
+    """Compares embedded images [N, D] with embedded prompts [P, D]. numbers: of each image's own prompt, int64 [N].
+
+    Errors: UserError when an embedding isn't finite or has no direction.
+    """
+    images, texts = _directions(images), _directions(texts)
+    scores, ranks, matches = [], [], []
+    for part, own in zip(images.split(COMPARED_AT_ONCE), numbers.split(COMPARED_AT_ONCE)):
+        cosines = part @ texts.T
+        right = cosines.gather(1, own[:, None].to(cosines.device))
+        scores.append(100 * right[:, 0].double().clamp(min=0).cpu())
+        ties = (cosines == right).sum(1) - 1
+        ranks.append(1 + (cosines > right).sum(1).cpu() + ties.cpu().double() / 2)
+        matches.append(cosines.argmax(1).cpu())
+    return Alignment(prompts, numbers, torch.cat(scores), torch.cat(ranks), torch.cat(matches))
+
+
+def _directions(embeddings: torch.Tensor) -> torch.Tensor:
+    norms = embeddings.norm(dim=1, keepdim=True)
+    if not (norms.isfinite() & (norms > 0)).all():
+        raise UserError("--clip: some images or prompts are embedded as zeros, NaN or infinity; use another model")
+    return embeddings / norms
+
+
+def distinct(prompts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
+    """(the different prompts in their order, which of them each prompt is, int64).
+
+    Errors: UserError when there are more than MAX_PROMPTS.
+    """
+    found = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(found) > MAX_PROMPTS:
+        raise UserError(
+            f"--prompts: has {len(found)} different prompts, and an image's own is ranked among all of them; give a"
+            f" file with at most {MAX_PROMPTS}, those of the images to measure"
+        )
+    return list(found), torch.tensor([found[prompt] for prompt in prompts])
+
+
+# --- by prompt
+
+
+def table(alignments: Sequence[Alignment]) -> list[dict[str, Any]]:
+    """One row per prompt that has images, those first that the images match least.
+
+    Several alignments, of the same prompts, count as one. The columns are the number of images, the means of their CLIP
+    scores and ranks, the share with rank 1, and the prompt that most of them match best.
+    """
+    prompts = alignments[0].prompts
+    joined = {
+        name: torch.cat([getattr(found, name) for found in alignments])
+        for name in ("numbers", "scores", "ranks", "matches")
+    }
+    order = joined["numbers"].argsort(stable=True)
+    counts = joined["numbers"].bincount(minlength=len(prompts)).tolist()
+    scores, ranks, matches = (joined[name][order].split(counts) for name in ("scores", "ranks", "matches"))
+    rows = [
+        {
+            "prompt": prompts[number],
+            "images": count,
+            "clip": scores[number].mean().item(),
+            "rank": ranks[number].mean().item(),
+            "top1": (ranks[number] <= 1).double().mean().item(),
+            "best_match": prompts[Counter(matches[number].tolist()).most_common(1)[0][0]],
+        }
+        for number, count in enumerate(counts)
+        if count
+    ]
+    return sorted(rows, key=lambda row: (-row["rank"], row["clip"]))
+
+
+def describe_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of the prompts that images match least and best, as text."""
+    shown = [*rows] if len(rows) <= 2 * SHOWN else [*rows[:SHOWN], None, *rows[-SHOWN:]]
+    width = max(len(_short(row["prompt"])) for row in shown if row)
+    lines = [
+        f"The prompts that their images match least{', and best' if None in shown else ''}, of {len(rows)}:",
+        f"  images    clip    rank  {'prompt':{width}}  best match",
+    ]
+    for row in shown:
+        if row is None:
+            lines.append("     ...")
+            continue
+        match = "the same" if row["best_match"] == row["prompt"] else _short(row["best_match"])
+        prompt = _short(row["prompt"])
+        lines.append(f"{row['images']:8d}{row['clip']:8.2f}{row['rank']:8.1f}  {prompt:{width}}  {match}")
+    return "\n".join(lines)
+
+
+def _short(text: str, length: int = 48) -> str:
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def check_table(path: str | None) -> None:
+    """Errors: UserError naming --table when `write_table` couldn't write there, or a file would be replaced."""
+    if path is None:
+        return
+    if Path(path).suffix not in TABLE_SUFFIXES:
+        raise UserError(f"--table={path} must end in {' or '.join(TABLE_SUFFIXES)}")
+    if Path(path).exists() or not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--table={path} exists already or its folder doesn't; name a new file in an existing folder")
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Writes all rows as CSV or as JSON lines, by the file's suffix. Errors: UserError when it can't be written."""
+    try:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            if path.endswith(".csv"):
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"--table={path} can't be written: {error.strerror}; give another file") from None
