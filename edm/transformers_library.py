@@ -15,7 +15,7 @@ from .diffusers_folder import read_config
 INSTALL = "pip install 'sid-distillation[text]', or pip install diffusers transformers"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 MAX_LAYERS = 1000
-ATTENTION = ("attn_implementation", "_attn_implementation")  # in a configuration, could name code to download
+ATTENTION = ("attn_implementation", "_attn_implementation")  # name code that the library would download and run
 
 
 def library(why: str = "encoding prompts") -> Any:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_long_prompts_are_cut_off_with_a_word(encoder, capsys):
     assert line.startswith("2 of 3 prompts are longer than the 16 tokens that --clip takes and are cut off")
     encoder.embed_texts(["a cat"])
     assert not capsys.readouterr().err
+
+
+def test_a_configuration_chooses_no_code(folder, encoder, tmp_path):
+    """The library would download and run a kernel of that name."""
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    for values in (config, config["vision_config"]):
+        values["attn_implementation"] = "owner/kernel"
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(ClipEncoder(tmp_path / "copy").embed_texts(TEXTS), encoder.embed_texts(TEXTS))
 
 
 # --- scores, ranks and the table, by hand
