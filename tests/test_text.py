@@ -487,6 +487,21 @@ def test_a_text_to_image_teacher_of_our_own(tmp_path, monkeypatch):
     assert generate_all(net, [0], steps=1, sampler="one-step", init_sigma=2.5).shape == (1, 3, 32, 32)
 
 
+def test_an_evaluator_of_our_own(tmp_path, monkeypatch, capsys):
+    """examples/text_evaluator.py at tiny length makes a CLIP that is read and measured."""
+    if not pictures.EMOJI_FONT.is_file():
+        pytest.skip("needs fonts-noto-color-emoji")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("text_evaluator")
+    monkeypatch.setattr(example, "BATCH", 2)
+    monkeypatch.setattr(example, "DEMO_PICTURES", ["hot dog", "red apple"])
+    monkeypatch.setattr("sys.argv", ["text_evaluator.py", f"--out={tmp_path}/clip", "--kimg=0.002", "--pictures=demo"])
+    example.main()
+    assert "held out: clip" in capsys.readouterr().out
+    assert sum(file.stat().st_size for file in (tmp_path / "clip").iterdir()) < 2e6
+    assert ClipEncoder(tmp_path / "clip").embed_texts(["a red apple on a blue ground, left"]).shape == (1, 64)
+
+
 # --- guidance
 
 

@@ -22,6 +22,14 @@ GROUNDS = {
     "black": (20, 20, 24),
 }
 PLACES = ("left", "middle", "right")
+# The pictures of the embedded text-to-image teacher, which is too small to learn all of them.
+DEMO_PICTURES = (
+    *("hot dog", "cactus", "tulip", "sunflower", "maple leaf", "four leaf clover", "mushroom", "tomato"),
+    *("aubergine", "grapes", "watermelon", "lemon", "banana", "pineapple", "red apple", "green apple"),
+    *("pear", "cherries", "strawberry", "hamburger", "slice of pizza", "french fries", "soft ice cream", "doughnut"),
+    *("chocolate bar", "lollipop", "popcorn", "beer mug", "octopus", "snail", "lady beetle", "tropical fish"),
+    *("turtle", "whale", "penguin", "pig face", "frog face", "panda face", "cat face", "tiger face"),
+)
 SPRITE = 22  # pixels that a picture is wide
 HELD_OUT = 10  # one pair of picture and ground in so many is kept out of training
 
@@ -30,22 +38,23 @@ class CaptionedEmoji:
     """Pictures of food and animals, each on a ground of one colour, with captions such as "a red apple on a blue
     ground, left".
 
-    seed: of the draws. Errors: UserError when the font isn't there.
+    seed: of the draws. names: of the pictures, all of them if None. Errors: UserError when the font isn't there.
     """
 
     resolution = 32
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, names: Sequence[str] | None = None):
         check_source(EMOJI_FONT.is_file(), "apt install fonts-noto-color-emoji")
         font = ImageFont.truetype(str(EMOJI_FONT), EMOJI_SIZE)
         blank = font.getbbox("\uffff")
         self._sprites, self.names = [], []
         for character in (chr(code) for first, end in FOOD_AND_ANIMALS for code in range(first, end)):
-            if font.getbbox(character) != blank and unicodedata.name(character, ""):
+            name = unicodedata.name(character, "").lower().replace("-", " ")
+            if name and font.getbbox(character) != blank and (names is None or name in names):
                 image = Image.new("RGBA", (EMOJI_CANVAS, EMOJI_CANVAS))
                 ImageDraw.Draw(image).text((0, 4), character, font=font, embedded_color=True)
                 self._sprites.append(image.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
-                self.names.append(unicodedata.name(character).lower().replace("-", " "))
+                self.names.append(name)
         self._draws = np.random.default_rng(seed)
 
     def captions(self, held_out: bool) -> list[str]:
