@@ -5,9 +5,10 @@ import functools
 import io
 import math
 import os
+import textwrap
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from torch_utils import distributed
 
 GRID_PIXELS = 512  # width to which grids of small images are enlarged
 TITLE_PIXELS = 24  # height of a title's line
+CAPTIONED_PIXELS = 1024  # width of grids with captions
+CAPTION_LINE, CAPTION_CHARACTER = 16, 7  # pixels
 ENCODED_AHEAD = 256  # images that are encoded or waiting to be written, at most
 
 
@@ -49,26 +52,36 @@ def save_grid(images: torch.Tensor, path: str | os.PathLike, columns: int | None
         _visible_grid(images, columns).save(file, format="PNG")
 
 
-def save_titled_grids(grids: Mapping[str, torch.Tensor], path: str | os.PathLike, columns: int) -> None:
+def save_titled_grids(
+    grids: Mapping[str, torch.Tensor], path: str | os.PathLike, columns: int, captions: Sequence[str] = ()
+) -> None:
     """Writes {title: uint8 images [N, C, H, W]} as one PNG: grids below each other, each under its title.
 
+    captions: one for each column, below all grids.
     Errors: OSError when it can't be written.
     """
-    pictures = [_visible_grid(images, columns) for images in grids.values()]
-    size = max(picture.width for picture in pictures), sum(TITLE_PIXELS + picture.height for picture in pictures)
-    page, top = PIL.Image.new("RGB", size, "white"), 0
-    draw, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(size=14)
+    pictures = [
+        _visible_grid(images, columns, CAPTIONED_PIXELS if captions else GRID_PIXELS) for images in grids.values()
+    ]
+    width = max(picture.width for picture in pictures)
+    lines = [textwrap.wrap(caption, width // columns // CAPTION_CHARACTER) for caption in captions]
+    foot = CAPTION_LINE * max(map(len, lines), default=0)
+    page = PIL.Image.new("RGB", (width, sum(TITLE_PIXELS + picture.height for picture in pictures) + foot), "white")
+    draw, font, top = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(size=14), 0
     for title, picture in zip(grids, pictures):
         draw.text((4, top + TITLE_PIXELS // 2), title, "black", font, anchor="lm")
         page.paste(picture, (0, top + TITLE_PIXELS))
         top += TITLE_PIXELS + picture.height
+    for column, caption in enumerate(lines):
+        place = (column * width // columns + 2, top)
+        draw.multiline_text(place, "\n".join(caption), "black", PIL.ImageFont.load_default(size=12), spacing=2)
     with write_atomically(path) as file:
         page.save(file, format="PNG")
 
 
-def _visible_grid(images: torch.Tensor, columns: int | None) -> PIL.Image.Image:
+def _visible_grid(images: torch.Tensor, columns: int | None, width: int = GRID_PIXELS) -> PIL.Image.Image:
     grid = to_pil(make_grid(images, columns))
-    zoom = max(1, GRID_PIXELS // grid.width)
+    zoom = max(1, width // grid.width)
     return grid.resize((zoom * grid.width, zoom * grid.height), PIL.Image.Resampling.NEAREST)
 
 

@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from edm.small_teachers.captions import CaptionedEmoji
+from edm.small_teachers.captions import DEMO_PICTURES, CaptionedEmoji
 
 BATCH, VAE_BATCH, WARMUP = 64, 32, 100
 DROPPED = 0.1  # share of captions that are replaced by the empty one
@@ -108,6 +108,7 @@ def train(name: str, loss, parameters: list, optimizer, rates, steps: int, avera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the pipeline and the prompts")
+    parser.add_argument("--pictures", choices=["demo", "all"], default="all", help="the demo's 40 pictures, or all 144")
     parser.add_argument("--vae-kimg", type=float, default=20, help="thousands of pictures to train the VAE on")
     parser.add_argument("--kimg", type=float, default=120, help="thousands of pictures to train the U-Net on")
     parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level")
@@ -118,7 +119,7 @@ def main() -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    source = CaptionedEmoji(arguments.seed)
+    source = CaptionedEmoji(arguments.seed, DEMO_PICTURES if arguments.pictures == "demo" else None)
     (out / "prompts.txt").write_text("\n".join(source.captions(held_out=False)) + "\n", encoding="utf-8")
     (out / "held-out.txt").write_text("\n".join(source.captions(held_out=True)) + "\n", encoding="utf-8")
     print(f"{len(source.names)} pictures, {len(source.captions(held_out=False))} captions", flush=True)

@@ -83,3 +83,18 @@ def test_each_grid_stands_under_its_title(tmp_path):
     assert (top[0] == 255).all()
     assert top.min() < 50  # black letters
     assert (middle == 255).all()
+
+
+def test_captions_stand_below_their_columns(tmp_path):
+    """Each is wrapped to its column's width; all that is above is as without them."""
+    gray, words = IMAGES[:4, :1], ["short", "a caption of so many words that it takes two lines", "", "."]
+    for name, captions in (("plain", []), ("captioned", words)):
+        save_titled_grids({"title": gray}, tmp_path / f"{name}.png", 4, captions)
+    plain, page = (np.asarray(PIL.Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("plain", "captioned"))
+    below = page[TITLE_PIXELS + page.shape[1] // 4 :]
+    assert page.shape[1] == 2 * plain.shape[1]
+    dark = [column < 128 for column in np.split(below, 4, axis=1)]
+    assert [column.any() for column in dark] == [True, True, False, True]
+    lines = [column.any(axis=1).astype(int) for column in dark]
+    assert [int((np.diff(line) == 1).sum()) for line in lines[:2]] == [1, 2]
+    assert not any(column[:, -2:].any() for column in dark)  # none runs into the next column

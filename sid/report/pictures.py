@@ -7,11 +7,13 @@ import torch
 
 from edm.images import save_titled_grids
 from edm.sampler import generate_all
+from training.conditions import Prompts, conditions_of
 from training.denoiser import DenoiserModule
 from training.steps import Steps
 
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
+CAPTIONED = 8  # images of prompts in a comparison, in one row, so that there is room for the prompts
 COMPARED_PIXELS = 64  # width at which images are compared
 TEACHER_STEPS = 18  # of Heun's sampler
 TEACHER_EVALUATIONS = 2 * TEACHER_STEPS - 1
@@ -25,10 +27,13 @@ def sample(net: torch.nn.Module, num: int, **options: Any) -> torch.Tensor:
 def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path, name: str = "Teacher") -> None:
     """Saves three bands of the same seeds: teacher at 35 evaluations, teacher at one, generator at one.
 
-    generator: records its steps. name: of the teacher, in the titles.
+    generator: records its steps. name: of the teacher, in the titles. Images of prompts have them below.
     Errors: OSError when `path` can't be written.
     """
-    num = COMPARISON_COLUMNS * COMPARISON_ROWS
+    num, columns, captions = COMPARISON_COLUMNS * COMPARISON_ROWS, COMPARISON_COLUMNS, []
+    if isinstance(conditions := conditions_of(generator), Prompts):
+        num = columns = CAPTIONED
+        captions = [conditions.texts[number] for number in conditions.numbers_of_seeds(range(num))]
     steps = Steps.of(generator)
     assert steps is not None
     evaluations = "1 evaluation" if len(steps) == 1 else f"{len(steps)} evaluations"
@@ -38,7 +43,7 @@ def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path, nam
         f"{name}, {evaluations} per image": sample(teacher, num, **as_generator),
         f"Generator distilled from it, {evaluations} per image": sample(generator, num),
     }
-    save_titled_grids(bands, path, COMPARISON_COLUMNS)
+    save_titled_grids(bands, path, columns, captions)
 
 
 def save_nearest(images: torch.Tensor, samples: torch.Tensor, path: Path) -> None:
