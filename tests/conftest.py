@@ -18,6 +18,17 @@ IN_FORKS = ["pytest", "torch._dynamo", "edm.metrics.evaluate", "sid.prepare"]  #
 multiprocessing.set_forkserver_preload(IN_FORKS)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run it with --slow"))
+
+
 def pytest_collection_finish():
     """Takes all that the test modules have loaded out of the garbage collector's sight, which makes it quicker."""
     gc.collect()
