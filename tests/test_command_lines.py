@@ -24,6 +24,7 @@ from edm.metrics import data_reference, evaluate, train_detector
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
 from edm.small_teachers import __main__ as small_teachers
+from edm.zoo.__main__ import main as zoo_command
 from sid import doctor
 from sid.bench import __main__ as bench
 from sid.config import DistillationConfig
@@ -46,12 +47,12 @@ COMMANDS = {  # a command line of each that works; the work itself is left out
     "edm.generate": (generate.main, ["--network={made}/net.safetensors", "--outdir=new", "--device=cpu"]),
     "edm.dataset_tool": (dataset_tool.main, ["--source={made}/images", "--dest=new"]),
     "edm.small_teachers": (small_teachers.main, ["--outdir=new", "--only=digits"]),
-    "edm.zoo list": (zoo.main, ["list"]),
-    "edm.zoo fetch": (zoo.main, ["fetch", "{made}/net.safetensors"]),
-    "edm.zoo verify": (zoo.main, ["verify"]),
-    "edm.zoo convert": (zoo.main, ["convert", "{made}/net.safetensors", "new.pkl"]),
-    "edm.zoo push": (zoo.main, ["push", "--dry-run=new", "{made}/net.safetensors", "owner/name"]),
-    "edm.zoo inspect": (zoo.main, ["inspect", "{made}/net.safetensors"]),
+    "edm.zoo list": (zoo_command, ["list"]),
+    "edm.zoo fetch": (zoo_command, ["fetch", "{made}/net.safetensors"]),
+    "edm.zoo verify": (zoo_command, ["verify"]),
+    "edm.zoo convert": (zoo_command, ["convert", "{made}/net.safetensors", "new.pkl"]),
+    "edm.zoo push": (zoo_command, ["push", "--dry-run=new", "{made}/net.safetensors", "owner/name"]),
+    "edm.zoo inspect": (zoo_command, ["inspect", "{made}/net.safetensors"]),
     "sid.report": (report.main, ["{made}/run"]),
     "sid.doctor": (doctor.main, ["{made}/run"]),
     "sid.probe.gradients": (gradients.main, ["{made}/run"]),

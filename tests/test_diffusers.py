@@ -16,6 +16,7 @@ from edm import diffusers_models, diffusers_pipelines, latents, zoo
 from edm.diffusers_models import DiffusersDenoiser
 from edm.generate import main as generate
 from edm.sampler import generate_all
+from edm.zoo.__main__ import main as zoo_command
 from sid.guidance import Guidance, check_guidance
 from torch_utils.persistence import is_persistent
 from training.denoiser import known_sigma
@@ -342,7 +343,7 @@ def convert(net, folder):
     """The library's pipeline of a generator, by the command; and what the command prints."""
     zoo.save_network(net, folder / "net.safetensors", **net.metadata)
     command = ["convert", str(folder / "net.safetensors"), str(folder / "pipeline"), "--to=diffusers"]
-    done = CliRunner().invoke(zoo.main, command, catch_exceptions=False)
+    done = CliRunner().invoke(zoo_command, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
@@ -372,7 +373,7 @@ def test_a_generator_is_a_pipeline_of_the_library(kind, tmp_path):
 
 def test_a_pipeline_goes_to_the_hub(teacher, tmp_path):
     command = ["push", str(teacher), "someone/digits", "--to=diffusers", "--dry-run", str(tmp_path / "out")]
-    result = CliRunner().invoke(zoo.main, command)
+    result = CliRunner().invoke(zoo_command, command)
     assert result.exit_code == 0, result.output
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: diffusers" in card

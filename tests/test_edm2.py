@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from dnnlib import UserError
 from edm import zoo
 from edm.metrics.reference import load_reference
+from edm.zoo.__main__ import main as zoo_command
 from torch_utils.updates import lr_factor, power_function_beta, power_function_exponent
 from training.loss import EDM2Loss
 from training.networks_edm2 import MPConv, Precond, mp_cat, mp_silu, mp_sum, normalize
@@ -130,7 +131,7 @@ def test_the_encoder_of_latents_is_recorded():
 
 
 def test_inspection_of_a_snapshot():
-    result = CliRunner().invoke(zoo.main, ["inspect", str(parity.DATA / "edm2-format-latent.pkl")])
+    result = CliRunner().invoke(zoo_command, ["inspect", str(parity.DATA / "edm2-format-latent.pkl")])
     assert "Precond of EDM2" in result.output
     assert "4 x 8 x 8" in result.output
     assert "no better than a linear denoiser" in result.output  # its weights are random

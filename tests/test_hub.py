@@ -12,6 +12,7 @@ from tiny import CPU, NoReport, Spy, tiny_config, tiny_teacher
 
 from dnnlib import UserError
 from edm import hub, model_card, zoo
+from edm.zoo.__main__ import main as zoo_command
 from sid import OneStepGenerator, __version__
 from sid.citations import papers
 from sid.config import DistillationConfig
@@ -74,7 +75,7 @@ def server(monkeypatch, tmp_path):
 
 
 def push(*options):
-    return CliRunner().invoke(zoo.main, ["push", *map(str, options)])
+    return CliRunner().invoke(zoo_command, ["push", *map(str, options)])
 
 
 def pushed(*options):

@@ -9,6 +9,7 @@ from tiny import tiny_teacher
 
 from edm import zoo
 from edm.inspection import alternatives, denoising_errors, facts, mean, misfit
+from edm.zoo.__main__ import main as zoo_command
 from training.parameterisations import DiscreteTimes, FlowTimes, WrappedDenoiser, ddpm_sigmas
 
 IMAGES = torch.cat([torch.eye(6), torch.eye(6).flip(1), torch.eye(6).cumsum(1), torch.eye(6).cumsum(0)]).reshape(
@@ -100,11 +101,11 @@ def test_the_command(tmp_path):
     """It points out a network with random weights; a generator isn't tested."""
     net = tiny_teacher()
     zoo.save_network(net, tmp_path / "net.safetensors", licence="MIT")
-    done = CliRunner().invoke(zoo.main, ["inspect", str(tmp_path / "net.safetensors")])
+    done = CliRunner().invoke(zoo_command, ["inspect", str(tmp_path / "net.safetensors")])
     assert done.exit_code == 2
     assert "licence       MIT" in done.output
     zoo.save_network(net, tmp_path / "generator.safetensors", kind="sid-generator", init_sigma=2.5)
-    done = CliRunner().invoke(zoo.main, ["inspect", str(tmp_path / "generator.safetensors")])
+    done = CliRunner().invoke(zoo_command, ["inspect", str(tmp_path / "generator.safetensors")])
     assert done.exit_code == 0
     for line in ("class         EDMPrecond", "starts at     2.5", "images        1 x 8 x 8", "classes       3"):
         assert line in done.output

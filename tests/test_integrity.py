@@ -17,6 +17,7 @@ from edm.metrics.detector import load_detector, save_detector
 from edm.metrics.reference import load_reference, save_reference
 from edm.metrics.small_classifier import SmallClassifier
 from edm.metrics.statistics import FeatureStatistics
+from edm.zoo.__main__ import main as zoo_command
 from torch_utils import checkpoint, persistence
 
 ARGUMENTS = {"img_resolution": 8, "img_channels": 1, "num_classes": 3, "width": 4}
@@ -144,7 +145,7 @@ def test_files_without_a_checksum_still_load(tmp_path):
 
 
 def verify(*arguments, code=0):
-    done = CliRunner().invoke(zoo.main, ["verify", *map(str, arguments)])
+    done = CliRunner().invoke(zoo_command, ["verify", *map(str, arguments)])
     assert done.exit_code == code, done.output
     return dict(line.split(": ", 1) for line in done.output.splitlines() if ": " in line)
 

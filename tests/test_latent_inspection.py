@@ -16,6 +16,7 @@ from test_inspection import ExactNet, declared, discrete
 from edm import latents, zoo
 from edm.inspection import misfit
 from edm.latent_inspection import latents_misfit, vae_misfit
+from edm.zoo.__main__ import main as zoo_command
 from training.parameterisations import FlowTimes
 
 diffusers = pytest.importorskip("diffusers")
@@ -108,9 +109,9 @@ def test_another_vae_is_noticed(seed):
 def test_the_command(monkeypatch):
     net = teacher()
     monkeypatch.setattr(zoo, "load_denoiser", lambda *_: net)
-    done = CliRunner().invoke(zoo.main, ["inspect", "teacher"])
+    done = CliRunner().invoke(zoo_command, ["inspect", "teacher"])
     assert (done.exit_code, "denoises its own samples" in done.output) == (0, True), done.output
     net.metadata["vae"]["scale"] = 2 * SCALE
-    done = CliRunner().invoke(zoo.main, ["inspect", "teacher"])
+    done = CliRunner().invoke(zoo_command, ["inspect", "teacher"])
     assert done.exit_code == 2
     assert "teacher: its latents aren't scaled by 1.4, as declared" in done.output

@@ -17,6 +17,7 @@ from edm import dataset_tool, generate, latents, zoo
 from edm import train as edm_train
 from edm.onnx_file import can_trace
 from edm.sampler import generate_all, sample
+from edm.zoo.__main__ import main as zoo_command
 from sid.generator import OneStepGenerator
 from sid.inputs import load_dataset
 from sid.prepare import prepare
@@ -461,7 +462,7 @@ def test_a_network_goes_to_the_hub_with_a_vae_of_ones_own_and_names_others(hub, 
     net = zoo.load_denoiser(pipeline)
     zoo.save_network(net, tmp_path / "net.safetensors", **net.metadata)
     command = ["push", str(tmp_path / "net.safetensors"), "someone/net", "--dry-run", str(tmp_path / "out")]
-    result = CliRunner().invoke(zoo.main, command)
+    result = CliRunner().invoke(zoo_command, command)
     assert result.exit_code == 0, result.output
     assert str(pipeline) not in "".join((tmp_path / "out" / name).read_text() for name in ("README.md", "config.json"))
     hub["someone/net"] = tmp_path / "out"
@@ -473,7 +474,7 @@ def test_a_network_goes_to_the_hub_with_a_vae_of_ones_own_and_names_others(hub, 
     again.metadata["vae"]["source"] = "someone/vae"
     zoo.save_network(again, tmp_path / "named.safetensors", **again.metadata)
     command[1], command[-1] = str(tmp_path / "named.safetensors"), str(tmp_path / "named")
-    result = CliRunner().invoke(zoo.main, command)
+    result = CliRunner().invoke(zoo_command, command)
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "named" / "vae").exists()
     hub["someone/named"] = tmp_path / "named"

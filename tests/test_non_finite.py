@@ -22,6 +22,7 @@ from edm.metrics.reference import load_reference
 from edm.metrics.small_classifier import SmallClassifier
 from edm.metrics.sources import NetworkSource, TensorSource
 from edm.sampler import NonFiniteImagesError, generate_images
+from edm.zoo.__main__ import main as zoo_command
 from sid import OneStepGenerator
 from sid.report.progress import Report
 from sid.training_loop import training_loop
@@ -135,9 +136,9 @@ def test_every_command_refuses_the_network(tmp_path):
     lines = [
         run(generate.main, f"--network={path}", f"--outdir={tmp_path / 'out'}", "--seeds=0-3", "--device=cpu"),
         run(fid.main, "eval", f"--network={path}", "--steps=2", *common),
-        run(zoo.main, "convert", path, tmp_path / "net.pkl"),
-        run(zoo.main, "convert", path, tmp_path / "net.onnx"),
-        run(zoo.main, "verify", path),
+        run(zoo_command, "convert", path, tmp_path / "net.pkl"),
+        run(zoo_command, "convert", path, tmp_path / "net.onnx"),
+        run(zoo_command, "verify", path),
         run(sid_train.main, f"--edm_model={path}", *short),
         run(sid_train.main, f"--edm_model={tmp_path / 'good.safetensors'}", f"--transfer={path}", *short),
     ]

@@ -12,6 +12,7 @@ from tiny import Spy, tiny_teacher
 
 from dnnlib import UserError
 from edm import onnx_file, zoo
+from edm.zoo.__main__ import main as zoo_command
 from sid import OneStepGenerator
 from training import networks
 
@@ -38,7 +39,7 @@ def shaken(net):
 def test_a_generator_from_noise_to_images(tmp_path):
     source, path = tmp_path / "net.safetensors", tmp_path / "net.onnx"
     zoo.save_network(tiny_teacher(3), source, kind="sid-generator", init_sigma=1.5)
-    done = CliRunner().invoke(zoo.main, ["convert", str(source), str(path)])
+    done = CliRunner().invoke(zoo_command, ["convert", str(source), str(path)])
     assert done.exit_code == 0, done.output
     assert "EDMPrecond" in done.output
     model = session(path)

@@ -11,6 +11,7 @@ import sid_train
 from dnnlib import UserError
 from dnnlib.download import cache_path
 from edm import published, zoo
+from edm.zoo.__main__ import main as zoo_command
 from training.networks import EDMPrecond
 
 TEACHERS = {  # SiD's name: (EDM's name, reference statistics)
@@ -102,10 +103,10 @@ def test_loaded_by_its_name(stand_in):
 
 
 def test_zoo_commands(stand_in):
-    listed = CliRunner().invoke(zoo.main, ["list"]).output
+    listed = CliRunner().invoke(zoo_command, ["list"]).output
     assert all(f"also {name}\n" in listed for name in TEACHERS)
-    assert CliRunner().invoke(zoo.main, ["fetch", "cifar10-cond"]).output.strip() == str(stand_in)
-    assert "cifar10-cond: " in CliRunner().invoke(zoo.main, ["verify", "cifar10-cond"]).output
+    assert CliRunner().invoke(zoo_command, ["fetch", "cifar10-cond"]).output.strip() == str(stand_in)
+    assert "cifar10-cond: " in CliRunner().invoke(zoo_command, ["verify", "cifar10-cond"]).output
     with pytest.raises(UserError, match="cifar10-cond is a published teacher, but a reference"):
         zoo.resolve("cifar10-cond", "reference")
     with pytest.raises(UserError, match="published: cifar10-cond"):

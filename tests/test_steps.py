@@ -16,6 +16,7 @@ from tiny import CPU, equal, save, tiny_config, tiny_distillation, tiny_teacher,
 from dnnlib import UserError
 from edm import generate, onnx_file, zoo
 from edm.sampler import generate_all
+from edm.zoo.__main__ import main as zoo_command
 from sid import OneStepGenerator, step_vectors
 from sid.prepare import prepare
 from training.generator import Generator, spaced_levels
@@ -306,7 +307,7 @@ def test_steps_travel_with_the_weights(tmp_path):
     files = sorted((tmp_path / "out").rglob("*.png"))
     written = np.stack([np.asarray(Image.open(file)) for file in files])
     assert (written == images[:, 0].numpy()).all()
-    done = CliRunner().invoke(zoo.main, ["inspect", str(path)])
+    done = CliRunner().invoke(zoo_command, ["inspect", str(path)])
     assert "starts at     2.5, 0.5" in done.output
     assert "step noise    ddim" in done.output
 

@@ -21,6 +21,7 @@ from edm.metrics.clip import ClipEncoder
 from edm.sampler import generate_all
 from edm.small_teachers import captions, pictures
 from edm.text_models import TextDenoiser
+from edm.zoo.__main__ import main as zoo_command
 from sid import lora, memory
 from sid.config import resolve
 from sid.guidance import Guidance, parse_guidance
@@ -552,7 +553,7 @@ def test_a_network_goes_to_the_hub_with_its_text_encoders(folders, tmp_path, mon
     net = teacher_of(tmp_path / "pipeline")
     zoo.save_network(net, tmp_path / "net.safetensors", **net.metadata)
     command = ["push", str(tmp_path / "net.safetensors"), "someone/net", "--dry-run", str(tmp_path / "out")]
-    result = CliRunner().invoke(zoo.main, command)
+    result = CliRunner().invoke(zoo_command, command)
     assert result.exit_code == 0, result.output
     for path in (tmp_path / "out").rglob("*.*"):
         assert b"/home/jane" not in path.read_bytes()

@@ -15,6 +15,7 @@ from dnnlib import UserError
 from dnnlib.download import cache_path
 from edm import network_files, zoo
 from edm.published import FILES, NETWORK_KINDS
+from edm.zoo.__main__ import main as zoo_command
 from torch_utils.persistence import persistent_class
 from training.networks import EDMPrecond, VPPrecond
 
@@ -243,7 +244,7 @@ def test_what_is_published_about_a_generator_travels_with_it(tmp_path, monkeypat
 
 
 def invoke(*arguments, code=0):
-    done = CliRunner().invoke(zoo.main, [str(argument) for argument in arguments])
+    done = CliRunner().invoke(zoo_command, [str(argument) for argument in arguments])
     assert done.exit_code == code, done.output
     return done.output
 
