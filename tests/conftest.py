@@ -44,6 +44,11 @@ def pytest_runtestloop():
         forked.serve_forks_of_this_process()
 
 
+def slow_ones(cases, *slow):
+    """Cases for parametrize, those named marked slow."""
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Twelve images with three classes: the class is the brightness of the upper half."""

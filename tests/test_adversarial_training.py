@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import slow_ones
 from PIL import Image
 from sida import GAN, make, network, reals_of
 from test_speed_modes import FromHost
@@ -222,7 +223,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_ones(RUNS, "discriminator-wins", "gan-too-strong"))
 def test_what_the_doctor_says(tmp_path, data, capsys, name):
     changes, said = RUNS[name]
     distillation = make(data, **{**SHORT, **changes})

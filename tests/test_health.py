@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import slow_ones
 from tiny import CPU, NoReport, Spy, equal, on_two_processes, tiny_config, tiny_distillation, weights
 
 from sid import doctor
@@ -180,7 +181,7 @@ def said(folder):
     return result.output
 
 
-@pytest.mark.parametrize("sickness", SICK)
+@pytest.mark.parametrize("sickness", slow_ones(SICK, "alpha-too-large", "theta-too-fast", "ema-too-short"))
 def test_sick_runs(tmp_path, capsys, sickness):
     """Each is named first, with the option to change; the run itself warned of it, and of nothing it hasn't."""
     start = generator_of_width(3) if sickness == "alpha-too-large" else None

@@ -6,6 +6,7 @@ import test_diffusers
 import test_dit
 import torch
 from click.testing import CliRunner
+from conftest import slow_ones
 from test_edm2_training import small_network
 from tiny import BATCH, CPU, assert_same_training, smoothed, tiny_config, weights
 
@@ -48,7 +49,7 @@ def trained(teacher, **mode):
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_ones(KINDS, "UNet2DModel, flow", "EDM2"))
 def test_training(kind, tmp_path):
     """Chunks and recomputed activations give the same training; the other modes train the same class."""
     teacher = KINDS[kind](tmp_path)
@@ -63,7 +64,7 @@ def test_training(kind, tmp_path):
         assert any(moved), mode
 
 
-@pytest.mark.parametrize("kind", ["UNet2DModel, flow", "DiT", "EDM2"])
+@pytest.mark.parametrize("kind", slow_ones(["UNet2DModel, flow", "DiT", "EDM2"], "UNet2DModel, flow", "DiT"))
 def test_the_memory_estimate(kind, tmp_path):
     """Savings show in it: chunks keep fewer activations, low-rank updates need less for Adam."""
     teacher = KINDS[kind](tmp_path)
@@ -90,6 +91,7 @@ def test_a_dry_run_of_latents(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_trace(), reason="a PyTorch that can't write ONNX")
 def test_onnx(tmp_path):
     """A UNet2DModel at any noise level, for more images than it was traced with. DiT, SiT and EDM2 pass, and take long.

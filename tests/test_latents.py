@@ -205,6 +205,7 @@ def test_distilling_a_pipeline_of_latents(pipeline, images, tmp_path, monkeypatc
     assert Image.open(next((tmp_path / "made").rglob("*.png"))).size == (16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_trace(), reason="a PyTorch that can't write ONNX")
 def test_an_onnx_file_decodes(pipeline, tmp_path):
     """It runs from noise to the images that OneStepGenerator makes of it, for any number of them."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import slow_ones
 from tiny import CPU, Spy, tiny_config, tiny_teacher
 
 from dnnlib import UserError
@@ -12,6 +13,7 @@ from sid.prepare import prepare
 
 GUIDED = {"guidance": "long-short=2"}
 RESOLVED = {"precision": "fp32", "augment": 0, "dropout": None}
+LOW_RANK = {"precision": "bf16", "lora_rank": 2}
 
 
 def kept_bytes(step) -> int:
@@ -87,7 +89,7 @@ def test_weights_gradients_and_moments():
     assert next(teacher.parameters()).device.type == "cpu"
 
 
-@pytest.mark.parametrize("mode", [{}, {"chunk": 2}, {"precision": "bf16", "lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("mode", slow_ones([{}, {"chunk": 2}, LOW_RANK], LOW_RANK), ids=str)
 def test_two_estimates_give_those_of_all_batches(mode, monkeypatch):
     teacher, config = tiny_teacher(), tiny_config(**{**RESOLVED, **mode})
     divisors = [n for n in (2, 3, 4, 6, 8, 12, 24) if n % (config.chunk or 1) == 0]

@@ -70,6 +70,7 @@ def assert_same_images(model, generator, label_dim):
         assert len(np.unique(images)) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kwargs"), [("VEPrecond", NCSNPP), ("iDDPMPrecond", ADM)])
 def test_a_denoiser_at_any_noise_level(tmp_path, name, kwargs):
     net, path = shaken(getattr(networks, name)(8, 3, 2, **kwargs)), tmp_path / "net.onnx"

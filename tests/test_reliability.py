@@ -344,7 +344,11 @@ def test_a_state_that_another_node_does_not_see(tmp_path):
     assert on_two_processes(_elsewhere, tmp_path, str(run)) == ["resumed", "resumed"]  # a copy of it will do
 
 
-@pytest.mark.parametrize(("processes", "hows"), [(1, ["save", "hup"]), (2, ["term", "rank"])], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("processes", "hows"),
+    [(1, ["save", "hup"]), pytest.param(2, ["term", "rank"], marks=pytest.mark.slow)],
+    ids=["one", "two"],
+)
 def test_killed_runs_are_bit_equal(tmp_path, processes, hows):
     """tests/crash/kill.py in small, with forked processes, since new ones take seconds each to load torch."""
     ended, different = kill.crash(tmp_path, hows, 8 * len(hows), processes, 1, within_sec=0.2, launch=forked.launch)
