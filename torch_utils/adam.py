@@ -1,5 +1,6 @@
 """Adam without a first moment, for beta1 = 0: the same updates with half the state."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,6 +25,12 @@ class MomentumFreeAdam(torch.optim.Optimizer):
                    1/512, and 1 - beta2 is 1/1000. What is drawn depends on these integers and the count of calls of
                    `step`, which is in the state, alone.
     """
+
+    # Without the wrapper that imports all of torch.compile first, which takes seconds at the start of every run.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    _load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     def __init__(
         self,
@@ -57,7 +64,7 @@ class MomentumFreeAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state saved with either precision of the second moment."""
-        super().load_state_dict(state_dict)  # in the dtype of the weights, which holds either
+        self._load_state_dict(state_dict)  # in the dtype of the weights, which holds either
         self._start_count()
         if self._rounding_seed is not None:
             for moments in self.state.values():
