@@ -35,11 +35,19 @@ class _LikePopen:
 class Script(_LikePopen, multiprocessing.get_context("forkserver").Process):
     """`python` with these arguments (a script's, or -m and a module's), started.
 
-    log: takes stdout and stderr. cwd: as for Popen.
+    log: takes stdout and stderr, or is a terminal, which it then has for itself. cwd: as for Popen. env: variables to
+    add.
     """
 
-    def __init__(self, arguments: Sequence[str | Path], log: Path, cwd: Path | None = None):
-        super().__init__(target=_run, args=([str(argument) for argument in arguments], str(log), cwd and str(cwd)))
+    def __init__(
+        self,
+        arguments: Sequence[str | Path],
+        log: str | Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ):
+        texts = [str(argument) for argument in arguments]
+        super().__init__(target=_run, args=(texts, str(log), cwd and str(cwd), dict(env or {})))
         self.start()
 
 
@@ -104,10 +112,16 @@ def launch(arguments: Sequence[str], log: Path, processes: int = 1, restarts: in
     return Script([*agent, *arguments], log)
 
 
-def _run(arguments: list[str], log: str, cwd: str | None) -> None:
-    with open(log, "a", encoding="utf-8") as output:
-        for stream in (1, 2):
+def _run(arguments: list[str], log: str, cwd: str | None, env: dict[str, str]) -> None:
+    is_terminal = Path(log).is_char_device()
+    if is_terminal:
+        os.setsid()  # the terminal that is opened first becomes this session's
+    with open(log, "r+b" if is_terminal else "ab", buffering=0) as output:
+        for stream in (0, 1, 2) if is_terminal else (1, 2):
             os.dup2(output.fileno(), stream)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", line_buffering=is_terminal)
+    os.environ.update(env)
     os.chdir(cwd or os.getcwd())
     _main(arguments)
 
@@ -123,7 +137,9 @@ def _run_child(arguments: list[str], output: int, env: dict[str, str]) -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    if arguments[0] == "-m":
+    if arguments[0] == "-c":
+        exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
