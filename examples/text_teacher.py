@@ -7,7 +7,8 @@
 TEACHER is a StableDiffusionPipeline as the library saves it: tokenizer, CLIP text encoder, VAE, U-Net with
 cross-attention, scheduler. It draws food and animals of the emoji font on coloured grounds: "a red apple on a blue
 ground, left". Captions of one in ten pairs of picture and colour are held out (held-out.txt); prompts.txt has the
-others. The pictures and captions come from this project, the rest from the libraries.
+others, and pictures.zip all their pictures, for FID. Pictures and captions come from this project, the rest from the
+libraries.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from edm.small_teachers.captions import DEMO_PICTURES, CaptionedEmoji
+from edm.small_teachers.pictures import write_data
 
 BATCH, VAE_BATCH, WARMUP = 64, 32, 100
 DROPPED = 0.1  # share of captions that are replaced by the empty one
@@ -123,6 +125,7 @@ def main() -> None:
     (out / "prompts.txt").write_text("\n".join(source.captions(held_out=False)) + "\n", encoding="utf-8")
     (out / "held-out.txt").write_text("\n".join(source.captions(held_out=True)) + "\n", encoding="utf-8")
     print(f"{len(source.names)} pictures, {len(source.captions(held_out=False))} captions", flush=True)
+    write_data(source.all(), out / "pictures.zip")
     tokenizer = make_tokenizer(source.captions(held_out=False), out / "tokenizer")
     if (out / "vae" / "config.json").exists():
         vae = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)

@@ -1,6 +1,5 @@
 """Makes small teachers to try settings on: python -m edm.small_teachers --only=digits,letters"""
 
-import io
 import json
 import shlex
 import sys
@@ -74,6 +73,7 @@ def make(name: str, teacher: "SmallTeacher", folder: Path, kimg: float, num: int
     from edm import train
     from edm.metrics import train_detector
 
+    from .pictures import write_data
     from .presets import TRAINING
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def make(name: str, teacher: "SmallTeacher", folder: Path, kimg: float, num: int
     def detecting() -> None:
         call("edm.metrics.train_detector", train_detector.main, [f"--data={data}", f"--dest={detector}", *on])
 
-    step(name, data, lambda: write_data(teacher, data))
+    step(name, data, lambda: write_data(teacher.source(teacher.resolution), data))
     step(name, detector, detecting)
     step(name, reference, lambda: write_reference(data, detector, reference, device))
     step(name, network, training)
@@ -117,24 +117,6 @@ def call(module: str, command: click.Command, arguments: list[str]) -> None:
         command.main(arguments, standalone_mode=False)
     finally:
         sys.argv = own
-
-
-def write_data(teacher: "SmallTeacher", dest: Path) -> None:
-    """Writes the pictures of a teacher as a data set, as `edm.dataset_tool` does; equal pictures give equal bytes."""
-    from dnnlib.progress import ProgressBar
-    from edm.images import zip_writer
-    from training.dataset import LABELS_FILE
-
-    labels = []
-    with zip_writer(dest) as write, ProgressBar() as bar:
-        for i, (image, label) in enumerate(teacher.source(teacher.resolution)):
-            name, file = f"{i // 1000:05d}/img{i:08d}.png", io.BytesIO()
-            image.save(file, "png")
-            write(name, file.getvalue())
-            if label is not None:
-                labels.append([name, label])
-            bar.update()
-        write(LABELS_FILE, json.dumps({"labels": labels or None}).encode())
 
 
 def write_reference(data: Path, detector: Path, dest: Path, device: str | None) -> None:

@@ -1,14 +1,15 @@
 """Pictures with captions, for small text-to-image teachers: emoji on coloured grounds."""
 
+import itertools
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .pictures import EMOJI_CANVAS, EMOJI_FONT, EMOJI_SIZE, check_source
+from .pictures import EMOJI_CANVAS, EMOJI_FONT, EMOJI_SIZE, Picture, check_source
 
 FOOD_AND_ANIMALS = ((0x1F32D, 0x1F380), (0x1F400, 0x1F43D))
 GROUNDS = {
@@ -30,6 +31,7 @@ DEMO_PICTURES = (
     *("chocolate bar", "lollipop", "popcorn", "beer mug", "octopus", "snail", "lady beetle", "tropical fish"),
     *("turtle", "whale", "penguin", "pig face", "frog face", "panda face", "cat face", "tiger face"),
 )
+SHIFT = 1  # pixels that a picture may be off its place
 SPRITE = 22  # pixels that a picture is wide
 HELD_OUT = 10  # one pair of picture and ground in so many is kept out of training
 
@@ -75,11 +77,19 @@ class CaptionedEmoji:
             ground = list(GROUNDS)[self._draws.integers(len(GROUNDS))]
             if not is_held_out(self.names[index], ground):
                 pictures.append(
-                    self.picture(int(index), ground, PLACES[place], self._draws.integers(-1, 2, 2).tolist())
+                    self.picture(int(index), ground, PLACES[place], self._draws.integers(-SHIFT, SHIFT + 1, 2).tolist())
                 )
                 captions.append(caption(self.names[index], ground, PLACES[place]))
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         return images.float() / 127.5 - 1, captions
+
+    def all(self) -> Iterator[Picture]:
+        """Every picture that isn't held out, once, with its name's number as the class."""
+        for index, name in enumerate(self.names):
+            for ground, place in itertools.product(GROUNDS, PLACES):
+                if not is_held_out(name, ground):
+                    for shift in itertools.product(range(-SHIFT, SHIFT + 1), repeat=2):
+                        yield Image.fromarray(self.picture(index, ground, place, shift)), index
 
     def picture(self, index: int, ground: str, place: str, shift: Sequence[int] = (0, 0)) -> np.ndarray:
         """One picture, uint8 [32, 32, 3]. shift: of the sprite in pixels, right and down."""
