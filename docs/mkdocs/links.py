@@ -45,9 +45,11 @@ class RepositoryLinks(Treeprocessor, Extension):
                     del element.attrib[attribute]
 
     def on_site(self, name: str) -> str | None:
-        """Where a link of the current page to a file leads; None for nowhere."""
+        """Where a link of the current page to a file leads; None for nowhere. MkDocs reports links to missing files."""
         folder = "" if self.page in ROOT_PAGES else "docs"
         path = posixpath.normpath(posixpath.join(folder, name))
+        if not (ROOT / path).exists():
+            return name
         if path.lower() in ROOT_PAGES:
             return path.lower()
         inside = path.removeprefix("docs/")
