@@ -84,11 +84,13 @@ class Quiet:
         self._logs = [each.utils.logging for each in libraries]
 
     def __enter__(self) -> None:
-        self._before = [log.get_verbosity() for log in self._logs]
+        self._before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in self._logs]
         for log in self._logs:
             log.disable_progress_bar()
             log.set_verbosity_error()
 
     def __exit__(self, *_: Any) -> None:
-        for log, level in zip(self._logs, self._before):
+        for log, (level, has_bars) in zip(self._logs, self._before):
             log.set_verbosity(level)
+            if has_bars:
+                log.enable_progress_bar()

@@ -26,11 +26,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from edm.small_teachers.captions import DEMO_PICTURES, CaptionedEmoji
 from edm.small_teachers.pictures import write_data
 
-BATCH, VAE_BATCH, WARMUP = 64, 32, 100
+BATCH, VAE_BATCH, WARMUP = 32, 16, 100
 DROPPED = 0.1  # share of captions that are replaced by the empty one
 LENGTH = 20  # tokens of a prompt
 KL_WEIGHT = 1e-3
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 8
 
 
 def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
@@ -60,7 +60,7 @@ def train_vae(source: CaptionedEmoji, kimg: float) -> AutoencoderKL:
         out_channels=3,
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(24, 48, 64),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,

@@ -16,7 +16,7 @@ from tiny import CPU, tiny_config, tiny_teacher
 
 import fid
 from dnnlib import UserError
-from edm import diffusers_pipelines, generate, latents, lora_files, text_encoders, zoo
+from edm import diffusers_pipelines, generate, latents, lora_files, text_encoders, transformers_library, zoo
 from edm.metrics.clip import ClipEncoder
 from edm.sampler import generate_all
 from edm.small_teachers import captions, pictures
@@ -33,7 +33,7 @@ from training.generator import Generator
 from training.guidance import class_guided
 from training.steps import Steps
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 import tiny_pipelines  # noqa: E402
 
@@ -392,6 +392,18 @@ def test_files_of_prompts(tmp_path):
 def test_long_prompts_are_named(folders, capsys):
     teacher_of(folders["stable_diffusion"], ["dogs", "a prompt of many letters, which are its tokens here"])
     assert "1 of 2 prompts are longer than the 16 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_bars", [True, False])
+def test_the_libraries_speak_again_afterwards(has_bars):
+    """Their progress bars and levels of messages are the user's own choice."""
+    log = transformers.utils.logging
+    (log.enable_progress_bar if has_bars else log.disable_progress_bar)()
+    level = log.get_verbosity()
+    with transformers_library.Quiet(transformers):
+        assert not log.is_progress_bar_enabled()
+    assert (log.is_progress_bar_enabled(), log.get_verbosity()) == (has_bars, level)
+    log.enable_progress_bar()
 
 
 def test_prompts_and_networks_that_do_not_fit(folders, tmp_path):
