@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def main(**options: Any) -> None:
     """Train a diffusion model (EDM, EDM2, VP or VE) on a folder or zip of images."""
     from torch_utils import distributed, misc
+    from torch_utils.tracking import trackers_of
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment
     from training.conditions import metadata_of
@@ -41,15 +42,16 @@ def main(**options: Any) -> None:
     check_sizes(precond, network_kwargs)
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary |= {"loss": {"class_name": loss_name, **loss_kwargs}}
-    summary |= {name: options[name] for name in ("sigma", "resume")}
+    summary |= {name: options[name] for name in ("sigma", "resume", "log")}
     summary = without_passwords({**summary, **metadata_of(dataset.classes, dataset.label_dim)})
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
         misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        trackers = trackers_of(options["log"])
         if options["dry_run"]:
             distributed.print0(json.dumps(summary, indent=2))
             return
-        train(options, dataset, pipe, network_kwargs, config, summary, device, training_begins)
+        train(options, dataset, pipe, network_kwargs, config, summary, device, training_begins, trackers)
     distributed.shutdown()
 
 
@@ -62,11 +64,12 @@ def train(
     summary: dict[str, Any],
     device: "torch.device",
     training_begins: threading.Event,
+    trackers: Sequence[str],
 ) -> None:
     """Trains a network to the end of the run, from its beginning or from the state that --resume names.
 
     options: of the command line. pipe: augments the images; None leaves them as they are. summary: what the run folder
-    records. training_begins: is set before the first iteration.
+    records. training_begins: is set before the first iteration. trackers: show the run (`torch_utils.tracking`).
     Errors: UserError naming the option at fault.
     """
     import torch
@@ -74,6 +77,7 @@ def train(
     from edm import training_report
     from torch_utils import distributed, misc, run_folder
     from torch_utils.run_lines import start_block
+    from torch_utils.tracking import Tracking
     from training import loss
     from training.training_loop import Training, training_loop
 
@@ -105,7 +109,9 @@ def train(
         # Heun's method can't sample with a denoiser of a single noise level.
         pictures = report.snapshot if options["sigma"] is None else None
         training_begins.set()
-        training_loop(training, dataset, run_dir, snapshot_writer(run_dir, options, dataset, config), pictures)
+        save_snapshot = snapshot_writer(run_dir, options, dataset, config)
+        with Tracking(run_dir, trackers, training.nimg, config.batch) as tracking:
+            training_loop(training, dataset, run_dir, save_snapshot, pictures, tracking.update)
         distributed.print0(f"Next: {training_report.next_command(run_dir, options, evaluator)}")
 
 

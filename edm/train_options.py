@@ -167,6 +167,7 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
             FiniteRange(0, 1e5, min_open=True),
             30.0,
         ),
+        option("--log", "Show curves and pictures elsewhere, too: tensorboard, wandb or both, comma-separated"),
         option("--seed", "Seed of all random draws", WholeRange(0), 0),
         option("--device", "Where to run  [default: the first available]", ["cuda", "mps", "cpu"]),
         option("--desc", "Description in the run folder's name"),

@@ -13,6 +13,7 @@ from dnnlib import UserError, without_passwords
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
 from torch_utils.run_lines import path_text, start_block
+from torch_utils.tracking import trackers_of
 from torch_utils.untrusted import edm_pickle
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
@@ -43,7 +44,7 @@ from .options import other_options
 from .prepare import prepare
 from .report.opening import describe_run, environment
 from .report.page import RunPage
-from .report.progress import Report
+from .report.progress import Report, track
 from .start import choose_start
 from .state import SavedState
 from .teacher_distance import TeacherDistance
@@ -72,6 +73,7 @@ def distil(
     resume: str | None = None,
     override: bool = False,
     device: str | None = None,
+    log: str | None = None,
     trials: float = 0.0,
 ) -> OneStepGenerator:
     """Distils a denoiser into a one-step generator, with a run folder as sid_train.py makes it.
@@ -84,7 +86,7 @@ def distil(
              guide.safetensors.
     trials:  share of the config's length for short trials of settings (`sid.trials`), of which the best goes on. They
              vary only what the config leaves at its default.
-    prompts, data, data_stat, detector, metrics, resume, override, device: as the options of sid_train.py.
+    prompts, data, data_stat, detector, metrics, resume, override, device, log: as the options of sid_train.py.
     Errors: UserError naming what doesn't fit; SystemExit when a signal such as Ctrl-C asked to stop, after saving.
     """
     check_denoiser(teacher, "teacher")
@@ -99,7 +101,7 @@ def distil(
         "resume": resume,
     }
     settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    given |= {"trials": trials, "override": override, "device": device}
+    given |= {"trials": trials, "override": override, "device": device, "log": log}
     given |= {"nosubdir": True, "outdir": os.fspath(out), "edm_model": str(Path(out) / TEACHER_FILE)}
     if guide is not None:
         given["guide"] = str(Path(out) / GUIDE_FILE)
@@ -127,6 +129,7 @@ def run(
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
         misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        trackers = trackers_of(options["log"])
         if teacher is None:
             options = choose_snapshots(options)
         summary = summarise(options, config, reference, metrics, device)
@@ -170,7 +173,10 @@ def run(
                     run_folder.record_options(run_dir, summary | plan.summary())
                 distillation = build(inputs, plan.config, device, plan.saved, options["override"])
             report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance, page)
-            net = training_loop(distillation, run_dir, report, dropped=plan.dropped, before=plan.dropped)
+            with track(run_dir, trackers, distillation.state.nimg, config.batch) as tracking:
+                net = training_loop(
+                    distillation, run_dir, report, dropped=plan.dropped, before=plan.dropped, track=tracking.update
+                )
             snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
             if snapshot.is_file():
                 distributed.print0(f"Finished: {path_text(snapshot)}")

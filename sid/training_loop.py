@@ -1,6 +1,7 @@
 """The distillation from its first iteration to its last: ticks, statistics, snapshots and states."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def training_loop(
     resume_dir: Path | None = None,
     dropped: int = 0,
     before: int = 0,
+    track: Callable[[], None] = lambda: None,
 ) -> torch.nn.Module:
     """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
@@ -41,6 +43,7 @@ def training_loop(
     end: images after which to stop, by default the config's; schedules keep the config's length.
     resume_dir: what --resume names to go on with this run, by default `run_dir`.
     dropped: images of the run's trials that don't go on. before: those of its trials that come before this training.
+    track: called when all of a tick, and of its snapshot, has been recorded.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     state, config, collector = distillation.state, distillation.config, distillation.collector
@@ -56,6 +59,7 @@ def training_loop(
     def after_tick(found: dict[str, dict[str, float]]) -> None:
         for warning in watch.tick(state.nimg, found):
             distributed.print0(warning)
+        track()
 
     low, high = distillation.loss.sigma_schedule.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
     levels = f"the generator's loss sees noise levels {low:.2g} to {high:.2g}"

@@ -11,6 +11,7 @@ from dnnlib import UserError
 from dnnlib.util import MAX_NUMBER
 
 MAX_BYTES = 256 << 20
+STATS_FILE = "stats.jsonl"  # in a run folder: one record per tick
 METRIC_FILE = re.compile(r"metric-([\w.-]{1,40})\.jsonl")  # names of a metric's records in a run folder
 
 

@@ -17,7 +17,7 @@ from dnnlib import write_atomically
 from dnnlib.progress import ProgressBar
 
 from . import checkpoint, distributed
-from .records import parse_line
+from .records import STATS_FILE, parse_line
 from .run_lines import tick_line
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} img, {rate_noinv_fmt}, {remaining} left"  # for tqdm
@@ -163,7 +163,7 @@ class TickLog:
             distributed.print0(f"Resumed at {nimg / 1e3:g} kimg")
         if distributed.rank() == 0:
             drop_later_records(run_dir, nimg)
-        self._path = run_dir / "stats.jsonl"
+        self._path = run_dir / STATS_FILE
         self._device = device
         self._end_img, self._step_img = end_img, min(step_img, end_img)
         self._total_img, self._before_img = end_img if total_img is None else total_img, before_img

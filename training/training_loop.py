@@ -137,6 +137,7 @@ def training_loop(
     run_dir: Path,
     save_snapshot: Callable[[torch.nn.Module, int], None],
     report_snapshot: Callable[[torch.nn.Module, int], dict[str, float] | None] | None = None,
+    track: Callable[[], None] = lambda: None,
 ) -> torch.nn.Module:
     """Trains to the end and returns the moving average of the weights.
 
@@ -144,6 +145,7 @@ def training_loop(
     save_snapshot: called on process 0 as save_snapshot(ema, nimg) every `snapshot_ticks` ticks and at the end.
     report_snapshot: called after it in the same way, but on every process. What it measures, on process 0, by name, is
     shown.
+    track: called when all of a tick, and of its snapshot, has been recorded.
     Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     networks = {"network": training.net, "average": training.ema}
@@ -163,6 +165,7 @@ def training_loop(
             statistics=training.collector.collect,
             contents=training.contents,
             publish=publish,
+            after_tick=lambda statistics: track(),
             shown={"Loss/loss": "loss"},
         )
         run_to_end(steps, training, networks, training.config, training.device, run_dir)

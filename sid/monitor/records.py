@@ -13,7 +13,7 @@ from ..config import DistillationConfig
 from .evidence import LATER_OPTIONS, MAY_BE_NONE, OPTIONS
 
 OPTIONS_FILE = "training_options.json"  # torch_utils.run_folder.OPTIONS_FILE, which loads torch; a test compares
-STATS_FILE = "stats.jsonl"
+STATS_FILE = records.STATS_FILE
 DISTANCES_FILE = "teacher-distance.jsonl"  # of each snapshot from the teacher's samples (sid.teacher_distance)
 WANTED = "a run folder of sid_train.py"
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edm.zoo import network_hash
 from torch_utils import distributed
 from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
 from torch_utils.records import measured_value, sound_records
+from torch_utils.tracking import GENERATED, Tracking
 from torch_utils.training_stats import append_line
 
 from ..monitor.records import DISTANCES_FILE
@@ -26,6 +28,13 @@ from .page import RunPage
 from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_nearest
 
 FIRST_PICTURE = "fakes_init.png"
+DISTANCE_CURVES = {"value": "Distance/teacher", "pixels": "Distance/pixels", "detail": "Distance/detail"}
+
+
+def track(run_dir: Path, trackers: Sequence[str], nimg: int, batch: int) -> Tracking:
+    """What passes the records of a distillation on to trackers. nimg: images of the state that it goes on from."""
+    pictures = {FIRST_PICTURE: GENERATED, TEACHER_PICTURE: "Pictures/teacher"}
+    return Tracking(run_dir, trackers, nimg, batch, {DISTANCES_FILE: DISTANCE_CURVES}, pictures)
 
 
 class Report:
