@@ -119,8 +119,9 @@ def _run(arguments: list[str], log: str, cwd: str | None, env: dict[str, str]) -
     with open(log, "r+b" if is_terminal else "ab", buffering=0) as output:
         for stream in (0, 1, 2) if is_terminal else (1, 2):
             os.dup2(output.fileno(), stream)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", line_buffering=is_terminal)
+    # New ones: those that the process was forked with have seen another file, which could be searched.
+    sys.stdout = os.fdopen(1, "w", 1 if is_terminal else -1, encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", closefd=False)
     os.environ.update(env)
     os.chdir(cwd or os.getcwd())
     _main(arguments)
@@ -142,6 +143,7 @@ def _main(arguments: list[str]) -> None:
     elif arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # it was imported before the fork
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments

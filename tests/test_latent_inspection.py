@@ -13,7 +13,7 @@ from parity import DATA
 from safetensors.torch import load_file
 from test_inspection import ExactNet, declared, discrete
 
-from edm import latents, zoo
+from edm import latents
 from edm.inspection import misfit
 from edm.latent_inspection import latents_misfit, vae_misfit
 from edm.zoo.__main__ import main as zoo_command
@@ -108,7 +108,7 @@ def test_another_vae_is_noticed(seed):
 
 def test_the_command(monkeypatch):
     net = teacher()
-    monkeypatch.setattr(zoo, "load_denoiser", lambda *_: net)
+    monkeypatch.setattr("edm.zoo.__main__.load_denoiser", lambda *_: net)
     done = CliRunner().invoke(zoo_command, ["inspect", "teacher"])
     assert (done.exit_code, "denoises its own samples" in done.output) == (0, True), done.output
     net.metadata["vae"]["scale"] = 2 * SCALE
