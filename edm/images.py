@@ -67,14 +67,15 @@ def save_titled_grids(
     lines = [textwrap.wrap(caption, width // columns // CAPTION_CHARACTER) for caption in captions]
     foot = CAPTION_LINE * max(map(len, lines), default=0)
     page = PIL.Image.new("RGB", (width, sum(TITLE_PIXELS + picture.height for picture in pictures) + foot), "white")
-    draw, font, top = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(size=14), 0
+    draw, top = PIL.ImageDraw.Draw(page), 0
+    font, small_font = PIL.ImageFont.load_default(size=14), PIL.ImageFont.load_default(size=12)
     for title, picture in zip(grids, pictures):
         draw.text((4, top + TITLE_PIXELS // 2), title, "black", font, anchor="lm")
         page.paste(picture, (0, top + TITLE_PIXELS))
         top += TITLE_PIXELS + picture.height
     for column, caption in enumerate(lines):
         place = (column * width // columns + 2, top)
-        draw.multiline_text(place, "\n".join(caption), "black", PIL.ImageFont.load_default(size=12), spacing=2)
+        draw.multiline_text(place, "\n".join(caption), "black", small_font, spacing=2)
     with write_atomically(path) as file:
         page.save(file, format="PNG")
 

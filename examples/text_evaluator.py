@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import transformers
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from text_teacher import LENGTH, WARMUP, make_tokenizer, train
+from text_teacher import LENGTH, WARMUP, begin, make_tokenizer, train
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from edm.metrics.clip import ClipEncoder
 from edm.metrics.text_alignment import align
-from edm.small_teachers.captions import DEMO_PICTURES, GROUNDS, PLACES, CaptionedEmoji, is_held_out
+from edm.small_teachers.captions import GROUNDS, PLACES, CaptionedEmoji, is_held_out
 
 BATCH = 128
 WIDTH, HEADS, PATCH = 96, 4, 8
@@ -55,16 +55,9 @@ def measure(source: CaptionedEmoji, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for the model")
     parser.add_argument("--kimg", type=float, default=120, help="thousands of pictures to train it on")
-    parser.add_argument("--pictures", choices=["demo", "all"], default="all", help="the demo's 40 pictures, or all 144")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    arguments, out, source = begin(parser)
 
-    source = CaptionedEmoji(arguments.seed, DEMO_PICTURES if arguments.pictures == "demo" else None)
     tokenizer = make_tokenizer(source.captions(held_out=False), out)
     common = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": HEADS}
     text = {

@@ -107,21 +107,26 @@ def train(name: str, loss, parameters: list, optimizer, rates, steps: int, avera
             average.restore(parameters)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for the pipeline and the prompts")
-    parser.add_argument("--pictures", choices=["demo", "all"], default="all", help="the demo's 40 pictures, or all 144")
-    parser.add_argument("--vae-kimg", type=float, default=20, help="thousands of pictures to train the VAE on")
-    parser.add_argument("--kimg", type=float, default=120, help="thousands of pictures to train the U-Net on")
-    parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level")
-    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], default="v_prediction")
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, CaptionedEmoji]:
+    """(options, the folder --out, the pictures): with the options --out, --pictures and --seed, and seeded."""
+    parser.add_argument("--out", required=True, help="folder for what is made")
+    parser.add_argument("--pictures", choices=["demo", "all"], default="all", help="forty pictures, or all 144")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
+    return arguments, out, CaptionedEmoji(arguments.seed, DEMO_PICTURES if arguments.pictures == "demo" else None)
 
-    source = CaptionedEmoji(arguments.seed, DEMO_PICTURES if arguments.pictures == "demo" else None)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae-kimg", type=float, default=20, help="thousands of pictures to train the VAE on")
+    parser.add_argument("--kimg", type=float, default=120, help="thousands of pictures to train the U-Net on")
+    parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level")
+    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], default="v_prediction")
+    arguments, out, source = begin(parser)
+
     (out / "prompts.txt").write_text("\n".join(source.captions(held_out=False)) + "\n", encoding="utf-8")
     (out / "held-out.txt").write_text("\n".join(source.captions(held_out=True)) + "\n", encoding="utf-8")
     print(f"{len(source.names)} pictures, {len(source.captions(held_out=False))} captions", flush=True)

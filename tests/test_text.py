@@ -507,7 +507,7 @@ def test_an_evaluator_of_our_own(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     example = importlib.import_module("text_evaluator")
     monkeypatch.setattr(example, "BATCH", 2)
-    monkeypatch.setattr(example, "DEMO_PICTURES", ["hot dog", "red apple"])
+    monkeypatch.setattr("text_teacher.DEMO_PICTURES", ["hot dog", "red apple"])
     monkeypatch.setattr("sys.argv", ["text_evaluator.py", f"--out={tmp_path}/clip", "--kimg=0.002", "--pictures=demo"])
     example.main()
     assert "held out: clip" in capsys.readouterr().out

@@ -26,7 +26,7 @@ class MomentumFreeAdam(torch.optim.Optimizer):
                    `step`, which is in the state, alone.
     """
 
-    # Without the wrapper that imports all of torch.compile first, which takes seconds at the start of every run.
+    # Without the wrapper that imports all of torch.compile first, which takes seconds.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)

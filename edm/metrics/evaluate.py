@@ -143,8 +143,17 @@ class Evaluator:
             self._real = self._measure_real()
         embedded = max(of_kind["clip"], default=0)
         prompts = self._prompts_of(source, embedded) if embedded else None
-        counts = (of_kind["fid"], of_kind["is"], kept, self._progress, self._encoder, embedded)
-        measured = measure(source, self._detector, self._batch, *counts)
+        measured = measure(
+            source,
+            self._detector,
+            self._batch,
+            statistics=of_kind["fid"],
+            scores=of_kind["is"],
+            features=kept,
+            progress=self._progress,
+            encoder=self._encoder,
+            embeddings=embedded,
+        )
         records = None
         with distributed.shared_errors():
             if distributed.rank() == 0:
