@@ -1,4 +1,4 @@
-"""Muon without momentum: orthogonalised updates, equal at every scale, skipped where gradients aren't finite."""
+"""Muon: orthogonalised updates, equal at every scale, skipped where gradients aren't finite."""
 
 import pytest
 import torch
@@ -92,6 +92,42 @@ def test_tables_of_embeddings_count_as_vectors():
         (10, 4),
         (2,),
     ]
+
+
+def with_momentum(weights, gradients, momentum):
+    """(weights, state) after one step per tuple of gradients; None: those of a step that must change nothing."""
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = Muon(parameters, [], 0.1, momentum=momentum)
+    for given in gradients:
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, torch.nan)
+        for parameter, gradient in zip(parameters, given or []):
+            parameter.grad = gradient.clone()
+        optimizer.found_inf = torch.tensor(float(given is None))
+        optimizer.step()
+    return [p.detach() for p in parameters], optimizer
+
+
+def test_momentum_is_nesterovs_of_the_gradients_before_they_are_orthogonalised():
+    torch.manual_seed(0)
+    weight, first, second = torch.randn(3, 4, 6)
+    [moved], _ = with_momentum([weight], [[first], [second]], 0.9)
+    average = 0.1 * first
+    [one] = step([weight], [first + 0.9 * (average - first)])[1]
+    average = average + 0.1 * (second - average)
+    [two] = step([one], [second + 0.9 * (average - second)])[1]
+    assert torch.allclose(moved, two, atol=1e-5)
+    assert not torch.allclose(moved, with_momentum([weight], [[first], [second]], 0.0)[0][0], atol=1e-2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta-like"])
+def test_momentum_forgets_gradients_that_are_not_finite(device, monkeypatch):
+    if device != "cpu":
+        monkeypatch.setattr("torch_utils.adam.AT_ONCE", set())
+    torch.manual_seed(0)
+    weight, first, second = torch.randn(3, 4, 6)
+    [moved], _ = with_momentum([weight], [[first], None, [second]], 0.9)
+    assert torch.equal(moved, with_momentum([weight], [[first], [second]], 0.9)[0][0])
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta-like"])

@@ -1,4 +1,4 @@
-"""Muon without momentum: every weight matrix moves by its orthogonalised gradient."""
+"""Muon: every weight matrix moves by its orthogonalised gradient, or by that of a moving average of gradients."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ SMALLEST = 1e-30  # a gradient of zeros stays one
 
 
 class Muon(MomentumFreeAdam):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) without its momentum, for beta1 = 0.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), by default without momentum.
 
     The gradient of a matrix is replaced by the nearest semi-orthogonal matrix O, so that its weak directions count as
     much as its strong ones.
@@ -24,10 +24,11 @@ class Muon(MomentumFreeAdam):
     A matrix W [out, in], or a kernel [out, in, h, w] as a matrix of in * h * w columns, changes by
     lr sqrt(out) max(rms(W), 1 / sqrt(in)) O: relative to its own size, or to the usual size of a random start where it
     is smaller. By this scaling one rate should serve all widths (Bernstein and Newhouse 2024, arXiv:2409.20325;
-    measured here up to 64 channels only) and all scales at which networks keep their weights. Matrices need no state.
+    measured here up to 64 channels only) and all scales at which networks keep their weights.
 
-    vectors: biases, gains and tables of embeddings, which Adam updates at VECTOR_RATE times the rate. The other
-    arguments are those of `MomentumFreeAdam`.
+    vectors: biases, gains and tables of embeddings, which Adam updates at VECTOR_RATE times the rate.
+    momentum: 0 for SiD, where matrices need no state; 0.95 is usual elsewhere (Nesterov's, of one tensor per matrix).
+    The other arguments are those of `MomentumFreeAdam`.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Muon(MomentumFreeAdam):
         beta2: float = 0.999,
         eps: float = 1e-8,
         rounding_seed: Sequence[int] | None = None,
+        momentum: float = 0.0,
     ):
         groups = (
-            {"params": list(matrices), "lr": lr, ORTHOGONAL: True},
+            {"params": list(matrices), "lr": lr, ORTHOGONAL: True, "momentum": momentum},
             {"params": list(vectors), "lr": lr * VECTOR_RATE, ORTHOGONAL: False},
         )
         super().__init__([group for group in groups if group["params"]], lr, beta2, eps, rounding_seed)
@@ -61,6 +63,8 @@ class Muon(MomentumFreeAdam):
         if not group[ORTHOGONAL]:
             super()._step(group, weights, gradients, draws, good)
             return
+        if momentum := group.get("momentum"):  # states of old runs have none
+            gradients = self._averaged(momentum, weights, gradients, good)
         alike: dict[torch.Size, list[int]] = {}
         for i, gradient in enumerate(gradients):
             alike.setdefault(gradient.flatten(1).shape, []).append(i)
@@ -70,6 +74,19 @@ class Muon(MomentumFreeAdam):
                 rms = weights[i].square().mean(dtype=torch.float32).sqrt().clamp(min=columns**-0.5)
                 size = group["lr"] * math.sqrt(rows) * rms * (1.0 if good is None else good)
                 weights[i].sub_((size * update).view_as(weights[i]))
+
+    def _averaged(
+        self, momentum: float, weights: list[torch.Tensor], gradients: list[torch.Tensor], good: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """The gradients' moving averages, one step ahead; those in the state change by `good` gradients only."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        share = (1 - momentum) * (1.0 if good is None else good)
+        for average, gradient in zip(averages, gradients):
+            average.lerp_(gradient, share)
+        return torch._foreach_lerp(gradients, averages, momentum)
 
 
 def split(net: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
