@@ -61,3 +61,19 @@ def data(tmp_path_factory):
         labels.append([f"{i:02d}.png", i % 3])
     (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A folder of the module's own takes what would go into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DNNLIB_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def text_pipelines(tmp_path_factory):
+    """{kind: the folder of a tiny text-to-image pipeline of the diffusers library}; tests leave them as they are."""
+    import tiny_pipelines
+
+    return tiny_pipelines.save_all(tmp_path_factory.mktemp("pipelines"))

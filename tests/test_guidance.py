@@ -259,3 +259,41 @@ def test_the_bank_is_the_guided_teachers():
     guided = guided_teacher(net, None, parse_guidance("kappa=1:0.5:2.5"))
     assert torch.equal(guided(x, sigma, labels), class_guided(net, KAPPA, CLASSES)(x, sigma, labels))
     assert guided_teacher(net, None, parse_guidance("short=0.5")) is guided_teacher(net, None, None) is net
+
+
+@pytest.mark.parametrize(
+    ("text", "kappas"),
+    [
+        ("zero", (0, 0, 1)),
+        ("anti=-1.5", (-1.5, -1.5, 1)),
+        ("kappa=0.5:1:4.5", (0.5, 1, 4.5)),
+        ("long-short=2", (2, 2, 2)),
+        ("short=0", (0, 1, 1)),
+    ],
+)
+def test_guidance_by_places(text, kappas):
+    guidance = parse_guidance(text)
+    assert (guidance.fake_score_step, guidance.fake_score, guidance.teacher) == kappas
+    assert str(guidance) == text
+    assert parse_guidance(str(guidance)) == guidance
+
+
+@pytest.mark.parametrize("text", ["zero=1", "anti=1", "anti", "kappa=1:2", "kappa=1:2:inf", "zero,long=2", "kappa=2"])
+def test_guidance_that_makes_no_sense(text):
+    with pytest.raises(UserError, match=f"--guidance={text}"):
+        parse_guidance(text)
+
+
+def test_zero_guidance_asks_psi_without_its_condition():
+    """One call, with null conditions; no image loses a condition that psi isn't shown anyway."""
+    seen = []
+
+    def net(x, sigma, condition):
+        seen.append(condition)
+        return x
+
+    guided = class_guided(net, 0, Classes(3))
+    guided(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 1, 1), torch.eye(3)[:2])
+    assert len(seen) == 1
+    assert not seen[0].any()
+    assert parse_guidance("zero").label_dropout == 0 < parse_guidance("anti=-1").label_dropout

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import test_diffusers
 import test_dit
+import tiny_diffusers
 import torch
 from click.testing import CliRunner
 from conftest import slow_ones
@@ -16,14 +16,12 @@ from edm.onnx_file import can_trace
 from sid import lora, memory
 from sid.prepare import prepare
 
-pytest.importorskip("diffusers")
-
 CLASSES = {"num_class_embeds": 3}
-DIT_OF_LATENTS = {**test_diffusers.DIT, **test_diffusers.LATENT}
+DIT_OF_LATENTS = {**tiny_diffusers.DIT, **tiny_diffusers.LATENT}
 KINDS = {
-    "UNet2DModel, epsilon": lambda _: test_diffusers.denoiser(),
-    "UNet2DModel, flow": lambda _: test_diffusers.denoiser(CLASSES, test_diffusers.FLOW),
-    "DiTTransformer2DModel": lambda folder: test_diffusers.of_latents(folder, DIT_OF_LATENTS, test_diffusers.DDPM),
+    "UNet2DModel, epsilon": lambda _: tiny_diffusers.denoiser(),
+    "UNet2DModel, flow": lambda _: tiny_diffusers.denoiser(CLASSES, tiny_diffusers.FLOW),
+    "DiTTransformer2DModel": lambda folder: tiny_diffusers.of_latents(folder, DIT_OF_LATENTS, tiny_diffusers.DDPM),
     "DiT": lambda _: transformer("dit"),
     "SiT": lambda _: transformer("sit"),
     "EDM2": lambda _: small_network(),
@@ -78,8 +76,8 @@ def test_the_memory_estimate(kind, tmp_path):
 
 def test_a_dry_run_of_latents(tmp_path):
     """It needs the VAE's configuration, as the run does, and says what the run needs."""
-    net = test_diffusers.of_latents(tmp_path, DIT_OF_LATENTS, test_diffusers.DDPM)
-    test_diffusers.write_parts(net, tmp_path)
+    net = tiny_diffusers.of_latents(tmp_path, DIT_OF_LATENTS, tiny_diffusers.DDPM)
+    tiny_diffusers.write_parts(net, tmp_path)
     command = [f"--edm_model={tmp_path}", "-n", "--batch=8", "--device=cpu", f"--outdir={tmp_path}/runs"]
     done = CliRunner().invoke(sid_train.main, command)
     assert done.exit_code == 0, done.output
@@ -100,7 +98,7 @@ def test_onnx(tmp_path):
     """
     onnxruntime = pytest.importorskip("onnxruntime")
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    net = test_diffusers.denoiser({**CLASSES, **blocks}, test_diffusers.FLOW).eval()
+    net = tiny_diffusers.denoiser({**CLASSES, **blocks}, tiny_diffusers.FLOW).eval()
     zoo.save_network(net, tmp_path / "net.onnx")
     model = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     n = 66

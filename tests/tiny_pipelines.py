@@ -8,6 +8,12 @@ import torch
 import transformers
 from tiny import TINY_VAE
 
+from edm import text_encoders, zoo
+
+diffusers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+
+TEXTS = ["a red apple", "dogs", "a cat in a hat"]
 LENGTH = 16  # tokens of CLIP's prompts
 SIZE = 8  # of latents; images are twice as wide
 VAE = {**TINY_VAE, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 16}
@@ -152,3 +158,17 @@ def flux():
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     return diffusers.FluxPipeline(scheduler, vae(), clip(tokenizer), tokenizer, encoder_2, tokenizer_2, transformer)
+
+
+def save_all(root):
+    """{kind: the folder of a pipeline, in `root`}"""
+    for make in (stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux):
+        make().save_pretrained(root / make.__name__)
+    return {path.name: path for path in root.iterdir()}
+
+
+def teacher_of(folder, texts=TEXTS):
+    """A pipeline's denoiser with prompts, of which seed n has the n-th."""
+    net = zoo.load_denoiser(folder)
+    net.prompts = text_encoders.prompts_for(net, texts, in_order=True)
+    return net
