@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from training.steps import INIT_SIGMA
+
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 EDM = f"{NVIDIA}/edm"
 EDM2 = f"{NVIDIA}/edm2"
@@ -18,7 +20,6 @@ DISTILLED_LICENCE = "from CC BY-NC-SA 4.0 weights"
 IMAGENET_LICENCE = "ImageNet terms of access"
 NETWORK_KINDS = ("teacher", "sid-generator", "sida-generator")
 EDM2_NFE = 63  # 32 steps of Heun's sampler
-INIT_SIGMA = 2.5  # start noise level of the published one-step generators
 
 
 # The names that the published SiD code gives the teachers (its --edm_model).

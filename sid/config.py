@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from dnnlib import UserError, format_number
-from training.steps import MAX_STEPS, STEPS_NOISES
+from training.steps import INIT_SIGMA, MAX_STEPS, STEPS_NOISES
 
 from .guidance import Guidance, parse_guidance
 from .objectives import OBJECTIVES, Objective, check_objective
@@ -88,7 +88,7 @@ class DistillationConfig:
     fake_sigma_schedule: Schedule = LogNormal()  # noise levels of the fake score's loss
     tmax: float = TMAX  # Karras schedules reach up to t = tmax / 1000
     fake_score_updates: int = 1  # updates of the fake score per update of the generator
-    init_sigma: float | None = 2.5  # noise level at which the generator starts; None: `sid.start` chooses it
+    init_sigma: float | None = INIT_SIGMA  # noise level at which the generator starts; None: `sid.start` chooses it
     steps: int = 1  # evaluations per image, each at a noise level of its own (training.generator)
     steps_noise: str = "fresh"  # that takes images to the levels of further steps, one of STEPS_NOISES
     steps_shift: float = 1.0  # above 1, further steps start at higher noise levels than evenly spaced in time

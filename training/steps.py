@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-INIT_SIGMA = 2.5  # SiD's
+INIT_SIGMA = 2.5  # start noise level of SiD's published one-step generators
 MAX_STEPS = 8
 STEPS_NOISES = ("fresh", "fixed", "ddim")
 

@@ -14,6 +14,7 @@ from edm.sampler import generate_images
 from sid.config import DistillationConfig
 from sid.prepare import prepare
 from training.denoiser import DenoiserModule
+from training.steps import INIT_SIGMA
 
 from .measure import PhaseClock
 from .modes import Mode
@@ -26,7 +27,6 @@ PHASES = {  # methods that both kinds of step have, disjoint in time; what else 
     "generator": "_backward_generator",
     "updates": "_update",
 }
-INIT_SIGMA = DistillationConfig.init_sigma
 
 
 class Task(ABC):
