@@ -8,7 +8,7 @@
 #   cifar10-uncond  cifar10-cond  imagenet64-cond  ffhq64  afhq64-v2             SiD, without data
 #   the same names with -sida, such as cifar10-uncond-sida --data=images.zip     SiDA, with real images
 #   imagenet512-edm2-xs  …-s  …-m  …-l  …-xl  …-xxl                              SiD of EDM2's latent teachers
-#   sd15  sd21  sd35-medium  flux-dev, such as sd15 --prompts=captions.txt       text to image
+#   sd15  sd21  sd35-medium  sana  flux-dev, such as sd15 --prompts=captions.txt  text to image
 #
 # NPROC=8 bash run_sid.sh ...   sets the number of processes (default: the GPUs; on a CPU: two).
 # The other settings are in sid/recipes.py. The published trainings haven't been rerun here.
@@ -40,6 +40,7 @@ imagenet512-edm2-xxl)  teacher=edm2-img512-xxl               duration=100 ;;    
 sd15)                  teacher=stable-diffusion-v1-5/stable-diffusion-v1-5  duration=10 ;;  # 8.15 on COCO
 sd21)                  teacher=stabilityai/stable-diffusion-2-1-base        duration=10 ;;  # 9.52 on COCO
 sd35-medium)           teacher=stabilityai/stable-diffusion-3.5-medium      duration=2 ;;
+sana)                  teacher=Efficient-Large-Model/Sana_600M_512px_diffusers  duration=2 ;;
 flux-dev)              teacher=black-forest-labs/FLUX.1-dev                 duration=2 ;;
 demo)                  teacher=assets/fashion-mnist-16/teacher.safetensors  duration=0.02 ;;
 auto)                  teacher=                                             duration=0.02 ;;

@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
 _WITHOUT_WEIGHTS: list[bool] = []  # holds something inside `shapes_only`
 # Folders of a pipeline with weights that are used here, and names of their variants.
 PARTS = ("unet", "transformer", "vae", "vqvae", "movq", "text_encoder", "text_encoder_2", "text_encoder_3")
-VARIANTS = ["*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*"]
+READ_VARIANTS = ("bf16", "fp16", "non_ema")
+VARIANTS = [f"*.{name}{end}*" for name in (*READ_VARIANTS, "int4") for end in (".", "-")]
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention layers
 
 
@@ -78,10 +79,10 @@ def fetch(name: str) -> Path:
     return hub.download(name, [f"{part}/*.safetensors" for part in absent]) if absent else folder
 
 
-def fetch_part(name: str, part: str, class_name: str, why: str) -> Path:
+def fetch_part(name: str, part: str, classes: Sequence[str], why: str) -> Path:
     """The local folder of one model on the Hub: of a repository's folder `part`, or of a repository that is the model.
 
-    Its configuration is downloaded first, and its safetensors only if that is one of `class_name`: no other part of a
+    Its configuration is downloaded first, and its safetensors only if that is of one of `classes`: no other part of a
     pipeline, no pickles, no code. What the library's cache holds isn't downloaded.
     why: what it is and why it is wanted, for the line that says what is downloaded.
     Errors: UserError when it can't be had, or is a model of another class.
@@ -105,18 +106,20 @@ def fetch_part(name: str, part: str, class_name: str, why: str) -> Path:
     folder = hub.download(name, configs)
     found = next((folder / file for file in reversed(configs) if (folder / file).is_file()), None)
     if found is None:
-        raise UserError(f"{name}: has neither {configs[0]} nor {configs[1]}: name the repository of an {class_name}")
-    check_class(found, class_name)
+        wanted = " or ".join(classes)
+        raise UserError(f"{name}: has neither {configs[0]} nor {configs[1]}: name the repository of an {wanted}")
+    check_class(found, classes)
     inside = "" if found.parent == folder else f"{part}/"
     hub.download(name, [inside + file for file in weights])
     return found.parent
 
 
-def check_class(config: Path, class_name: str) -> dict[str, Any]:
+def check_class(config: Path, classes: Sequence[str]) -> dict[str, Any]:
     """A model's configuration. Errors: UserError when it can't be read or is one of another class."""
     values = read_config(config)
-    if values.get("_class_name") != class_name:
-        raise UserError(f"{config.parent}: a {str(values.get('_class_name'))[:80]}, not an {class_name}; name one")
+    if values.get("_class_name") not in classes:
+        found = str(values.get("_class_name"))[:80]
+        raise UserError(f"{config.parent}: a {found}, not an {' or '.join(classes)}; name one")
     return values
 
 
@@ -132,9 +135,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model's folder, in one file or several, under the names that the library gives them today."""
-    for suffix in ("", ".fp16", ".non_ema"):
-        if (folder / f"{WEIGHTS_NAME}{suffix}.safetensors").is_file():
-            return _renamed(read_tensors(folder / f"{WEIGHTS_NAME}{suffix}.safetensors")[1])
+    whole = folder / f"{WEIGHTS_NAME}.safetensors"
+    if whole.is_file():
+        return _renamed(read_tensors(whole)[1])
     index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
     if index.is_file():
         names = read_config(index).get("weight_map")
@@ -143,6 +146,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
             raise UserError(f"{index}: names no .safetensors files")
         parts = [read_tensors(folder / file)[1] for file in sorted(files)]
         return _renamed({name: tensor for part in parts for name, tensor in part.items()})
+    for variant in (f"{WEIGHTS_NAME}.{name}.safetensors" for name in READ_VARIANTS):
+        if (folder / variant).is_file():
+            return _renamed(read_tensors(folder / variant)[1])
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(pattern))
     if pickled:
         raise UserError(

@@ -116,7 +116,7 @@ def _settings(path: Path, model: dict[str, Any], scheduler: Path, vae_folder: Pa
 def _sizes(model: dict[str, Any], path: Path) -> dict[str, int]:
     """Sizes that a text-to-image model's own configuration doesn't give: of its latents and of its images."""
     vae = read_config(path / latents.FOLDER / CONFIG_FILE)
-    blocks = vae.get("block_out_channels")
+    blocks = latents.widths_of(vae)
     reduction = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and len(blocks) < 10 else 8
     if model["_class_name"] == "FluxTransformer2DModel":
         return {"sample_size": FLUX_SAMPLE_SIZE, "image_size": FLUX_SAMPLE_SIZE * reduction}

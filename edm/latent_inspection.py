@@ -16,7 +16,7 @@ from training.decoder import LatentDecoder
 from training.denoiser import sigma_data
 
 from .inspection import own_samples
-from .latents import VAE_CLASS, checked_record, decoder_of
+from .latents import checked_record, decoder_of
 
 NUM_LATENTS = 8
 SURE = 0.1  # of the latents' variance: at a smaller error, no other scale is tried
@@ -49,7 +49,7 @@ def latents_misfit(net: Any, seed: int = 0) -> str | None:
 
 def vae_misfit(vae: Any, record: dict[str, Any], samples: torch.Tensor) -> str | None:
     """How a VAE contradicts the record of scale and shift, by what it gives back of samples [N, C, h, w]."""
-    record = checked_record(record, VAE_CLASS)
+    record = checked_record(record, "the VAE")
     error = round_trip_error(vae, record, samples)
     if error <= SURE:
         return None

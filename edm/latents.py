@@ -22,7 +22,6 @@ from training.decoder import LatentDecoder, PixelDecoder
 
 from . import diffusers_folder, network_files
 
-VAE_CLASS = "AutoencoderKL"
 FOLDER = "vae"  # of a VAE, in a pipeline, and next to a network's file
 MAX_CHANNELS = 1024
 
@@ -47,12 +46,22 @@ def image_shape(net: Any) -> tuple[int, int]:
     decoder = decoder_of(net)
     if isinstance(decoder, PixelDecoder):
         return net.img_channels, net.img_resolution
-    return decoder.vae.config.out_channels, net.img_resolution * reduction(decoder.vae)
+    return images_of(decoder.vae), net.img_resolution * reduction(decoder.vae)
 
 
 def reduction(vae: Any) -> int:
     """How many pixels wide a pixel of a latent is."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(widths_of(vae.config)) - 1)
+
+
+def widths_of(config: Any) -> Any:
+    """How many channels each resolution of a VAE has, by its configuration; None if that doesn't say."""
+    return config.get("block_out_channels") or config.get("encoder_block_out_channels")
+
+
+def images_of(vae: Any) -> int:
+    """The channels of the images that a VAE makes."""
+    return vae.config.get("out_channels", vae.config.in_channels)
 
 
 def checked_record(record: Any, name: Any) -> dict[str, Any]:
@@ -102,18 +111,18 @@ def load_vae(source: str | Path, why: str = "the VAE") -> tuple[Any, str, Path]:
     """(VAE, hash of its weights, folder) of a folder of the diffusers library or a name on the Hub.
 
     source: the VAE's own folder, or that of a pipeline with one. why: as `diffusers_folder.fetch_part`.
-    Errors: UserError when it can't be had or isn't an AutoencoderKL.
+    Errors: UserError when it can't be had or isn't of one of `VAES`.
     """
     path = user_path(str(source))
     if not path.exists() and diffusers_folder.is_hub_name(source):
-        path = diffusers_folder.fetch_part(str(source), FOLDER, VAE_CLASS, why)
+        path = diffusers_folder.fetch_part(str(source), FOLDER, tuple(VAES), why)
     path = vae_folder(path)
-    config = diffusers_folder.check_class(path / network_files.CONFIG_FILE, VAE_CLASS)
+    config = diffusers_folder.check_class(path / network_files.CONFIG_FILE, tuple(VAES))
     state = diffusers_folder.weights(path)
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-    vae = persistence.construct(AutoencoderKL, (), arguments, state, path)
+    vae = persistence.construct(VAES[config["_class_name"]], (), arguments, state, path)
     network_files.checked(vae, path)
-    if vae.config.in_channels not in (1, 3) or vae.config.out_channels != vae.config.in_channels:
+    if vae.config.in_channels not in (1, 3) or images_of(vae) != vae.config.in_channels:
         raise UserError(f"{path}: a VAE of {vae.config.in_channels} channels, not of gray or colour images")
     return vae.eval().requires_grad_(False), network_files.weights_hash(vae), path.resolve()
 
@@ -124,14 +133,21 @@ def vae_folder(path: Path) -> Path:
 
 
 class AutoencoderKL:
-    """The library's class as `persistence.construct` calls one."""
+    """The library's class of this name, as `persistence.construct` calls one."""
 
-    @staticmethod
-    def import_library() -> None:
-        getattr(diffusers_folder.library(), VAE_CLASS)
+    @classmethod
+    def import_library(cls) -> None:
+        getattr(diffusers_folder.library(), cls.__name__)
 
     def __new__(cls, **config: Any) -> Any:
-        return getattr(diffusers_folder.library(), VAE_CLASS).from_config(config)
+        return getattr(diffusers_folder.library(), cls.__name__).from_config(config)
+
+
+class AutoencoderDC(AutoencoderKL):
+    """Likewise. Its latents have no variance."""
+
+
+VAES = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderDC)}
 
 
 @functools.lru_cache(maxsize=2)

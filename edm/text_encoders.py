@@ -41,16 +41,21 @@ PIPELINES = {  # class: its tokenizers and text encoders
         *("tokenizer_3", "text_encoder_3"),
     ),
     "FluxPipeline": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+    "SanaPipeline": ("tokenizer", "text_encoder"),
 }
+GENERATORS = {"SanaSprintPipeline": "SanaPipeline"}  # distilled already: what they were distilled from
 T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}  # of a prompt, as the pipelines call T5
+GEMMA_TOKENS = 300  # of a prompt, as SANA's pipeline calls Gemma
+OF_FLOWS = (*T5_TOKENS, "SanaPipeline")
 SETTINGS: dict[str, dict[str, Any]] = {  # of the pipelines' constructors
     "StableDiffusionPipeline": {"requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"force_zeros_for_empty_prompt": True, "add_watermarker": False},
 }
 FROM_INDEX = ("force_zeros_for_empty_prompt",)  # of them, what a pipeline's index overrides
 SETTING_NAMES = {name for settings in SETTINGS.values() for name in settings}
-ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Gemma2Model")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+TOKENIZERS += ("GemmaTokenizer", "GemmaTokenizerFast")
 FILES = (".json", ".txt", ".model", ".safetensors")  # of a tokenizer or text encoder
 FOLDER = "text"  # of a pipeline with the encoders, next to a network's file
 EDGE_BYTES = 1 << 20  # of a file of weights that its fingerprint reads at either end
@@ -67,6 +72,8 @@ def record_of(path: Path) -> dict[str, Any]:
 def tokens_of(path: Path) -> int:
     """How many tokens a prompt has in a pipeline's conditions. Errors: UserError when its tokenizer doesn't say."""
     pipeline, _ = supported_parts(path, with_weights=False)
+    if pipeline == "SanaPipeline":
+        return GEMMA_TOKENS
     length = read_config(path / "tokenizer" / "tokenizer_config.json").get("model_max_length")
     if type(length) is not int or not 0 < length < 10_000:
         raise UserError(f"{path / 'tokenizer'}: names no model_max_length, how many tokens a prompt has at most")
@@ -81,6 +88,11 @@ def supported_parts(path: Path, with_weights: bool = True) -> tuple[str, list[st
     """
     index = read_config(path / INDEX_FILE)
     pipeline = str(index.get("_class_name"))[:80]
+    if pipeline in GENERATORS:
+        raise UserError(
+            f"{path}: a {pipeline} is itself a generator of few steps, so its answers aren't the means of clean images,"
+            f" as a teacher's are; distil a {GENERATORS[pipeline]} instead"
+        )
     if pipeline not in PIPELINES:
         raise UserError(f"{path}: a {pipeline}; of text-to-image, {', '.join(PIPELINES)} are supported")
     parts = []
@@ -263,7 +275,7 @@ class TextEncoder:
                 yield encoded
                 bar.update(len(part))
             if null is None:
-                null, _ = self._call([""])
+                null = self._null()
         yield null[:1]
 
     def _call(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -272,16 +284,28 @@ class TextEncoder:
         if self.kind == "FluxPipeline":
             tokens, pooled, _ = self.pipeline.encode_prompt(**given, prompt_2=None)
             return _row(tokens, pooled), None
+        if self.kind == "SanaPipeline":
+            instruction = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
+            given |= {"do_classifier_free_guidance": False, "complex_human_instruction": instruction}
+            return _row(*self.pipeline.encode_prompt(**given)[:2]), None
         given["do_classifier_free_guidance"] = True
         if self.kind == "StableDiffusion3Pipeline":
             given |= {"prompt_2": None, "prompt_3": None}
         found = self.pipeline.encode_prompt(**given)
         return _row(*found[0::2]), _row(*found[1::2])
 
+    def _null(self) -> torch.Tensor:
+        """The null condition [1, ...] of a pipeline whose encoding of prompts gives none."""
+        if self.kind == "SanaPipeline":  # the empty prompt without the instruction
+            return _row(*self.pipeline.encode_prompt([""], device=self.device)[2:])
+        return self._call([""])[0]
+
     def _warn_of_long(self, texts: Sequence[str]) -> None:
         longest = {"FluxPipeline": "tokenizer_2", "StableDiffusion3Pipeline": "tokenizer_3"}.get(self.kind, "tokenizer")
         tokenizer = getattr(self.pipeline, longest)
         most = T5_TOKENS.get(self.kind) or tokenizer.model_max_length
+        if self.kind == "SanaPipeline":
+            most = GEMMA_TOKENS - 1  # the last token of the instruction is among those that the model sees
         transformers_library.warn_of_long(tokenizer, texts, most, "the text encoder")
 
 
@@ -292,7 +316,7 @@ def _component(name: str, folder: Path) -> Any:
 
 def _scheduler(diffusers: Any, kind: str) -> Any:
     """Any scheduler that the pipeline accepts; encoding doesn't use it."""
-    if kind in T5_TOKENS:
+    if kind in OF_FLOWS:
         return diffusers.FlowMatchEulerDiscreteScheduler()
     return diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
 

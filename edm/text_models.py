@@ -1,4 +1,4 @@
-"""Text-to-image models of the diffusers library as denoisers: Stable Diffusion 1, 2, XL and 3, FLUX.1.
+"""Text-to-image models of the diffusers library as denoisers: Stable Diffusion 1, 2, XL and 3, FLUX.1, SANA.
 
 A denoiser's condition is one row of numbers per image: the outputs of the pipeline's text encoders for the prompt, one
 after the other (`condition_parts`). `edm.text_encoders` makes the rows.
@@ -19,18 +19,23 @@ TEXT_MODELS = {  # class: its folder in a pipeline
     "UNet2DConditionModel": "unet",
     "SD3Transformer2DModel": "transformer",
     "FluxTransformer2DModel": "transformer",
+    "SanaTransformer2DModel": "transformer",
 }
 MAX_LENGTH = 4096
 TIME_IDS = 6  # SDXL takes height, width, top, left, target height and width in pixels
-UNUSUAL = {  # settings of UNet2DConditionModel that want further conditions, and their usual values
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "time_cond_proj_dim": (None,),
-    "addition_embed_type": (None, "text_time"),
-    "center_input_sample": (False, None),
+UNUSUAL: dict[str, dict[str, tuple]] = {  # settings that want further conditions, and their usual values
+    "UNet2DConditionModel": {
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "time_cond_proj_dim": (None,),
+        "addition_embed_type": (None, "text_time"),
+        "center_input_sample": (False, None),
+    },
+    "SanaTransformer2DModel": {"guidance_embeds": (False, None)},
 }
+TAKE_DROPOUT = tuple(UNUSUAL)  # classes whose configuration has a dropout
 FLUX_PATCH = 2  # latents are packed so many pixels wide and high into one token
 FLUX_TIME = 1000  # the scale of a flow's time in the library
 FLUX_GUIDANCE = 3.5  # the library's default for FLUX.1-dev, into which guidance has been distilled
@@ -39,7 +44,8 @@ FLUX_GUIDANCE = 3.5  # the library's default for FLUX.1-dev, into which guidance
 def condition_parts(model: dict[str, Any], length: int) -> dict[str, tuple[int, ...]]:
     """{part: its shape} of the condition of a model by its configuration, in order.
 
-    tokens [length, C], the text encoders' states; pooled [P], their summaries, where the model takes them.
+    tokens [length, C], the text encoders' states; pooled [P], their summaries, where the model takes them;
+    mask [length], 1 for the tokens of the prompt and 0 for those after its end, which SANA takes.
     Errors: UserError when a size is missing or isn't a number.
     """
     name, parts = model["_class_name"], {}
@@ -50,6 +56,8 @@ def condition_parts(model: dict[str, Any], length: int) -> dict[str, tuple[int, 
             if type(size) is not int or type(times) is not int:
                 raise UserError("its configuration doesn't say how large its summary of a prompt is")
             parts["pooled"] = (size - TIME_IDS * times,)
+    elif name == "SanaTransformer2DModel":
+        parts["tokens"], parts["mask"] = (length, model.get("caption_channels", 2304)), (length,)
     else:
         defaults = {"SD3Transformer2DModel": 2048, "FluxTransformer2DModel": 768}
         parts["tokens"] = (length, model.get("joint_attention_dim", 4096))
@@ -91,10 +99,10 @@ class TextDenoiser(LibraryDenoiser):
             raise UserError(f"its model is a {str(name)[:80]!r}; of text-to-image, {', '.join(TEXT_MODELS)} are known")
         if type(length) is not int or not 0 < length <= MAX_LENGTH:
             raise UserError(f"prompts of {str(length)[:80]} tokens aren't supported")
-        for setting, usual in UNUSUAL.items() if name == "UNet2DConditionModel" else ():
-            if model.get(setting) not in usual:
+        for setting, usual in UNUSUAL.get(name, {}).items():
+            if model.get(setting, usual[0]) not in usual:
                 raise UserError(f"its {setting} is {str(model[setting])[:80]!r}, which isn't supported")
-        given = {} if dropout is None or name != "UNet2DConditionModel" else {"dropout": dropout}
+        given = {} if dropout is None or name not in TAKE_DROPOUT else {"dropout": dropout}
         net = build(name, {**model, **given})
         if name == "FluxTransformer2DModel":
             channels, resolution = net.config.in_channels // FLUX_PATCH**2, sample_size
@@ -119,6 +127,9 @@ class TextDenoiser(LibraryDenoiser):
             return net(x_s, parts["tokens"], parts["pooled"], t, return_dict=False)[0]
         if kind == "FluxTransformer2DModel":
             return self._flux(x_s, parts, t)
+        if kind == "SanaTransformer2DModel":
+            t = t * net.config.get("timestep_scale", 1.0)
+            return net(x_s, parts["tokens"], t, encoder_attention_mask=parts["mask"], return_dict=False)[0]
         added = None
         if "pooled" in parts:
             size = float(self.image_size)

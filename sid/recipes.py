@@ -186,6 +186,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sd15": {**_STABLE_DIFFUSION, "edm_model": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
     "sd21": {**_STABLE_DIFFUSION, "edm_model": "stabilityai/stable-diffusion-2-1-base"},
     "sd35-medium": {**_TEXT_FLOW, "edm_model": "stabilityai/stable-diffusion-3.5-medium"},
+    "sana": {**_TEXT_FLOW, "edm_model": "Efficient-Large-Model/Sana_600M_512px_diffusers", "lr": 5e-6, "glr": 5e-6},
     "flux-dev": {**_TEXT_FLOW, "edm_model": "black-forest-labs/FLUX.1-dev"},
     # For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at
     # theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.

@@ -26,7 +26,7 @@ SIDA_IMAGES = {"cifar10-uncond": 32, "cifar10-cond": 32, "imagenet64-cond": 32, 
 
 
 # FID of the published generators, one evaluation.
-TEXT_FID = {"sd15": "8.15", "sd21": "9.52", "sd35-medium": "", "flux-dev": ""}  # on COCO-2014
+TEXT_FID = {"sd15": "8.15", "sd21": "9.52", "sd35-medium": "", "sana": "", "flux-dev": ""}  # on COCO-2014
 EDM2_SIDA = {
     f"imagenet512-edm2-{size}": fid
     for size, fid in zip(
@@ -47,9 +47,9 @@ def dry_run(*options):
 
 
 def test_published_settings_of_text_to_image():
-    for name, kappa in (("sd15", 1.5), ("sd35-medium", 4.5)):
+    for name, kappa, lr in (("sd15", 1.5, 1e-6), ("sd35-medium", 4.5, 1e-6), ("sana", 4.5, 5e-6)):
         found = dry_run(f"--recipe={name}", "--prompts=captions.txt")
-        assert (found["alpha"], found["lsg"], found["lr"], found["glr"], found["g_beta1"]) == (1, 1, 1e-6, 1e-6, 0)
+        assert (found["alpha"], found["lsg"], found["lr"], found["glr"], found["g_beta1"]) == (1, 1, lr, lr, 0)
         assert (found["guidance"], found["drop_labels"]) == (f"long-short={kappa}", "before")
         levels = "times=20,980" if name == "sd15" else "lognormal=0.693,1.6"
         assert found["sigma_schedule"] == found["fake_sigma_schedule"] == levels

@@ -7,6 +7,7 @@ import diffusers
 import torch
 import transformers
 from tiny import TINY_VAE
+from tokenizers.processors import TemplateProcessing
 
 from edm import text_encoders, zoo
 
@@ -158,6 +159,53 @@ def flux():
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     return diffusers.FluxPipeline(scheduler, vae(), clip(tokenizer), tokenizer, encoder_2, tokenizer_2, transformer)
+
+
+def gemma():
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+    tokenizer = transformers.GemmaTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, merges=[])
+    begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary.index("<bos>"))])
+    tokenizer.backend_tokenizer.post_processor = begin
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    config = transformers.Gemma2Config(
+        vocab_size=len(vocabulary), num_attention_heads=2, num_key_value_heads=1, query_pre_attn_scalar=8, **sizes
+    )
+    return tokenizer, seeded(lambda: transformers.Gemma2Model(config))
+
+
+DC_VAE = {  # an AutoencoderDC, whose images are twice as wide as its latents
+    **{f"{part}_block_types": ["ResBlock", "EfficientViTBlock"] for part in ("encoder", "decoder")},
+    **{f"{part}_block_out_channels": [4, 8] for part in ("encoder", "decoder")},
+    **{f"{part}_layers_per_block": [1, 1] for part in ("encoder", "decoder")},
+    **{f"{part}_qkv_multiscales": [[], [5]] for part in ("encoder", "decoder")},
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "scaling_factor": 0.41407,
+}
+
+
+def sana(timestep_scale=1.0):
+    tokenizer, encoder = gemma()
+    transformer = seeded(
+        lambda: diffusers.SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=SIZE,
+            timestep_scale=timestep_scale,
+        )
+    )
+    # The published pipelines' own.
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = diffusers.DPMSolverMultistepScheduler(**flow)
+    vae = seeded(lambda: diffusers.AutoencoderDC(**DC_VAE))
+    return diffusers.SanaPipeline(tokenizer, encoder, vae, transformer, scheduler)
 
 
 def save_all(root):

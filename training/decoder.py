@@ -27,8 +27,9 @@ class PixelDecoder:
 class LatentDecoder:
     """For networks that make the latents of a VAE, z = (raw - shift) scale, where the VAE itself knows raw latents.
 
-    vae: called as vae.decode(raw).sample and vae.encode(images).latent_dist, as AutoencoderKL of the diffusers library;
-         float32 images in [-1, 1]. It computes in float32: VAEs are known to overflow in half precision.
+    vae: called as vae.decode(raw).sample and vae.encode(images).latent_dist, as AutoencoderKL of the diffusers library,
+         or .latent, as AutoencoderDC, whose latents have no variance; float32 images in [-1, 1]. It computes in
+         float32: VAEs are known to overflow in half precision.
     scale, shift: one number, or one for each of the channels of a latent.
     """
 
@@ -63,9 +64,13 @@ class LatentDecoder:
         vae, parts = self.vae.to(images.device), []
         with torch.autocast(images.device.type, enabled=False):
             for part in PixelDecoder.from_images(images).split(DECODED_AT_ONCE):
-                raw = vae.encode(part).latent_dist
-                mean = (raw.mean - self._shift.to(raw.mean)) * self._scale.to(raw.mean)
-                parts.append(torch.stack([mean, raw.std * self._scale.abs().to(raw.mean)], dim=1))
+                encoded = vae.encode(part)
+                if hasattr(encoded, "latent_dist"):
+                    raw, std = encoded.latent_dist.mean, encoded.latent_dist.std
+                else:
+                    raw, std = encoded.latent, torch.zeros_like(encoded.latent)
+                mean = (raw - self._shift.to(raw)) * self._scale.to(raw)
+                parts.append(torch.stack([mean, std * self._scale.abs().to(raw)], dim=1))
         return torch.cat(parts)
 
 
