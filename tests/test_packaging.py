@@ -44,7 +44,8 @@ def run(installed, folder, *command):
 def test_it_holds_every_module_and_the_demo(installed):
     modules = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     modules |= {Path("sid_train.py"), Path("fid.py")}
-    modules |= {path.relative_to(ROOT) for path in (ROOT / "sid" / "report" / "static").iterdir()}
+    for folder in (ROOT / "sid" / "report" / "static", ROOT / "edm" / "site" / "static"):
+        modules |= {path.relative_to(ROOT) for path in folder.iterdir()}
     assert {path for path in modules if not (installed / path).is_file()} == set()
     for name in ("teacher.safetensors", "reference.npz", "detector.safetensors"):
         path = Path("assets", "fashion-mnist-16", name)

@@ -6,6 +6,7 @@ python -m edm.zoo verify
 python -m edm.zoo verify runs/00000-mine
 python -m edm.zoo inspect edm-cifar10-32x32-uncond-vp
 python -m edm.zoo convert edm-cifar10-32x32-uncond-vp teacher.safetensors
+python -m edm.zoo convert runs/00000-mine page --to=site
 python -m edm.zoo push runs/00000-mine owner/name
 """
 
@@ -19,7 +20,7 @@ import click
 from dnnlib import Group, UserError, user_path
 from dnnlib.download import cache_path, verify
 from dnnlib.util import printable
-from edm import diffusers_pipelines, lora_files, text_encoders
+from edm import diffusers_pipelines, lora_files, site, text_encoders
 from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, find
 from edm.zoo import load_denoiser, network_hash, resolve, save_network
@@ -103,25 +104,40 @@ def verify_command(names: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("destination")
-@click.option("--to", type=click.Choice(["diffusers", "lora"]), help="Write what the diffusers library reads")
+@click.option("--to", type=click.Choice(["diffusers", "lora", "site"]), help="Write a folder for another program")
 @click.option("--base", help="With --to=lora: the teacher that the generator was distilled from")
+@click.option("--runtime", help="With --to=site: folder of the npm package onnxruntime-web, which the site then holds")
+@click.option("--class-names", help="With --to=site: text file with the name of each class in its line")
 @classes_option
 @mirror_option
-def convert(source: str, destination: str, to: str | None, base: str | None, classes: str | None) -> None:
+def convert(
+    source: str,
+    destination: str,
+    to: str | None,
+    base: str | None,
+    runtime: str | None,
+    class_names: str | None,
+    classes: str | None,
+) -> None:
     """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
 
     DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), .onnx (to run elsewhere: a generator from noise to
     8-bit images; can't be loaded again), or without a suffix a folder with config.json. With --to=diffusers, a folder
     that the diffusers library opens with DiffusionPipeline.from_pretrained; for networks of its own classes. With
-    --to=lora, a folder for load_lora_weights, of a text-to-image generator distilled with --lora-rank.
+    --to=lora, a folder for load_lora_weights, of a text-to-image generator distilled with --lora-rank. With
+    --to=site, a folder with a web page that makes a generator's images in the browser.
     """
-    net: Any = load_denoiser(source, own_classes(classes))
     if (to == "lora") != (base is not None):
         raise UserError("--to=lora and --base=TEACHER go together: the file holds what is added to the teacher")
+    if to != "site" and (runtime, class_names) != (None, None):
+        raise UserError("--runtime, --class-names: are for --to=site; leave them out")
+    net: Any = load_denoiser(source, own_classes(classes))
     if base is not None:
         click.echo(lora_files.write(net, load_denoiser(base, own_classes(classes)), Path(destination)))
     elif to == "diffusers":
         click.echo(diffusers_pipelines.write(net, Path(destination)))
+    elif to == "site":
+        click.echo(site.write(net, source, destination, runtime, class_names))
     else:
         save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")
