@@ -86,7 +86,7 @@ class Muon(MomentumFreeAdam):
         share = (1 - momentum) * (1.0 if good is None else good)
         for average, gradient in zip(averages, gradients):
             average.lerp_(gradient, share)
-        return torch._foreach_lerp(gradients, averages, momentum)
+        return list(torch._foreach_lerp(gradients, averages, momentum))
 
 
 def split(net: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
