@@ -134,7 +134,7 @@ def _store_casts(net: DenoiserModule, dtype: torch.dtype, images: int, device: t
 class Fitting:
     """Which divisors of `images` (per process and update) fit into memory as --batch-gpu, by estimates of two of them.
 
-    limit: the most at once. Errors: UserError when --chunk doesn't divide `images`.
+    Errors: UserError when --chunk doesn't divide `images`.
     """
 
     def __init__(
@@ -143,27 +143,37 @@ class Fitting:
         config: DistillationConfig,
         images: int,
         device: torch.device,
-        guide: DenoiserModule | None,
-        limit: int,
+        guide: DenoiserModule | None = None,
     ):
         if config.chunk and images % config.chunk:
             raise UserError(f"--chunk={config.chunk} must divide the {images} images per process")
-        self._least = config.chunk or 1
-        self._divisors = [n for n in range(limit, 1, -1) if images % n == 0 and n % self._least == 0]
-        self._ends = {
-            n: estimate(teacher, config, n, guide, device)
-            for n in dict.fromkeys(self._divisors[-1:] + self._divisors[:1])
-        }
+        self._least, most = config.chunk or 1, min(images, GAN_BATCH if config.gan else images)
+        self._divisors = [n for n in range(most, 1, -1) if images % n == 0 and n % self._least == 0]
+        self._device = device
+        self._estimate = lambda n: estimate(teacher, config, n, guide, device)
+        self._ends = {n: self._estimate(n) for n in dict.fromkeys(self._divisors[-1:] + self._divisors[:1])}
 
-    def peak(self, n: int) -> float:
-        """GB that n images at once need."""
-        least, most = min(self._ends), max(self._ends)
-        return self._ends[least].between(self._ends[most], (n - least) / max(most - least, 1)).peak
+    def estimate(self, n: int) -> Estimate:
+        """What n images at once need."""
+        least, most = min(self._ends, default=0), max(self._ends, default=0)
+        if not least <= n <= most:
+            return self._estimate(n)
+        return self._ends[least].between(self._ends[most], (n - least) / max(most - least, 1))
 
-    def largest(self, free: float) -> tuple[int, float | None]:
-        """The most images that fit into `free` GB, at least --chunk, or 1, with their peak; None if nothing fits."""
-        found = (n for n in self._divisors if self.peak(n) < USABLE * free)
-        return next(((n, self.peak(n)) for n in found), (self._least, None))
+    def largest(self, free: float, limit: int | None = None) -> tuple[int, float | None]:
+        """The most images that fit into `free` GB, at least --chunk, or 1, with their peak; None if nothing fits.
+
+        limit: no more than these, whatever the memory.
+        """
+        peaks = ((n, self.estimate(n).peak) for n in self._divisors if limit is None or n <= limit)
+        return next(((n, peak) for n, peak in peaks if peak < USABLE * free), (self._least, None))
+
+    def largest_here(self) -> tuple[int, float | None]:
+        """As `largest`, of this device's free memory; no more than `CPU_BATCH` on a CPU."""
+        if self._device.type == "cuda":
+            return self.largest(torch.cuda.mem_get_info(self._device)[0] / GB)
+        free = psutil.virtual_memory().available / GB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return self.largest(free, CPU_BATCH if self._device.type == "cpu" else None)
 
 
 def fitting_batch_gpu(
@@ -178,12 +188,7 @@ def fitting_batch_gpu(
     At least --chunk, or 1. With it comes the estimate of the peak in GB; None if nothing fits.
     Errors: UserError when --chunk doesn't divide `images`.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / GB
-    else:
-        free = psutil.virtual_memory().available / GB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limit = min(images, CPU_BATCH if device.type == "cpu" else images, GAN_BATCH if config.gan else images)
-    return Fitting(teacher, config, images, device, guide, limit).largest(free)
+    return Fitting(teacher, config, images, device, guide).largest_here()
 
 
 def store_teacher(teacher: DenoiserModule, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager]) -> None:

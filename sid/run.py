@@ -351,9 +351,9 @@ def memory_estimate(
     """GB per process by purpose, at --batch-gpu or at the largest that fits; and the largest that fits GPUS."""
     config = resolve(config, teacher, device)
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
-    batch_gpu = config.batch_gpu or memory.fitting_batch_gpu(teacher, config, share, device, guide)[0]
-    found = memory.estimate(teacher, config, batch_gpu, guide, device).rounded()
-    fitting = memory.Fitting(teacher, config, share, device, guide, memory.GAN_BATCH if config.gan else share)
+    fitting = memory.Fitting(teacher, config, share, device, guide)
+    batch_gpu = config.batch_gpu or fitting.largest_here()[0]
+    found = fitting.estimate(batch_gpu).rounded()
     fits = {f"{size} GB": images for size in GPUS for images, peak in [fitting.largest(size)] if peak is not None}
     return {"batch_gpu": batch_gpu, **found, "batch_gpu_that_fits": fits}
 

@@ -96,13 +96,14 @@ def test_two_estimates_give_those_of_all_batches(mode, monkeypatch):
     exact = {n: memory.estimate(teacher, config, n).peak for n in divisors}
     asked, original = [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *args: asked.append(args[2]) or original(*args))
-    fitting = memory.Fitting(teacher, config, 24, CPU, None, limit=24)
+    fitting = memory.Fitting(teacher, config, 24, CPU)
     assert len(asked) == 2
     for n, peak in exact.items():
-        assert fitting.peak(n) == pytest.approx(peak)
+        assert fitting.estimate(n).peak == pytest.approx(peak, rel=1e-12)
         assert fitting.largest(peak * 1.0001 / memory.USABLE) == (n, pytest.approx(peak))
         assert fitting.largest(peak * 0.9999 / memory.USABLE) != (n, pytest.approx(peak))
     assert fitting.largest(0) == (config.chunk or 1, None)
+    assert fitting.largest(1e9, 8) == (8, pytest.approx(exact[8]))
 
 
 def test_the_largest_batch_that_fits(monkeypatch):
