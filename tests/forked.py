@@ -1,6 +1,7 @@
 """Scripts in processes of their own, forked from one that has loaded torch, so that they start at once."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -12,6 +13,8 @@ from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import IO, Any
 
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = {"dnnlib", "torch_utils", "training", "edm", "sid", "sid_train", "fid"}  # its modules
 _start_interpreter = util.spawnv_passfds
 
 
@@ -36,7 +39,7 @@ class Script(_LikePopen, multiprocessing.get_context("forkserver").Process):
     """`python` with these arguments (a script's, or -m and a module's), started.
 
     log: takes stdout and stderr, or is a terminal, which it then has for itself. cwd: as for Popen. env: variables to
-    add.
+    add. modules: the folder that this project's modules are loaded from, instead of those that are loaded already.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class Script(_LikePopen, multiprocessing.get_context("forkserver").Process):
         log: str | Path,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        modules: Path | None = None,
     ):
         texts = [str(argument) for argument in arguments]
-        super().__init__(target=_run, args=(texts, str(log), cwd and str(cwd), dict(env or {})))
+        super().__init__(target=_run, args=(texts, str(log), cwd and str(cwd), dict(env or {}), modules))
         self.start()
 
 
@@ -96,10 +100,10 @@ def _fork_server(_path: Any, arguments: Sequence[Any], passed: Sequence[int]) ->
         os._exit(0)
 
 
-def run(arguments: Sequence[str | Path], folder: Path, timeout_sec: float = 600) -> str:
-    """Runs a script in `folder`, which must succeed, and returns everything that it prints."""
+def run(arguments: Sequence[str | Path], folder: Path, timeout_sec: float = 600, **options: Any) -> str:
+    """Runs a script in `folder`, which must succeed, and returns everything that it prints; options: of `Script`."""
     log = folder / "forked.txt"
-    code = Script(arguments, log, folder).wait(timeout_sec)
+    code = Script(arguments, log, folder, **options).wait(timeout_sec)
     output = log.read_text(encoding="utf-8")
     log.unlink()
     assert code == 0, output
@@ -112,7 +116,7 @@ def launch(arguments: Sequence[str], log: Path, processes: int = 1, restarts: in
     return Script([*agent, *arguments], log)
 
 
-def _run(arguments: list[str], log: str, cwd: str | None, env: dict[str, str]) -> None:
+def _run(arguments: list[str], log: str, cwd: str | None, env: dict[str, str], modules: Path | None) -> None:
     is_terminal = Path(log).is_char_device()
     if is_terminal:
         os.setsid()  # the terminal that is opened first becomes this session's
@@ -124,7 +128,18 @@ def _run(arguments: list[str], log: str, cwd: str | None, env: dict[str, str]) -
     sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", closefd=False)
     os.environ.update(env)
     os.chdir(cwd or os.getcwd())
+    if modules:
+        _load_from(modules)
     _main(arguments)
+
+
+def _load_from(folder: Path) -> None:
+    """Forgets this project's modules and where they were found; from now on, they are found in `folder`."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in PROJECT]:
+        del sys.modules[name]
+    here = {ROOT, ROOT / "tests"}  # not .venv, which may be in this folder
+    sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() not in here)]
+    importlib.invalidate_caches()
 
 
 def _run_child(arguments: list[str], output: int, env: dict[str, str]) -> None:

@@ -104,8 +104,9 @@ def test_max_size_takes_a_seeded_subset(source):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_data_loader_workers(tmp_path, cache, context):
+    """They inherit the data set, or get it pickled, as spawned ones do."""
     data = ImageFolderDataset(archive(tmp_path / "a.zip", files()), use_labels=True, cache=cache)
     data[0]  # the zip is open here before the workers start
     workers = 2 if context == "fork" else 1

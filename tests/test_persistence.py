@@ -6,11 +6,9 @@ import io
 import pickle
 import random
 import struct
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -346,8 +344,8 @@ def _reconstruct_persistent_obj(meta):
 FOREIGN_USE = """
 import pathlib, pickle, sys
 import torch
-folder = pathlib.Path(sys.argv[1])
-sys.path[:] = [str(folder)] + [path for path in sys.path if path and pathlib.Path(path) != pathlib.Path(sys.argv[2])]
+folder = pathlib.Path.cwd()
+assert "training" not in sys.modules
 for path in sorted(folder.glob("*.pkl")):
     net = pickle.loads(path.read_bytes())["ema"]
     assert net.decorated_elsewhere and not net.training and net.model.decorated_elsewhere
@@ -370,11 +368,8 @@ def test_our_pickles_open_where_their_source_is_executed(tmp_path):
         x, sigma = torch.from_numpy(inputs["x"]), torch.from_numpy(inputs["sigma"])
         labels = torch.from_numpy(inputs["class_labels"]) if "class_labels" in inputs else None
         torch.save((x, sigma, labels, net(x, sigma, labels)), tmp_path / f"{path.stem}.pt")
-    root = str(Path(networks.__file__).parents[1])
-    command = [sys.executable, "-c", textwrap.dedent(FOREIGN_USE), str(tmp_path), root]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(EDM_FILES)
+    printed = forked.run(["-c", FOREIGN_USE], tmp_path, modules=tmp_path)
+    assert len(printed.splitlines()) == len(EDM_FILES)
 
 
 def test_embedded_source_holds_what_it_imports_from_its_package(tmp_path, monkeypatch):
