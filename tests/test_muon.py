@@ -6,7 +6,7 @@ from tiny import equal, save, tiny_distillation, weights
 
 from dnnlib import UserError
 from torch_utils.adam import MomentumFreeAdam
-from torch_utils.muon import VECTOR_RATE, Muon, orthogonalise, split
+from torch_utils.muon import DECAY, VECTOR_RATE, Muon, orthogonalise, split
 
 
 def conditioned(*shape):
@@ -112,12 +112,21 @@ def test_momentum_is_nesterovs_of_the_gradients_before_they_are_orthogonalised()
     torch.manual_seed(0)
     weight, first, second = torch.randn(3, 4, 6)
     [moved], _ = with_momentum([weight], [[first], [second]], 0.9)
-    average = 0.1 * first
-    [one] = step([weight], [first + 0.9 * (average - first)])[1]
-    average = average + 0.1 * (second - average)
-    [two] = step([one], [second + 0.9 * (average - second)])[1]
-    assert torch.allclose(moved, two, atol=1e-5)
+    expected, average = weight, torch.zeros(4, 6)
+    for gradient in (first, second):
+        average = average + 0.1 * (gradient - average)
+        [moved_alone] = step([weight], [gradient + 0.9 * (average - gradient)])[1]  # the size is the first weight's
+        expected = (1 - DECAY * 0.1) * expected + (moved_alone - weight)
+    assert torch.allclose(moved, expected, atol=1e-5)
     assert not torch.allclose(moved, with_momentum([weight], [[first], [second]], 0.0)[0][0], atol=1e-2)
+
+
+def test_with_momentum_weights_stay_of_one_size():
+    """However long the gradients agree; without, they grow exponentially."""
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(2, 8, 8)
+    [moved], _ = with_momentum([weight], [[gradient]] * 300, 0.9)
+    assert moved.norm() < 12 * weight.norm() < with_momentum([weight], [[gradient]] * 300, 0.0)[0][0].norm()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta-like"])

@@ -9,6 +9,7 @@ import torch
 from .adam import MomentumFreeAdam
 
 ORTHOGONAL = "orthogonal"  # a group's entry: whether it holds the matrices
+DECAY = 0.1  # of matrices, with momentum
 VECTOR_RATE = 0.04  # Adam's learning rate for biases and gains, as a fraction of the matrices' rate
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial that Muon iterates
 ITERATIONS = 5
@@ -27,7 +28,9 @@ class Muon(MomentumFreeAdam):
     measured here up to 64 channels only) and all scales at which networks keep their weights.
 
     vectors: biases, gains and tables of embeddings, which Adam updates at VECTOR_RATE times the rate.
-    momentum: 0 for SiD, where matrices need no state; 0.95 is usual elsewhere (Nesterov's, of one tensor per matrix).
+    momentum: 0 for SiD, where matrices need no state; 0.95 (Nesterov's, a tensor per matrix) for training teachers.
+    These take many more updates, whose gradients agree, and at sizes relative to W the weights would grow
+    exponentially: with momentum sizes are relative to the first W, and weights decay at DECAY times the rate.
     The other arguments are those of `MomentumFreeAdam`.
     """
 
@@ -63,30 +66,43 @@ class Muon(MomentumFreeAdam):
         if not group[ORTHOGONAL]:
             super()._step(group, weights, gradients, draws, good)
             return
-        if momentum := group.get("momentum"):  # states of old runs have none
+        momentum = group.get("momentum")  # states of old runs have none
+        sizes = [usual_size(weight) for weight in weights] if not momentum else self._first_sizes(weights)
+        if momentum:
             gradients = self._averaged(momentum, weights, gradients, good)
+        share = 1.0 if good is None else good
         alike: dict[torch.Size, list[int]] = {}
         for i, gradient in enumerate(gradients):
             alike.setdefault(gradient.flatten(1).shape, []).append(i)
-        for (rows, columns), members in alike.items():  # in one batch each
+        for (rows, _), members in alike.items():  # in one batch each
             updates = orthogonalise(torch.stack([gradients[i].flatten(1).to(torch.float32) for i in members]))
             for i, update in zip(members, updates):
-                rms = weights[i].square().mean(dtype=torch.float32).sqrt().clamp(min=columns**-0.5)
-                size = group["lr"] * math.sqrt(rows) * rms * (1.0 if good is None else good)
+                if momentum:
+                    weights[i].mul_(1 - DECAY * group["lr"] * share)
+                size = group["lr"] * math.sqrt(rows) * sizes[i] * share
                 weights[i].sub_((size * update).view_as(weights[i]))
+
+    def _first_sizes(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`usual_size` of the weights before their first update, which begins their state."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight] = {"momentum_buffer": torch.zeros_like(weight), "size": usual_size(weight)}
+        return [self.state[weight]["size"] for weight in weights]
 
     def _averaged(
         self, momentum: float, weights: list[torch.Tensor], gradients: list[torch.Tensor], good: torch.Tensor | None
     ) -> list[torch.Tensor]:
         """The gradients' moving averages, one step ahead; those in the state change by `good` gradients only."""
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
         averages = [self.state[weight]["momentum_buffer"] for weight in weights]
         share = (1 - momentum) * (1.0 if good is None else good)
         for average, gradient in zip(averages, gradients):
             average.lerp_(gradient, share)
         return list(torch._foreach_lerp(gradients, averages, momentum))
+
+
+def usual_size(weight: torch.Tensor) -> torch.Tensor:
+    """rms(W) or, where it is smaller, that of a random start, of a matrix or a kernel: a scalar."""
+    return weight.square().mean(dtype=torch.float32).sqrt().clamp(min=weight[0].numel() ** -0.5)
 
 
 def split(net: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
