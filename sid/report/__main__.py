@@ -14,11 +14,17 @@ from sid.monitor.records import OPTIONS_FILE, read_run_options
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True))
 @click.option("--page-only", is_flag=True, help="Write the page from what is recorded, without drawing new samples")
+@click.option("--video", help="New .webp, .gif or .png file for an animation of the pictures of all snapshots")
 @click.option("--serve", "serves", is_flag=True, help="Show all runs in the folder RUN on a local page")
 @click.option("--port", type=WholeRange(0, 65535), default=8000, show_default=True, help="With --serve; 0: any")
 @classes_option
-def main(run: str, page_only: bool, serves: bool, port: int, classes: str | None) -> None:
+def main(run: str, page_only: bool, video: str | None, serves: bool, port: int, classes: str | None) -> None:
     """Summarise the distillation in the folder RUN: a page (index.html), a table of FID and a picture."""
+    from sid.report.video import check_place, write_video
+
+    if serves and video is not None:
+        raise UserError("--video: is of one run, and --serve shows many; leave one out")
+    animation = None if video is None else check_place(video)
     if serves:
         from sid.report.serve import serve
 
@@ -32,6 +38,8 @@ def main(run: str, page_only: bool, serves: bool, port: int, classes: str | None
         if not page_only:
             summarise_and_compare(run_dir, options, own)
         print(f"Page:      {write_page(run_dir)}")
+        if animation is not None:
+            print(f"Video:     {animation}  ({write_video(run_dir, animation)} pictures)")
 
 
 def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str, Any]) -> None:

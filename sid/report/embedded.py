@@ -52,7 +52,7 @@ class PictureCache:
 
     def frames(self) -> list[Frame]:
         """The generator's pictures, oldest first; of many, every second, fourth, … and the last."""
-        names = _frame_names(self._run_dir)
+        names = frame_names(self._run_dir)
         stride = 1
         while len(names[::stride]) > MAX_FRAMES:  # a power of two, so that a growing run keeps those it has
             stride *= 2
@@ -70,38 +70,58 @@ class PictureCache:
         """
         path = self._run_dir / name
         try:
-            if self._run_dir.resolve() not in path.resolve().parents:
+            if not is_inside(self._run_dir, name):
                 return None
             status = path.stat()
             key = (name, status.st_mtime_ns, status.st_size, limit)
             if key not in self._known:
                 self._known[key] = _read(path, limit, is_grid)
             return self._known[key]
-        except (OSError, RuntimeError):  # the latter of links that lead in a circle
+        except OSError:
             return None
 
 
-def _frame_names(run_dir: Path) -> list[tuple[float, str]]:
+def is_inside(run_dir: Path, name: str) -> bool:
+    """Whether a file is in the run's folder itself, and no link leads out of it."""
+    try:
+        return run_dir.resolve() in (run_dir / name).resolve().parents
+    except (OSError, RuntimeError):  # the latter of links that lead in a circle
+        return False
+
+
+def frame_names(run_dir: Path) -> list[tuple[float, str]]:
     """(kimg, file name), oldest first."""
     matches = [re.fullmatch(FRAME, path.name) for path in run_dir.iterdir()] if run_dir.is_dir() else []
     return sorted((int(m[1] or 0) + int(m[2] or 0) / 1000, m[0]) for m in matches if m)
 
 
-def _read(path: Path, limit: int, is_grid: bool) -> Embedded | None:
+def open_picture(path: Path) -> PIL.Image.Image | None:
+    """A run's PNG file in grey (mode L) or colour (RGB); None if it is large or holds no picture."""
     try:
         with open_plain(path, MAX_FILE_BYTES) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with PIL.Image.open(file, formats=["PNG"]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return None
-                picture = image.convert("L" if image.mode in ("1", "L") else "RGB")
+                return image.convert("L" if image.mode in ("1", "L") else "RGB")
     except Exception:  # Pillow raises errors of many kinds for what isn't a picture
         return None
-    columns = GRID_COLUMNS if is_grid else 0
-    if is_grid and picture.width > MAX_WIDTH and picture.width % GRID_COLUMNS == 0:
-        cell = picture.width // GRID_COLUMNS
-        columns = max(LEAST_COLUMNS, MAX_WIDTH // cell)
-        picture = picture.crop((0, 0, columns * cell, min(picture.height, columns // 2 * cell)))
+
+
+def first_columns(grid: PIL.Image.Image) -> tuple[PIL.Image.Image, int]:
+    """(a grid of GRID_COLUMNS columns, cut to as many as fit into MAX_WIDTH, their number)."""
+    if grid.width <= MAX_WIDTH or grid.width % GRID_COLUMNS:
+        return grid, GRID_COLUMNS
+    cell = grid.width // GRID_COLUMNS
+    columns = max(LEAST_COLUMNS, MAX_WIDTH // cell)
+    return grid.crop((0, 0, columns * cell, min(grid.height, columns // 2 * cell))), columns
+
+
+def _read(path: Path, limit: int, is_grid: bool) -> Embedded | None:
+    picture = open_picture(path)
+    if picture is None:
+        return None
+    picture, columns = first_columns(picture) if is_grid else (picture, 0)
     if picture.width > MAX_WIDTH or picture.height > 2 * MAX_WIDTH:
         picture.thumbnail((MAX_WIDTH, 2 * MAX_WIDTH), PIL.Image.Resampling.LANCZOS)
     hopeful = path.stat().st_size < HOPEFUL * limit

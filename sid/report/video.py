@@ -1,0 +1,80 @@
+"""The pictures of a run over time as an animated image: what equal seeds look like while the generator learns."""
+
+from pathlib import Path
+
+import PIL.features
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from dnnlib import UserError, user_path, write_atomically
+
+from .embedded import first_columns, frame_names, is_inside, open_picture
+
+FORMATS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}
+MAX_FRAMES = 150
+WIDTH = 512  # up to which pictures are enlarged, by a whole factor
+WHOLE_MS, LAST_MS = 8000, 2000  # of the animation, and of its last frame in addition
+LEAST_MS, MOST_MS = 60, 600  # of a frame
+FOOT, MARGIN = 28, 8  # pixels: the line below the picture, and the space around what stands in it
+FONT_SIZE = 14
+GROUND, TEXT, TRACK, BAR = "#181c22", "#e3e8ee", "#343b44", "#58b0ea"  # the colours of the run's page
+
+
+def check_place(destination: str) -> Path:
+    """Where a video will be. Errors: UserError naming --video when it can't be written there, or in that format."""
+    path = user_path(destination)
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--video={destination}: name a file that ends in {', '.join(FORMATS)}")
+    if path.suffix.lower() == ".webp" and not PIL.features.check("webp"):
+        raise UserError(f"--video={destination}: this Pillow can't write WebP; name a .gif or .png file")
+    if path.exists() or not path.absolute().parent.is_dir():
+        raise UserError(f"--video={destination} exists already or its folder doesn't; name a new file in a folder")
+    return path
+
+
+def write_video(run_dir: Path, path: Path) -> int:
+    """Writes the pictures of a run's snapshots, oldest first, as an animation that repeats; returns how many.
+
+    Below each stands how many thousands of images the generator had seen. Of more than MAX_FRAMES, every second, third,
+    … and the last are taken.
+    Errors: UserError when there are fewer than two, or `path` can't be written.
+    """
+    names = [(kimg, name) for kimg, name in frame_names(run_dir) if is_inside(run_dir, name)]
+    stride = -(-len(names) // MAX_FRAMES) or 1
+    chosen = names[::-stride][::-1]
+    found = [(kimg, open_picture(run_dir / name)) for kimg, name in chosen]
+    shown = [(kimg, first_columns(picture)[0]) for kimg, picture in found if picture is not None]
+    shown = [(kimg, picture) for kimg, picture in shown if picture.size == shown[-1][1].size]
+    if len(shown) < 2:
+        raise UserError(
+            f"--video: {run_dir} holds too few pictures (fakes_*.png), since a video needs two; wait for a snapshot"
+        )
+    frames = [_frame(picture, kimg, shown[-1][0]) for kimg, picture in shown]
+    each = min(max(WHOLE_MS // len(frames), LEAST_MS), MOST_MS)
+    durations = [each] * (len(frames) - 1) + [each + LAST_MS]
+    kind = FORMATS[path.suffix.lower()]
+    options = {"quality": 85, "method": 4} if kind == "WEBP" else {}
+    try:
+        with write_atomically(path) as file:
+            animation = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+            frames[0].save(file, format=kind, **animation, **options)
+    except OSError as error:
+        raise UserError(f"--video={path} can't be written ({error.strerror or error}); choose another place") from None
+    return len(frames)
+
+
+def _frame(picture: PIL.Image.Image, kimg: float, last: float) -> PIL.Image.Image:
+    """A picture, enlarged if it is small, above a line with the time in images and how far that is."""
+    zoom = max(1, WIDTH // picture.width)
+    width, height = zoom * picture.width, zoom * picture.height
+    frame = PIL.Image.new("RGB", (width, height + FOOT), GROUND)
+    frame.paste(picture.resize((width, height), PIL.Image.Resampling.NEAREST), (0, 0))
+    draw, font = PIL.ImageDraw.Draw(frame), PIL.ImageFont.load_default(FONT_SIZE)
+    middle = height + FOOT // 2
+    draw.text((MARGIN, middle), f"{kimg:g} kimg", TEXT, font, anchor="lm")
+    left = 2 * MARGIN + int(draw.textlength(f"{last:g}.000 kimg", font))
+    draw.rectangle((left, middle - 2, width - MARGIN, middle + 1), TRACK)
+    if kimg:
+        draw.rectangle((left, middle - 2, left + (width - MARGIN - left) * kimg / last, middle + 1), BAR)
+    return frame
