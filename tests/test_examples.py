@@ -32,7 +32,7 @@ def test_own_denoiser(tmp_path):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
-def test_a_teacher_of_the_diffusers_library(prediction, tmp_path):
+def test_a_teacher_of_the_diffusers_library(prediction, tmp_path, monkeypatch, capsys):
     pytest.importorskip("diffusers")
     (tmp_path / "images").mkdir()
     for i in range(4):
@@ -41,7 +41,10 @@ def test_a_teacher_of_the_diffusers_library(prediction, tmp_path):
     (tmp_path / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
     classes = ["--classes"] if prediction == "flow" else []
     options = [*classes, "--data=images", f"--prediction={prediction}", "--kimg=0.128", "--width=8", "--out=TEACHER"]
-    assert "2 steps of 64" in run(tmp_path, "diffusers_teacher.py", *options)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["diffusers_teacher.py", *options])
+    load("diffusers_teacher").main()  # here, where the library is loaded once
+    assert "2 steps of 64" in capsys.readouterr().out
     net = zoo.load_denoiser(tmp_path / "TEACHER")
     assert net.prediction == prediction.removesuffix("_prediction")
     assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 1, 2 if classes else 0)

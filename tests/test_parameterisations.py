@@ -232,7 +232,7 @@ def test_noise_levels_at_uniform_times(times):
     levels = schedule.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
     below = torch.stack([(drawn.flatten() <= level).double().mean() for level in levels])
     assert (below - torch.tensor([0.1, 0.5, 0.9])).abs().max() < 0.012
-    edges = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    edges = torch.linspace(-9, 9, 40_001, dtype=torch.float64)
     density = schedule.density(edges.exp())
     assert abs(torch.trapezoid(density, edges).item() - 1) < 2e-3
     inside = density[(edges > levels[0].log()) & (edges < levels[2].log())].sum() * (edges[1] - edges[0])

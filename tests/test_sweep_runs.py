@@ -21,8 +21,9 @@ from sid.sweep.plan import load_plan
 # --- runs that fail, with a stand-in for the training
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, processes):
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    """The plan of two runs and their folder; a stand-in for the training, which fails."""
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys, time\n"
@@ -35,10 +36,13 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, pr
     )
     monkeypatch.setattr(runner, "PROGRAM", [str(program)])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    path, out = write(tmp_path, TWO.replace("[0, 1]", "[0]")), tmp_path / "out"
-    command = [path, f"--outdir={out}", f"--nproc={processes}"]
-    for attempt in range(3 - processes):
-        result = CliRunner().invoke(sweep.main, command)
+    return write(tmp_path, TWO.replace("[0, 1]", "[0]")), tmp_path / "out"
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(failing):
+    path, out = failing
+    for attempt in range(2):
+        result = CliRunner().invoke(sweep.main, [path, f"--outdir={out}"])
         assert result.exit_code == 1, result.output
         lines = result.output.splitlines()
         if not attempt:
@@ -49,13 +53,24 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, pr
         assert f"[2/2] two-seed0: {'goes on' if attempt else 'starts'}" in result.output
         assert "[2/2] two-seed0: failed (exit code 1): " in result.output
     assert (out / "one-seed0" / "starts").read_text() == "x"  # it would diverge again
-    assert (out / "two-seed0" / "starts").read_text() == "x" * (3 - processes)
+    assert (out / "two-seed0" / "starts").read_text() == "xx"
     assert "working 1" in (out / "one-seed0" / "console.txt").read_text()
     first, second = (json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines())
     failure = {"exit_code": 3, "message": "theta diverged"}
     common = load_plan(path).runs[0].common
     assert first == {"setting": "one", "options": {}, "common": common, "seed": 0, "failure": failure}
     assert second["failure"]["exit_code"] == 1
+
+
+def test_a_failed_run_of_two_processes_is_recorded(failing):
+    path, out = failing
+    result = CliRunner().invoke(sweep.main, [path, f"--outdir={out}", "--nproc=2", "--only=one"])
+    assert result.exit_code == 1, result.output
+    assert result.output.splitlines()[1] == "[1/1] one-seed0: diverged (exit code 3): theta diverged"
+    assert (out / "one-seed0" / "starts").read_text() == "x"
+    assert "working 1" in (out / "one-seed0" / "console.txt").read_text()
+    record = json.loads((out / "sweep.jsonl").read_text())
+    assert record["failure"] == {"exit_code": 3, "message": "theta diverged"}
 
 
 def test_a_run_whose_source_failed_is_not_started(tmp_path, monkeypatch):

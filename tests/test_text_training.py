@@ -247,7 +247,8 @@ def test_a_text_to_image_teacher_of_our_own(tmp_path, monkeypatch):
     example = importlib.import_module("text_teacher")
     monkeypatch.setattr(example, "BATCH", 2)
     monkeypatch.setattr(example, "VAE_BATCH", 2)
-    sizes = ["--vae-kimg=0.002", "--kimg=0.002", "--width=8"]
+    monkeypatch.setattr(example, "DEMO_PICTURES", ["hot dog", "red apple"])
+    sizes = ["--pictures=demo", "--vae-kimg=0.002", "--kimg=0.002", "--width=8"]
     monkeypatch.setattr("sys.argv", ["text_teacher.py", f"--out={tmp_path}/teacher", *sizes])
     example.main()
     net = teacher_of(tmp_path / "teacher", text_encoders.read_prompts(tmp_path / "teacher/prompts.txt")[:2])
