@@ -10,7 +10,7 @@ The library's pipelines compute the same with other numbers:
     DiTPipeline (DDIM), v                          z           z                        sqrt(A) z - sqrt(1 - A) F
 
 What differs goes into the weights: the input's factor into the first layer, the output's into the last, and the time,
-which is a whole number in pipelines, into the bias of the time embedding.
+which is a whole number in pipelines, into the bias of the time embedding. `edm.text_pipelines` has those from prompts.
 """
 
 import copy
@@ -27,20 +27,17 @@ from training.dit import EPS, DiTDenoiser, time_features
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
 from training.steps import Steps
 
-from . import latents, network_files, text_encoders
+from . import latents, network_files
 from .diffusers_folder import library, read_config
 from .diffusers_models import MODELS, DiffusersDenoiser, scheduler_of
 from .diffusers_reader import PIPELINE_ONLY
 from .network_files import CONFIG_FILE
+from .one_step import ADVICE, NAMED, OneStep, ending_at, refuse_whole_times, set_time
 from .text_models import TEXT_MODELS, TextDenoiser
+from .text_pipelines import pipeline_of_prompts
 
-NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
-MOST_STEPS = 1000  # that a text-to-image pipeline may be asked for
-LEAST_BETA = 2.0**-23  # the least noise in float32: sigma 3e-4
-GUIDANCE_FEATURES = 8  # width of the embedded guidance scale, which the model receives and ignores
 SHORTEST = 3  # times of a schedule of which only the last is used; fewer aren't read here again
 MIN_DISTANCE = 1e-3  # of p from 1, where DDIM's schedules have no noise
-ADVICE = "save it as .safetensors"
 
 
 def write(net: Any, path: Path) -> str:
@@ -57,7 +54,7 @@ def write(net: Any, path: Path) -> str:
         )
     metadata, vae = net.metadata, _vae(net)
     steps = Steps.of(net)
-    if steps is not None and len(steps) > 1:
+    if steps is not None and len(steps) > 1 and not isinstance(net, TextDenoiser):
         raise UserError(f"--to=diffusers: the library has no pipeline for a generator of {len(steps)} steps; {ADVICE}")
     level = None if steps is None else steps.levels[0]
     part = "transformer" if type(net) is DiTDenoiser else {**MODELS, **TEXT_MODELS}[type(net.net).__name__]
@@ -67,10 +64,11 @@ def write(net: Any, path: Path) -> str:
         ("transformer", True): _pipeline_of_transformer,
     }.get((part, vae is not None))
     if isinstance(net, TextDenoiser):
-        make = _pipeline_of_prompts
-    if make is None:
+        changes, (pipeline, call) = {PIPELINE_ONLY: True}, pipeline_of_prompts(net, steps, vae)
+    elif make is None:
         raise UserError(f"--to=diffusers: DiTPipeline, the library's only one for a DiT, needs a VAE; {ADVICE}")
-    pipeline, call, changes = make(net, level, vae)
+    else:
+        pipeline, call, changes = make(net, level, vae)
     with network_files.new_folder(path) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         config = read_config(folder / part / CONFIG_FILE)
@@ -87,29 +85,16 @@ def _vae(net: Any) -> Any:
         return None
     record, vae = net.metadata["vae"], copy.deepcopy(decoder.vae).cpu()
     scales, shifts = (record[key] if isinstance(record[key], list) else [record[key]] for key in ("scale", "shift"))
-    if any(shifts) or len(set(scales)) > 1:
+    takes_shift = isinstance(net, TextDenoiser) and net.times.is_flow
+    if (any(shifts) and not takes_shift) or len({*scales}) > 1 or len({*shifts}) > 1:
         raise UserError(
-            "--to=diffusers: the library's pipelines have one scale for all channels of latents and no shift, and this"
-            f" network has others; {ADVICE}"
+            "--to=diffusers: this pipeline of the library has one scale for all channels of latents and"
+            f" {'one' if takes_shift else 'no'} shift, and this network has others; {ADVICE}"
         )
-    vae.register_to_config(scaling_factor=scales[0], shift_factor=None, latents_mean=None, latents_std=None)
+    values = {"scaling_factor": scales[0], "shift_factor": float(shifts[0]) if takes_shift else None}
+    values |= {"latents_mean": None, "latents_std": None}
+    vae.register_to_config(**{name: value for name, value in values.items() if name in vae.config})
     return vae
-
-
-class OneStep:
-    """The numbers of p z - q F(b z, t), which a wrapped network answers for sigma z at noise level sigma."""
-
-    def __init__(self, net: WrappedDenoiser, sigma: float):
-        level = torch.tensor(sigma, dtype=torch.float64)
-        a, self.b = (value.item() for value in net.times.scales(level))
-        self.t = net.times.time(level[None])[0].item()
-        sign = -1 if net.times.is_reversed else 1
-        self.p, self.q = {
-            "epsilon": (sigma, self.b / a),
-            "v": (a * self.b, self.b),
-            "flow": (self.b, sign * self.b),
-            "x0": (0.0, -1.0),
-        }[net.prediction]
 
 
 def _pipeline_of_images(net: DiffusersDenoiser, level: float | None, _vae: None) -> tuple[Any, str, dict[str, Any]]:
@@ -158,34 +143,6 @@ def _pipeline_of_transformer(net: WrappedDenoiser, level: float | None, vae: Any
     return pipelines.DiTPipeline(copy.deepcopy(net.net), vae, scheduler), call, {}
 
 
-def _pipeline_of_prompts(net: Any, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
-    """The pipeline of a generator, which makes the same images with the pipeline's default arguments as in one step.
-
-    Its schedule has hardly any noise at all times but the last, so that further steps change nothing, and its model
-    takes the guidance scale as a condition, as those of latent consistency models do, and ignores it.
-    """
-    encoders = text_encoders.TextEncoder(text_encoders.checked_record(net.metadata.get("text"), "the network"))
-    kind = encoders.kind
-    if level is None or not kind.startswith("StableDiffusion") or kind == "StableDiffusion3Pipeline":
-        raise UserError(
-            f"--to=diffusers: of text-to-image, only generators distilled from Stable Diffusion 1, 2 and XL can become"
-            f" pipelines; {ADVICE}"
-        )
-    _refuse_whole_times(net)
-    step = OneStep(net, level)
-    last = max(MOST_STEPS, math.ceil(step.t))
-    config = {**net.net.config, "time_cond_proj_dim": GUIDANCE_FEATURES}
-    model = type(net.net).from_config(config)
-    missing = model.load_state_dict(net.net.state_dict(), strict=False).missing_keys
-    for name in missing:
-        model.get_parameter(name).data.zero_()
-    _set_time(model, step.t, last)
-    scheduler = one_step_scheduler(net, last, level)
-    parts = {**encoders.pipeline.components, "vae": vae, "unet": model.eval(), "scheduler": scheduler}
-    pipeline = getattr(library(), kind)(**parts, **encoders.settings)
-    return pipeline, 'prompt="...", num_inference_steps=1', {PIPELINE_ONLY: True}
-
-
 def _refuse_flow(net: WrappedDenoiser, pipeline: str) -> None:
     if not isinstance(net.times, DiscreteTimes):
         raise UserError(f"--to=diffusers: the library's {pipeline} can't run a scheduler of flows; {ADVICE}")
@@ -200,7 +157,7 @@ def _euler_step(net: DiffusersDenoiser, level: float) -> tuple[Any, Any, dict[st
     s is the generator's own level, and the schedule up to it that of its teacher. A flow becomes a prediction of the
     noise at s = b, which has the same result.
     """
-    _refuse_whole_times(net)
+    refuse_whole_times(net)
     step, model, prediction = OneStep(net, level), _without_variance(net), net.prediction
     if isinstance(net.times, DiscreteTimes):
         start, last = level, max(SHORTEST - 1, math.ceil(step.t))
@@ -209,8 +166,8 @@ def _euler_step(net: DiffusersDenoiser, level: float) -> tuple[Any, Any, dict[st
         start, last, prediction = step.p, SHORTEST - 1, "epsilon"
         betas = _rising_betas(start, last)
         _scale_input(model, math.sqrt(1 + start**2))
-    _set_time(model, step.t, last)
-    arguments = _ending_at(betas, 1 / (1 + start**2))
+    set_time(model, step.t, last)
+    arguments = ending_at(betas, 1 / (1 + start**2))
     scheduler = library().EulerDiscreteScheduler(
         **arguments, prediction_type=NAMED[prediction], timestep_spacing="trailing"
     )
@@ -219,7 +176,7 @@ def _euler_step(net: DiffusersDenoiser, level: float) -> tuple[Any, Any, dict[st
 
 def _ddim_step(net: WrappedDenoiser, level: float) -> tuple[Any, Any]:
     """(model, scheduler) for one step of DDIM that starts at plain noise."""
-    _refuse_whole_times(net)
+    refuse_whole_times(net)
     step, last = OneStep(net, level), SHORTEST - 1
     model: Any = transformer_of_library(net) if isinstance(net, DiTDenoiser) else copy.deepcopy(net.net)
     if net.prediction == "x0":
@@ -235,17 +192,12 @@ def _ddim_step(net: WrappedDenoiser, level: float) -> tuple[Any, Any]:
     _scale_input(model, step.b)
     for parameter in model.proj_out_2.parameters():
         parameter.data *= output
-    _set_time(model, step.t, last, time_features if isinstance(net, DiTDenoiser) else None)
-    arguments = _ending_at(_rising_betas(math.sqrt(1 / signal - 1), last), signal)
+    set_time(model, step.t, last, time_features if isinstance(net, DiTDenoiser) else None)
+    arguments = ending_at(_rising_betas(math.sqrt(1 / signal - 1), last), signal)
     scheduler = library().DDIMScheduler(
         **arguments, prediction_type=named, timestep_spacing="trailing", clip_sample=False
     )
     return model, scheduler
-
-
-def _refuse_whole_times(net: WrappedDenoiser) -> None:
-    if isinstance(net.times, DiscreteTimes) and net.times.nearest:
-        raise UserError(f"--to=diffusers: the pipelines call a model at times that aren't whole; {ADVICE}")
 
 
 def _scale_input(model: Any, factor: float) -> None:
@@ -257,43 +209,10 @@ def _scale_input(model: Any, factor: float) -> None:
     first.weight.data *= factor
 
 
-def _set_time(model: Any, time: float, called: int, features_of_time: Any = None) -> None:
-    """Makes a model that is called at one time answer what it answers at another.
-
-    features_of_time: of the time that it should answer for, if they aren't the model's own.
-    """
-    if hasattr(model, "time_embedding"):
-        embeddings = [(model.time_proj, model.time_embedding.linear_1)]
-    else:
-        parts = [block.norm1.emb for block in model.transformer_blocks]
-        embeddings = [(part.time_proj, part.timestep_embedder.linear_1) for part in parts]
-    for features, first in embeddings:
-        wanted = (features_of_time or features)(torch.tensor([time], dtype=torch.float32))
-        difference = wanted - features(torch.tensor([float(called)]))
-        first.bias.data += first.weight.data @ difference[0]
-
-
 def _rising_betas(sigma: float, number: int) -> torch.Tensor:
     """The betas of so many noise levels on the way to `sigma`, evenly spaced, float32."""
     signal = 1 / (1 + torch.linspace(0, sigma, number + 2, dtype=torch.float64)[:-1] ** 2)
     return (1 - signal[1:] / signal[:-1]).float()
-
-
-def one_step_scheduler(net: WrappedDenoiser, last: int, sigma: float) -> Any:
-    """An Euler scheduler with hardly any noise before its last time, and with noise level `sigma` there."""
-    return library().EulerDiscreteScheduler(
-        **_ending_at(torch.tensor([LEAST_BETA] + [0.0] * (last - 1)), 1 / (1 + sigma**2)),
-        prediction_type=NAMED[net.prediction],
-        timestep_spacing="trailing",
-        steps_offset=1,  # without effect; Stable Diffusion's pipelines warn of any other
-    )
-
-
-def _ending_at(betas: torch.Tensor, signal: float) -> dict[str, Any]:
-    """Arguments of a scheduler with these betas and one more, after which alphas_cumprod is `signal`."""
-    before = (1 - betas).cumprod(dim=0)[-1].double().item()  # in float32, as the scheduler
-    trained_betas = [*betas.tolist(), 1 - signal / before]
-    return {"trained_betas": trained_betas, "num_train_timesteps": len(trained_betas)}
 
 
 # --- the published DiT and SiT as the library's class

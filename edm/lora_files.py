@@ -1,7 +1,7 @@
 """LoRA files of the diffusers library: the difference of a text-to-image generator from its teacher.
 
 The pipeline of the teacher makes the generator's images when it has loaded the file by `load_lora_weights` and calls
-its model once, at the time at which the generator starts.
+its model at the times of the generator's steps.
 """
 
 import math
@@ -12,23 +12,25 @@ import torch
 from safetensors.torch import save_file
 
 from dnnlib import UserError
-from training.parameterisations import DiscreteTimes
+from training.parameterisations import FlowTimes
 from training.steps import Steps
 
 from . import network_files
-from .diffusers_pipelines import OneStep, one_step_scheduler
+from .one_step import OneStep, one_step_scheduler
 from .text_models import TEXT_MODELS, TextDenoiser
+from .text_pipelines import LATEST, WHOLE, flow_call, flow_scheduler
 
 FILE = "pytorch_lora_weights.safetensors"  # that the library looks for in a folder
 MAX_RESIDUAL = 1e-3  # of what the factors leave of a matrix's change, relative to the change
-WHOLE = 0.01  # how near a whole time the start must be
 OVERSAMPLED, POWER_ITERATIONS = 8, 4  # of the randomised decomposition
 
 
 def write(net: Any, base: Any, path: Path) -> str:
     """Writes the LoRA file of a generator, and the scheduler that it is run with, in a new folder.
 
-    net: a one-step generator that was distilled with --lora-rank and --lora-vectors=0. base: its teacher.
+    net: a generator of one step, or of several if it is of a flow, that was distilled with --lora-rank and
+         --lora-vectors=0.
+    base: its teacher.
     Returns how to call the pipeline from Python.
     Errors: UserError when the generator differs from its teacher by more than updates of low rank.
     """
@@ -36,17 +38,10 @@ def write(net: Any, base: Any, path: Path) -> str:
     if not isinstance(net, TextDenoiser) or type(net.net) is not type(getattr(base, "net", None)):
         raise UserError("--to=lora: is for generators and teachers of the library's text-to-image models")
     steps, rank = Steps.of(net), metadata.get("lora_rank")
-    if steps is None or len(steps) > 1 or not rank:
+    is_flow = isinstance(net.times, FlowTimes)
+    if steps is None or (len(steps) > 1 and not is_flow) or not rank:
         raise UserError("--to=lora: is for generators of one step that were distilled with --lora-rank")
-    if not isinstance(net.times, DiscreteTimes):
-        raise UserError("--to=lora: the pipelines of flows have no scheduler that starts where the generator does")
-    step = OneStep(net, steps.levels[0])
-    if abs(step.t - round(step.t)) > WHOLE:
-        level = net.times.sigma(torch.tensor([float(round(step.t))], dtype=torch.float64)).item()
-        raise UserError(
-            f"--to=lora: the generator starts at time {step.t:.4g}, and the library at whole times only; distil with"
-            f" --init_sigma={level:.8g}"
-        )
+    scheduler = _flow_scheduler(net, steps) if is_flow else _scheduler(net, steps.levels[0])
     part, factors = TEXT_MODELS[type(net.net).__name__], {}
     theirs = base.net.state_dict()
     for name, weight in net.net.state_dict().items():
@@ -62,15 +57,37 @@ def write(net: Any, base: Any, path: Path) -> str:
             factors[f"{part}.{module}.lora_A.weight"], factors[f"{part}.{module}.lora_B.weight"] = a, b
     if not factors:
         raise UserError("--to=lora: the generator has its teacher's weights")
-    scheduler = one_step_scheduler(net, round(step.t), steps.levels[0])
     with network_files.new_folder(path) as folder:
         save_file(factors, folder / FILE, {"format": "pt"})
         scheduler.save_pretrained(folder / "scheduler")
+    arguments = flow_call(net, steps) if is_flow else 'prompt="...", num_inference_steps=1, guidance_scale=1'
     return (
         f'pipeline.load_lora_weights("{path}"); pipeline.scheduler ='
-        f' EulerDiscreteScheduler.from_pretrained("{path}/scheduler"); pipeline(prompt="...", num_inference_steps=1,'
-        " guidance_scale=1)"
+        f' {type(scheduler).__name__}.from_pretrained("{path}/scheduler"); pipeline({arguments})'
     )
+
+
+def _scheduler(net: TextDenoiser, level: float) -> Any:
+    """Of a diffusion. Errors: UserError when the generator starts at a time that isn't whole."""
+    t = OneStep(net, level).t
+    if abs(t - round(t)) > WHOLE:
+        start = net.times.sigma(torch.tensor([float(round(t))], dtype=torch.float64)).item()
+        raise UserError(
+            f"--to=lora: the generator starts at time {t:.4g}, and the library at whole times only; distil with"
+            f" --init_sigma={start:.8g}"
+        )
+    return one_step_scheduler(net, round(t), level)
+
+
+def _flow_scheduler(net: TextDenoiser, steps: Steps) -> Any:
+    """Of a flow, whose pipelines start at time 1. Errors: UserError when the generator starts clearly below."""
+    level = steps.levels[0]
+    if level / (1 + level) < LATEST:
+        raise UserError(
+            f"--to=lora: the generator starts at noise level {level:g}, and flows in the library at pure noise; write"
+            " it by --to=diffusers, or distil with --init_sigma=999"
+        )
+    return flow_scheduler(net, steps, "--to=lora")
 
 
 def factorised(change: torch.Tensor, rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:

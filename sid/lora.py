@@ -63,7 +63,8 @@ def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None, 
     net:  any module on the device where it stays; parameters that are frozen remain as they are.
     base: a network with the same parameter names, whose matrices are frozen and shared; None: the present weights of
           `net` itself. Copies (`copy.deepcopy`) of an adapted network share them, too.
-    matrices_only: freezes biases and norms, and gives every matrix its two factors, however small.
+    matrices_only: trains what a LoRA file can hold alone: gives the weight of every layer its two factors, however
+          small, and freezes biases, norms, tables and convolutions in groups.
     """
 
     def large(weight: torch.nn.Parameter) -> bool:
@@ -71,8 +72,10 @@ def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None, 
         return weight.requires_grad and (rank * (rows + columns) < rows * columns or matrices_only)
 
     if matrices_only:
-        for parameter in net.parameters():
-            parameter.requires_grad_(parameter.requires_grad and parameter.ndim > 1)
+        for module in net.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                is_matrix = name == "weight" and parameter.ndim > 1 and getattr(module, "groups", 1) == 1
+                parameter.requires_grad_(parameter.requires_grad and is_matrix)
     bases = dict((net if base is None else base).named_parameters(remove_duplicate=False))
     made = {parameter: LowRank(bases[name], rank) for name, parameter in net.named_parameters() if large(parameter)}
     compute_parameters(net, made, SUFFIX)
