@@ -19,6 +19,7 @@ from training.generator import Generator
 from training.steps import Steps
 
 SIGMA_MIN, SIGMA_MAX, PROBED_LEVELS = 0.002, 80.0, 8
+MAX_BYTES = 2**31 - 2**24  # of weights: an ONNX file is one message, which holds 2 GiB
 EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
 # From 64 images, the diffusers library's layers copy an activation, for PyTorch alone; the file has no such limit.
 MOST_OF_DIFFUSERS = 63
@@ -123,6 +124,12 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
     if getattr(net, "prompt_dim", 0):
         raise UserError(
             ".onnx: text-to-image networks aren't exported; edm.zoo convert --to=diffusers writes a pipeline"
+        )
+    parts = [net] if decoder is None else [net, decoder.vae]
+    size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+    if size > MAX_BYTES:
+        raise UserError(
+            f".onnx: one file holds at most 2 GiB, and the weights have {size / 2**30:.2f}; save another way"
         )
     if not can_trace():
         raise UserError(f".onnx needs PyTorch 2.6 or newer, and this is {torch.__version__}")

@@ -105,6 +105,10 @@ def test_what_cannot_be_written_is_one_line_and_no_file(tmp_path, monkeypatch):
         zoo.save_network(Untraceable(), path)
     with pytest.raises(UserError, match="No such file or directory: choose another place"):
         zoo.save_network(Untraceable(), tmp_path / "nowhere" / "net.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_file, "MAX_BYTES", 1000)
+        with pytest.raises(UserError, match="at most 2 GiB"):
+            zoo.save_network(tiny_teacher(), path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match="pip install onnx onnxscript"):
         zoo.save_network(tiny_teacher(), path)

@@ -72,6 +72,7 @@ def test_what_the_folder_holds(tmp_path, runtime):
         "classes": [1, 2],
         "class_names": ["one", HOSTILE, "drei \N{SNOWMAN}"],
         "licence": "licence",
+        "model_bytes": len(b"model"),
     }
     for record in files.values():
         content = (tmp_path / "a new" / record["url"]).read_bytes()

@@ -52,6 +52,7 @@ def write(net: Any, source: str, destination: str, runtime: str | None = None, c
     try:
         with network_files.new_folder(path) as folder:
             zoo.save_network(net, folder / MODEL_FILE, **net.metadata)
+            description["model_bytes"] = (folder / MODEL_FILE).stat().st_size
             copies = [STATIC / name for name in PAGE_FILES]
             if files:
                 (folder / RUNTIME_FOLDER).mkdir()

@@ -19,7 +19,8 @@ async function start() {
   document.title = site.title;
   element("title").textContent = site.title;
   element("facts").textContent = facts().join(" · ");
-  showStatus("Loading the network …");
+  const size = (site.model_bytes / 1e6).toLocaleString("en", { maximumSignificantDigits: 2 });
+  showStatus(`Loading the network, ${size} MB, and what runs it …`);
   document.body.classList.toggle("small", site.resolution <= SMALL);
   fillClasses();
   worker.addEventListener("message", ({ data }) => receive(data));
