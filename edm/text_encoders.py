@@ -5,6 +5,7 @@ The record of a pipeline's text encoders, metadata["text"], is plain values:
 source         folder of the pipeline, or its name on the Hugging Face Hub
 pipeline       its class in the diffusers library
 sha256         of the encoders' and tokenizers' files (`fingerprint`)
+zeros          of Stable Diffusion 3 without its third encoder: the width of the zeros in its place
 
 The library's own pipeline encodes, without its image model. Prompts are encoded once, and kept in the cache folder.
 """
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ PIPELINES = {  # class: its tokenizers and text encoders
     "FluxPipeline": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     "SanaPipeline": ("tokenizer", "text_encoder"),
 }
+OPTIONAL = {"StableDiffusion3Pipeline": ("tokenizer_3", "text_encoder_3")}  # both or neither
 GENERATORS = {"SanaSprintPipeline": "SanaPipeline"}  # distilled already: what they were distilled from
 T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}  # of a prompt, as the pipelines call T5
 GEMMA_TOKENS = 300  # of a prompt, as SANA's pipeline calls Gemma
@@ -57,6 +60,7 @@ ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "G
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
 TOKENIZERS += ("GemmaTokenizer", "GemmaTokenizerFast")
 FILES = (".json", ".txt", ".model", ".safetensors")  # of a tokenizer or text encoder
+MAX_WIDTH = 1 << 16  # of an encoder
 FOLDER = "text"  # of a pipeline with the encoders, next to a network's file
 EDGE_BYTES = 1 << 20  # of a file of weights that its fingerprint reads at either end
 ENCODED_AT_ONCE = 32
@@ -66,7 +70,11 @@ MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_FILE_BYTES = 20_000_000, 10_000, 4 << 30
 def record_of(path: Path) -> dict[str, Any]:
     """The record of the text encoders in a pipeline's folder. Errors: UserError when they aren't supported."""
     pipeline, parts = supported_parts(path)
-    return {"source": str(path.resolve()), "pipeline": pipeline, "sha256": fingerprint(path, parts)}
+    record = {"source": str(path.resolve()), "pipeline": pipeline, "sha256": fingerprint(path, parts)}
+    if not set(OPTIONAL.get(pipeline, ())) <= set(parts):
+        width = read_config(path / "transformer" / "config.json").get("joint_attention_dim", 4096)
+        record = checked_record({**record, "zeros": width}, path)
+    return record
 
 
 def tokens_of(path: Path) -> int:
@@ -95,8 +103,12 @@ def supported_parts(path: Path, with_weights: bool = True) -> tuple[str, list[st
         )
     if pipeline not in PIPELINES:
         raise UserError(f"{path}: a {pipeline}; of text-to-image, {', '.join(PIPELINES)} are supported")
+    optional = OPTIONAL.get(pipeline, ())
+    without = optional and all(index.get(name) in (None, [None, None]) for name in optional)
     parts = []
     for name in PIPELINES[pipeline]:
+        if without and name in optional:
+            continue
         entry = index.get(name)
         library, found = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         known = TOKENIZERS if name.startswith("tokenizer") else ENCODERS
@@ -254,6 +266,8 @@ class TextEncoder:
         settings = SETTINGS.get(self.kind, {})
         self.settings = {name: bool(index.get(name, v)) if name in FROM_INDEX else v for name, v in settings.items()}
         given = {**self.settings, **components, "scheduler": _scheduler(diffusers, self.kind)}
+        if "zeros" in record:
+            given["transformer"] = _Width(record["zeros"])
         absent = [name for name in inspect.signature(cls).parameters if name not in given and name not in SETTING_NAMES]
         self.pipeline = cls(**given, **dict.fromkeys(absent))
         self.pipeline.to(device)
@@ -302,11 +316,20 @@ class TextEncoder:
 
     def _warn_of_long(self, texts: Sequence[str]) -> None:
         longest = {"FluxPipeline": "tokenizer_2", "StableDiffusion3Pipeline": "tokenizer_3"}.get(self.kind, "tokenizer")
-        tokenizer = getattr(self.pipeline, longest)
-        most = T5_TOKENS.get(self.kind) or tokenizer.model_max_length
+        tokenizer, most = getattr(self.pipeline, longest), T5_TOKENS.get(self.kind)
+        if tokenizer is None:
+            tokenizer, most = self.pipeline.tokenizer, None
+        most = most or tokenizer.model_max_length
         if self.kind == "SanaPipeline":
             most = GEMMA_TOKENS - 1  # the last token of the instruction is among those that the model sees
         transformers_library.warn_of_long(tokenizer, texts, most, "the text encoder")
+
+
+class _Width:
+    """Stands for Stable Diffusion 3's model, which its pipeline asks for the width of the zeros in T5's place."""
+
+    def __init__(self, width: int):
+        self.config = types.SimpleNamespace(joint_attention_dim=width, sample_size=64, patch_size=2)
 
 
 def _component(name: str, folder: Path) -> Any:
@@ -344,6 +367,9 @@ def checked_record(record: Any, name: Any) -> dict[str, Any]:
     """`record`, if it is one of text encoders. name: of what holds it, in messages. Errors: UserError if it isn't."""
     keys = ("source", "pipeline", "sha256")
     if type(record) is not dict or not all(type(record.get(key)) is str for key in keys):
+        raise UserError(f"{name}: what it says about its text encoders is damaged")
+    zeros = record.get("zeros", 1)
+    if type(zeros) is not int or not 0 < zeros <= MAX_WIDTH:
         raise UserError(f"{name}: what it says about its text encoders is damaged")
     if record["pipeline"] not in PIPELINES:
         raise UserError(f"{name}: its prompts are those of a {record['pipeline'][:80]}, which isn't supported")

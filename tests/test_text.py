@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from parity import assert_close
 from tiny import CPU, tiny_config
 
 from dnnlib import UserError
@@ -193,11 +194,43 @@ def test_damaged_pipelines(text_pipelines, tmp_path, change, words):
         teacher_of(folder, ["something else"])
 
 
-def test_stable_diffusion_3_without_t5_is_refused(text_pipelines, tmp_path):
-    folder = shutil.copytree(text_pipelines["stable_diffusion_3"], tmp_path / "copy")
-    index = json.loads((folder / "model_index.json").read_text())
-    absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps({**index, **absent}))
+def without(folder, copy, *parts):
+    """A copy of a pipeline's folder without some of its parts, as the library saves one."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*parts))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, **{part: [None, None] for part in parts}}))
+    return copy
+
+
+def test_stable_diffusion_3_without_t5(text_pipelines, tmp_path, capsys):
+    """The library has zeros in the place of its states. So has a snapshot, which doesn't lie next to the model."""
+    folder = without(text_pipelines["stable_diffusion_3"], tmp_path / "copy", "tokenizer_3", "text_encoder_3")
+    net = teacher_of(folder)
+    assert net.metadata["text"]["zeros"] == 32
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, tokenizer_3=None, text_encoder_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    z = torch.randn([2, 4, tiny_pipelines.SIZE, tiny_pipelines.SIZE], generator=torch.Generator().manual_seed(2))
+    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent", "width": 16, "height": 16}
+    expected = pipeline(TEXTS[:2], latents=z, **how).images
+    condition = net.prompts.of_seeds([0, 1], CPU, None)
+    with torch.no_grad():
+        found = net.scaled(z, torch.full([2, 1, 1, 1], math.inf), condition)
+    assert_close(found, expected)
+    tokens = net.split(condition)["tokens"]
+    assert tokens[:, : tiny_pipelines.LENGTH].any()
+    assert not tokens[:, tiny_pipelines.LENGTH :].any()
+
+    zoo.save_network(net, tmp_path / "net.safetensors", **net.metadata)
+    without(folder, tmp_path / "text", "transformer", "vae")
+    again = zoo.load_network(tmp_path / "net.safetensors")
+    assert again.metadata["text"]["source"] == str(tmp_path / "text")
+    again.prompts = text_encoders.prompts_for(again, ["dogs too"])
+    text_encoders.prompts_for(again, ["a prompt of many letters, which are its tokens here"])
+    assert "longer than the 16 tokens" in capsys.readouterr().err
+
+
+def test_stable_diffusion_3_with_half_of_t5(text_pipelines, tmp_path):
+    folder = without(text_pipelines["stable_diffusion_3"], tmp_path / "copy", "tokenizer_3")
     with pytest.raises(UserError, match="its tokenizer_3 is 'None'"):
         zoo.load_network(folder)
 
