@@ -148,7 +148,7 @@ class Fitting:
         if config.chunk and images % config.chunk:
             raise UserError(f"--chunk={config.chunk} must divide the {images} images per process")
         self._least, most = config.chunk or 1, min(images, GAN_BATCH if config.gan else images)
-        self._divisors = [n for n in range(most, 1, -1) if images % n == 0 and n % self._least == 0]
+        self._divisors = [n for n in range(most, 0, -1) if images % n == 0 and n % self._least == 0]
         self._device = device
         self._estimate = lambda n: estimate(teacher, config, n, guide, device)
         self._ends = {n: self._estimate(n) for n in dict.fromkeys(self._divisors[-1:] + self._divisors[:1])}

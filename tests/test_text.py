@@ -1,5 +1,6 @@
 """Text-to-image pipelines of the diffusers library as teachers, and generators as its pipelines."""
 
+import importlib
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import ROOT
 from parity import assert_close
 from tiny import CPU, tiny_config
 
@@ -238,3 +240,16 @@ def test_stable_diffusion_3_with_half_of_t5(text_pipelines, tmp_path):
 def test_a_model_without_its_pipeline(text_pipelines):
     with pytest.raises(UserError, match="name the folder of the whole pipeline"):
         zoo.load_network(text_pipelines["stable_diffusion"] / "unet")
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "size"),  # as published, SD3.5's without its table of positions
+    [("sdxl", 2567, 1024), ("sd35-medium", 2243, 1024), ("sana-600m", 592, 512), ("flux-dev", 11901, 1024)],
+)
+def test_published_sizes(tmp_path, monkeypatch, name, millions, size):
+    """examples/text_sizes.py writes enough for an estimate."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    importlib.import_module("text_sizes").write(name, tmp_path)
+    net = zoo.load_shapes(tmp_path)
+    assert round(sum(parameter.numel() for parameter in net.parameters()) / 1e6) == millions
+    assert net.image_size == size
