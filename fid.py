@@ -104,7 +104,8 @@ def evaluate_network(
     """Metrics of a network's images, made and scored in one pass without files in between.
 
     The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr. CLIP
-    scores say how well the images of a text-to-image network match their --prompts.
+    scores say how well the images of a text-to-image network match their --prompts. Unless there are as many images
+    as prompts, or a multiple, it is drawn which prompts they have.
     """
     with running(device, json_file) as device:
         from edm import zoo
@@ -125,10 +126,10 @@ def evaluate_network(
         evaluator = Evaluator(names, device=device, encoder=encoder, **options)
         given = {name: value for name, value in sampling.items() if value is not None}
         made_by: dict[str, Any] = {"name": Path(network).name, "sha256": zoo.network_hash(net)}
-        given, prompts = generate.prompted(net, given, device)
+        num = max(metric.num for metric in evaluator.metrics)
+        given, prompts = generate.prompted(net, given, device, num)
         net, sampling, guidance = generate.guided(net, generate.sampler_options(net, given), own_classes(classes))
         net = net.to(device)
-        num = max(metric.num for metric in evaluator.metrics)
         made_by |= sampling
         records = [evaluator(NetworkSource(net, seed=seeds + trial * num, **made_by)) for trial in range(trials)]
         rows = text_alignment.table(evaluator.alignments) if evaluator.alignments else []

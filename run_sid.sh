@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Distils a published teacher with published settings, or the embedded one in minutes:
+# Distils a published teacher with published settings, or an embedded one in minutes:
 #
 #   bash run_sid.sh RECIPE [options of sid_train.py]
 #
-#   demo
+#   demo                        pictures of clothes, from noise and a class
+#   demo-text                   pictures from prompts: a small Stable Diffusion pipeline, and what it draws for new prompts
 #   auto --edm_model=TEACHER    any teacher, such as one of your own: measures the start, tries two rates
 #   cifar10-uncond  cifar10-cond  imagenet64-cond  ffhq64  afhq64-v2             SiD, without data
 #   the same names with -sida, such as cifar10-uncond-sida --data=images.zip     SiDA, with real images
@@ -15,7 +16,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 recipe=$1
 shift
@@ -43,11 +44,14 @@ sd35-medium)           teacher=stabilityai/stable-diffusion-3.5-medium      dura
 sana)                  teacher=Efficient-Large-Model/Sana_600M_512px_diffusers  duration=2 ;;
 flux-dev)              teacher=black-forest-labs/FLUX.1-dev                 duration=2 ;;
 demo)                  teacher=assets/fashion-mnist-16/teacher.safetensors  duration=0.02 ;;
+demo-text)             teacher=assets/emoji-32/teacher                      duration=0.004 ;;
 auto)                  teacher=                                             duration=0.02 ;;
 *) usage ;;
 esac
 
-source ./setup_env.sh "" "import torch, numpy, PIL, click, requests, psutil, tqdm, safetensors"
+extra= modules="torch, numpy, PIL, click, requests, psutil, tqdm, safetensors"
+case $recipe in demo-text | sd* | sana | flux-dev) extra=text modules="$modules, diffusers, transformers" ;; esac
+source ./setup_env.sh "$extra" "import $modules"
 if [ -z "${NPROC:-}" ]; then
     NPROC=$("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count() or 1))')
 fi
@@ -57,7 +61,18 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" sid_train.py \
     --recipe="$recipe" ${teacher:+--edm_model="$teacher"} --duration="$duration" "$@"
 
-if [ "$recipe" = demo ]; then
-    case " $* " in *" -n "* | *" --dry-run "* | *--outdir* | *--nosubdir*) exit 0 ;; esac
-    "$PYTHON" -m sid.report "$(ls -d training-runs/[0-9]*-demo | tail -n 1)"
+case $recipe in demo | demo-text) ;; *) exit 0 ;; esac
+case " $* " in *" -n "* | *" --dry-run "* | *--outdir* | *--nosubdir*) exit 0 ;; esac
+run=$(ls -d training-runs/[0-9]*-"$recipe" | tail -n 1)
+"$PYTHON" -m sid.report "$run"
+if [ "$recipe" = demo-text ]; then
+    rank() {
+        "$PYTHON" fid.py eval --prompts=assets/emoji-32/held-out.txt --clip=assets/emoji-32/clip --metrics=clip99 "$@" |
+            sed '/^{/d'
+    }
+    printf '\nPrompts that were never trained on: how often a small CLIP ranks the own prompt of an image first\n\n'
+    printf 'The generator, one evaluation: '
+    rank --network="$run"
+    printf '\nThe guided teacher, 35 evaluations, each twice: '
+    rank --network=assets/emoji-32/teacher --steps=18 --guidance=2
 fi

@@ -149,9 +149,13 @@ def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "sampler": sampler}
 
 
-def prompted(net: Any, options: dict[str, Any], device: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def prompted(
+    net: Any, options: dict[str, Any], device: Any, num: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the options but --prompt and --prompts, which the network gets; what a metric's record says of the prompts).
 
+    num: of the images of a metric. Unless they have each prompt equally often, they have them shuffled, so that those
+    of a sorted file speak for all of it. None: seeds meet the prompts in the order of the file.
     Errors: UserError when a text-to-image network has none, or another network some.
     """
     from edm.text_encoders import prompts_for, read_prompts
@@ -167,8 +171,10 @@ def prompted(net: Any, options: dict[str, Any], device: Any) -> tuple[dict[str, 
             )
         return options, {}
     texts = read_prompts(path) if path is not None else [str(prompt)]
-    net.prompts = prompts_for(net, texts, device, in_order=True)
-    return options, {"prompts": len(texts)} if path is None else {"prompts": Path(path).name}
+    in_order = num is None or num % len(texts) == 0
+    net.prompts = prompts_for(net, texts, device, in_order)
+    told: dict[str, Any] = {"prompts": len(texts) if path is None else Path(path).name}
+    return options, told if in_order else {**told, "prompts_shuffled": True}
 
 
 def guided(net: Any, options: dict[str, Any], classes: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from text_teacher import LENGTH, WARMUP, begin, make_tokenizer, train
+from text_teacher import LENGTH, begin, make_tokenizer, train
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
@@ -55,7 +54,7 @@ def measure(source: CaptionedEmoji, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kimg", type=float, default=120, help="thousands of pictures to train it on")
+    parser.add_argument("--kimg", type=float, default=90, help="thousands of pictures to train it on")
     arguments, out, source = begin(parser)
 
     tokenizer = make_tokenizer(source.captions(held_out=False), out)
@@ -72,17 +71,13 @@ def main() -> None:
     model = CLIPModel(CLIPConfig(text_config={**common, **text}, vision_config={**common, **vision}, projection_dim=64))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters", flush=True)
 
-    steps = round(arguments.kimg * 1000 / BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    rates = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
-
     def loss() -> torch.Tensor:
         pictures, captions = source.draw(BATCH)
         _, first = np.unique(captions, return_index=True)  # a caption's second picture would count as a wrong one
         tokens = tokenizer([captions[i] for i in first], padding=True, return_tensors="pt")
         return model(**tokens, pixel_values=damaged(pictures[torch.from_numpy(first)]), return_loss=True).loss
 
-    train("CLIP", loss, list(model.parameters()), optimizer, rates, steps)
+    train("CLIP", loss, model, round(arguments.kimg * 1000 / BATCH))
     model.half().save_pretrained(out)
     size = {"height": source.resolution, "width": source.resolution}
     settings = {"size": size, "crop_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

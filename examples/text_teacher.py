@@ -25,12 +25,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from edm.small_teachers.captions import DEMO_PICTURES, CaptionedEmoji
 from edm.small_teachers.pictures import write_data
+from torch_utils.muon import Muon
 
 BATCH, VAE_BATCH, WARMUP = 32, 16, 100
 DROPPED = 0.1  # share of captions that are replaced by the empty one
 LENGTH = 20  # tokens of a prompt
 KL_WEIGHT = 1e-3
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 4
+VAE_RATE, RATE, MOMENTUM = 0.05, 0.04, 0.95
 
 
 def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
@@ -54,21 +56,19 @@ def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
 
 
 def train_vae(source: CaptionedEmoji, kimg: float) -> AutoencoderKL:
-    """A VAE that makes 8x8 latents of 32x32 pictures."""
+    """A VAE that makes 16x16 latents of 32x32 pictures."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=(24, 48, 64),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(24, 48),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
+        mid_block_add_attention=False,
         sample_size=source.resolution,
     )
-    steps = round(kimg * 1000 / VAE_BATCH)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
-    rates = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
 
     def loss() -> torch.Tensor:
         x, _ = source.draw(VAE_BATCH)
@@ -76,7 +76,7 @@ def train_vae(source: CaptionedEmoji, kimg: float) -> AutoencoderKL:
         error = vae.decode(raw.sample()).sample - x
         return error.abs().mean() + error.square().mean() + KL_WEIGHT * raw.kl().mean() / x[0].numel()
 
-    train("VAE", loss, list(vae.parameters()), optimizer, rates, steps)
+    train("VAE", loss, vae, round(kimg * 1000 / VAE_BATCH), VAE_RATE)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
         latents = torch.cat([vae.encode(source.draw(VAE_BATCH)[0]).latent_dist.mean for _ in range(8)])
@@ -84,7 +84,11 @@ def train_vae(source: CaptionedEmoji, kimg: float) -> AutoencoderKL:
     return vae
 
 
-def train(name: str, loss, parameters: list, optimizer, rates, steps: int, average=None, save=lambda: None) -> None:
+def train(name: str, loss, net: torch.nn.Module, steps: int, rate=RATE, average=None, save=lambda: None) -> None:
+    """Takes so many steps along the gradients of `loss`. average: of the weights, which are those that `save` saves."""
+    parameters = list(net.parameters())
+    optimizer = Muon.of(net, rate, momentum=MOMENTUM)
+    rates = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
     start, total = time.time(), 0.0
     for step in range(1, steps + 1):
         value = loss()
@@ -121,10 +125,11 @@ def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae-kimg", type=float, default=20, help="thousands of pictures to train the VAE on")
+    parser.add_argument("--vae-kimg", type=float, default=40, help="thousands of pictures to train the VAE on")
     parser.add_argument("--kimg", type=float, default=120, help="thousands of pictures to train the U-Net on")
-    parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level")
+    parser.add_argument("--width", type=int, default=32, help="channels of the U-Net's first level")
     parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], default="v_prediction")
+    parser.add_argument("--half", action="store_true", help="save it in half precision in the end")
     arguments, out, source = begin(parser)
 
     (out / "prompts.txt").write_text("\n".join(source.captions(held_out=False)) + "\n", encoding="utf-8")
@@ -153,12 +158,12 @@ def main() -> None:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=source.resolution // 4,
+        sample_size=source.resolution // 2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(arguments.width, 2 * arguments.width),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(arguments.width, 2 * arguments.width, 3 * arguments.width),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,
@@ -172,12 +177,9 @@ def main() -> None:
         prediction_type=arguments.prediction,
         clip_sample=False,
     )
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
-    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} million parameters", flush=True)
-    steps = round(arguments.kimg * 1000 / BATCH)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    rates = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
-    average = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=3 / 4)
+    trained = torch.nn.ModuleList([unet, text_encoder])
+    print(f"{sum(p.numel() for p in trained.parameters()) / 1e6:.2f} million parameters", flush=True)
+    average = EMAModel(trained.parameters(), decay=0.9995, use_ema_warmup=True, power=3 / 4)
     scale = vae.config.scaling_factor
 
     def loss() -> torch.Tensor:
@@ -202,7 +204,10 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    train("U-Net", loss, parameters, optimizer, rates, steps, average, lambda: pipeline.save_pretrained(out))
+    steps = round(arguments.kimg * 1000 / BATCH)
+    train("U-Net", loss, trained, steps, average=average, save=lambda: pipeline.save_pretrained(out))
+    if arguments.half:
+        StableDiffusionPipeline.from_pretrained(out).to(torch.float16).save_pretrained(out)
 
 
 if __name__ == "__main__":

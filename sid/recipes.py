@@ -9,7 +9,8 @@ from typing import Any
 
 _HERE = Path(__file__).resolve().parent
 _ASSETS = _HERE / "assets" if (_HERE / "assets").is_dir() else _HERE.parent / "assets"  # a wheel's, a checkout's
-DEMO = _ASSETS / "fashion-mnist-16"  # the folder of the embedded teacher
+DEMO = _ASSETS / "fashion-mnist-16"  # folders of the embedded teachers
+TEXT_DEMO = _ASSETS / "emoji-32"
 
 # Common to the published trainings of SiD (arXiv:2404.04057).
 _SID: dict[str, Any] = {
@@ -122,6 +123,27 @@ _TEXT_FLOW: dict[str, Any] = {
     "duration": 2,
 }
 
+# For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at
+# theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.
+_ANY: dict[str, Any] = {
+    "init_sigma": "auto",
+    "trials": 0.2,
+    "alpha": 1.0,
+    "fake_sigma_schedule": "karras",
+    "share_noise": True,
+    "augment": 0.0,
+    "batch": 32,
+    "optimizer": "muon",
+    "lr": 0.02,
+    "glr": 0.02,
+    "lr_decay": "linear",
+    "ema_rampup": 0.5,
+    "duration": 0.02,
+    "tick": 1,
+    "snap": 4,
+    "dump": 10,
+}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cifar10-uncond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-uncond-vp", "cond": False, "duration": 500},
     "cifar10-cond": {**_CIFAR10, "edm_model": "edm-cifar10-32x32-cond-vp", "cond": True, "duration": 800},
@@ -188,27 +210,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sd35-medium": {**_TEXT_FLOW, "edm_model": "stabilityai/stable-diffusion-3.5-medium"},
     "sana": {**_TEXT_FLOW, "edm_model": "Efficient-Large-Model/Sana_600M_512px_diffusers", "lr": 5e-6, "glr": 5e-6},
     "flux-dev": {**_TEXT_FLOW, "edm_model": "black-forest-labs/FLUX.1-dev"},
-    # For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at
-    # theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.
-    "auto": {
-        "edm_model": "",  # must be given
-        "init_sigma": "auto",
-        "trials": 0.2,
-        "alpha": 1.0,
-        "fake_sigma_schedule": "karras",
-        "share_noise": True,
-        "augment": 0.0,
-        "batch": 32,
-        "optimizer": "muon",
-        "lr": 0.02,
-        "glr": 0.02,
-        "lr_decay": "linear",
-        "ema_rampup": 0.5,
-        "duration": 0.02,
-        "tick": 1,
-        "snap": 4,
-        "dump": 10,
-    },
+    "auto": {**_ANY, "edm_model": ""},  # which must be given
     "demo": {
         "edm_model": str(DEMO / "teacher.safetensors"),
         "data_stat": str(DEMO / "reference.npz"),
@@ -228,6 +230,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "snap": 5,
         "dump": 10,
         "desc": "demo",
+    },
+    "demo-text": {
+        **_ANY,
+        "edm_model": str(TEXT_DEMO / "teacher"),
+        "prompts": str(TEXT_DEMO / "prompts.txt"),
+        "data_stat": str(TEXT_DEMO / "reference.npz"),
+        "metrics": "fid500",
+        "trials": 0,
+        "guidance": "long-short=2",
+        "duration": 0.004,
+        "snap": 1,
+        "desc": "demo-text",
     },
 }
 

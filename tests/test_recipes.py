@@ -150,6 +150,11 @@ def test_the_shell_script_passes_them_on(tmp_path):
         expected = f"sid_train.py --recipe={name} --edm_model={teacher} --duration={duration:g} --alpha=1 -n"
         assert done.stdout.strip().endswith(expected)
         assert "--nproc_per_node=3 " in done.stdout
+    command = ["bash", str(ROOT / "run_sid.sh"), "demo-text", f"--outdir={tmp_path}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith(
+        f"--duration=0.004 --outdir={tmp_path}"
+    )  # nothing after it: the run is elsewhere
     wrong = subprocess.run(["bash", str(ROOT / "run_sid.sh"), "cifar"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "afhq64-v2" in wrong.stderr
@@ -159,7 +164,7 @@ def test_the_shell_script_passes_them_on(tmp_path):
 def test_the_documents_say_the_same():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, recipe in RECIPES.items():
-        if name in ("demo", "auto"):
+        if name in ("demo", "demo-text", "auto"):
             continue
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
         cells = [cell.strip() for cell in row.split("|")]

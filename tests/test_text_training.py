@@ -166,6 +166,21 @@ def test_clip_scores(text_pipelines, tmp_path):
     assert np.mean(scores) == pytest.approx(record["trials"]["values"]["clip"][0], rel=1e-4)
 
 
+def test_fewer_images_than_prompts_are_of_prompts_of_the_whole_file(text_pipelines, tmp_path):
+    """Not of its first lines, since files are often sorted; one image for each prompt keeps their order."""
+    (tmp_path / "prompts.txt").write_text(
+        "\n".join([*TEXTS, *(f"a picture of {i}" for i in range(9))]), encoding="utf-8"
+    )
+    net, given = teacher_of(text_pipelines["stable_diffusion"]), {"prompts": tmp_path / "prompts.txt"}
+    for num in (None, 12, 24):
+        assert generate.prompted(net, given, CPU, num) == ({}, {"prompts": "prompts.txt"})
+        assert net.prompts.numbers_of_seeds(range(12)) == list(range(12))
+    for num in (4, 13):
+        assert generate.prompted(net, given, CPU, num) == ({}, {"prompts": "prompts.txt", "prompts_shuffled": True})
+        numbers = net.prompts.numbers_of_seeds(range(12))
+        assert sorted(numbers) == list(range(12)) != numbers
+
+
 def test_low_rank_updates_as_a_lora_file(text_pipelines, tmp_path):
     """The library's pipeline with the file makes our images; the generator's vectors stay the teacher's."""
     teacher = teacher_of(text_pipelines["stable_diffusion"])
@@ -248,11 +263,11 @@ def test_a_text_to_image_teacher_of_our_own(tmp_path, monkeypatch):
     monkeypatch.setattr(example, "BATCH", 2)
     monkeypatch.setattr(example, "VAE_BATCH", 2)
     monkeypatch.setattr(example, "DEMO_PICTURES", ["hot dog", "red apple"])
-    sizes = ["--pictures=demo", "--vae-kimg=0.002", "--kimg=0.002", "--width=8"]
+    sizes = ["--pictures=demo", "--vae-kimg=0.002", "--kimg=0.002", "--width=8", "--half"]
     monkeypatch.setattr("sys.argv", ["text_teacher.py", f"--out={tmp_path}/teacher", *sizes])
     example.main()
     net = teacher_of(tmp_path / "teacher", text_encoders.read_prompts(tmp_path / "teacher/prompts.txt")[:2])
-    assert (net.prediction, net.img_resolution, net.prompt_dim) == ("v", 8, 20 * 128)
+    assert (net.prediction, net.img_resolution, net.prompt_dim) == ("v", 16, 20 * 128)
     assert generate_all(net, [0], steps=1, sampler="one-step", init_sigma=2.5).shape == (1, 3, 32, 32)
 
 
