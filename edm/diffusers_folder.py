@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from dnnlib.util import printable
 from torch_utils import distributed
 from torch_utils.untrusted.bounds import read_json
 
@@ -32,13 +33,33 @@ VARIANTS = [f"*.{name}{end}*" for name in (*READ_VARIANTS, "int4") for end in ("
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention layers
 
 
+class _Library:
+    """The diffusers library, whose classes load when they are asked for."""
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self._module, name)
+        except RuntimeError as error:  # what the library makes of an ImportError
+            raise _broken(error) from error
+
+
 def library() -> Any:
-    """The diffusers library. Errors: UserError when it isn't installed."""
+    """The diffusers library. Errors: UserError when it isn't installed, or doesn't fit what is."""
     try:
         import diffusers  # pyright: ignore[reportMissingImports]  an optional package
-    except ImportError:
+    except ModuleNotFoundError:
         raise UserError(f"a network of the diffusers library needs that library: {INSTALL}") from None
-    return diffusers
+    except (ImportError, RuntimeError) as error:
+        raise _broken(error) from error
+    return _Library(diffusers)
+
+
+def _broken(error: Exception) -> UserError:
+    cause = printable(str(error).strip().splitlines()[-1][:200])
+    return UserError(f"the diffusers library can't be loaded ({cause}): pip install -U diffusers transformers")
 
 
 @contextlib.contextmanager

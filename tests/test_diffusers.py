@@ -19,10 +19,11 @@ from tiny_diffusers import (
 )
 
 from dnnlib import UserError
-from edm import diffusers_models, zoo
+from edm import diffusers_folder, diffusers_models, zoo
 from edm.diffusers_models import DiffusersDenoiser
 from edm.generate import main as generate
 from sid.guidance import Guidance, check_guidance
+from sid.recipes import TEXT_DEMO
 from torch_utils.persistence import is_persistent
 from training.denoiser import known_sigma
 
@@ -292,3 +293,18 @@ def test_commands_distil_resume_and_sample(teacher, tmp_path, monkeypatch):
         command = [f"--network={network}", f"--grid={grid}", "--seeds=0-3", "--device=cpu"]
         assert CliRunner().invoke(generate, command, catch_exceptions=False).exit_code == 0
         assert Path(grid).is_file()
+
+
+def test_a_library_that_does_not_fit_what_is_installed(monkeypatch):
+    """As the library tells it: when one of its classes is asked for, or at once."""
+
+    class Unfit:
+        def __getattr__(self, name):
+            raise RuntimeError(f"Failed to import diffusers.{name} because of the following error:\nNo module named x")
+
+    monkeypatch.setitem(sys.modules, "diffusers", Unfit())
+    told = r"the diffusers library can't be loaded \(No module named x\): pip install -U diffusers transformers"
+    with pytest.raises(UserError, match=told):
+        diffusers_folder.library().UNet2DModel  # noqa: B018
+    with pytest.raises(UserError, match=told):
+        zoo.load_denoiser(TEXT_DEMO / "teacher")
