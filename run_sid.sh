@@ -71,8 +71,8 @@ if [ "$recipe" = demo-text ]; then
             sed '/^{/d'
     }
     printf '\nPrompts that were never trained on: how often a small CLIP ranks the own prompt of an image first\n\n'
-    printf 'The generator, one evaluation: '
+    printf 'The generator, one evaluation:\n'
     rank --network="$run"
-    printf '\nThe guided teacher, 35 evaluations, each twice: '
+    printf '\nThe guided teacher, 35 evaluations, each twice:\n'
     rank --network=assets/emoji-32/teacher --steps=18 --guidance=2
 fi
