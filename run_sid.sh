@@ -66,13 +66,13 @@ case " $* " in *" -n "* | *" --dry-run "* | *--outdir* | *--nosubdir*) exit 0 ;;
 run=$(ls -d training-runs/[0-9]*-"$recipe" | tail -n 1)
 "$PYTHON" -m sid.report "$run"
 if [ "$recipe" = demo-text ]; then
+    assets=$(dirname "$teacher")
     rank() {
-        "$PYTHON" fid.py eval --prompts=assets/emoji-32/held-out.txt --clip=assets/emoji-32/clip --metrics=clip99 "$@" |
-            sed '/^{/d'
+        "$PYTHON" fid.py eval --prompts="$assets/held-out.txt" --clip="$assets/clip" --metrics=clip99 "$@" | sed '/^{/d'
     }
-    printf '\nPrompts that were never trained on: how often a small CLIP ranks the own prompt of an image first\n\n'
+    printf "\nPrompts that were never trained on: how often a small CLIP ranks an image's own prompt first (top1)\n\n"
     printf 'The generator, one evaluation:\n'
     rank --network="$run"
     printf '\nThe guided teacher, 35 evaluations, each twice:\n'
-    rank --network=assets/emoji-32/teacher --steps=18 --guidance=2
+    rank --network="$teacher" --steps=18 --guidance=2
 fi

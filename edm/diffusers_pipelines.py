@@ -54,7 +54,7 @@ def write(net: Any, path: Path) -> str:
         )
     metadata, vae = net.metadata, _vae(net)
     steps = Steps.of(net)
-    if steps is not None and len(steps) > 1 and not isinstance(net, TextDenoiser):
+    if steps is not None and len(steps) > 1 and not _is_flow_of_prompts(net):
         raise UserError(f"--to=diffusers: the library has no pipeline for a generator of {len(steps)} steps; {ADVICE}")
     level = None if steps is None else steps.levels[0]
     part = "transformer" if type(net) is DiTDenoiser else {**MODELS, **TEXT_MODELS}[type(net.net).__name__]
@@ -78,6 +78,11 @@ def write(net: Any, path: Path) -> str:
     return f"{type(pipeline).__name__}: pipeline({call})"
 
 
+def _is_flow_of_prompts(net: Any) -> bool:
+    """Such as Stable Diffusion 3, whose pipelines take several steps and a shift of latents."""
+    return isinstance(net, TextDenoiser) and net.times.is_flow
+
+
 def _vae(net: Any) -> Any:
     """The VAE of a network, with its scale in its own configuration, as pipelines use it; None without one."""
     decoder = latents.decoder_by(net.metadata, net)
@@ -85,7 +90,7 @@ def _vae(net: Any) -> Any:
         return None
     record, vae = net.metadata["vae"], copy.deepcopy(decoder.vae).cpu()
     scales, shifts = (record[key] if isinstance(record[key], list) else [record[key]] for key in ("scale", "shift"))
-    takes_shift = isinstance(net, TextDenoiser) and net.times.is_flow
+    takes_shift = _is_flow_of_prompts(net)
     if (any(shifts) and not takes_shift) or len({*scales}) > 1 or len({*shifts}) > 1:
         raise UserError(
             "--to=diffusers: this pipeline of the library has one scale for all channels of latents and"

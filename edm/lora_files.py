@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from dnnlib import UserError
-from training.parameterisations import FlowTimes
 from training.steps import Steps
 
 from . import network_files
@@ -38,7 +37,7 @@ def write(net: Any, base: Any, path: Path) -> str:
     if not isinstance(net, TextDenoiser) or type(net.net) is not type(getattr(base, "net", None)):
         raise UserError("--to=lora: is for generators and teachers of the library's text-to-image models")
     steps, rank = Steps.of(net), metadata.get("lora_rank")
-    is_flow = isinstance(net.times, FlowTimes)
+    is_flow = net.times.is_flow
     if steps is None or (len(steps) > 1 and not is_flow) or not rank:
         raise UserError("--to=lora: is for generators of one step that were distilled with --lora-rank")
     scheduler = _flow_scheduler(net, steps) if is_flow else _scheduler(net, steps.levels[0])

@@ -321,7 +321,7 @@ class TextEncoder:
             tokenizer, most = self.pipeline.tokenizer, None
         most = most or tokenizer.model_max_length
         if self.kind == "SanaPipeline":
-            most = GEMMA_TOKENS - 1  # the last token of the instruction is among those that the model sees
+            most = GEMMA_TOKENS - 1  # the model's window also holds the instruction's last token
         transformers_library.warn_of_long(tokenizer, texts, most, "the text encoder")
 
 
@@ -366,9 +366,8 @@ def folder_of(record: dict[str, Any]) -> Path:
 def checked_record(record: Any, name: Any) -> dict[str, Any]:
     """`record`, if it is one of text encoders. name: of what holds it, in messages. Errors: UserError if it isn't."""
     keys = ("source", "pipeline", "sha256")
-    if type(record) is not dict or not all(type(record.get(key)) is str for key in keys):
-        raise UserError(f"{name}: what it says about its text encoders is damaged")
-    zeros = record.get("zeros", 1)
+    intact = type(record) is dict and all(type(record.get(key)) is str for key in keys)
+    zeros = record.get("zeros", 1) if intact else None
     if type(zeros) is not int or not 0 < zeros <= MAX_WIDTH:
         raise UserError(f"{name}: what it says about its text encoders is damaged")
     if record["pipeline"] not in PIPELINES:

@@ -1,6 +1,6 @@
 """Generators from prompts as text-to-image pipelines of the diffusers library.
 
-Those of diffusion models take one Euler step, as `edm.diffusers_pipelines` describes. A generator of a flow answers
+The pipeline of a diffusion model takes one Euler step (see `edm.diffusers_pipelines`). A generator of a flow answers
 t z - t F(t z, t) for standard normal noise z, where t is the time at which it starts and F the model inside. The
 library starts at z and time 1, and makes z - F of it. So the pipeline works on y = x_s / t: its first layer has t as a
 factor, and so has the divisor of its result, the scale of the VAE, 1 / t.
@@ -20,7 +20,7 @@ from dnnlib import UserError
 from training.steps import Steps
 
 from .diffusers_folder import library
-from .one_step import ADVICE, OneStep, one_step_scheduler, refuse_whole_times, set_time
+from .one_step import OneStep, one_step_scheduler, refuse_whole_times, set_time
 from .text_encoders import TextEncoder, checked_record
 
 MOST_STEPS = 1000  # that a text-to-image pipeline may be asked for
@@ -39,6 +39,8 @@ FIRST_LAYERS = {
 def pipeline_of_prompts(net: Any, steps: Steps | None, vae: Any) -> tuple[Any, str]:
     """(pipeline of a generator, how it is called). vae: with its scale and shift as the library uses them.
 
+    steps: one, unless the generator is of a flow.
+
     Errors: UserError when the library has none.
     """
     if steps is None:
@@ -46,8 +48,6 @@ def pipeline_of_prompts(net: Any, steps: Steps | None, vae: Any) -> tuple[Any, s
     encoders = TextEncoder(checked_record(net.metadata.get("text"), "the network"))
     if net.times.is_flow:
         return _flow_pipeline(net, steps, vae, encoders)
-    if len(steps) > 1:
-        raise UserError(f"--to=diffusers: the library has no pipeline for a generator of {len(steps)} steps; {ADVICE}")
     return _diffusion_pipeline(net, steps.levels[0], vae, encoders)
 
 

@@ -66,10 +66,10 @@ class Muon(MomentumFreeAdam):
         if not group[ORTHOGONAL]:
             super()._step(group, weights, gradients, draws, good)
             return
-        momentum = group.get("momentum")  # states of old runs have none
-        sizes = [usual_size(weight) for weight in weights] if not momentum else self._first_sizes(weights)
-        if momentum:
-            gradients = self._averaged(momentum, weights, gradients, good)
+        if group.get("momentum"):  # states of old runs have none
+            sizes, gradients = self._with_momentum(group, weights, gradients, good)
+        else:
+            sizes = [usual_size(weight) for weight in weights]
         share = 1.0 if good is None else good
         alike: dict[torch.Size, list[int]] = {}
         for i, gradient in enumerate(gradients):
@@ -77,27 +77,29 @@ class Muon(MomentumFreeAdam):
         for (rows, _), members in alike.items():  # in one batch each
             updates = orthogonalise(torch.stack([gradients[i].flatten(1).to(torch.float32) for i in members]))
             for i, update in zip(members, updates):
-                if momentum:
-                    weights[i].mul_(1 - DECAY * group["lr"] * share)
                 size = group["lr"] * math.sqrt(rows) * sizes[i] * share
                 weights[i].sub_((size * update).view_as(weights[i]))
 
-    def _first_sizes(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`usual_size` of the weights before their first update, which begins their state."""
+    def _with_momentum(
+        self,
+        group: dict[str, Any],
+        weights: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        good: torch.Tensor | None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(`usual_size` of the weights before their first update, the gradients' averages one step ahead).
+
+        Lets the weights decay. `good` gradients alone change anything.
+        """
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = {"momentum_buffer": torch.zeros_like(weight), "size": usual_size(weight)}
-        return [self.state[weight]["size"] for weight in weights]
-
-    def _averaged(
-        self, momentum: float, weights: list[torch.Tensor], gradients: list[torch.Tensor], good: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """The gradients' moving averages, one step ahead; those in the state change by `good` gradients only."""
-        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
-        share = (1 - momentum) * (1.0 if good is None else good)
-        for average, gradient in zip(averages, gradients):
-            average.lerp_(gradient, share)
-        return list(torch._foreach_lerp(gradients, averages, momentum))
+        sizes, averages = ([self.state[weight][name] for weight in weights] for name in ("size", "momentum_buffer"))
+        share = 1.0 if good is None else good
+        for weight, average, gradient in zip(weights, averages, gradients):
+            average.lerp_(gradient, (1 - group["momentum"]) * share)
+            weight.mul_(1 - DECAY * group["lr"] * share)
+        return sizes, list(torch._foreach_lerp(gradients, averages, group["momentum"]))
 
 
 def usual_size(weight: torch.Tensor) -> torch.Tensor:

@@ -20,11 +20,13 @@ from sid.monitor.records import OPTIONS_FILE, read_run_options
 @classes_option
 def main(run: str, page_only: bool, video: str | None, serves: bool, port: int, classes: str | None) -> None:
     """Summarise the distillation in the folder RUN: a page (index.html), a table of FID and a picture."""
-    from sid.report.video import check_place, write_video
+    animation = None
+    if video is not None:
+        from sid.report.video import check_place, write_video
 
-    if serves and video is not None:
-        raise UserError("--video: is of one run, and --serve shows many; leave one out")
-    animation = None if video is None else check_place(video)
+        if serves:
+            raise UserError("--video: is of one run, and --serve shows many; leave one out")
+        animation = check_place(video)
     if serves:
         from sid.report.serve import serve
 
