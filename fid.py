@@ -104,8 +104,8 @@ def evaluate_network(
     """Metrics of a network's images, made and scored in one pass without files in between.
 
     The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr. CLIP
-    scores say how well the images of a text-to-image network match their --prompts. Unless there are as many images
-    as prompts, or a multiple, it is drawn which prompts they have.
+    scores say how well the images of a text-to-image network match their --prompts. If the number of
+    images isn't a multiple of the number of prompts, the prompts are shuffled.
     """
     with running(device, json_file) as device:
         from edm import zoo

@@ -23,7 +23,7 @@ GROUNDS = {
     "black": (20, 20, 24),
 }
 PLACES = ("left", "middle", "right")
-# For a text-to-image teacher that is too small to learn all pictures.
+# The pictures of the embedded text-to-image teacher, which is too small to learn all of them.
 DEMO_PICTURES = (
     *("hot dog", "cactus", "tulip", "sunflower", "maple leaf", "four leaf clover", "mushroom", "tomato"),
     *("aubergine", "grapes", "watermelon", "lemon", "banana", "pineapple", "red apple", "green apple"),
