@@ -33,7 +33,8 @@ from .diffusers_models import MODELS, DiffusersDenoiser, scheduler_of
 from .diffusers_reader import PIPELINE_ONLY
 from .network_files import CONFIG_FILE
 from .one_step import ADVICE, NAMED, OneStep, ending_at, refuse_whole_times, set_time
-from .text_models import TEXT_MODELS, TextDenoiser
+from .text_families import MODEL_FOLDERS
+from .text_models import TextDenoiser
 from .text_pipelines import pipeline_of_prompts
 
 SHORTEST = 3  # times of a schedule of which only the last is used; fewer aren't read here again
@@ -57,7 +58,7 @@ def write(net: Any, path: Path) -> str:
     if steps is not None and len(steps) > 1 and not _is_flow_of_prompts(net):
         raise UserError(f"--to=diffusers: the library has no pipeline for a generator of {len(steps)} steps; {ADVICE}")
     level = None if steps is None else steps.levels[0]
-    part = "transformer" if type(net) is DiTDenoiser else {**MODELS, **TEXT_MODELS}[type(net.net).__name__]
+    part = "transformer" if type(net) is DiTDenoiser else {**MODELS, **MODEL_FOLDERS}[type(net.net).__name__]
     make = {
         ("unet", False): _pipeline_of_images,
         ("unet", True): _pipeline_of_latents,

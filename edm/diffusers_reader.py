@@ -17,10 +17,10 @@ from . import latents, network_files, text_encoders
 from .diffusers_folder import SCHEDULER_FILE, licence, read_config, shapes_only, weights
 from .diffusers_models import LATENT_SIGMA_DATA, MODELS, DiffusersDenoiser
 from .network_files import CONFIG_FILE, INDEX_FILE
-from .text_models import TEXT_MODELS, TextDenoiser
+from .text_families import MODEL_FOLDERS, family_of_model
+from .text_models import TextDenoiser
 
 VAES = (latents.FOLDER, "vqvae", "movq")  # what pipelines call the folder of a VAE
-FLUX_SAMPLE_SIZE = 128  # width of FLUX.1's latents, which its configuration doesn't name
 PIPELINE_ONLY = "pipeline_only"  # in the metadata of a model that only its pipeline calls rightly
 
 
@@ -32,7 +32,7 @@ def is_folder(path: str | Path) -> bool:
         config = read_config(Path(path) / CONFIG_FILE)
     except UserError:
         return False
-    is_model = config.get("_class_name") in {**MODELS, **TEXT_MODELS}
+    is_model = config.get("_class_name") in {**MODELS, **MODEL_FOLDERS}
     return "_sha256" not in config and ("_diffusers_version" in config or is_model)
 
 
@@ -93,7 +93,7 @@ def _check_vae(net: WrappedDenoiser, vae_folder: Path | None) -> None:
 
 def _is_text(model: dict[str, Any]) -> bool:
     """Whether a model is text-to-image, by its configuration. Errors: UserError when it isn't a supported one."""
-    is_text = model.get("_class_name") in TEXT_MODELS
+    is_text = model.get("_class_name") in MODEL_FOLDERS
     if not is_text and model.get("_class_name") not in MODELS:
         DiffusersDenoiser(model, {})
     return is_text
@@ -118,8 +118,9 @@ def _sizes(model: dict[str, Any], path: Path) -> dict[str, int]:
     vae = read_config(path / latents.FOLDER / CONFIG_FILE)
     blocks = latents.widths_of(vae)
     reduction = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and len(blocks) < 10 else 8
-    if model["_class_name"] == "FluxTransformer2DModel":
-        return {"sample_size": FLUX_SAMPLE_SIZE, "image_size": FLUX_SAMPLE_SIZE * reduction}
+    family = family_of_model(model)
+    if family is not None and family.sample_size is not None:
+        return {"sample_size": family.sample_size, "image_size": family.sample_size * reduction}
     size = model.get("sample_size")
     return {"image_size": size * reduction} if type(size) is int else {}
 

@@ -16,7 +16,7 @@ from training.steps import Steps
 
 from . import network_files
 from .one_step import OneStep, one_step_scheduler
-from .text_models import TEXT_MODELS, TextDenoiser
+from .text_models import TextDenoiser
 from .text_pipelines import LATEST, WHOLE, flow_call, flow_scheduler
 
 FILE = "pytorch_lora_weights.safetensors"  # that the library looks for in a folder
@@ -41,7 +41,7 @@ def write(net: Any, base: Any, path: Path) -> str:
     if steps is None or (len(steps) > 1 and not is_flow) or not rank:
         raise UserError("--to=lora: is for generators of one step that were distilled with --lora-rank")
     scheduler = _flow_scheduler(net, steps) if is_flow else _scheduler(net, steps.levels[0])
-    part, factors = TEXT_MODELS[type(net.net).__name__], {}
+    part, factors = net.family.folder, {}
     theirs = base.net.state_dict()
     for name, weight in net.net.state_dict().items():
         change = weight - theirs[name]

@@ -33,32 +33,9 @@ from training.conditions import Prompts
 from . import diffusers_folder, transformers_library
 from .diffusers_folder import read_config
 from .network_files import INDEX_FILE
+from .text_families import BY_PIPELINE, ENCODERS, FAMILIES, TOKENIZERS, Family
 from .transformers_library import Quiet
 
-PIPELINES = {  # class: its tokenizers and text encoders
-    "StableDiffusionPipeline": ("tokenizer", "text_encoder"),
-    "StableDiffusionXLPipeline": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
-    "StableDiffusion3Pipeline": (
-        *("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
-        *("tokenizer_3", "text_encoder_3"),
-    ),
-    "FluxPipeline": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
-    "SanaPipeline": ("tokenizer", "text_encoder"),
-}
-OPTIONAL = {"StableDiffusion3Pipeline": ("tokenizer_3", "text_encoder_3")}  # both or neither
-GENERATORS = {"SanaSprintPipeline": "SanaPipeline"}  # distilled already: what they were distilled from
-T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}  # of a prompt, as the pipelines call T5
-GEMMA_TOKENS = 300  # of a prompt, as SANA's pipeline calls Gemma
-OF_FLOWS = (*T5_TOKENS, "SanaPipeline")
-SETTINGS: dict[str, dict[str, Any]] = {  # of the pipelines' constructors
-    "StableDiffusionPipeline": {"requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"force_zeros_for_empty_prompt": True, "add_watermarker": False},
-}
-FROM_INDEX = ("force_zeros_for_empty_prompt",)  # of them, what a pipeline's index overrides
-SETTING_NAMES = {name for settings in SETTINGS.values() for name in settings}
-ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Gemma2Model")
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
-TOKENIZERS += ("GemmaTokenizer", "GemmaTokenizerFast")
 FILES = (".json", ".txt", ".model", ".safetensors")  # of a tokenizer or text encoder
 MAX_WIDTH = 1 << 16  # of an encoder
 FOLDER = "text"  # of a pipeline with the encoders, next to a network's file
@@ -69,9 +46,9 @@ MAX_PROMPTS, MAX_PROMPT_CHARACTERS, MAX_FILE_BYTES = 20_000_000, 10_000, 4 << 30
 
 def record_of(path: Path) -> dict[str, Any]:
     """The record of the text encoders in a pipeline's folder. Errors: UserError when they aren't supported."""
-    pipeline, parts = supported_parts(path)
-    record = {"source": str(path.resolve()), "pipeline": pipeline, "sha256": fingerprint(path, parts)}
-    if not set(OPTIONAL.get(pipeline, ())) <= set(parts):
+    family, parts = supported_parts(path)
+    record = {"source": str(path.resolve()), "pipeline": family.pipeline, "sha256": fingerprint(path, parts)}
+    if not set(family.optional) <= set(parts):
         width = read_config(path / "transformer" / "config.json").get("joint_attention_dim", 4096)
         record = checked_record({**record, "zeros": width}, path)
     return record
@@ -79,35 +56,35 @@ def record_of(path: Path) -> dict[str, Any]:
 
 def tokens_of(path: Path) -> int:
     """How many tokens a prompt has in a pipeline's conditions. Errors: UserError when its tokenizer doesn't say."""
-    pipeline, _ = supported_parts(path, with_weights=False)
-    if pipeline == "SanaPipeline":
-        return GEMMA_TOKENS
+    family, _ = supported_parts(path, with_weights=False)
+    if not family.has_clip_tokens:
+        return family.other_tokens
     length = read_config(path / "tokenizer" / "tokenizer_config.json").get("model_max_length")
     if type(length) is not int or not 0 < length < 10_000:
         raise UserError(f"{path / 'tokenizer'}: names no model_max_length, how many tokens a prompt has at most")
-    extra = T5_TOKENS.get(pipeline, 0)
-    return extra if pipeline == "FluxPipeline" else length + extra
+    return length + family.other_tokens
 
 
-def supported_parts(path: Path, with_weights: bool = True) -> tuple[str, list[str]]:
-    """(class of a pipeline, its folders of tokenizers and text encoders). with_weights: whether they must be there.
+def supported_parts(path: Path, with_weights: bool = True) -> tuple[Family, list[str]]:
+    """(family of a pipeline, its folders of tokenizers and text encoders). with_weights: whether they must be there.
 
     Errors: UserError when one isn't supported, or isn't there.
     """
     index = read_config(path / INDEX_FILE)
     pipeline = str(index.get("_class_name"))[:80]
-    if pipeline in GENERATORS:
+    teacher = next((family.pipeline for family in FAMILIES if pipeline in family.generators), None)
+    if teacher is not None:
         raise UserError(
             f"{path}: a {pipeline} is itself a generator of few steps, so its answers aren't the means of clean images,"
-            f" as a teacher's are; distil a {GENERATORS[pipeline]} instead"
+            f" as a teacher's are; distil a {teacher} instead"
         )
-    if pipeline not in PIPELINES:
-        raise UserError(f"{path}: a {pipeline}; of text-to-image, {', '.join(PIPELINES)} are supported")
-    optional = OPTIONAL.get(pipeline, ())
-    without = optional and all(index.get(name) in (None, [None, None]) for name in optional)
+    if pipeline not in BY_PIPELINE:
+        raise UserError(f"{path}: a {pipeline}; of text-to-image, {', '.join(BY_PIPELINE)} are supported")
+    family = BY_PIPELINE[pipeline]
+    without = family.optional and all(index.get(name) in (None, [None, None]) for name in family.optional)
     parts = []
-    for name in PIPELINES[pipeline]:
-        if without and name in optional:
+    for name in family.folders:
+        if without and name in family.optional:
             continue
         entry = index.get(name)
         library, found = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
@@ -119,7 +96,7 @@ def supported_parts(path: Path, with_weights: bool = True) -> tuple[str, list[st
         if with_weights and name.startswith("text") and not any((path / name).glob("*.safetensors")):
             raise UserError(f"{path / name}: holds no .safetensors; save the pipeline again by save_pretrained")
         parts.append(name)
-    return pipeline, parts
+    return family, parts
 
 
 def fingerprint(path: Path, parts: Sequence[str]) -> str:
@@ -245,10 +222,9 @@ class TextEncoder:
     """
 
     def __init__(self, record: dict[str, Any], device: torch.device | str = "cpu"):
-        self.kind, self.device = record["pipeline"], device
-        path = folder_of(record)
-        pipeline, parts = supported_parts(path)
-        if pipeline != self.kind or fingerprint(path, parts) != record["sha256"]:
+        path, self.device = folder_of(record), device
+        self.family, parts = supported_parts(path)
+        if self.family.pipeline != record["pipeline"] or fingerprint(path, parts) != record["sha256"]:
             raise UserError(
                 f"{path}: its text encoders aren't those that the network was trained with; put the pipeline with those"
                 f" as {FOLDER}/ next to the network's file"
@@ -258,17 +234,17 @@ class TextEncoder:
         index = read_config(path / INDEX_FILE)
         try:
             with Quiet(diffusers, transformers):
-                cls = getattr(diffusers, self.kind)
+                cls = getattr(diffusers, self.family.pipeline)
                 components = {part: _component(index[part][1], path / part) for part in parts}
         except Exception as error:  # whatever the library raises on damaged files
             reason = persistence.one_line(error, 200)
             raise UserError(f"{path}: its text encoders can't be loaded: {reason}") from None
-        settings = SETTINGS.get(self.kind, {})
-        self.settings = {name: bool(index.get(name, v)) if name in FROM_INDEX else v for name, v in settings.items()}
-        given = {**self.settings, **components, "scheduler": _scheduler(diffusers, self.kind)}
+        overrides = {name: bool(index[name]) for name in self.family.indexed if name in index}
+        self.settings = {**self.family.settings, **overrides}
+        given = {**self.settings, **components, "scheduler": _scheduler(diffusers, self.family)}
         if "zeros" in record:
             given["transformer"] = _Width(record["zeros"])
-        absent = [name for name in inspect.signature(cls).parameters if name not in given and name not in SETTING_NAMES]
+        absent = [name for name in inspect.signature(cls).parameters if name not in given]
         self.pipeline = cls(**given, **dict.fromkeys(absent))
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -279,50 +255,19 @@ class TextEncoder:
 
         Prints one line if some are longer than the encoders take.
         """
-        self._warn_of_long(texts)
+        tokenizer, most = self.family.limit(self.pipeline)
+        transformers_library.warn_of_long(tokenizer, texts, most, "the text encoder")
         null = None
         libraries = diffusers_folder.library(), transformers_library.library()
         with ProgressBar(len(texts), desc="encoding prompts") as bar, Quiet(*libraries):
             for start in range(0, len(texts), ENCODED_AT_ONCE):
                 part = list(texts[start : start + ENCODED_AT_ONCE])
-                encoded, null = self._call(part)
+                encoded, null = self.family.encode(self.pipeline, part, self.device)
                 yield encoded
                 bar.update(len(part))
             if null is None:
-                null = self._null()
+                null = self.family.null(self.pipeline, self.device)
         yield null[:1]
-
-    def _call(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(conditions of prompts, null conditions if the pipeline has its own)."""
-        given: dict[str, Any] = {"prompt": texts, "device": self.device, "num_images_per_prompt": 1}
-        if self.kind == "FluxPipeline":
-            tokens, pooled, _ = self.pipeline.encode_prompt(**given, prompt_2=None)
-            return _row(tokens, pooled), None
-        if self.kind == "SanaPipeline":
-            instruction = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
-            given |= {"do_classifier_free_guidance": False, "complex_human_instruction": instruction}
-            return _row(*self.pipeline.encode_prompt(**given)[:2]), None
-        given["do_classifier_free_guidance"] = True
-        if self.kind == "StableDiffusion3Pipeline":
-            given |= {"prompt_2": None, "prompt_3": None}
-        found = self.pipeline.encode_prompt(**given)
-        return _row(*found[0::2]), _row(*found[1::2])
-
-    def _null(self) -> torch.Tensor:
-        """The null condition [1, ...] of a pipeline whose encoding of prompts gives none."""
-        if self.kind == "SanaPipeline":  # the empty prompt without the instruction
-            return _row(*self.pipeline.encode_prompt([""], device=self.device)[2:])
-        return self._call([""])[0]
-
-    def _warn_of_long(self, texts: Sequence[str]) -> None:
-        longest = {"FluxPipeline": "tokenizer_2", "StableDiffusion3Pipeline": "tokenizer_3"}.get(self.kind, "tokenizer")
-        tokenizer, most = getattr(self.pipeline, longest), T5_TOKENS.get(self.kind)
-        if tokenizer is None:
-            tokenizer, most = self.pipeline.tokenizer, None
-        most = most or tokenizer.model_max_length
-        if self.kind == "SanaPipeline":
-            most = GEMMA_TOKENS - 1  # the model's window also holds the instruction's last token
-        transformers_library.warn_of_long(tokenizer, texts, most, "the text encoder")
 
 
 class _Width:
@@ -337,15 +282,11 @@ def _component(name: str, folder: Path) -> Any:
     return (transformers_library.tokenizer if name in TOKENIZERS else transformers_library.model)(name, folder)
 
 
-def _scheduler(diffusers: Any, kind: str) -> Any:
+def _scheduler(diffusers: Any, family: Family) -> Any:
     """Any scheduler that the pipeline accepts; encoding doesn't use it."""
-    if kind in OF_FLOWS:
+    if family.is_flow:
         return diffusers.FlowMatchEulerDiscreteScheduler()
     return diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-
-
-def _row(*parts: torch.Tensor) -> torch.Tensor:
-    return torch.cat([part.detach().to("cpu", torch.float32).flatten(1) for part in parts], dim=1)
 
 
 def folder_of(record: dict[str, Any]) -> Path:
@@ -370,7 +311,7 @@ def checked_record(record: Any, name: Any) -> dict[str, Any]:
     zeros = record.get("zeros", 1) if intact else None
     if type(zeros) is not int or not 0 < zeros <= MAX_WIDTH:
         raise UserError(f"{name}: what it says about its text encoders is damaged")
-    if record["pipeline"] not in PIPELINES:
+    if record["pipeline"] not in BY_PIPELINE:
         raise UserError(f"{name}: its prompts are those of a {record['pipeline'][:80]}, which isn't supported")
     return record
 

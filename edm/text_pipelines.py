@@ -28,12 +28,6 @@ GUIDANCE_FEATURES = 8  # width of the embedded guidance scale, which the model r
 WHOLE = 0.01  # how near a whole time the start must be
 LATEST = 0.998  # the earliest start of several steps of a flow, for which 1 - s is about 1 - t s
 EVEN = 1e-3  # how evenly spaced its times must be
-USUAL_SIZE = 1024  # in pixels, of which SANA's and FLUX.1's pipelines make images unless told otherwise
-FIRST_LAYERS = {
-    "SD3Transformer2DModel": "pos_embed.proj",
-    "FluxTransformer2DModel": "x_embedder",
-    "SanaTransformer2DModel": "patch_embed.proj",
-}
 
 
 def pipeline_of_prompts(net: Any, steps: Steps | None, vae: Any) -> tuple[Any, str]:
@@ -68,20 +62,19 @@ def _diffusion_pipeline(net: Any, level: float, vae: Any, encoders: TextEncoder)
     set_time(model, step.t, last)
     scheduler = one_step_scheduler(net, last, level)
     parts = {**encoders.pipeline.components, "vae": vae, "unet": model.eval(), "scheduler": scheduler}
-    pipeline = getattr(library(), encoders.kind)(**parts, **encoders.settings)
-    return pipeline, 'prompt="...", num_inference_steps=1'
+    return type(encoders.pipeline)(**parts, **encoders.settings), 'prompt="...", num_inference_steps=1'
 
 
 def _flow_pipeline(net: Any, steps: Steps, vae: Any, encoders: TextEncoder) -> tuple[Any, str]:
     step, model = OneStep(net, steps.levels[0]), copy.deepcopy(net.net)
     scheduler = flow_scheduler(net, steps, "--to=diffusers")
-    model.get_submodule(FIRST_LAYERS[type(model).__name__]).weight.data *= step.b
+    model.get_submodule(net.family.first_layer).weight.data *= step.b
     if len(steps) == 1:
         scale = model.config.get("timestep_scale", 1.0)
         set_time(model, scale * step.t, scale * scheduler.config.num_train_timesteps)
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / step.b)
     parts = {**encoders.pipeline.components, "vae": vae, "transformer": model, "scheduler": scheduler}
-    return getattr(library(), encoders.kind)(**parts, **encoders.settings), flow_call(net, steps)
+    return type(encoders.pipeline)(**parts, **encoders.settings), flow_call(net, steps)
 
 
 def flow_scheduler(net: Any, steps: Steps, option: str) -> Any:
@@ -111,9 +104,9 @@ def flow_scheduler(net: Any, steps: Steps, option: str) -> Any:
 
 def flow_call(net: Any, steps: Steps) -> str:
     """The arguments of a flow's pipeline."""
-    kind, text = type(net.net).__name__, f'prompt="...", num_inference_steps={len(steps)}'
-    if kind != "FluxTransformer2DModel":  # which doesn't call its model twice
+    family, text = net.family, f'prompt="...", num_inference_steps={len(steps)}'
+    if family.runs_twice:
         text += ", guidance_scale=1"
-    if kind != "SD3Transformer2DModel" and net.image_size != USUAL_SIZE:
+    if family.image_size not in (None, net.image_size):
         text += f", height={net.image_size}, width={net.image_size}"
     return text
