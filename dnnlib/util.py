@@ -285,6 +285,11 @@ def format_number(value: float) -> str:
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
+def format_count(count: float) -> str:
+    """A large count in thousands or millions, with three digits: 189k, 1.2M."""
+    return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.3g}k"
+
+
 def format_time(seconds: float) -> str:
     """Seconds as the shortest of `45s`, `12m 03s`, `5h 09m 00s`, `2d 07h 15m`."""
     s = round(seconds)

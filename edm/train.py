@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib import LongCommand, UserError, without_passwords
+from edm import next_steps
 from edm.train_options import COMMAND_LINE, SECTIONS, network_and_loss, network_arguments, training_config
+from edm.train_presets import PRESET
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=LongCommand, sections=SECTIONS, context_settings={"show_default": True})
-def main(**options: Any) -> None:
+@click.pass_context
+def main(context: click.Context, **options: Any) -> None:
     """Train a diffusion model (EDM, EDM2, VP or VE) on a folder or zip of images."""
     from torch_utils import distributed, misc
     from torch_utils.tracking import trackers_of
@@ -43,10 +46,13 @@ def main(**options: Any) -> None:
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary |= {"loss": {"class_name": loss_name, **loss_kwargs}}
     summary |= {name: options[name] for name in ("sigma", "resume", "log")}
+    summary |= {"images": len(dataset), "options": options, "preset": context.meta.get(PRESET)}
+    summary["arguments"] = context.meta["arguments"]
     summary = without_passwords({**summary, **metadata_of(dataset.classes, dataset.label_dim)})
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
         misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        summary["processes"] = distributed.world_size()
         trackers = trackers_of(options["log"])
         if options["dry_run"]:
             distributed.print0(json.dumps(summary, indent=2))
@@ -76,7 +82,7 @@ def train(
 
     from edm import training_report
     from torch_utils import distributed, misc, run_folder
-    from torch_utils.run_lines import start_block
+    from torch_utils.run_lines import environment, start_block
     from torch_utils.tracking import Tracking
     from training import loss
     from training.training_loop import Training, training_loop
@@ -99,6 +105,7 @@ def train(
     if resume is not None:
         check_resume(resume, net, options, config, asked, device)
         summary["lr_rampup_kimg"] = config.lr_rampup_kimg
+    summary |= {"parameters": sum(p.numel() for p in net.parameters()), "environment": environment(device)}
     evaluator = training_report.make_evaluator(options, device)
     training = Training(config, net, loss_fn, pipe, device, asked, resume)
     with run_folder.create(*place, summary, resume and resume.path) as run_dir:
@@ -108,11 +115,13 @@ def train(
         report = training_report.TeacherReport(run_dir, evaluator, config.batch)
         # Heun's method can't sample with a denoiser of a single noise level.
         pictures = report.snapshot if options["sigma"] is None else None
+        report.draw_reals(dataset)
         training_begins.set()
         save_snapshot = snapshot_writer(run_dir, options, dataset, config)
         with Tracking(run_dir, trackers, training.nimg, config.batch) as tracking:
             training_loop(training, dataset, run_dir, save_snapshot, pictures, tracking.update)
-        distributed.print0(f"Next: {training_report.next_command(run_dir, options, evaluator)}")
+        distributed.print0(f"Page: {next_steps.report(run_dir)}")
+        distributed.print0(f"Next: {next_steps.distil(run_dir, options)}")
 
 
 def build_network(precond: str, network_kwargs: dict[str, Any], transfer: str | None) -> "torch.nn.Module":

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+PRESET = "preset"  # in a context's meta: the preset that the command line names
+
 # Meant to be EDM2's published trainings (arXiv:2312.02696), which this project has neither rerun nor compared with the
 # paper's tables. The rate falls with the inverse square root of the images seen, from `lr_constant` kimg on: 70 000 or
 # 35 000 batches.
@@ -65,3 +67,4 @@ def use(context: Any, _option: Any, name: str | None) -> None:
     """Callback of the option --preset: makes the preset's values the command's defaults."""
     if name is not None:
         context.default_map = {**(context.default_map or {}), **PRESETS[name]}
+        context.meta[PRESET] = name

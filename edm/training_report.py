@@ -1,6 +1,5 @@
-"""What training a teacher prints and draws: a block at the start, pictures and metrics, the next command."""
+"""What training a teacher prints and draws: a block at the start, pictures and metrics."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from dnnlib import UserError, kimg_name
 from edm.images import save_grid
 from edm.metrics.evaluate import Evaluator
+from edm.next_steps import METRICS_STEPS, report
 from edm.sampler import generate_all
 from edm.snapshot_metrics import SnapshotMetrics, metrics_text
 from torch_utils import distributed
@@ -17,15 +17,16 @@ from torch_utils.run_lines import batch_text, device_text, length_text, network_
 from training.training_loop import Training
 
 PICTURE_COLUMNS, PICTURE_ROWS = 8, 8
+REALS = "reals.png"
 PICTURE_STEPS = 8  # of Heun's sampler: enough to see shapes and colours
-METRICS_STEPS = 18  # of Heun's sampler, 35 evaluations, as EDM's figures for 32x32 images
 METRICS_SAMPLER = f"by Heun's sampler with {2 * METRICS_STEPS - 1} evaluations"
 
 
 class TeacherReport:
     """Writes `fakes_*.png` and `metric-*.jsonl` into the run folder of a teacher's training.
 
-    Both show the moving average of the weights, sampled by Heun's method from the same seeds every time.
+    Both show the moving average of the weights, sampled by Heun's method from the same seeds every time. `reals.png`
+    has as many images of the data set, for comparison.
     evaluator: computes the metrics, or None for pictures only. batch: images per iteration, which file names depend on.
     Files that can't be written are reported and skipped.
     """
@@ -33,6 +34,14 @@ class TeacherReport:
     def __init__(self, run_dir: Path, evaluator: Evaluator | None = None, batch: int = 1):
         self._run_dir, self._batch = run_dir, batch
         self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator, METRICS_STEPS)
+
+    def draw_reals(self, dataset: Any) -> None:
+        """Draws images from all over the data set, on process 0. Latents would have to be decoded and are left out."""
+        count = PICTURE_COLUMNS * PICTURE_ROWS
+        if distributed.rank() == 0 and not dataset.metadata:
+            chosen = sorted({len(dataset) * i // count for i in range(count)})
+            images = torch.stack([torch.as_tensor(dataset[i][0]) for i in chosen])
+            attempt(f"saving {REALS}", lambda: save_grid(images, self._run_dir / REALS, PICTURE_COLUMNS))
 
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> dict[str, float]:
         """Reports a snapshot. Every process must call it, with equal weights.
@@ -88,17 +97,5 @@ def describe_start(
         "Length": length,
         "Metrics": None if evaluator is None else f"{metrics_text(evaluator, reference or data)}, {METRICS_SAMPLER}",
         "Run folder": str(run_dir),
-        "Look at": f"fakes_*.png (Heun's sampler, {PICTURE_STEPS} steps), stats.jsonl and log.txt there",
+        "Look at": f"fakes_*.png there (Heun's sampler, {PICTURE_STEPS} steps); {report(run_dir)}",
     }
-
-
-def next_command(run_dir: Path, options: dict[str, Any], evaluator: Evaluator | None) -> str:
-    """The command that distils the run's newest snapshot, quoted for a shell."""
-    arguments = ["--recipe=auto", f"--edm_model={run_dir}", f"--outdir={options['outdir']}-sid"]
-    if evaluator is not None and options["data_stat"] is not None:
-        given = [name for name in ("data_stat", "detector") if options[name] is not None]
-        arguments += [f"--{name}={options[name]}" for name in given]
-    else:
-        arguments.append("--metrics=none")
-    program = ["python", "sid_train.py"] if Path("sid_train.py").is_file() else ["sid-train"]
-    return shlex.join([*program, *arguments])

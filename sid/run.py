@@ -12,13 +12,13 @@ import torch
 from dnnlib import UserError, without_passwords
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
-from torch_utils.run_lines import path_text, start_block
+from torch_utils.run_lines import environment, path_text, start_block
 from torch_utils.tracking import trackers_of
 from torch_utils.untrusted import edm_pickle
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
 
-from . import memory
+from . import __version__, memory
 from .adversarial import RealImages
 from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation
@@ -42,7 +42,7 @@ from .inputs import (
 )
 from .options import other_options
 from .prepare import prepare
-from .report.opening import describe_run, environment
+from .report.opening import describe_run
 from .report.page import RunPage
 from .report.progress import Report, track
 from .start import choose_start
@@ -152,7 +152,7 @@ def run(
         # Both may refuse their inputs, and then there is no folder yet.
         picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
         distillation = build(inputs, plan.config, device, plan.saved, options["override"])
-        summary["environment"] = environment(device)
+        summary["environment"] = {"this library": __version__, **environment(device)}
         summary |= without_passwords({name: options.get(name) for name in COMMAND})
         folder = run_folder.create(*plan.place, summary, plan.saved and plan.saved.path)
         with folder as run_dir, RunPage(run_dir, distributed.rank() == 0) as page:

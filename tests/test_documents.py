@@ -68,7 +68,7 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_parse(document, tmp_path, monkeypatch):
-    for name in ("RUN", "RUN_FOLDER", "generator", "training-runs/00000-demo"):  # whose existence is checked
+    for name in ("RUN", "RUN_FOLDER", "generator", "teacher", "training-runs/00000-demo"):  # whose existence is checked
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for words in commands(document.read_text(encoding="utf-8")):

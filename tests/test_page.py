@@ -8,12 +8,13 @@ import os
 import random
 import shlex
 import threading
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from pages import HOSTILE, Page, images_of, write_lines
 from PIL import Image
 
+from edm import training_report
 from sid import inputs, trials
 from sid.config import DistillationConfig
 from sid.options import parse
@@ -21,39 +22,6 @@ from sid.report import commands, embedded, pictures, run_record
 from sid.report.curves import MAX_VALUES, charts, thinned
 from sid.report.page import PAGE_FILE, RunPage, write_page
 from sid.report.serve import make_server
-
-HOSTILE = '</script></title><script>alert(1)</script><img src=x onerror="alert(1)"><!--\'&'
-
-
-class Page(HTMLParser):
-    """elements: (tag, attributes). texts: contents of script and style elements. text: all other text."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.texts, self.text, self._inside = [], [], "", None
-        self.feed(path.read_text(encoding="utf-8"))
-        self.data = json.loads(self.content("data"))
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self._inside = (tag, dict(attrs)) if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self._inside = None
-
-    def handle_data(self, data):
-        if self._inside is None:
-            self.text += data
-        else:
-            self.texts.append((*self._inside, data))
-
-    def content(self, name):
-        (found,) = [data for _, attributes, data in self.texts if attributes.get("id") == name]
-        return found
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def make_run(folder, ticks=30, total=30.0, **options):
@@ -70,10 +38,6 @@ def make_run(folder, ticks=30, total=30.0, **options):
     for shade, name in enumerate(("init", "000010", "000020")):
         Image.new("L", (64, 32), 40 * shade).save(folder / f"fakes_{name}.png")
     return folder
-
-
-def images_of(page):
-    return [attributes for tag, attributes in page.elements if tag == "img"]
 
 
 def test_it_shows_the_run(tmp_path):
@@ -110,14 +74,29 @@ def test_it_needs_no_network_and_runs_its_own_scripts_only(tmp_path):
         assert not any("url(" in text or "@import" in text for text in texts if tag == "style")
 
 
-def test_nothing_in_a_run_folder_enters_the_page_or_breaks_it(tmp_path):
-    options = {"edm_model": HOSTILE, "environment": {HOSTILE: HOSTILE}, "desc": HOSTILE, "steps": HOSTILE}
-    options |= {"arguments": [HOSTILE], "batch": [HOSTILE], "init_sigma": float("nan"), "objective": HOSTILE}
+DISTILLATION = {"edm_model": HOSTILE, "environment": {HOSTILE: HOSTILE}, "desc": HOSTILE, "steps": HOSTILE}
+DISTILLATION |= {"arguments": [HOSTILE], "batch": [HOSTILE], "init_sigma": float("nan"), "objective": HOSTILE}
+TRAINING = {"network": {"class_name": HOSTILE, "img_resolution": float("nan"), "label_dim": [HOSTILE]}}
+TRAINING |= {"data": HOSTILE, "loss": {"class_name": {HOSTILE: HOSTILE}}, "images": -1, "parameters": float("inf")}
+TRAINING |= {"options": {"lr": HOSTILE, "outdir": HOSTILE, "metrics": [HOSTILE], "cres": {HOSTILE: 1}, HOSTILE: 1}}
+TRAINING |= {"preset": [HOSTILE], "arguments": [HOSTILE, "--resume"], "processes": 10**400, "environment": [HOSTILE]}
+TRAINING |= {"optimizer": HOSTILE, "lr_decay": [HOSTILE], "batch": 0.0, "total_kimg": 1e300, "ema_std": HOSTILE}
+
+
+def nested(depth):
+    """Options that hold lists in lists."""
+    value = b"[" * depth + b"]" * depth
+    return b'{"network": {"model_channels": %b}, "options": {"lr": %b}, "environment": {"x": %b}}' % ((value,) * 3)
+
+
+@pytest.mark.parametrize("options", [DISTILLATION, TRAINING], ids=["distillation", "training"])
+def test_nothing_in_a_run_folder_enters_the_page_or_breaks_it(tmp_path, options):
     run = make_run(tmp_path / "<img src=x onerror=alert(1)>", **options)
     random.seed(0)
     odd = [float("nan"), float("inf"), 1e300, HOSTILE, None, [], 10**400, -1, True]
     names = ["Progress/kimg", "Health/divergence", "Health/worst_class", "Health/worst_class_divergence", HOSTILE]
     names += ["Health/divergence_sigma1-2", f"Health/divergence_sigma{HOSTILE}", "Timing/sec_per_tick"]
+    names += ["Loss/loss", "Rate/lr"]
     lines = [{"Progress/kimg": i, random.choice(names): random.choice(odd)} for i in range(200)]
     for name in ("stats.jsonl", "teacher-distance.jsonl", "metric-fid5k.jsonl", "metric-<b>.jsonl"):
         write_lines(run / name, [*lines, *({"kimg": i, "value": value} for i, value in enumerate(odd))])
@@ -139,7 +118,7 @@ def test_nothing_in_a_run_folder_enters_the_page_or_breaks_it(tmp_path):
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert HOSTILE in page.text  # shown as it is
     for name in ("training_options.json", "stats.jsonl", "teacher-distance.jsonl"):
-        for content in (b"", b"[" * 5000, b"\xff\xfe", b"[1]\n"):
+        for content in (b"", b"[" * 5000, b"\xff\xfe", b"[1]\n", b'{"network": {}}', *map(nested, range(900, 1000, 4))):
             (run / name).write_bytes(content)
             Page(write_page(run))
     Page(write_page(tmp_path))  # not a run at all
@@ -285,4 +264,5 @@ def test_the_nearest_sample_is_found():
 def test_names_and_sizes_agree_with_modules_that_load_torch():
     assert f"{trials.TRIALS}/{trials.RESULTS_FILE}" == run_record.TRIAL_RESULTS
     assert embedded.GRID_COLUMNS == pictures.GRID_COLUMNS
+    assert embedded.TRAINING_COLUMNS == training_report.PICTURE_COLUMNS
     assert commands.KEPT_TEACHER == inputs.TEACHER_FILE

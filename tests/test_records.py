@@ -188,8 +188,11 @@ def test_what_is_no_run_folder(run, tmp_path, command):
     assert "is not a folder" in said(command, run / "stats.jsonl")
     os.mkfifo(tmp_path / "pipe")
     assert "is not a folder" in said(command, tmp_path / "pipe")
+
+
+def test_the_doctor_refuses_a_training(run):
     (run / "training_options.json").write_text(json.dumps({"network": {"class_name": "EDMPrecond"}, "batch": 4}))
-    assert "is a run of edm.train" in said(command, run)
+    assert "is a run of edm.train" in said(doctor.main, run)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to a device", "folder"])

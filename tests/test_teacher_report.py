@@ -1,5 +1,6 @@
 """What edm.train shows: percent and time left, pictures, metrics, the next command; and its defaults for short runs."""
 
+import html
 import json
 import re
 import shlex
@@ -11,10 +12,12 @@ import torch
 from click.testing import CliRunner
 
 import sid_train
-from edm import train
+from dnnlib import format_count
+from edm import train, zoo
 from edm.metrics.detector import save_detector
 from edm.metrics.small_classifier import SmallClassifier
 from edm.snapshot_metrics import read_metrics
+from sid.report import __main__ as report
 
 TINY = ["--cbase=4", "--cres=1", "--blocks=1", "--attn=0", "--dropout=0", "--batch=8", "--workers=0", "--device=cpu"]
 
@@ -53,8 +56,36 @@ def test_a_training_speaks(work):
         records = [json.loads(line) for line in (folder / f"metric-{metric}.jsonl").read_text().splitlines()]
         assert records[-1]["kimg"] == 0.064
         assert len({record["kimg"] for record in records}) == len(records) > 1
-    command = shlex.split(said.strip().splitlines()[-1].removeprefix("Next: "))
+    page, following = said.strip().splitlines()[-2:]
+    command = shlex.split(following.removeprefix("Next: "))
     run(sid_train.main, *command[1:], "--device=cpu", "--dry-run")
+    assert page == f"Page: sid-report {folder.relative_to(work)}"
+
+
+def test_a_trainings_page_follows_from_its_record(work):
+    options = ["--data=images", "--outdir=runs", "--duration=0.000064", "--augment=0", "--lr-decay=linear", *TINY]
+    run(train.main, *options)
+    (folder,) = (work / "runs").iterdir()
+    ticks = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    for tick in ticks:
+        assert tick["Rate/lr"] == pytest.approx(1e-3 * (1 - tick["Progress/kimg"] / 0.064), abs=1e-12)
+    with PIL.Image.open(folder / "reals.png") as picture:  # all 24 images, enlarged
+        first = np.asarray(picture.convert("RGB"))[::8, ::8][:8, :8]
+        assert picture.size == (512, 192)
+    with PIL.Image.open(work / "images/00.png") as image:
+        assert np.array_equal(first, np.asarray(image))
+    assert run(report.main, str(folder)) == f"Page:      {folder}/index.html\n"
+    text = (folder / "index.html").read_text()
+    found = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', text))
+    parameters = sum(p.numel() for p in zoo.load_network(folder).parameters())
+    assert found["Network"].endswith(f", {format_count(parameters)} parameters")
+    assert found["Data"] == "images, 24 images, 3 x 8 x 8, without classes"
+    assert found["Passes"] == "2.67 of 2.67"
+    assert found["--lr-decay"] == "linear"
+    (command,) = re.findall(r"<code>(python -m edm.train .*)</code>", text)
+    said = run(train.main, *shlex.split(html.unescape(command))[3:])
+    assert "Resumed at 0.064 kimg" in said
+    assert "0.128/0.128 kimg 100%" in said
 
 
 DAMAGE = b'null\n{}\n[]\n"x"\n{"kimg": 0.032}\n{"kimg": "x", "value": 1}\n' + b"[" * 100_000 + b'\n\xff\0\n{"kimg": 0.0'

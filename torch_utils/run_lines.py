@@ -2,11 +2,14 @@
 
 import math
 import os
+import platform
 import textwrap
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
+from dnnlib import format_count
 from dnnlib.util import printable
 
 from . import distributed
@@ -101,9 +104,7 @@ def path_text(path: str | os.PathLike) -> str:
 
 def network_text(net: torch.nn.Module) -> str:
     """The kind of a network and its size."""
-    parameters = sum(p.numel() for p in net.parameters())
-    size = f"{parameters / 1e6:.3g}M" if parameters >= 1e6 else f"{parameters / 1e3:.3g}k"
-    return f"{type(net).__name__}, {size} parameters"
+    return f"{type(net).__name__}, {format_count(sum(p.numel() for p in net.parameters()))} parameters"
 
 
 def device_text(device: torch.device) -> str:
@@ -113,6 +114,17 @@ def device_text(device: torch.device) -> str:
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     text = f"{device.type} with {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
     return text if processes == 1 else f"{processes} processes on {text} each"
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a run is computed with, for its record: versions, device and machine, by name."""
+    return {
+        "Python": platform.python_version(),
+        "PyTorch": str(torch.__version__),
+        "NumPy": np.__version__,
+        "device": device_text(device),
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()}), {os.cpu_count()} CPU cores",
+    }
 
 
 def batch_text(batch: int, batch_gpu: int) -> str:

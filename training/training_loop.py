@@ -102,10 +102,7 @@ class Training:
             value = self._loss(self.net, clean_samples(items), labels, self._augment_pipe)
             self.collector.report("Loss/loss", value)
             (value.sum() * (config.loss_scaling / config.batch)).backward()
-        kimg = config.total_kimg, config.lr_rampup_kimg, config.lr_constant_kimg
-        total, rampup, constant = (1000 * value for value in kimg)
-        factor = lr_factor(self.nimg, total, rampup, config.lr_decay, constant)
-        self.collector.report("Gradient/norm", self._parts["updater"].step(factor))
+        self.collector.report("Gradient/norm", self._parts["updater"].step(self.lr_factor()))
         if config.ema_std is None:
             beta = ema_beta(config.batch, self.nimg, config.ema_halflife_kimg * 1000, config.ema_rampup_ratio)
         else:
@@ -114,6 +111,16 @@ class Training:
         if self.device.type == "cpu":
             self.check()
         self.nimg += config.batch
+
+    def lr_factor(self) -> float:
+        """What the learning rate is multiplied by at the next update."""
+        kimg = self.config.total_kimg, self.config.lr_rampup_kimg, self.config.lr_constant_kimg
+        total, rampup, constant = (1000 * value for value in kimg)
+        return lr_factor(self.nimg, total, rampup, self.config.lr_decay, constant)
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """What `Collector.collect` returns, and the learning rate as it is now; every process must call it."""
+        return {**self.collector.collect(), "Rate/lr": {"mean": self.config.lr * self.lr_factor()}}
 
     def check(self) -> None:
         """Waits for the device. Errors: DivergenceError when gradients stay non-finite."""
@@ -162,7 +169,7 @@ def training_loop(
         steps = Steps(
             iteration=lambda: training.iteration(batches),
             check=training.check,
-            statistics=training.collector.collect,
+            statistics=training.statistics,
             contents=training.contents,
             publish=publish,
             after_tick=lambda statistics: track(),

@@ -18,23 +18,37 @@ DISTANCES_FILE = "teacher-distance.jsonl"  # of each snapshot from the teacher's
 WANTED = "a run folder of sid_train.py"
 
 
-def read_run_options(run: str | Path) -> dict[str, Any]:
-    """The recorded options of a distillation. Errors: UserError when the folder isn't a run of one."""
+def is_training(options: dict[str, Any]) -> bool:
+    """Whether the options are those of edm.train, which trains a teacher."""
+    return isinstance(options.get("network"), dict)
+
+
+def read_any_options(run: str | Path, wanted: str) -> dict[str, Any]:
+    """The recorded options of a run, of a distillation or of edm.train.
+
+    wanted: the folder to name instead. Errors: UserError when the folder isn't a run.
+    """
     path = Path(run) / OPTIONS_FILE
     if not Path(run).is_dir():
-        raise UserError(f"{run}: is not a folder; name {WANTED}")
+        raise UserError(f"{run}: is not a folder; name {wanted}")
     if not path.exists():
-        raise UserError(f"{run}: has no {OPTIONS_FILE}; name {WANTED}")
+        raise UserError(f"{run}: has no {OPTIONS_FILE}; name {wanted}")
     try:
-        options = json.loads(records.read_text(path, WANTED))
+        options = json.loads(records.read_text(path, wanted))
     except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"{path}: is damaged: it doesn't hold options; restore it, or name {WANTED}")
-    if isinstance(options.get("network"), dict):
+        raise UserError(f"{path}: is damaged: it doesn't hold options; restore it, or name {wanted}")
+    return options
+
+
+def read_run_options(run: str | Path) -> dict[str, Any]:
+    """The recorded options of a distillation. Errors: UserError when the folder isn't a run of one."""
+    options = read_any_options(run, WANTED)
+    if is_training(options):
         raise UserError(f"{run}: is a run of edm.train, which trains a teacher; name {WANTED}")
     if not isinstance(options.get("edm_model", ""), str):
-        raise UserError(f"{path}: its edm_model is not the name of a network; restore the file")
+        raise UserError(f"{Path(run) / OPTIONS_FILE}: its edm_model is not the name of a network; restore the file")
     return options
 
 

@@ -8,7 +8,9 @@ import click
 from dnnlib import Command, UserError, WholeRange
 from edm.own_classes import classes_option, own_classes
 from sid.guidance import parse_guidance
-from sid.monitor.records import OPTIONS_FILE, read_run_options
+from sid.monitor.records import OPTIONS_FILE, is_training, read_any_options, read_run_options
+
+WANTED = "a run folder of sid_train.py or edm.train"
 
 
 @click.command(cls=Command)
@@ -19,7 +21,7 @@ from sid.monitor.records import OPTIONS_FILE, read_run_options
 @click.option("--port", type=WholeRange(0, 65535), default=8000, show_default=True, help="With --serve; 0: any")
 @classes_option
 def main(run: str, page_only: bool, video: str | None, serves: bool, port: int, classes: str | None) -> None:
-    """Summarise the distillation in the folder RUN: a page (index.html), a table of FID and a picture."""
+    """Summarise the run in the folder RUN: a page (index.html), and of a distillation a table of FID and a picture."""
     animation = None
     if video is not None:
         from sid.report.video import check_place, write_video
@@ -34,14 +36,18 @@ def main(run: str, page_only: bool, video: str | None, serves: bool, port: int, 
             raise UserError(f"{run}: is not a folder; name one that holds run folders")
         serve(Path(run), port)
     else:
+        from sid.report.embedded import GRID_COLUMNS, TRAINING_COLUMNS
         from sid.report.page import write_page
 
-        run_dir, options, own = Path(run), read_run_options(run), own_classes(classes)
-        if not page_only:
-            summarise_and_compare(run_dir, options, own)
+        run_dir, trains = Path(run), is_training(read_any_options(run, WANTED))
+        if not trains:
+            options, own = read_run_options(run), own_classes(classes)
+            if not page_only:
+                summarise_and_compare(run_dir, options, own)
         print(f"Page:      {write_page(run_dir)}")
         if animation is not None:
-            print(f"Video:     {animation}  ({write_video(run_dir, animation)} pictures)")
+            count = write_video(run_dir, animation, TRAINING_COLUMNS if trains else GRID_COLUMNS)
+            print(f"Video:     {animation}  ({count} pictures)")
 
 
 def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str, Any]) -> None:

@@ -73,8 +73,12 @@ def option_name(name: str) -> str:
 
 
 def value_text(name: str, value: Any) -> str:
-    """A recorded value as the command line has it."""
-    unit = (COMMAND_LINE | LATER_NAMES).get(name, (name, 1))[1]
+    """The recorded value of an option of sid_train.py as the command line has it."""
+    return typed_text(value, (COMMAND_LINE | LATER_NAMES).get(name, (name, 1))[1])
+
+
+def typed_text(value: Any, unit: float = 1) -> str:
+    """A recorded value as a command line has it. unit: how many of the record's units its unit is."""
     if value is None or value == []:
         text = "none"
     elif isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
@@ -83,8 +87,13 @@ def value_text(name: str, value: Any) -> str:
         text = "yes" if value else "no"
     elif is_figure(value):
         text = format_number(float(f"{value / unit:.12g}"))
+    elif isinstance(value, str):
+        text = value
     else:
-        text = value if isinstance(value, str) else json.dumps(value)
+        try:
+            text = json.dumps(value)
+        except RecursionError:  # it was nested just less deeply than json.loads refuses
+            text = "?"
     return printable(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …")
 
 
@@ -123,11 +132,11 @@ def without_resume(arguments: Sequence[str]) -> list[str]:
     return [a for last, a in zip(former, arguments) if last != "--resume" and a.partition("=")[0] != "--resume"]
 
 
-def launcher(processes: Any) -> list[str]:
-    """The words that start sid_train in as many processes."""
+def launcher(processes: Any, module: str = "sid_train") -> list[str]:
+    """The words that start a module in as many processes."""
     if isinstance(processes, int) and processes > 1:
-        return ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", "sid_train"]
-    return ["python", "-m", "sid_train"]
+        return ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", module]
+    return ["python", "-m", module]
 
 
 def using(run_dir: Path) -> tuple[str, str]:

@@ -49,7 +49,23 @@ class Chart:
         }
 
 
-TICK_CHARTS: list[tuple[str, str, str, dict[str, str]]] = [  # name, title, note, {figure: label}
+About = tuple[str, str, str, dict[str, str]]  # name, title, note, {figure of a tick: label}
+
+SPEED: About = ("speed", "Speed", "Images per second", {"Timing/img_per_sec": "img/s"})
+MEMORY: About = (
+    "memory",
+    "Memory",
+    "GB of process 0",
+    {"Resources/gpu_mem_GB": "GPU, highest so far", "Resources/cpu_mem_GB": "CPU"},
+)
+TRAINING_CHARTS: list[About] = [  # of edm.train
+    ("loss", "Loss", "Weighted error of the denoised training images; lower is better", {"Loss/loss": "loss"}),
+    ("rate", "Learning rate", "At the end of each tick", {"Rate/lr": "lr"}),
+    ("norms", "Gradient norm", "Mean over the updates of a tick", {"Gradient/norm": "network"}),
+    SPEED,
+    MEMORY,
+]
+TICK_CHARTS: list[About] = [  # of a distillation
     (
         "health",
         "Ratios of the run's health",
@@ -98,33 +114,37 @@ TICK_CHARTS: list[tuple[str, str, str, dict[str, str]]] = [  # name, title, note
             "Health/fake_score_spikes": "fake score, spikes",
         },
     ),
-    ("speed", "Speed", "Images per second", {"Timing/img_per_sec": "img/s"}),
-    (
-        "memory",
-        "Memory",
-        "GB of process 0",
-        {"Resources/gpu_mem_GB": "GPU, highest so far", "Resources/cpu_mem_GB": "CPU"},
-    ),
+    SPEED,
+    MEMORY,
 ]
 
 
 def charts(record: RunRecord) -> list[Chart]:
     """All charts for which the run has recorded something."""
-    found = []
-    fid = record.fid
+    found = [*_metric_charts(record), *([] if record.is_training else _distance_charts(record))]
+    abouts = TRAINING_CHARTS if record.is_training else TICK_CHARTS
+    found += [_chart(*about[:3], record.ticks, about[3]) for about in abouts]
+    return [chart for chart in found if chart is not None]
+
+
+def _metric_charts(record: RunRecord) -> list[Chart | None]:
+    found, fid = [], record.fid
+    label = "network" if record.is_training else "generator"
     for name, records in record.metrics.items():
         teacher = fid.teacher if fid is not None and fid.name == name else None
         goal = None if teacher is None else ("teacher", teacher)
         note = "Fréchet distance of generated from real images; lower is better" if name.startswith("fid") else ""
-        found.append(_chart(f"metric-{name}", name, note, records, {"value": "generator"}, "kimg", goal))
+        found.append(_chart(f"metric-{name}", name, note, records, {"value": label}, "kimg", goal))
+    return found
+
+
+def _distance_charts(record: RunRecord) -> list[Chart | None]:
     note = "Energy distance from the teacher's own samples; 0 is as close as other samples of the teacher are"
     parts = {"value": "distance", "pixels": "of pixels", "detail": "of fine detail"}
-    found.append(_chart("distance", "Distance from the teacher", note, record.distances, parts, "kimg"))
+    distance = _chart("distance", "Distance from the teacher", note, record.distances, parts, "kimg")
     note = "Between teacher and fake score on generated images; rises at first, while the fake score learns"
     figures = {"Health/divergence": "all noise levels", **_bands(record.ticks)}
-    found.append(_chart("divergence", "Divergence from the teacher", note, record.ticks, figures))
-    found += [_chart(*about[:3], record.ticks, about[3]) for about in TICK_CHARTS]
-    return [chart for chart in found if chart is not None]
+    return [distance, _chart("divergence", "Divergence from the teacher", note, record.ticks, figures)]
 
 
 def _bands(ticks: Figures) -> dict[str, str]:

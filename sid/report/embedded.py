@@ -13,10 +13,12 @@ import PIL.Image
 from dnnlib import open_plain
 
 TEACHER_PICTURE, NEAREST_PICTURE, COMPARISON_PICTURE = "teacher.png", "nearest.png", "comparison.png"
+REALS_PICTURE = "reals.png"
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 1 << 26
 MAX_WIDTH = 1024  # on the page
 GRID_COLUMNS = 16  # of sid.report.pictures, which loads torch; a test compares
+TRAINING_COLUMNS = 8  # of edm.training_report, which loads torch; a test compares
 LEAST_COLUMNS = 4  # shown of a grid of large images
 MAX_FRAMES = 32
 FRAMES_BYTES, OTHER_BYTES = 1_300_000, 130_000  # of all pictures over time, of any other; base64 adds a third
@@ -27,17 +29,16 @@ FRAME = r"fakes_(?:init|(\d{6,12})(?:\.(\d{3}))?)\.png"
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """A picture in a page. uri: the data. columns: how many images of a grid are side by side, if it is one."""
+    """A picture in a page. uri: the data."""
 
     uri: str
     width: int
     height: int
-    columns: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The generator's picture after `kimg`."""
+    """A picture of a network's images after `kimg`."""
 
     kimg: float
     picture: Embedded
@@ -50,8 +51,11 @@ class PictureCache:
         self._run_dir = run_dir
         self._known: dict[tuple[str, int, int, int], Embedded | None] = {}
 
-    def frames(self) -> list[Frame]:
-        """The generator's pictures, oldest first; of many, every second, fourth, … and the last."""
+    def frames(self, columns: int = GRID_COLUMNS) -> list[Frame]:
+        """The pictures over time, oldest first; of many, every second, fourth, … and the last.
+
+        columns: as for `picture`.
+        """
         names = frame_names(self._run_dir)
         stride = 1
         while len(names[::stride]) > MAX_FRAMES:  # a power of two, so that a growing run keeps those it has
@@ -59,14 +63,14 @@ class PictureCache:
         chosen = names[::stride]
         chosen += names[-1:] if names and chosen[-1] != names[-1] else []
         limit = FRAMES_BYTES // (MAX_FRAMES + 1) if len(names) > MAX_FRAMES // 2 else 2 * FRAMES_BYTES // MAX_FRAMES
-        found = [(kimg, self.picture(name, limit, is_grid=True)) for kimg, name in chosen]
+        found = [(kimg, self.picture(name, columns, limit)) for kimg, name in chosen]
         return [Frame(kimg, picture) for kimg, picture in found if picture is not None]
 
-    def picture(self, name: str, limit: int = OTHER_BYTES, is_grid: bool = False) -> Embedded | None:
+    def picture(self, name: str, columns: int = 0, limit: int = OTHER_BYTES) -> Embedded | None:
         """A picture in at most `limit` bytes; None if there is none, or the file holds no picture.
 
         Links that lead out of the run's folder aren't followed: a page may be given to others.
-        is_grid: whether it may be cut to the first images of a grid of GRID_COLUMNS columns.
+        columns: of a grid, which may be cut to its first images; 0 for a picture of another kind.
         """
         path = self._run_dir / name
         try:
@@ -75,7 +79,7 @@ class PictureCache:
             status = path.stat()
             key = (name, status.st_mtime_ns, status.st_size, limit)
             if key not in self._known:
-                self._known[key] = _read(path, limit, is_grid)
+                self._known[key] = _read(path, limit, columns)
             return self._known[key]
         except OSError:
             return None
@@ -108,20 +112,21 @@ def open_picture(path: Path) -> PIL.Image.Image | None:
         return None
 
 
-def first_columns(grid: PIL.Image.Image) -> tuple[PIL.Image.Image, int]:
-    """(a grid of GRID_COLUMNS columns, cut to as many as fit into MAX_WIDTH, their number)."""
-    if grid.width <= MAX_WIDTH or grid.width % GRID_COLUMNS:
-        return grid, GRID_COLUMNS
-    cell = grid.width // GRID_COLUMNS
-    columns = max(LEAST_COLUMNS, MAX_WIDTH // cell)
-    return grid.crop((0, 0, columns * cell, min(grid.height, columns // 2 * cell))), columns
+def first_columns(grid: PIL.Image.Image, columns: int) -> PIL.Image.Image:
+    """A grid of square images in so many columns, cut to as many as fit into MAX_WIDTH and as much lower."""
+    if grid.width <= MAX_WIDTH or grid.width % columns:
+        return grid
+    cell = grid.width // columns
+    shown = min(columns, max(LEAST_COLUMNS, MAX_WIDTH // cell))
+    rows = max(1, grid.height // cell * shown // columns)
+    return grid.crop((0, 0, shown * cell, min(grid.height, rows * cell)))
 
 
-def _read(path: Path, limit: int, is_grid: bool) -> Embedded | None:
+def _read(path: Path, limit: int, columns: int) -> Embedded | None:
     picture = open_picture(path)
     if picture is None:
         return None
-    picture, columns = first_columns(picture) if is_grid else (picture, 0)
+    picture = first_columns(picture, columns) if columns else picture
     if picture.width > MAX_WIDTH or picture.height > 2 * MAX_WIDTH:
         picture.thumbnail((MAX_WIDTH, 2 * MAX_WIDTH), PIL.Image.Resampling.LANCZOS)
     hopeful = path.stat().st_size < HOPEFUL * limit
@@ -132,7 +137,7 @@ def _read(path: Path, limit: int, is_grid: bool) -> Embedded | None:
     if len(data) > limit:
         return None
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return Embedded(uri, picture.width, picture.height, columns)
+    return Embedded(uri, picture.width, picture.height)
 
 
 def _encode(picture: PIL.Image.Image, limit: int, hopeful: bool) -> tuple[str, bytes]:

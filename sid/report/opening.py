@@ -1,12 +1,9 @@
 """What a distillation prints at its start: a block of lines about what it does, with what, and where to look."""
 
-import os
-import platform
 import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
@@ -14,7 +11,7 @@ from edm.snapshot_metrics import MultiStepFid, metrics_text
 from torch_utils import distributed
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 
-from .. import __version__, memory
+from .. import memory
 from ..config import DistillationConfig
 from ..distillation import Distillation
 from ..inputs import Inputs
@@ -54,18 +51,6 @@ def describe_run(
         "Metrics": _metrics_text(inputs, reference or options["data"], goal),
         "Run folder": str(run_dir),
         "Look at": f"{PAGE_FILE} there, in a browser; {_doctor()} {shlex.quote(path_text(run_dir))}",
-    }
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What a run is computed with: versions, device and machine, by name."""
-    return {
-        "this library": __version__,
-        "Python": platform.python_version(),
-        "PyTorch": str(torch.__version__),
-        "NumPy": np.__version__,
-        "device": device_text(device),
-        "system": f"{platform.system()} {platform.release()} ({platform.machine()}), {os.cpu_count()} CPU cores",
     }
 
 

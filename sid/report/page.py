@@ -4,25 +4,23 @@ Nothing in the folder can break the page or put a script into it (`markup`).
 """
 
 import math
-import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dnnlib import UserError, format_number, format_time, write_atomically
+from dnnlib import UserError, write_atomically
 from dnnlib.util import printable
 from edm.published import FILES
 from torch_utils.records import is_figure, measured_value
 
-from .. import __version__
 from ..objectives import OBJECTIVES
-from . import commands
-from .curves import Chart, charts
-from .embedded import COMPARISON_PICTURE, NEAREST_PICTURE, TEACHER_PICTURE, Embedded, Frame, PictureCache
+from . import commands, sections
+from .curves import charts
+from .embedded import COMPARISON_PICTURE, GRID_COLUMNS, NEAREST_PICTURE, TEACHER_PICTURE, PictureCache
 from .markup import code, document, escaped, section, table
 from .run_record import RunRecord, read_run
+from .training_page import training_page
 
 PAGE_FILE = "index.html"
 GOOD = ("healthy", "converged")  # findings that name no problem; frozen, too-early and unknown name none either
@@ -85,20 +83,22 @@ def write_page(run_dir: Path, is_running: bool | None = None, pictures: PictureC
 
 def page(record: RunRecord, pictures: PictureCache) -> str:
     """The HTML of a run's page."""
+    if record.is_training:
+        return training_page(record, pictures)
     shown = charts(record)
-    sections = [
+    parts = [
         _findings(record),
         _trials(record),
         _pictures(record, pictures),
-        _curves(record, shown),
+        sections.curves(shown, "generated images"),
         _classes(record),
         _options(record),
-        _environment(record),
+        sections.environment(record),
         _continuing(record),
         _using(record),
     ]
     title = f"{teacher_name(record)}: {record.state}"
-    return document(title, _header(record) + "\n".join(filter(None, sections)), {"charts": [c.plain() for c in shown]})
+    return document(title, _header(record) + "\n".join(filter(None, parts)), {"charts": [c.plain() for c in shown]})
 
 
 def teacher_name(record: RunRecord) -> str:
@@ -116,35 +116,18 @@ def teacher_name(record: RunRecord) -> str:
 
 
 def _header(record: RunRecord) -> str:
-    total = record.total_kimg
-    progress = f"{format_number(record.kimg)} kimg"
-    bar = ""
-    if total is not None:
-        progress += f" of {format_number(total)} ({min(record.kimg / total, 1):.0%})"
-        bar = f'<progress max="1" value="{min(record.kimg / total, 1):.4f}" aria-label="How far the run is"></progress>'
-    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return (
-        f'<header><p class="path">{escaped(record.run_dir)}</p>'
-        f"<h1>{escaped(teacher_name(record))}, distilled</h1>"
-        f"<p>{escaped(_method(record.options))}</p>"
-        f'<p class="state"><strong class="badge {record.state}">{record.state}</strong> {escaped(progress)}'
-        f'{_latest(record)}</p>{bar}<p class="quiet">Written <time datetime="{written}">{written}</time>'
-        f" by version {escaped(__version__)}</p></header>"
-    )
+    return sections.header(record, f"{teacher_name(record)}, distilled", _method(record.options), _latest(record))
 
 
-def _latest(record: RunRecord) -> str:
+def _latest(record: RunRecord) -> list[str]:
     """The last measurements, for the header."""
-    rate, found = record.ticks[-1].get("Timing/img_per_sec") if record.ticks else None, []
-    if record.state == "running" and rate and record.total_kimg is not None:
-        left = format_time(1000 * (record.total_kimg - record.kimg) / rate)
-        found.append(f"{rate:.3g} img/s, about {left} left")
+    found = []
     if record.distances:
         found.append(f"distance {record.distances[-1]['value']:.3g}")
     if (fid := record.fid) is not None:
         beside = "" if fid.teacher is None else f" (teacher {fid.teacher:.4g})"
         found.append(f"{fid.name} {fid.last:.4g}{beside}")
-    return "".join(f" · {escaped(text)}" for text in found)
+    return found
 
 
 def _method(options: dict[str, Any]) -> str:
@@ -196,31 +179,18 @@ def _figure(value: Any) -> str:
     return f"{value:.3g}" if is_figure(value) else "diverged" if value == math.inf else "?"
 
 
-def _image(picture: Embedded, alt: str) -> str:
-    size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img src="{picture.uri}" {size} alt="{escaped(alt)}" decoding="async">'
-
-
 def _pictures(record: RunRecord, pictures: PictureCache) -> str:
-    frames, teacher = pictures.frames(), pictures.picture(TEACHER_PICTURE, is_grid=True)
-    measured = _by_kimg(record)
-    figures = "".join(
-        f'<figure class="frame" data-label="{escaped(_frame_label(frame, measured))}">'
-        f"{_image(frame.picture, f'Images of the generator after {frame.kimg:g} kimg, of equal seeds')}"
-        f"<figcaption>{escaped(_frame_label(frame, measured))}</figcaption></figure>"
-        for frame in frames
-    )
+    teacher = pictures.picture(TEACHER_PICTURE, GRID_COLUMNS)
     beside = ""
     if teacher is not None:
-        image = _image(teacher, "Images of the teacher, of the same seeds as the generator's")
+        image = sections.image(teacher, "Images of the teacher, of the same seeds as the generator's")
         beside = f"<figure>{image}<figcaption>Teacher, many evaluations per image, same seeds</figcaption></figure>"
-    content = f'<div class="pair"><div id="frames">{figures}</div>{beside}</div>' if frames or teacher else ""
     bands = "".join(
-        f'<figure class="natural">{_image(picture, alt)}<figcaption>{caption}</figcaption></figure>'
+        f'<figure class="natural">{sections.image(picture, alt)}<figcaption>{caption}</figcaption></figure>'
         for name, caption, alt in BANDS
         if (picture := pictures.picture(name)) is not None
     )
-    return section("pictures", "Pictures over time", content + (bands and f'<div class="pair">{bands}</div>'))
+    return sections.pictures(pictures.frames(), _by_kimg(record), "the generator", beside, bands)
 
 
 def _by_kimg(record: RunRecord) -> dict[str, dict[float, float]]:
@@ -229,41 +199,6 @@ def _by_kimg(record: RunRecord) -> dict[str, dict[float, float]]:
     if (fid := record.fid) is not None:
         found[fid.name] = {line["kimg"]: line["value"] for line in fid.records}
     return found
-
-
-def _frame_label(frame: Frame, measured: dict[str, dict[float, float]]) -> str:
-    """A picture's kimg and what was measured there. Its name may lack the images beyond a whole kimg."""
-    texts = ["before the first update" if frame.kimg == 0 else f"{frame.kimg:g} kimg"]
-    for name, values in measured.items():
-        near = [kimg for kimg in values if frame.kimg <= kimg < frame.kimg + (1 if frame.kimg % 1 == 0 else 1e-3)]
-        if near:
-            texts.append(f"{name} {values[min(near)]:.3g}")
-    return ", ".join(texts)
-
-
-def _curves(record: RunRecord, shown: Sequence[Chart]) -> str:
-    figures = "".join(
-        f'<figure class="chart"><figcaption><h3>{escaped(chart.title)}</h3><p>{escaped(chart.note)}</p></figcaption>'
-        f'<div class="plot" id="chart-{escaped(chart.name)}" tabindex="0" role="group"'
-        f' aria-label="{escaped(_chart_label(chart))}"></div></figure>'
-        for chart in shown
-    )
-    hint = (
-        '<p class="quiet">Over kimg, thousands of generated images. Point at a curve, or move along it with the arrow'
-        " keys, to read its values; drag to zoom in, double-click to zoom out.</p>"
-    )
-    return section("curves", "Curves", figures and f'{hint}<div class="charts">{figures}</div>')
-
-
-def _chart_label(chart: Chart) -> str:
-    """What a chart shows, in words."""
-    texts = []
-    for label, column in chart.series.items():
-        known = [value for value in column if value is not None]
-        texts.append(f"{label} last {known[-1]:.4g}, lowest {min(known):.4g}, highest {max(known):.4g}")
-    if chart.goal:
-        texts.append(f"{chart.goal[0]} {chart.goal[1]:.4g}")
-    return f"{chart.title}, {chart.kimg[0]:g} to {chart.kimg[-1]:g} kimg: {'; '.join(texts)}"
 
 
 def _classes(record: RunRecord) -> str:
@@ -283,12 +218,6 @@ def _options(record: RunRecord) -> str:
     recipe, rows = commands.recipe_of(record), commands.changed_options(record)
     headings = ["Option", "this run", "default", *([] if recipe is None else [f"--recipe={recipe}"])]
     return section("options", "Options that differ", table(headings, rows, "Options"))
-
-
-def _environment(record: RunRecord) -> str:
-    found = record.options.get("environment")
-    rows = [] if not isinstance(found, dict) else [(printable(str(k)), printable(str(v))) for k, v in found.items()]
-    return section("environment", "Environment", table(("What", "which"), rows, "Environment"))
 
 
 def _continuing(record: RunRecord) -> str:

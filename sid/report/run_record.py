@@ -10,7 +10,7 @@ from typing import Any
 from dnnlib import UserError, open_plain
 from torch_utils.records import MAX_BYTES, METRIC_FILE, is_figure, parse_line
 
-from ..monitor.records import DISTANCES_FILE, OPTIONS_FILE, STATS_FILE, MeasuredFid, read_options
+from ..monitor.records import DISTANCES_FILE, OPTIONS_FILE, STATS_FILE, MeasuredFid, is_training, read_options
 from ..monitor.rules import Finding, diagnose
 
 MAX_RECORDS = 100_000  # of a file; of more, every second one is left out, as often as necessary
@@ -33,6 +33,11 @@ class RunRecord:
     metrics: dict[str, Figures]
     trials: dict[str, dict[str, Any]]
     is_running: bool
+
+    @property
+    def is_training(self) -> bool:
+        """Whether edm.train trains a network here, as opposed to a distillation."""
+        return is_training(self.options)
 
     @property
     def kimg(self) -> float:

@@ -23,18 +23,20 @@ from .embedded import PictureCache
 from .markup import document, escaped
 from .page import page, teacher_name
 from .run_record import RunRecord, read_run
+from .training_page import data_name
 
 ADDRESS = "127.0.0.1"
 STATE_SEC = 60  # how long a run's state is believed when nothing is written
 MAX_RUNS, MAX_FOLDERS, MAX_DEPTH = 100, 5000, 3
-COMPARED = ("distance", "divergence", "generator", "fake-score", "speed")  # charts, next to the first FID
+COMPARED = ("distance", "divergence", "generator", "fake-score", "loss", "speed")  # charts, next to the first FID
 LIST_FILE, RUN_PLACE = "/runs.json", "/run/"
 
 BODY = """<header><p class="path">{folder}</p><h1>Runs</h1><p class="quiet" id="status" role="status"></p></header>
 <section aria-labelledby="runs"><h2 id="runs">All runs</h2>
 <div class="scroll" role="region" tabindex="0" aria-label="All runs"><table id="table"></table></div></section>
 <section aria-labelledby="curves"><h2 id="curves">Comparison</h2>
-<p class="quiet">Curves of the ticked runs over kimg, thousands of generated images.</p>
+<p class="quiet">Curves of the ticked runs over kimg, thousands of images: generated ones in a
+distillation, training images in a training.</p>
 <div class="charts" id="charts"></div></section>
 <noscript><p>This page needs JavaScript; the pages of single runs don't.</p></noscript>"""
 
@@ -93,16 +95,18 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 def summary(record: RunRecord) -> dict[str, Any]:
     """What the page shows of a run, as plain values."""
-    fid, findings = record.fid, record.findings()
+    fid, findings = record.fid, [] if record.is_training else record.findings()
     wanted = (*COMPARED, "" if fid is None else f"metric-{fid.name}")
     last = record.ticks[-1] if record.ticks else {}
     distance = record.distances[-1]["value"] if record.distances else None
+    loss = last.get("Loss/loss") if record.is_training else None
     return {
-        "teacher": teacher_name(record),
+        "what": f"training on {data_name(record)}" if record.is_training else f"{teacher_name(record)}, distilled",
         "state": record.state,
         "kimg": record.kimg,
         "total": record.total_kimg,
         "rate": last.get("Timing/img_per_sec"),
+        "loss": loss,
         "distance": distance if is_figure(distance) else None,
         "fid": fid.last if fid is not None and is_figure(fid.last) else None,
         "finding": findings[0].name if findings else "",

@@ -9,7 +9,7 @@ import PIL.ImageFont
 
 from dnnlib import UserError, user_path, write_atomically
 
-from .embedded import first_columns, frame_names, is_inside, open_picture
+from .embedded import GRID_COLUMNS, first_columns, frame_names, is_inside, open_picture
 
 FORMATS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}
 MAX_FRAMES = 150
@@ -33,18 +33,18 @@ def check_place(destination: str) -> Path:
     return path
 
 
-def write_video(run_dir: Path, path: Path) -> int:
+def write_video(run_dir: Path, path: Path, columns: int = GRID_COLUMNS) -> int:
     """Writes the pictures of a run's snapshots, oldest first, as an animation that repeats; returns how many.
 
-    Below each stands how many thousands of images the generator had seen. Of more than MAX_FRAMES, every second, third,
-    … and the last are taken.
+    columns: of the pictures. Below each stands how many thousands of images the network had seen. Of more than
+    MAX_FRAMES, every second, third, … and the last are taken.
     Errors: UserError when there are fewer than two, or `path` can't be written.
     """
     names = [(kimg, name) for kimg, name in frame_names(run_dir) if is_inside(run_dir, name)]
     stride = -(-len(names) // MAX_FRAMES) or 1
     chosen = names[::-stride][::-1]
     found = [(kimg, open_picture(run_dir / name)) for kimg, name in chosen]
-    shown = [(kimg, first_columns(picture)[0]) for kimg, picture in found if picture is not None]
+    shown = [(kimg, first_columns(picture, columns)) for kimg, picture in found if picture is not None]
     shown = [(kimg, picture) for kimg, picture in shown if picture.size == shown[-1][1].size]
     if len(shown) < 2:
         raise UserError(

@@ -4,8 +4,9 @@
 
 const EVERY_MS = 5000;
 const TICKED_AT_FIRST = 8;
-const ORDER = ["distance", "divergence", "generator", "fake-score", "speed"];
-const HEADINGS = ["Compare", "Run", "teacher", "state", "kimg", "distance", "FID", "img/s", "finding"];
+const ORDER = ["distance", "divergence", "generator", "fake-score", "loss", "speed"];
+const HEADINGS = ["Compare", "Run", "what", "state", "kimg", "loss", "distance", "FID", "img/s", "finding"];
+const FIRST_FIGURE = 5; // of HEADINGS: from here on, columns that are empty in all rows are hidden
 
 const plots = new Plots();
 const rows = new Map(); // of the table, by the run's name: { row, box, cells }
@@ -44,8 +45,8 @@ function showRows(body) {
   for (const run of runs) {
     if (!rows.has(run.name)) rows.set(run.name, makeRow(run.name));
     const total = run.total == null ? "" : ` of ${figure(run.total)}`;
-    const texts = [run.teacher, run.state, figure(run.kimg) + total, figure(run.distance), figure(run.fid)];
-    texts.push(figure(run.rate), run.finding);
+    const texts = [run.what, run.state, figure(run.kimg) + total];
+    texts.push(...[run.loss, run.distance, run.fid, run.rate].map(figure), run.finding);
     rows.get(run.name).cells.forEach((cell, i) => {
       if (cell.textContent !== texts[i]) cell.textContent = texts[i];
     });
@@ -53,6 +54,11 @@ function showRows(body) {
   for (const name of [...rows.keys()]) {
     if (!runs.some((run) => run.name === name)) rows.delete(name);
   }
+  HEADINGS.forEach((heading, i) => {
+    const cells = [...rows.values()].map(({ row }) => row.children[i]);
+    const isEmpty = i >= FIRST_FIGURE && cells.every((cell) => ["", "–"].includes(cell.textContent));
+    for (const cell of [body.parentElement.tHead.rows[0].children[i], ...cells]) cell.hidden = isEmpty;
+  });
   const wanted = runs.map((run) => rows.get(run.name).row);
   if (wanted.length !== body.rows.length || wanted.some((row, i) => row !== body.rows[i])) body.replaceChildren(...wanted);
 }
@@ -110,7 +116,7 @@ async function update(body) {
       showRows(body);
       drawCharts();
     }
-    status.textContent = runs.length ? `${runs.length} runs` : "No run with a finished tick yet";
+    status.textContent = runs.length ? `${runs.length} run${runs.length === 1 ? "" : "s"}` : "No run with a finished tick yet";
   } catch (error) {
     status.textContent = `The server doesn't answer (${error.message}); start it again`;
   }
