@@ -8,6 +8,7 @@ import re
 import shlex
 import threading
 
+import browser
 import PIL.Image
 import pytest
 from click.testing import CliRunner
@@ -150,6 +151,23 @@ def test_the_commands_that_use_the_teacher(tmp_path, more, distils, measures):
     assert {name: given[name] for name in measures} == measures
     given = generate.main.make_context("generate", found["Make images"][3:]).params
     assert (given["network"], given["steps"]) == (str(run), 18)
+
+
+@pytest.mark.skipif(not browser.IS_HERE, reason="needs Chromium and chromedriver")
+def test_pages_fit_a_narrow_screen(tmp_path):
+    training = make_training(tmp_path / "training")
+    distillation = make_training(tmp_path / "distillation", network=None, edm_model="teacher.safetensors")
+    for name in ("reals.png", "nearest.png"):
+        for run in (training, distillation):
+            PIL.Image.new("RGB", (1024, 512)).save(run / name)
+    (tmp_path / "profile").mkdir()
+    with browser.browser(tmp_path / "profile") as window:
+        size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        window.command("Emulation.setDeviceMetricsOverride", size)
+        for run, curves in ((training, 5), (distillation, 3)):
+            window.open(write_page(run).as_uri())
+            window.wait(f"document.querySelectorAll('.u-wrap').length === {curves}")
+            assert window.run("return document.documentElement.scrollWidth") == 360
 
 
 def test_a_teacher_of_one_noise_level_makes_no_samples(tmp_path):
