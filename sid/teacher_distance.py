@@ -1,8 +1,11 @@
 """How far a generator's images are from its teacher's own samples; needs neither data nor a detector."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,20 +17,30 @@ from edm.sampler import generate_all, generate_images
 from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
+from .teacher_features import BlockFeatures, FeatureDistance
+
 NUM_IMAGES = 256
 STEPS = 10  # of Heun's sampler, for the teacher's own samples
 FIRST_SEED = 1 << 20  # of one-step images: other noise than the teacher's samples have
 DETAIL_LEVEL = 0.1  # noise level of the corrections, in units of the data's standard deviation
+FEATURE_LEVEL = 0.2  # of the features, likewise
 LEAST_VISIBLE = 2 / 255  # corrections of less than an 8-bit step per pixel are rounding
 BATCH = 64
+
+Part = tuple[torch.Tensor, Callable[[], torch.Tensor]]  # clean images, and a call that denoises noisy ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """pixels: energy distance of the images. detail: that of the teacher's corrections. Each near 0 for its samples."""
+    """How far images are from the teacher's samples.
+
+    pixels: energy distance of the images. detail: that of the teacher's corrections. Each near 0 for its samples.
+    features: Fréchet distance in the teacher's own features, near 1 for its samples; None if its blocks can't be read.
+    """
 
     pixels: float
     detail: float
+    features: float | None = None
 
     @property
     def value(self) -> float:
@@ -40,6 +53,8 @@ class TeacherDistance:
     The distance is the sum of two energy distances. That of pixels at three scales sees brightness, colours and layout.
     That of the teacher's corrections D(x + sigma n; sigma) - x, at a low sigma, sees fine detail: it is what told the
     better of two settings apart on letters, where pixels chose the worse one (docs/ablations.md).
+    Both are blind to the last steps towards the teacher, where the Fréchet distance in the teacher's own features
+    still follows FID (`sid.teacher_features`).
 
     teacher: a denoiser, on its device and in eval mode; it isn't changed. It stays in use here.
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
@@ -51,6 +66,8 @@ class TeacherDistance:
         self._teacher = copy.deepcopy(teacher) if keep else teacher
         self.samples = self._sample(teacher)
         self._corrections = self._correct(self.samples)
+        self._blocks = self._find_blocks()
+        self._feature_distance = self._blocks and FeatureDistance(self._features(self.samples))
 
     @staticmethod
     def _sample(teacher: DenoiserModule) -> torch.Tensor:
@@ -65,10 +82,10 @@ class TeacherDistance:
     def __call__(self, net: Any, **options: Any) -> Distance:
         """The distance of the images that a network makes with `options`, those of `generate_all`."""
         images = self._images(net, **options)
-        corrections = self._correct(images)
-        visible = LEAST_VISIBLE * math.sqrt(corrections[0].numel())
-        detail = energy_distance_of_vectors(corrections, self._corrections, floor=visible)
-        return Distance(energy_distance(images, self.samples), detail)
+        visible = LEAST_VISIBLE * math.sqrt(self._corrections[0].numel())
+        detail = energy_distance_of_vectors(self._correct(images), self._corrections, floor=visible)
+        features = self._feature_distance and self._feature_distance(self._features(images))
+        return Distance(energy_distance(images, self.samples), detail, features)
 
     def of_pixels(self, net: Any, **options: Any) -> float:
         """The first part of the distance alone."""
@@ -77,20 +94,45 @@ class TeacherDistance:
     def _images(self, net: Any, **options: Any) -> torch.Tensor:
         return generate_all(net, range(FIRST_SEED, FIRST_SEED + len(self.samples)), **{"batch": BATCH, **options})
 
-    @torch.no_grad()
     def _correct(self, images: torch.Tensor) -> torch.Tensor:
         """What the teacher changes in noisy images, float32 [N, C * H * W] on the CPU. images: uint8 [N, C, H, W]."""
+        with self._noisy(images, DETAIL_LEVEL) as parts:
+            return torch.cat([(denoise().to("cpu", torch.float32) - clean).flatten(1) for clean, denoise in parts])
+
+    def _find_blocks(self) -> BlockFeatures | None:
+        with self._noisy(self.samples[:2], FEATURE_LEVEL) as parts:
+            try:
+                return BlockFeatures(self._teacher, next(parts)[1])
+            except LookupError:
+                return None
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        """The teacher's features of noisy images, float32 [N, D] on the CPU. images: uint8 [N, C, H, W]."""
+        assert self._blocks is not None
+        with self._noisy(images, FEATURE_LEVEL) as parts:
+            return torch.cat([self._blocks.read(self._teacher, denoise) for _, denoise in parts])
+
+    @contextlib.contextmanager
+    def _noisy(self, images: torch.Tensor, level: float) -> Iterator[Iterator[Part]]:
+        """The images in batches, each with a function that denoises it at `level`, in units of the data's deviation.
+
+        The noise is the same at every call. Meanwhile the teacher is on its device.
+        """
         teacher, decoder = self._teacher.to(self._device), decoder_of(self._teacher)
         generator = torch.Generator().manual_seed(FIRST_SEED)
-        sigma = known_sigma(teacher, torch.tensor(DETAIL_LEVEL * sigma_data(teacher))).item()
-        corrections = []
-        for part in images.split(BATCH):
-            clean = decoder.from_images(part)
-            noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
-            condition = conditions_of(teacher).null(len(part), self._device)
-            levels = torch.full([len(part), 1, 1, 1], sigma, device=self._device)
-            denoised = teacher(noisy.to(self._device), levels, condition).to("cpu", torch.float32)
-            corrections.append((denoised - clean).flatten(1))
-        if self._moves:
-            self._teacher.to("cpu")
-        return torch.cat(corrections)
+        sigma = known_sigma(teacher, torch.tensor(level * sigma_data(teacher))).item()
+
+        def parts() -> Iterator[Part]:
+            for part in images.split(BATCH):
+                clean = decoder.from_images(part)
+                noisy = (clean + sigma * torch.randn(clean.shape, generator=generator)).to(self._device)
+                condition = conditions_of(teacher).null(len(part), self._device)
+                levels = torch.full([len(part), 1, 1, 1], sigma, device=self._device)
+                yield clean, functools.partial(teacher, noisy, levels, condition)
+
+        try:
+            with torch.no_grad():
+                yield parts()
+        finally:
+            if self._moves:
+                self._teacher.to("cpu")

@@ -167,11 +167,12 @@ def _trials(record: RunRecord) -> str:
             printable(name),
             *(commands.value_text(key, result.get(key)) for key in ("lr", "glr", "kimg")),
             _figure(result.get("distance")),
+            _figure(result.get("features")) if "features" in result else "",
             "goes on" if result.get("best") is True else "",
         )
         for name, result in record.trials.items()
     ]
-    headings = ("Trial", "--lr", "--glr", "kimg", "distance from the teacher", "")
+    headings = ("Trial", "--lr", "--glr", "kimg", "distance from the teacher", "features", "")
     return section("trials", "Trials", table(headings, rows, "Trials"))
 
 

@@ -28,7 +28,12 @@ from .page import RunPage
 from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_nearest
 
 FIRST_PICTURE = "fakes_init.png"
-DISTANCE_CURVES = {"value": "Distance/teacher", "pixels": "Distance/pixels", "detail": "Distance/detail"}
+DISTANCE_CURVES = {
+    "value": "Distance/teacher",
+    "pixels": "Distance/pixels",
+    "detail": "Distance/detail",
+    "features": "Distance/features",
+}
 
 
 def track(run_dir: Path, trackers: Sequence[str], nimg: int, batch: int) -> Tracking:
@@ -120,9 +125,9 @@ class Report:
         if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
             return {}  # resumed at this snapshot
         found = distance(ema)
-        line = {"kimg": nimg / 1e3, "value": found.value, **dataclasses.asdict(found), "network_sha256": sha256}
-        append_line(path, json.dumps(line))
-        return {"distance": found.value}
+        parts = {name: value for name, value in dataclasses.asdict(found).items() if value is not None}
+        append_line(path, json.dumps({"kimg": nimg / 1e3, "value": found.value, **parts, "network_sha256": sha256}))
+        return {"distance": found.value, **({} if found.features is None else {"features": found.features})}
 
     def _remember_best(self) -> None:
         """best.json and best.safetensors: the snapshot with the lowest value of the first requested FID."""
