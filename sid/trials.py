@@ -13,7 +13,7 @@ import torch
 
 from dnnlib import UserError, write_atomically
 from torch_utils import checkpoint, distributed
-from torch_utils.records import sound_records
+from torch_utils.records import is_figure, sound_records
 from torch_utils.updates import DivergenceError
 
 from .config import DistillationConfig
@@ -25,13 +25,15 @@ from .training_loop import training_loop
 TRIALS = "trials"  # in the run folder: one folder per trial, as of a run of its own
 RESULTS_FILE = "results.json"  # in it, once the best is known
 RATES = ("lr", "glr")
+MEASURED = {"distance": "value", "features": "features"}  # of a trial's end: {name in the results: in its record}
 # By optimizer, the fastest first. Each was the better one on some teachers (docs/ablations.md). Adam's are for networks
 # up to REFERENCE_FAN_IN.
 CANDIDATES = {
     "adam": {"equal-rates": {"lr": 4e-4, "glr": 4e-4}, "slow-generator": {"lr": 4e-4, "glr": 1e-4}},
     "muon": {"equal-rates": {"lr": 0.02, "glr": 0.02}, "slow-generator": {"lr": 0.02, "glr": 0.005}},
 }
-CLEARLY, NOISE = 1.5, 0.005  # how many times, and by how much, a distance must be smaller to count as such
+CLEARLY = 1.5  # how many times a distance must be smaller to count as such
+NOISE = {"features": 0.2, "distance": 0.005}  # and by how much: differences of 256 images from as many others
 REFERENCE_FAN_IN = 440.0  # of the demo's teacher; narrower networks take the same rates
 
 
@@ -116,7 +118,7 @@ def run_trials(
         for number, (name, config) in enumerate(trials.configs.items()):
             distributed.print0(f"Trial of {name}: {trials.images / 1000:g} kimg with {_settings(config)}")
             results[name] = _trial(trials, number, config, folder / name, build, report)
-        best = choose({name: result["distance"] for name, result in results.items()})
+        best = choose(results)
         if results[best]["distance"] == math.inf:
             raise DivergenceError("every trial diverged; give lower --lr and --glr, or another teacher")
         for name, result in results.items():
@@ -129,14 +131,19 @@ def run_trials(
     return checkpoint.StateFile(checkpoint.states(run_dir)[0])
 
 
-def choose(distances: dict[str, float]) -> str:
+def choose(results: dict[str, dict[str, Any]]) -> str:
     """Which of the candidates goes on: the first, or the closest if that is clearly closer.
 
-    distances: {name: distance from the teacher}, the candidate with the highest rates first. High rates are the farther
-    away early and the closer at the end, unless they are too high.
+    results: {name: what `_trial` returns}, the candidate with the highest rates first. High rates are the farther away
+    early and the closer at the end, unless they are too high. Distances in the teacher's features, of which 1 is as
+    close as its own samples are, decide where they are known.
     """
-    first, closest = next(iter(distances)), min(distances, key=distances.__getitem__)
-    return first if distances[first] <= CLEARLY * max(distances[closest], 0) + NOISE else closest
+    finite = [result for result in results.values() if result["distance"] < math.inf]
+    kind = "features" if all("features" in result for result in finite) else "distance"
+    closest_possible = 1.0 if kind == "features" else 0.0
+    away = {name: result.get(kind, math.inf) - closest_possible for name, result in results.items()}
+    first, closest = next(iter(away)), min(away, key=away.__getitem__)
+    return first if away[first] <= CLEARLY * max(away[closest], 0) + NOISE[kind] else closest
 
 
 def _trial(
@@ -147,7 +154,7 @@ def _trial(
     build: Callable[[DistillationConfig, checkpoint.StateFile | None], Distillation],
     report: Callable[[Path], Report],
 ) -> dict[str, Any]:
-    """What came of one candidate: its distance from the teacher, infinite if it diverged."""
+    """What came of one candidate: its distances from the teacher (`TeacherDistance`), infinite if it diverged."""
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
@@ -160,10 +167,11 @@ def _trial(
         distributed.print0(f"It diverged: {error.message}")
         return {**record, "kimg": distillation.state.nimg / 1000, "distance": math.inf}
     distances = distributed.from_process_0(sound_records(folder / DISTANCES_FILE, "kimg", "value"))
-    found = [line["value"] for line in distances if line["kimg"] == images / 1000]
+    found = [line for line in distances if line["kimg"] == images / 1000]
     if not found:  # a full disk, for instance
         raise UserError(f"{folder / DISTANCES_FILE}: lacks the trial's end; remove {folder} and start again")
-    return {**record, "kimg": images / 1000, "distance": found[-1]}
+    measured = {name: found[-1][key] for name, key in MEASURED.items() if is_figure(found[-1].get(key))}
+    return {**record, "kimg": images / 1000, **measured}
 
 
 def _settle(folder: Path, results: dict[str, dict[str, Any]], run_dir: Path) -> None:
@@ -204,6 +212,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, result in results.items():
         distance = f"{result['distance']:.3f}" if result["distance"] < math.inf else "diverged"
+        if "features" in result:
+            distance += f", features {result['features']:.2f}"
         goes_on = "  <- goes on" if result["best"] else ""
         lines.append(f"{name:>15} after {result['kimg']:g} kimg: distance from the teacher {distance}{goes_on}")
     return lines

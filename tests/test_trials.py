@@ -88,7 +88,7 @@ def test_rates_go_down_with_the_width():
 def test_the_chosen_one_goes_on_from_its_own_state(unbroken):
     folder, _, results = unbroken
     assert set(results) == set(CANDIDATES)
-    best = trials.choose({name: result["distance"] for name, result in results.items()})
+    best = trials.choose(results)
     assert [name for name in results if results[name]["best"]] == [best]
     assert {result["kimg"] for result in results.values()} == {0.016}
     options = json.loads((folder / "training_options.json").read_text())
@@ -114,7 +114,25 @@ def test_the_chosen_one_goes_on_from_its_own_state(unbroken):
     ],
 )
 def test_a_slower_one_must_be_clearly_closer(fast, slow, chosen):
-    assert trials.choose({"fast": fast, "slow": slow}) == chosen
+    assert trials.choose({"fast": {"distance": fast}, "slow": {"distance": slow}}) == chosen
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "chosen"),
+    [
+        (3.03, 2.95, "fast"),  # as on emoji of another teacher, where the energy distances are .051 and .027
+        (2.0, 1.5, "slow"),
+        (1.2, 0.95, "fast"),  # both may be other samples of the teacher
+        (None, 4.0, "slow"),  # it diverged
+    ],
+)
+def test_features_decide_where_they_are_known(fast, slow, chosen):
+    known = {"distance": 0.051, "features": fast} if fast else {"distance": math.inf}
+    assert trials.choose({"fast": known, "slow": {"distance": 0.027, "features": slow}}) == chosen
+
+
+def test_energy_distances_decide_if_one_has_no_features():
+    assert trials.choose({"fast": {"distance": 0.19}, "slow": {"distance": 0.03, "features": 9.0}}) == "slow"
 
 
 def test_the_percentage_counts_all_trials(unbroken):
@@ -136,7 +154,7 @@ def test_the_distance_decides(tmp_path, monkeypatch):
 
         def trial(plan, number, config, folder, build, report, name=name):
             result = real(plan, number, config, folder, build, report)
-            return {**result, "distance": 0.1 if folder.name == name else 0.2}
+            return {**result, "features": 2.0 if folder.name == name else 3.0}
 
         monkeypatch.setattr(trials, "_trial", trial)
         run(tmp_path / name)
