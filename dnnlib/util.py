@@ -224,15 +224,19 @@ class EasyDict(dict):
 
 
 class IntList(click.ParamType):
-    """Comma-separated whole numbers: `1,2,2`."""
+    """Comma-separated whole numbers, `1,2,2`; with `or_auto` also the word `auto`, which stays as it is."""
 
     name = "list"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        if isinstance(value, list):
+    def __init__(self, or_auto: bool = False):
+        self.or_auto = or_auto
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> "list[int] | str":
+        if isinstance(value, list) or (self.or_auto and value == "auto"):
             return value
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", value):
-            self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2", param, ctx)
+            auto = " or auto" if self.or_auto else ""
+            self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2{auto}", param, ctx)
         return [int(v) for v in value.split(",")]
 
 

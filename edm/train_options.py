@@ -59,6 +59,9 @@ NETWORK_OPTIONS = {
     "num_blocks": "blocks",
     "attn_resolutions": "attn",
 }
+# Of `auto`: images are halved until they are smaller than this, and have self-attention at the largest of the halves up
+# to this size.
+SMALL_SIZE = 8
 # What the command line calls the settings whose names differ there, and how many of our units its unit is.
 COMMAND_LINE = {
     "total_kimg": ("duration", 1000),
@@ -99,9 +102,9 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
         option("--arch", "Architecture", list(ARCHITECTURES), "ddpmpp"),
         option("--precond", "Preconditioning, with its own loss", list(PRECONDITIONINGS), "edm"),
         option("--cbase", "Channels at full resolution  [default: by --arch]", WholeRange(4)),
-        option("--cres", "Channel multiplier per resolution  [default: by --arch]", IntList()),
+        option("--cres", "Channel multiplier per resolution, or auto  [default: by --arch]", IntList(or_auto=True)),
         option("--blocks", "Residual blocks per resolution  [default: by --arch]", COUNT),
-        option("--attn", "Resolutions with self-attention  [default: by --arch]", IntList()),
+        option("--attn", "Resolutions with self-attention, or auto  [default: by --arch]", IntList(or_auto=True)),
         option("--dropout", "Dropout probability", PROBABILITY, 0.13),
         option(
             "--label-dropout", "Probability of hiding an image's label, for guidance without a class", PROBABILITY, 0.0
@@ -191,6 +194,11 @@ def network_arguments(
         **({} if is_edm2(options) else {"label_dropout": options["label_dropout"], "augment_dim": augment_dim}),
         **{name: options[given] for name, given in NETWORK_OPTIONS.items() if options[given] is not None},
     }
+    sizes = halves(dataset.resolution)
+    if arguments["channel_mult"] == "auto":
+        arguments["channel_mult"] = [1] + [2] * len(sizes)
+    if arguments.get("attn_resolutions") == "auto":
+        arguments["attn_resolutions"] = [size for size in sizes if size <= SMALL_SIZE][:1]
     _check_multipliers(arguments["channel_mult"], dataset.resolution, options["data"])
     if arguments["model_channels"] % 2:
         raise UserError(f"--cbase={arguments['model_channels']} must be even")
@@ -198,6 +206,15 @@ def network_arguments(
         heads = math.gcd(64, *(arguments["model_channels"] * mult for mult in arguments["channel_mult"]))
         arguments |= {} if heads == 64 else {"channels_per_head": heads}
     return arguments
+
+
+def halves(resolution: int) -> list[int]:
+    """The sizes to which `auto` halves images of a resolution, the largest first: 32 gives 16, 8, 4."""
+    sizes = []
+    while resolution >= SMALL_SIZE and resolution % 2 == 0:
+        resolution //= 2
+        sizes.append(resolution)
+    return sizes
 
 
 def is_edm2(options: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dnnlib import UserError
-from edm import zoo
+from edm import train, train_options, zoo
 from edm.metrics.detector import save_detector
 from edm.metrics.reference import load_reference
 from edm.metrics.small_classifier import SmallClassifier
@@ -28,7 +29,29 @@ def gradients(resolution):
 
 @pytest.fixture
 def gradient_teacher(monkeypatch):
-    monkeypatch.setitem(presets.TEACHERS, "gradients", presets.SmallTeacher(gradients, 8, True, "1", 4, 0.128))
+    monkeypatch.setitem(presets.TEACHERS, "gradients", presets.SmallTeacher(gradients, 8, True, 0.128))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "multipliers", "attention"),
+    [
+        (4, [1], []),
+        (8, [1, 2], [4]),
+        (12, [1, 2], [6]),
+        (15, [1], []),  # can't be halved
+        (16, [1, 2, 2], [8]),
+        (20, [1, 2, 2], [5]),
+        (24, [1, 2, 2], [6]),
+        (32, [1, 2, 2, 2], [8]),
+    ],
+)
+def test_the_small_preset_fits_every_size(resolution, multipliers, attention):
+    options = train.main.make_context("edm.train", ["--preset=small", "--outdir=runs", "--data=images"]).params
+    dataset = types.SimpleNamespace(resolution=resolution, num_channels=3, label_dim=0)
+    arguments = train_options.network_arguments(options, dataset, augment_dim=0)
+    assert (arguments["channel_mult"], arguments["attn_resolutions"]) == (multipliers, attention)
+    net = train.build_network("EDMPrecond", arguments, None)
+    assert net(torch.zeros(1, 3, resolution, resolution), torch.ones(1)).shape == (1, 3, resolution, resolution)
 
 
 def make(folder, *options):

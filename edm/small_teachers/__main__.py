@@ -74,7 +74,6 @@ def make(name: str, teacher: "SmallTeacher", folder: Path, kimg: float, num: int
     from edm.metrics import train_detector
 
     from .pictures import write_data
-    from .presets import TRAINING
 
     folder.mkdir(parents=True, exist_ok=True)
     data, detector, reference = (folder / file for file in ("data.zip", "detector.safetensors", "reference.npz"))
@@ -82,9 +81,8 @@ def make(name: str, teacher: "SmallTeacher", folder: Path, kimg: float, num: int
     on = [] if device is None else [f"--device={device}"]
 
     def training() -> None:
-        sizes = [f"--cres={teacher.cres}", f"--attn={teacher.attn}", f"--cond={int(teacher.has_classes)}"]
-        place = [f"--data={data}", f"--outdir={run}", "--nosubdir", f"--duration={kimg / 1000:g}"]
-        call("edm.train", train.main, [*place, *sizes, *TRAINING, *on])
+        place = [f"--data={data}", f"--cond={int(teacher.has_classes)}", f"--outdir={run}", "--nosubdir"]
+        call("edm.train", train.main, ["--preset=small", *place, f"--duration={kimg / 1000:g}", "--tick=10", *on])
         keep_last_snapshot(run, network)
 
     def detecting() -> None:
