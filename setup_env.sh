@@ -8,9 +8,13 @@ if ! "$PYTHON" -c "$2" 2>/dev/null; then
     fi
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
     PYTHON=$PWD/.venv/bin/python
+    if [ "${PYTHONDONTWRITEBYTECODE:-}" ]; then # keep compiled modules out of all folders but .venv
+        unset PYTHONDONTWRITEBYTECODE
+        export PYTHONPYCACHEPREFIX=$PWD/.venv/pycache
+    fi
     if ! "$PYTHON" -c "$2" 2>/dev/null; then
         echo "Installing the packages into .venv ..."
-        # Python compiles what it loads by itself, which is a part of what is installed, unless it may not write.
-        "$PYTHON" -m pip install --quiet $([ "${PYTHONDONTWRITEBYTECODE:-}" ] || echo --no-compile) -c constraints.txt -e ".${1:+[$1]}"
+        # Python compiles what it loads by itself; pip would compile several times as much.
+        "$PYTHON" -m pip install --quiet --no-compile -c constraints.txt -e ".${1:+[$1]}"
     fi
 fi
