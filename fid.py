@@ -77,6 +77,7 @@ def ref(data, dest, detector, batch, device):
         raise dnnlib.UserError(f"--dest={dest} must end in .npz")
     if not Path(dest).absolute().parent.is_dir() or Path(dest).is_dir():
         raise dnnlib.UserError(f"--dest={dest} is a folder, or there is no folder {Path(dest).parent}; make it first")
+    dnnlib.check_writable(dest, "--dest")
     with running(device) as device:
         from edm.metrics.data_reference import make_reference
         from edm.metrics.detector import DEFAULT_DETECTOR, load_detector

@@ -25,6 +25,42 @@ def stop_signals() -> list[signal.Signals]:
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
+class _Ended(BaseException):
+    """A signal that ends the process."""
+
+
+@contextlib.contextmanager
+def tidy_end() -> Iterator[None]:
+    """While open, SIGTERM and SIGHUP end the process as before, but only once files that aren't whole are removed.
+
+    Signals stay as they are outside of the main thread, where they are handled or ignored already, and in one of
+    several processes, which may wait for each other where Python can't act.
+    """
+    owner, ended, previous = os.getpid(), [], {}
+
+    def end(number: int, _frame: object) -> None:
+        ended.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second signal doesn't wait
+        if os.getpid() != owner:  # a fork
+            os.kill(os.getpid(), number)
+        raise _Ended
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                with contextlib.suppress(ValueError):  # not the main thread
+                    previous[number] = signal.signal(number, end)
+    try:
+        yield
+    except _Ended:
+        os.kill(os.getpid(), ended[0])  # so that whoever waits for the process sees what ended it
+        raise
+    finally:
+        for number in previous:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def open_closed_streams() -> None:
     """Opens the null device in place of each standard stream that was closed when the process started.
 

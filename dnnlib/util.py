@@ -152,7 +152,7 @@ class Command(click.Command):
             reconfigure = getattr(stream, "reconfigure", None)  # which only streams that are files have
             if reconfigure is not None:
                 reconfigure(errors="backslashreplace")
-        with terminal.short_warnings():
+        with terminal.short_warnings(), terminal.tidy_end():
             return super().main(*args, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -379,7 +379,11 @@ def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     On success it is on the disk, its name included: neither a kill nor a power cut leaves half a file under `path`.
     """
     path = Path(path)
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # not of the temporary file, which says nothing to anybody
+        raise
     try:
         with os.fdopen(fd, "wb") as file:
             yield file
@@ -393,6 +397,19 @@ def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def check_writable(path: str | os.PathLike, option: str) -> None:
+    """Makes sure, before long work, that `write_atomically` can begin a file; leaves nothing behind.
+
+    Errors: UserError naming the option.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryFile(prefix=f".{path.name}.", suffix=".part", dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}={path} can't be written ({error.strerror}); choose another folder") from None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,19 +3,21 @@
 python -m edm.generate --network=runs/network-snapshot-000035.safetensors --outdir=out --seeds=0-63
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dnnlib import FiniteRange, LongCommand, UserError, WholeRange
+from dnnlib import FiniteRange, LongCommand, UserError, WholeRange, check_writable
 from edm.own_classes import classes_option, own_classes
 
 MAX_SEEDS = 10_000_000
 MAX_SEED = 2**32 - 1  # as edm.sampler
 MAX_SIGMA = 1e6
 MAX_STEPS = 100_000
+MAX_GRID = 10_000
 GUIDANCE, PROMPTS = ("guidance", "guide"), ("prompt", "prompts")
 ABLATION = ("solver", "discretization", "schedule", "scaling")
 POSITIVE = FiniteRange(0, MAX_SIGMA, min_open=True)
@@ -87,10 +89,8 @@ def main(
     """
     if outdir is None and grid is None:
         raise UserError("give --outdir (folder or .zip) or --grid (one picture), or both")
-    if grid is not None and (Path(grid).exists() or not Path(grid).absolute().parent.is_dir()):
-        raise UserError(f"--grid={grid} exists already or its folder doesn't; name a new file in an existing folder")
-    if grid is not None and len(seeds) > 10_000:
-        raise UserError(f"--grid shows at most 10000 images, not {len(seeds)}; use --outdir")
+    if grid is not None:
+        check_grid(grid, len(seeds))
     import contextlib
 
     import torch
@@ -125,8 +125,23 @@ def main(
             bar.update(len(images))
     if grid:
         save_grid(torch.cat(kept), grid)
-    distributed.print0(f"{len(seeds)} images: {', '.join(filter(None, (outdir, grid)))}")
+    distributed.print0(
+        f"{len(seeds)} {'image' if len(seeds) == 1 else 'images'}: {', '.join(filter(None, (outdir, grid)))}"
+    )
     distributed.shutdown()
+
+
+def check_grid(path: str, count: int) -> None:
+    """Errors: UserError naming --grid when a picture of so many images can't be made there."""
+    if os.path.lexists(path):
+        raise UserError(f"--grid={path} exists already; remove it or choose another name")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--grid={path}: there is no folder {Path(path).parent}; make it first")
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"--grid={path}: the picture is a PNG; name a file that ends in .png")
+    if count > MAX_GRID:
+        raise UserError(f"--grid shows at most {MAX_GRID} images, not {count}; use --outdir")
+    check_writable(path, "--grid")
 
 
 def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:

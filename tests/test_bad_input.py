@@ -311,7 +311,9 @@ GENERATION = [
     (["--outdir=new", "--network=classes.safetensors", "--class=3"], "--class=3"),
     (["--outdir=file"], "--outdir=file"),
     (["--outdir=file/new"], "--outdir=file/new"),
-    (["--grid=missing/grid.png"], "--grid=missing/grid.png"),
+    (["--grid=missing/grid.png"], "--grid=missing/grid.png: there is no folder missing"),
+    (["--grid=file"], "--grid=file exists already"),
+    (["--grid=new.jpg"], "--grid=new.jpg: the picture is a PNG"),
 ]
 
 

@@ -13,7 +13,7 @@ from torch._utils import ExceptionWrapper
 
 from dnnlib import UserError
 from training import dataset, file_tree
-from training.dataset import ImageFolderDataset
+from training.dataset import FileTree, ImageFolderDataset, read_labels
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
 CLASSES = [2, 0, 1, 2, 0]
@@ -148,8 +148,8 @@ def corrupt(data):
     ("change", "expected"),
     [
         ({NAMES[1]: corrupt(png(IMAGES[1]))}, NAMES[1]),
-        ({NAMES[1]: b"%!PS-Adobe-3.0 EPSF-3.0"}, NAMES[1]),
-        ({NAMES[1]: b""}, NAMES[1]),
+        ({NAMES[1]: b"%!PS-Adobe-3.0 EPSF-3.0"}, f"{NAMES[1]} is not a usable image: it is damaged, or in none of"),
+        ({NAMES[1]: b""}, f"{NAMES[1]} is not a usable image: the file is empty"),
         ({NAMES[1]: png(IMAGES[1, :, :4, :4])}, "4x4x3"),
         ({NAMES[1]: png(IMAGES[1, :1])}, "8x8x1"),
         ({NAMES[0]: png(IMAGES[0, :, :4])}, "not square"),
@@ -195,6 +195,8 @@ def test_a_large_set_is_not_cached(source, monkeypatch):
         b"[" * 100_000,
         b"\xff",
         b"[]",
+        b"{}",
+        b'{"Labels": []}',
         b'{"labels": 1}',
         b'{"labels": [["00000/img00000000.png"]]}',
         b'{"labels": [[0, 0]]}',
@@ -211,6 +213,22 @@ def test_errors_of_labels(tmp_path, labels):
     path = folder(tmp_path, files() | {"dataset.json": labels})
     assert "dataset.json" in message(path, use_labels=True)
     assert len(ImageFolderDataset(path)) == 5
+
+
+def test_labels_that_would_be_lost_are_refused(tmp_path):
+    path = folder(tmp_path, files())
+    for content in ({"Labels": LABELS["labels"]}, {"classes": {}}, {}):
+        (path / "dataset.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="file name, class number"):
+            read_labels(FileTree(path), NAMES)
+
+
+def test_an_encrypted_zip(tmp_path):
+    path = archive(tmp_path / "set.zip", files())
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1  # the first entry's flags in the zip's directory
+    path.write_bytes(data)
+    assert f"can't read {NAMES[0]}: it is encrypted" in message(path)
 
 
 def test_labels_need_a_file(tmp_path):

@@ -23,6 +23,9 @@ from edm.metrics.small_classifier import SmallClassifier
 ARGUMENTS = {"img_resolution": 8, "img_channels": 1, "num_classes": 3, "width": 4}
 
 
+THREES = torch.full([40], 3)
+
+
 class LikeInception(torch.nn.Module):
     """Features: the mean of each channel; classes: softmax of the features, with and without a bias."""
 
@@ -286,11 +289,80 @@ def test_training_without_labels(tmp_path):
     assert frechet_distance(*moments(red), *reference) > 5 * near
 
 
+def gray_images(path, count, side=8, labels=None):
+    """A folder of gray images of different brightness."""
+    path.mkdir()
+    for i in range(count):
+        Image.fromarray(np.full((side, side), 8 * i, dtype=np.uint8)).save(path / f"{i:02d}.png")
+    if labels is not None:
+        pairs = [[f"{i:02d}.png", label] for i, label in enumerate(labels)]
+        (path / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    return path
+
+
+def trained_on(data, *options):
+    """What the tool prints after a training with few steps; it must succeed."""
+    options = [f"--data={data}", f"--dest={data}.safetensors", "--width=4", "--device=cpu", *options]
+    result = CliRunner().invoke(train_detector.main, options)
+    assert result.exit_code == 0, result.output
+    load_detector(f"{data}.safetensors")
+    return result.output
+
+
 def test_too_few_images(tmp_path):
-    """Each is refused in one line, before any clustering."""
-    (tmp_path / "images").mkdir()
-    for i in range(2):
-        Image.fromarray(np.full((8, 8), i, dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
-    result = CliRunner().invoke(train_detector.main, [f"--data={tmp_path}/images", f"--dest={tmp_path}/x.safetensors"])
+    """They are refused in one line, before any clustering."""
+    for count, batch, expected in ((2, [], "--data holds too few images"), (9, ["--batch=10"], "--batch=10 is more")):
+        data = gray_images(tmp_path / f"{count}", count)
+        result = CliRunner().invoke(train_detector.main, [f"--data={data}", f"--dest={data}.safetensors", *batch])
+        assert result.exit_code == 2
+        assert expected in result.output
+    assert "accuracy" in trained_on(gray_images(tmp_path / "three", 3), "--epochs=1")  # by a smaller batch
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+def test_training_on_tiny_images(tmp_path, side):
+    """Parts of several images can't be more than the pixels of a side."""
+    torch.manual_seed(side)
+    mixed = pretext.damaged(torch.arange(40, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, side, side), THREES)
+    assert sorted(mixed[:, 0, 0, 0].tolist()) == list(range(40))
+    assert "accuracy" in trained_on(gray_images(tmp_path / "tiny", 6, side), "--epochs=3")
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 9])
+def test_a_few_steps(tmp_path, epochs):
+    """The schedule of the rate divides by numbers that few steps make 0."""
+    assert f"epoch {epochs}/{epochs}" in trained_on(gray_images(tmp_path / "few", 5), f"--epochs={epochs}", "--batch=4")
+
+
+def test_equal_labels_are_none(tmp_path):
+    """A classifier of one class would learn nothing, and be right about all images."""
+    output = trained_on(gray_images(tmp_path / "same", 8, labels=[2] * 8), "--epochs=1")
+    assert "All labels are equal: the detector learns to recognise 1 cluster of similar images" in output
+
+
+def test_a_detector_that_learnt_nothing_is_told(tmp_path):
+    data = gray_images(tmp_path / "random", 30, labels=[i * 7 % 3 for i in range(30)])  # no pattern
+    assert "Warning: always giving the most frequent answer would be right for" in trained_on(data, "--epochs=1")
+    known = torch.tensor([[0, 1], [0, 2], [1, 2]])
+    assert train_detector.guessed_share(known, torch.tensor([[0, 2], [1, 0], [0, 2], [0, 1]])) == 5 / 8
+
+
+def test_an_unwritable_place_is_found_before_the_training(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    data = gray_images(tmp_path / "data", 4)
+    result = CliRunner().invoke(train_detector.main, [f"--data={data}", "--dest=new.safetensors"])
     assert result.exit_code == 2
-    assert "--batch=128 is more than the 1 images of --data" in result.output
+    assert result.output == (
+        "Error: --dest=new.safetensors can't be written (No space left on device); choose another folder\n"
+    )
+
+
+def test_errors_of_the_test_images_name_their_option(tmp_path):
+    data, test = gray_images(tmp_path / "data", 4), gray_images(tmp_path / "test", 4)
+    (test / "dataset.json").write_text("{")
+    options = [f"--data={data}", f"--test={test}", f"--dest={tmp_path}/x.safetensors"]
+    result = CliRunner().invoke(train_detector.main, options)
+    assert f"--test={test}: dataset.json" in result.output

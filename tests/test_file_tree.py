@@ -79,6 +79,15 @@ def test_spellings_of_names_in_the_labels(tmp_path):
     assert labels_of(folder(tmp_path / "set", ["a/0.png", "b/1.png"], labels)) == [1, 0]
 
 
+def test_unicode_spellings_of_names_in_the_labels(tmp_path):
+    composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
+    for i, (name, labelled) in enumerate([(composed, decomposed), (decomposed, composed)]):
+        path = archive(tmp_path / f"{i}.zip", ["1.png", name], [["1.png", 0], [labelled, 1]])
+        assert labels_of(path) == [0, 1]
+    both = archive(tmp_path / "both.zip", [composed, decomposed], [[composed, 0], [decomposed, 1]])
+    assert dict(zip(image_names(FileTree(both)), labels_of(both))) == {composed: 0, decomposed: 1}
+
+
 @pytest.mark.parametrize("make", [archive, folder])
 def test_a_wrapping_folder(tmp_path, make):
     names = ["my data/a/0.png", "my data/b/1.png"]
@@ -206,6 +215,8 @@ def test_class_folders_with_one_folder_each(tmp_path):
         ([f"{s}/{c}/0.png" for s in ("train", "val") for c in ("cat", "dog")], "train/cat and in train/dog"),
         (["7/0.png", "07/1.png"], "07 and 7"),
         (["Cat/0.png", "cat/1.png"], "Cat and cat"),
+        (["cat /0.png", "cat/1.png"], "cat and cat "),
+        (["caf\u00e9/0.png", "cafe\u0301/1.png"], "are the class folders"),
         (["1/0.png", "70000/0.png"], "70000"),
     ],
 )

@@ -112,6 +112,34 @@ def test_nohup_is_obeyed():
         signal.signal(signal.SIGHUP, before)
 
 
+UNFINISHED = """
+import contextlib, os, signal, sys, time
+from pathlib import Path
+import click
+from dnnlib import LongCommand, write_atomically
+@click.command(cls=LongCommand)
+@click.argument("number", type=int)
+def main(number):
+    with write_atomically("result") as file, contextlib.suppress(Exception):
+        file.write(b"half")
+        assert list(Path().glob(".result.*.part"))
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+signal.signal(int(sys.argv[-1]), signal.SIG_DFL)  # the tests themselves may run under nohup
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_unfinished_file(tmp_path, name):
+    """The process still ends by the signal, which is what supervisors look at."""
+    number = getattr(signal, name)
+    code, output, errors = shell(tmp_path, UNFINISHED, int(number))
+    assert (code, output) == (128 + number, ""), errors
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
 def test_warnings_are_one_line(tmp_path):
     script = SHORT.replace('print("line", i)', 'i or __import__("warnings").warn("first\\n  second")')
     assert shell(tmp_path, script, "")[2] == "Warning: first second\n"

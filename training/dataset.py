@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from torch_utils.untrusted.images import open_image
 
@@ -35,6 +35,8 @@ def decode_image(data: bytes, what: str) -> Image.Image:
     what: names the file in the DatasetError of a broken, huge, 16-bit or animated image.
     """
     try:
+        if not data:
+            raise ValueError("the file is empty; remove it or replace it")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files: they are read, or refused in one line
             with open_image(data, IMAGE_FORMATS, MAX_PIXELS) as image:
@@ -45,6 +47,11 @@ def decode_image(data: bytes, what: str) -> Image.Image:
                 image.load()
                 gray = image.mode in ("1", "L", "LA", "La")
                 return _without_alpha(_upright(image)).convert("L" if gray else "RGB")
+    except UnidentifiedImageError:
+        raise DatasetError(
+            f"{what} is not a usable image: it is damaged, or in none of the formats {', '.join(IMAGE_FORMATS)};"
+            " remove it or replace it"
+        ) from None
     except Exception as error:  # what PIL's decoders raise on broken files has no common type
         raise DatasetError(f"{what} is not a usable image: {str(error) or type(error).__name__}") from None
 

@@ -12,6 +12,7 @@ from dnnlib import UserError, open_plain
 from torch_utils.untrusted.bounds import open_zip
 
 MAX_FILE_BYTES = 1 << 28  # of an image file
+ENCRYPTED = 1  # among the flags of a zip's entry
 
 
 class DatasetError(UserError):
@@ -88,7 +89,12 @@ class FileTree:
         return len(content), zlib.crc32(content)
 
     def _open(self, name: str) -> IO[bytes]:
-        return self._open_zip().open(self._info(name)) if self.is_zip else open_plain(self.path / name)
+        if not self.is_zip:
+            return open_plain(self.path / name)
+        info = self._info(name)
+        if info.flag_bits & ENCRYPTED:
+            raise ValueError("it is encrypted; pack the zip without a password")
+        return self._open_zip().open(info)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         return self._open_zip().getinfo(self._contents().files[name])

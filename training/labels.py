@@ -1,6 +1,8 @@
 """Class labels of the images of a folder or zip: from dataset.json, or from the names of their folders."""
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
@@ -31,16 +33,17 @@ def read_labels(tree: FileTree, images: list[str]) -> list[int] | None:
         content = parse_json(content, MAX_LABEL_VALUES * (len(images) + 64), _without_repeats)
     except ValueError as error:
         raise DatasetError(f"{what} is not valid JSON: {str(error) or type(error).__name__}") from None
-    entries = content.get("labels") if isinstance(content, dict) else "malformed"
+    entries = content.get("labels", "missing") if isinstance(content, dict) else "malformed"
     if entries is None:
         return None
     if not isinstance(entries, list):
-        raise DatasetError(f'{what} must be {{"labels": [[file name, class number], …]}}')
-    known, labels = set(images), {}
+        raise DatasetError(f'{what} must be {{"labels": [[file name, class number], …]}}, or {{"labels": null}}')
+    known, labels, by_letters = set(images), {}, _by_letters(images)
     for entry in entries:
         match entry:
             case [str() as name, int() as label] if type(label) is int and 0 <= label < MAX_CLASSES:
                 name = folder + name if folder + name in known else folder + _clean(name)
+                name = name if name in known else by_letters.get(_letters(name), name)
                 if labels.setdefault(name, label) != label:
                     raise DatasetError(f"{what} gives {name} two classes, {labels[name]} and {label}; remove one entry")
             case _:
@@ -49,9 +52,9 @@ def read_labels(tree: FileTree, images: list[str]) -> list[int] | None:
                     " number the classes, or make them folders for edm.dataset_tool --labels-from-folders"
                 )
     for name in sorted(labels.keys() - known)[:1]:
-        raise DatasetError(f"{what} labels {name}, which isn't there")
+        raise DatasetError(f"{what} labels {name}, which isn't there; remove the entry, or add the image")
     for name in sorted(known - labels.keys())[:1]:
-        raise DatasetError(f"{what} has no label for {name}")
+        raise DatasetError(f"{what} has no label for {name}; add one, or remove the image")
     return [labels[name] for name in images]
 
 
@@ -80,6 +83,17 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _clean(name: str) -> str:
     """A name as FileTree writes it: `.\\a\\0.png` is `a/0.png`."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def _letters(name: str) -> str:
+    """A name in one of Unicode's two spellings of letters such as é, of which macOS prefers the other."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _by_letters(names: list[str]) -> dict[str, str]:
+    """The names by their letters, except for names that differ in their spelling only."""
+    counts = Counter(map(_letters, names))
+    return {_letters(name): name for name in names if counts[_letters(name)] == 1}
 
 
 def labels_from_folders(tree: FileTree, images: list[str]) -> tuple[list[int], dict[int, str]]:
@@ -119,7 +133,7 @@ def _number(tree: FileTree, folders: Iterable[str]) -> dict[str, int]:
     numbered = all(re.fullmatch("[0-9]{1,9}", name) for name in names)
     first_of: dict[int | str, str] = {}
     for name in names:
-        first = first_of.setdefault(int(name) if numbered else name.casefold(), name)
+        first = first_of.setdefault(int(name) if numbered else _letters(name).casefold().strip(), name)
         if first != name:
             raise DatasetError(f"{tree.what}: are the class folders {first} and {name} one class? Rename or merge them")
     classes = {name: int(name) if numbered else i for i, name in enumerate(names)}

@@ -27,7 +27,8 @@ from .text_alignment import Alignment, TextImageEncoder, align, distinct
 
 KINDS = ("fid", "is", "kid", "pr", "clip")
 NAME_PATTERN = re.compile(
-    rf"(?P<kind>{'|'.join(KINDS)})(?P<num>\d{{1,9}})(?:(?P<kilo>k)(?P<k>\d{{1,9}})?)?(?P<full>_full)?"
+    rf"(?P<kind>{'|'.join(KINDS)})(?P<num>\d{{1,9}})(?:(?P<kilo>k)(?P<k>\d{{1,9}})?)?(?P<full>_full)?",
+    re.ASCII,
 )
 
 

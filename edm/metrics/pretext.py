@@ -75,6 +75,7 @@ def _noisy(images: torch.Tensor) -> torch.Tensor:
 def _mixed(images: torch.Tensor) -> torch.Tensor:
     """Cuts each image into square parts and replaces each part by the same part of another image."""
     parts = PARTS[int(torch.randint(len(PARTS), [1]))]
+    parts = min(parts, images.shape[-1])
     size = images.shape[-1] // parts
     result = images.clone()
     for row in range(0, parts * size, size):

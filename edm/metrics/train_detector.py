@@ -23,6 +23,7 @@ LABEL_SMOOTHING = 0.1
 MAX_SHIFT = 1  # pixels
 TEST_BATCH = 500
 EPOCHS, LEAST_STEPS = 10, 500
+BATCH, LEAST_BATCH = 128, 2  # one image alone can't be normalised
 
 
 @click.command(cls=dnnlib.LongCommand, context_settings={"show_default": True})
@@ -40,19 +41,31 @@ EPOCHS, LEAST_STEPS = 10, 500
     show_default=False,
     help=f"Passes over the training images  [default: {EPOCHS}, more if they make fewer than {LEAST_STEPS} steps]",
 )
-@click.option("--batch", help="Images per step", type=dnnlib.WholeRange(min=2), default=128)
+@click.option(
+    "--batch",
+    help=f"Images per step  [default: {BATCH}, or all if there are fewer]",
+    type=dnnlib.WholeRange(min=LEAST_BATCH),
+    show_default=False,
+)
 @click.option("--width", help="Channels at full resolution", type=dnnlib.WholeRange(4, 4096), default=32)
 @click.option("--seed", help="Of weights, order and augmentation", type=dnnlib.WholeRange(min=0), default=0)
 @click.option("--device", help="cuda, mps or cpu  [default: the first available]", type=str)
 def main(
-    data: str, test: str | None, dest: str, epochs: int | None, batch: int, width: int, seed: int, device: str | None
+    data: str,
+    test: str | None,
+    dest: str,
+    epochs: int | None,
+    batch: int | None,
+    width: int,
+    seed: int,
+    device: str | None,
 ) -> None:
     """Trains a small classifier whose hidden layer gives the features for FID, IS, KID and precision/recall.
 
-    If --data has labels, the classifier learns to predict them. Otherwise it learns to tell which of a few clusters of
-    similar images an image belongs to, how the image was rotated, and whether it was blurred, made noisy or assembled
-    from parts of several images. Such features rank networks by FID and KID, which is what it takes to follow a
-    training; the inception score then says nothing about classes.
+    If --data has labels of several classes, the classifier learns to predict them. Otherwise it learns to tell which of
+    a few clusters of similar images an image belongs to, how the image was rotated, and whether it was blurred, made
+    noisy or assembled from parts of several images. Such features rank networks by FID and KID, which is what it takes
+    to follow a training; the inception score then says nothing about classes.
     """
     if not dest.endswith(".safetensors"):
         raise dnnlib.UserError(f"--dest={dest} must end in .safetensors")
@@ -60,6 +73,7 @@ def main(
         raise dnnlib.UserError(f"--dest={dest} is a folder; name a file")
     if not Path(dest).parent.is_dir():
         raise dnnlib.UserError(f"--dest={dest}: there is no folder {Path(dest).parent}; make it first")
+    dnnlib.check_writable(dest, "--dest")
     from torch_utils import distributed
 
     from .pretext import Pretext
@@ -73,14 +87,16 @@ def main(
     else:
         tested = load_images(test, "--test")
     test_images, test_labels, test_classes = tested
+    batch = min(BATCH, max(LEAST_BATCH, len(images))) if batch is None else batch
     check_fit((images, labels if test_labels is not None else None, classes), tested, batch)
-    pretext = None
-    if labels is None or test_labels is None:
+    pretext, one_class = None, labels is not None and len(labels.unique()) == 1
+    if labels is None or test_labels is None or one_class:
         pretext = Pretext(images, seed)
         clusters, turns, damages = pretext.sizes
         print(
-            f"No labels: the detector learns to recognise {clusters} clusters of similar images, {turns} rotations and"
-            f" {damages} kinds of damage",
+            f"{'All labels are equal' if one_class else 'No labels'}: the detector learns to recognise {clusters}"
+            f" {'cluster' if clusters == 1 else 'clusters'} of similar images, {turns} rotations and {damages} kinds of"
+            " damage",
             flush=True,
         )
         labels, test_labels, test_classes = pretext.clusters(images), pretext.clusters(test_images), clusters
@@ -98,7 +114,7 @@ def load_images(path: str, option: str = "--data") -> "tuple[torch.Tensor, torch
     from training.dataset import FileTree, ImageFolderDataset, image_names, read_labels
 
     dataset = ImageFolderDataset(path=path, option=option)  # refuses a data set without images
-    tree = FileTree(path)
+    tree = FileTree(path, option)
     if read_labels(tree, image_names(tree)) is not None:
         return load_labelled(path, option)
     return torch.from_numpy(np.stack([dataset[i][0] for i in range(len(dataset))])), None, 0
@@ -134,8 +150,10 @@ def check_fit(train: tuple, test: tuple, batch: int) -> None:
     images, labels, classes = train
     if test[0].shape[1:] != images.shape[1:] or (labels is not None and test[2] > classes):
         raise dnnlib.UserError("--test must have the image size, channels and classes of --data")
+    if len(images) < LEAST_BATCH:
+        raise dnnlib.UserError("--data holds too few images: a detector needs 3, of which one is held out for testing")
     if len(images) < batch:
-        raise dnnlib.UserError(f"--batch={batch} is more than the {len(images)} images of --data")
+        raise dnnlib.UserError(f"--batch={batch} is more than the {len(images)} images of --data; give at most those")
 
 
 def train_detector(
@@ -181,7 +199,10 @@ def train_detector(
     misc.to_channels_last(net)
     steps = len(images) // batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps, pct_start=WARM_UP)
+    total = max(3, epochs * steps)  # the schedule divides by the length of its two parts
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_LR, total_steps=total, pct_start=max(WARM_UP, 2 / total)
+    )
     start = time.time()
     with ProgressBar(epochs * steps, unit="batch", among_lines=True) as bar:
         for epoch in range(epochs):
@@ -207,7 +228,22 @@ def train_detector(
             )
     command = " ".join(["python -m edm.metrics.train_detector", *map(dnnlib.without_password, sys.argv[1:])])
     save_detector(net, dest, init_kwargs, test_accuracy=accuracy, epochs=epochs, command=command)
+    guess = guessed_share(ask(images, labels)[1], asked[1])
+    if accuracy <= guess:
+        print(
+            f"Warning: always giving the most frequent answer would be right for {guess:.2%}: on the test images, the"
+            " detector is no better, so its FIDs mean little; train for more --epochs, or on more images",
+            flush=True,
+        )
     return accuracy
+
+
+def guessed_share(known: "torch.Tensor", answers: "torch.Tensor") -> float:
+    """The share of `answers` that are right if each question gets the answer that is most frequent in `known`.
+
+    Both are int64 [N, questions].
+    """
+    return (answers == known.mode(dim=0).values).float().mean().item()
 
 
 def measure_accuracy(
