@@ -65,31 +65,21 @@ def reference_of(network: Published) -> str | None:
     return next((file.name for file in FILES.values() if file.kind == "reference" and file.name in network.name), None)
 
 
-def _teacher(name: str, fid: float | None, nfe: int | None, description: str, **kwargs: Any) -> Published:
-    return Published(
-        name=name,
-        url=f"{EDM}/pretrained/{name}.pkl",
-        kind="teacher",
-        licence=NVIDIA_LICENCE,
-        description=f"EDM teacher, {description}",
-        fid=fid,
-        nfe=nfe,
-        **kwargs,
-    )
+def _teacher(name: str, url: str, description: str, **results: Any) -> Published:
+    return Published(name=name, url=url, kind="teacher", licence=NVIDIA_LICENCE, description=description, **results)
+
+
+def _edm_teacher(name: str, fid: float | None, nfe: int | None, description: str, **file: Any) -> Published:
+    url = f"{EDM}/pretrained/{name}.pkl"
+    return _teacher(name, url, f"EDM teacher, {description}", fid=fid, nfe=nfe, **file)
 
 
 def _edm2_teacher(name: str, snapshot: str, fid: float | None, description: str = "") -> Published:
     """snapshot: kimg of the training and relative width of the average (`edm.train --ema-std`), as in file names."""
     data = "latents of ImageNet at 512x512" if "img512" in name else "ImageNet at 64x64"
-    return Published(
-        name=name,
-        url=f"{EDM2}/posthoc-reconstructions/{'-'.join(name.split('-')[:3])}-{snapshot}.pkl",
-        kind="teacher",
-        licence=NVIDIA_LICENCE,
-        description=f"EDM2 teacher, {data} with classes, EMA {snapshot.partition('-')[2]}{description}",
-        fid=fid,
-        nfe=EDM2_NFE,
-    )
+    url = f"{EDM2}/posthoc-reconstructions/{'-'.join(name.split('-')[:3])}-{snapshot}.pkl"
+    description = f"EDM2 teacher, {data} with classes, EMA {snapshot.partition('-')[2]}{description}"
+    return _teacher(name, url, description, fid=fid, nfe=EDM2_NFE)
 
 
 def _generator(name: str, url: str, fid: float | None, description: str, **kwargs: Any) -> Published:
@@ -118,18 +108,18 @@ def _reference(name: str, description: str, url: str | None = None) -> Published
 
 
 _FILES = [
-    _teacher(
+    _edm_teacher(
         "edm-cifar10-32x32-uncond-vp",
         1.97,
         35,
         "CIFAR-10, DDPM++",
         sha256="4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",
     ),
-    _teacher("edm-cifar10-32x32-cond-vp", 1.79, 35, "CIFAR-10 with classes, DDPM++"),
-    _teacher("edm-cifar10-32x32-uncond-ve", None, None, "CIFAR-10, NCSN++"),
-    _teacher("edm-imagenet-64x64-cond-adm", 1.36, 511, "ImageNet with classes, ADM"),
-    _teacher("edm-ffhq-64x64-uncond-vp", 2.39, 79, "FFHQ, DDPM++"),
-    _teacher("edm-afhqv2-64x64-uncond-vp", 1.96, 79, "AFHQ-v2, DDPM++"),
+    _edm_teacher("edm-cifar10-32x32-cond-vp", 1.79, 35, "CIFAR-10 with classes, DDPM++"),
+    _edm_teacher("edm-cifar10-32x32-uncond-ve", None, None, "CIFAR-10, NCSN++"),
+    _edm_teacher("edm-imagenet-64x64-cond-adm", 1.36, 511, "ImageNet with classes, ADM"),
+    _edm_teacher("edm-ffhq-64x64-uncond-vp", 2.39, 79, "FFHQ, DDPM++"),
+    _edm_teacher("edm-afhqv2-64x64-uncond-vp", 1.96, 79, "AFHQ-v2, DDPM++"),
     _edm2_teacher("edm2-img512-xs", "2147483-0.135", 3.53),
     _edm2_teacher("edm2-img512-s", "2147483-0.130", 2.56),
     _edm2_teacher("edm2-img512-m", "2147483-0.100", 2.25),

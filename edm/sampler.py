@@ -124,11 +124,9 @@ def ablation_sampler(
     sigma, sigma_deriv, sigma_inv = _schedules(vp)[schedule]
     s, s_deriv = _scalings(sigma, sigma_deriv)[scaling]
     if discretization == "vp":
-        i = torch.arange(num_steps, dtype=torch.float64, device=latents.device)
-        steps = vp.sigma(1 + i / max(num_steps - 1, 1) * (epsilon_s - 1))
+        steps = vp.sigma(1 + _ramp(num_steps, latents.device) * (epsilon_s - 1))
     elif discretization == "ve":
-        i = torch.arange(num_steps, dtype=torch.float64, device=latents.device)
-        steps = (high**2 * (low**2 / high**2) ** (i / max(num_steps - 1, 1))).sqrt()
+        steps = (high**2 * (low**2 / high**2) ** _ramp(num_steps, latents.device)).sqrt()
     elif discretization == "iddpm":
         steps = _iddpm_steps(num_steps, low, high, C_1, C_2, M, latents.device)
     else:
@@ -179,8 +177,13 @@ def _until_zero(steps: Tensor) -> Tensor:
     return torch.cat([steps.to(torch.float64), torch.zeros_like(steps[:1], dtype=torch.float64)])
 
 
+def _ramp(num_steps: int, device: torch.device) -> Tensor:
+    """As many numbers from 0 to 1, evenly spaced, float64; the number 0 for one step."""
+    return torch.arange(num_steps, dtype=torch.float64, device=device) / max(num_steps - 1, 1)
+
+
 def _karras_steps(num_steps: int, sigma_min: float, sigma_max: float, rho: float, device: torch.device) -> Tensor:
-    ramp = torch.arange(num_steps, dtype=torch.float64, device=device) / max(num_steps - 1, 1)
+    ramp = _ramp(num_steps, device)
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 

@@ -148,9 +148,10 @@ class Distillation:
         x_g = images.detach().requires_grad_()
         noise = self.loss.draw_noise(x_g)
         with self.state.fake_score_updater.frozen():
-            for part in self._chunks(len(x_g)):
+            for chunk in self._chunks(len(x_g)):
                 with self.autocast():
-                    loss = self.loss.generator_loss(*self._loss_inputs(x_g, condition, noise, part), **self._stage())
+                    inputs = self._loss_inputs(x_g, condition, noise, chunk)
+                    loss = self.loss.generator_loss(*inputs, **self._stage())
                 self._backward_to(x_g, loss)
         assert x_g.grad is not None
         return x_g.grad
@@ -160,9 +161,9 @@ class Distillation:
         self.state.fake_score.eval()
         x_g = images.detach().requires_grad_()
         noise = self.loss.draw_shared_noise(x_g)
-        for part in self._chunks(len(x_g)):
+        for chunk in self._chunks(len(x_g)):
             with self.autocast():
-                inputs = self._loss_inputs(x_g, condition, noise, part)
+                inputs = self._loss_inputs(x_g, condition, noise, chunk)
                 loss, denoising = self.loss.shared_losses(*inputs, **self._stage())
             self._backward_to(x_g, loss, keep=True)
             self._backward_denoising(denoising, only=self.state.fake_score_updater.parameters)
@@ -172,9 +173,10 @@ class Distillation:
     def _backward_fake_score(self, images: torch.Tensor, condition: torch.Tensor | None) -> None:
         """Accumulates the gradient of psi's loss on `images` in psi."""
         self.state.fake_score.train()
-        inputs = (self.networks.fake_score, images, condition, self.augment_pipe, self.collector.report)
         with self.autocast():
-            loss = self.loss.fake_score_loss(*inputs)
+            loss = self.loss.fake_score_loss(
+                self.networks.fake_score, images, condition, self.augment_pipe, self.collector.report
+            )
         self._backward_denoising(loss)
 
     def _backward_generator(self, x_g: torch.Tensor, condition: torch.Tensor | None) -> None:
@@ -195,11 +197,12 @@ class Distillation:
             yield slice(start, start + size)
 
     def _loss_inputs(
-        self, x_g: torch.Tensor, condition: torch.Tensor | None, noise: tuple[torch.Tensor, ...], part: slice
+        self, x_g: torch.Tensor, condition: torch.Tensor | None, noise: tuple[torch.Tensor, ...], chunk: slice
     ) -> tuple:
         """The arguments of theta's losses for one chunk of the images."""
-        chosen = None if condition is None else condition[part], tuple(draw[part] for draw in noise)
-        return self.networks.teacher, self.networks.fake_score, x_g[part], *chosen, self.collector.report
+        labels = None if condition is None else condition[chunk]
+        draws = tuple(draw[chunk] for draw in noise)
+        return self.networks.teacher, self.networks.fake_score, x_g[chunk], labels, draws, self.collector.report
 
     def _stage(self) -> dict[str, bool]:
         """The arguments of theta's loss that depend on the progress of the training."""
@@ -242,16 +245,16 @@ class Distillation:
         """Whether one round of both phases fits into every process's memory, tried on a GPU with all losses."""
         if self.device.type != "cuda":
             return True
-        fits, now = torch.ones([], device=self.device), self.state.nimg
+        fitting, nimg = torch.ones([], device=self.device), self.state.nimg
         self.state.nimg = int(self.config.total_kimg * 1000)  # when every part of the losses is active
         try:
             condition = next(self._rounds(FAKE_SCORE_PHASE))
             self._backward_shared(self.generate(condition), condition)
         except torch.cuda.OutOfMemoryError:
-            fits.zero_()
-        self.state.nimg = now
+            fitting.zero_()
+        self.state.nimg = nimg
         for updater in (self.state.fake_score_updater, self.state.generator_updater):
             updater.optimizer.zero_grad(set_to_none=True)
         self.collector = Collector()
         torch.cuda.empty_cache()
-        return distributed.all_reduce_sum(fits).item() == distributed.world_size()
+        return distributed.all_reduce_sum(fitting).item() == distributed.world_size()

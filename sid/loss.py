@@ -110,15 +110,14 @@ class SiDLoss:
         by the density of its own schedule over the mixture's, which leaves its mean unchanged (the balance heuristic of
         multiple importance sampling, Veach and Guibas 1995). A weight is at most 2, and the two add up to 2.
         """
-        n = len(images)
-        sigma = self.sigma_schedule.draw(n, images.device)
+        sigma = self.sigma_schedule.draw(len(images), images.device)
         if self.fake_sigma_schedule == self.sigma_schedule:
             ones = torch.ones_like(sigma)
             return sigma, torch.randn_like(images), ones, ones
-        other = self.fake_sigma_schedule.draw(n, images.device)
-        sigma = torch.where(torch.rand_like(sigma) < 0.5, sigma, other)
-        own, other = self.sigma_schedule.density(sigma), self.fake_sigma_schedule.density(sigma)
-        return sigma, torch.randn_like(images), 2 * own / (own + other), 2 * other / (own + other)
+        sigma_psi = self.fake_sigma_schedule.draw(len(images), images.device)
+        sigma = torch.where(torch.rand_like(sigma) < 0.5, sigma, sigma_psi)
+        p_theta, p_psi = self.sigma_schedule.density(sigma), self.fake_sigma_schedule.density(sigma)
+        return sigma, torch.randn_like(images), 2 * p_theta / (p_theta + p_psi), 2 * p_psi / (p_theta + p_psi)
 
     def generator_loss(
         self,
@@ -180,18 +179,17 @@ class SiDLoss:
         sigma = known_sigma(teacher, sigma)
         x_t = images + sigma * n
         through_scores = self.passes_scores(score_gradient)
-        psi = fake_score
-        teacher, fake_score = self.score_networks(teacher, fake_score)
+        phi, psi = self.score_networks(teacher, fake_score)
         with torch.set_grad_enabled(through_scores):
-            f_phi = teacher(x_t, sigma, labels)
-        f_psi = fake_score(x_t if through_scores else x_t.detach(), sigma, labels)
-        denoising = self.denoising.weighted(psi, (f_psi - images.detach()) ** 2, sigma)
+            f_phi = phi(x_t, sigma, labels)
+        f_psi = psi(x_t if through_scores else x_t.detach(), sigma, labels)
+        denoising = self.denoising.weighted(fake_score, (f_psi - images.detach()) ** 2, sigma)
         f_psi = f_psi if through_scores else f_psi.detach()
         if report is not None:
             groups = self.conditions.groups(labels)
             report("Health/divergence", weight_theta.flatten() * divergence(images, f_phi, f_psi), groups=groups)
         loss = self.weighted(self.terms(images, x_t, f_phi, f_psi), sigma, images, f_phi)
-        return weight_theta * self.balanced(loss, psi, sigma), weight_psi * denoising
+        return weight_theta * self.balanced(loss, fake_score, sigma), weight_psi * denoising
 
     def passes_scores(self, score_gradient: bool | None = None) -> bool:
         """Whether theta's gradient passes through phi and psi; None means the constructor's score_gradient."""
@@ -200,10 +198,9 @@ class SiDLoss:
 
     def score_networks(self, teacher: Callable, fake_score: Callable) -> tuple[Callable, Callable]:
         """(phi, psi) as the generator's loss calls them, guided if there is guidance."""
-        teacher = autoguided(teacher, self.guide, self.guidance.over_guide or 1)
-        kappas = self.guidance.teacher, self.guidance.fake_score
-        phi, psi = (class_guided(net, kappa, self.conditions) for net, kappa in zip((teacher, fake_score), kappas))
-        return phi, psi
+        phi = autoguided(teacher, self.guide, self.guidance.over_guide or 1)
+        phi = class_guided(phi, self.guidance.teacher, self.conditions)
+        return phi, class_guided(fake_score, self.guidance.fake_score, self.conditions)
 
     def fake_score_loss(
         self,
@@ -219,9 +216,8 @@ class SiDLoss:
         """
         sigma = known_sigma(fake_score, self.fake_sigma_schedule.draw(len(images), images.device))
         net = class_guided(fake_score, self.guidance.fake_score_step, self.conditions)
-        return self.denoising.weighted(
-            fake_score, squared_error(net, images.detach(), sigma, labels, augment_pipe), sigma
-        )
+        error = squared_error(net, images.detach(), sigma, labels, augment_pipe)
+        return self.denoising.weighted(fake_score, error, sigma)
 
     def terms(self, x_g: torch.Tensor, x_t: torch.Tensor, f_phi: torch.Tensor, f_psi: torch.Tensor) -> torch.Tensor:
         """The objective per pixel, before weighting."""
@@ -234,8 +230,11 @@ class SiDLoss:
         """Terms per pixel under the objective's weighting."""
         if self.objective.weighting == "omega":
             return terms / omega(x_g, f_phi)
-        divisors = {"sigma": sigma**2, "time": 1 + sigma}
-        return terms / divisors[self.objective.weighting] if self.objective.weighting in divisors else terms
+        if self.objective.weighting == "sigma":
+            return terms / sigma**2
+        if self.objective.weighting == "time":
+            return terms / (1 + sigma)
+        return terms
 
     def balanced(self, loss: torch.Tensor, fake_score: Callable, sigma: torch.Tensor) -> torch.Tensor:
         """theta's loss [N, C, H, W], with `uncertainty` divided by e^u of psi at noise levels sigma [N, 1, 1, 1]."""

@@ -1,5 +1,6 @@
 """Builds a distillation from a teacher and a config, ready for its next iteration."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -54,17 +55,17 @@ def prepare(
     loss = make_loss(config, teacher, reals, networks.guide)
     if resume is not None:
         state.load(resume)
-    parts = (teacher, config, device, loss, state, networks)
+    build = functools.partial(Distillation, teacher, config, device, loss, state, networks)
     batch_gpu = config.batch_gpu or former_batch_gpu(state, config)
     if batch_gpu is not None:
-        return Distillation(*parts, batch_gpu)
+        return build(batch_gpu)
     batch_gpu, peak = estimated_batch_gpu(teacher, config, device, guide)
-    distillation = Distillation(*parts, batch_gpu, peak)
+    distillation = build(batch_gpu, peak)
     while not distillation.fits():
         smaller = next_smaller(distillation.batch_gpu, config.chunk)
         if smaller is None:
             break
-        distillation = Distillation(*parts, smaller)
+        distillation = build(smaller)
     return distillation
 
 
@@ -115,6 +116,6 @@ def former_batch_gpu(state: DistillationState, config: DistillationConfig) -> in
 def estimated_batch_gpu(
     teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None
 ) -> tuple[int, float | None]:
-    """The most images per process and round that fit into every process's memory, by estimate; `fitting_batch_gpu`."""
+    """`memory.fitting_batch_gpu` of process 0, for all processes, which must agree."""
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
     return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device, guide))

@@ -136,7 +136,7 @@ class WrappedDenoiser(torch.nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}")
-        if {"flow": not times.is_flow, "v": times.is_flow}.get(prediction, False):
+        if (prediction == "flow" and not times.is_flow) or (prediction == "v" and times.is_flow):
             raise ValueError(f"a network that predicts {prediction!r} isn't trained at {type(times).__name__}")
         self.net, self.prediction, self.times = net, prediction, times
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
