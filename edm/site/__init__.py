@@ -21,7 +21,7 @@ from training.conditions import learnt_classes
 from training.steps import Steps
 
 STATIC = Path(__file__).parent / "static"
-PAGE_FILES = ("index.html", "site.css", "page.js", "worker.js", "noise.js")
+PAGE_FILES = ("index.html", "base.css", "site.css", "page.js", "worker.js", "noise.js")
 MODEL_FILE, DESCRIPTION_FILE, RUNTIME_FOLDER = "network.onnx", "site.json", "runtime"
 RUNTIME_VERSION, RUNTIME_LICENCE = "1.30.0", "onnxruntime-LICENSE.txt"
 RUNTIME_ADDRESS = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{RUNTIME_VERSION}/dist/"

@@ -8,12 +8,14 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from dnnlib.util import CONTROL
 
 STATIC = Path(__file__).parent / "static"
+BASE_STYLE = resources.files("edm") / "site/static/base.css"  # by its path, because importing edm.site loads torch
 MAX_ROWS = 60  # of any table
 
 
@@ -23,7 +25,7 @@ def document(
     """A whole page. body: HTML. data: plain values for the scripts. connect: what the page may load, for its policy."""
     licence = f"/*\n{_static('uPlot-LICENSE.txt')}*/\n"
     code = [licence + _static("uPlot.iife.min.js"), *(_static(name) for name in scripts)]
-    styles = [_static("uPlot.min.css"), _static("page.css")]
+    styles = [_static("uPlot.min.css"), BASE_STYLE.read_text(encoding="utf-8"), _static("page.css")]
     policy = (
         f"default-src 'none'; img-src 'self' data:; connect-src {connect}; base-uri 'none'; form-action 'none';"
         f" style-src {_hashes(styles)}; script-src {_hashes(code)}"
