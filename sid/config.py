@@ -16,6 +16,7 @@ AUGMENT = 0.12  # EDM's probability for CIFAR-10
 ROUNDING = {"batch_gpu", "compile", "channels_last", "chunk", "checkpoint"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states"}
 FREE_ON_RESUME |= {"use_fp16"}  # `precision` records the outcome
+FREE_ON_RESUME |= {"returns"}  # states record those that happened
 # What the command line calls the options whose names differ there, and how many of our units its unit is.
 COMMAND_LINE = {
     "total_kimg": ("duration", 1000),
@@ -125,6 +126,7 @@ class DistillationConfig:
     real_images: int = 0  # number of images that `gan` draws from; the same in a resumed run
     prompts_sha256: str | None = None  # of the prompts of a text-to-image teacher; the same in a resumed run
     spike_guard: float | None = None  # skip updates whose gradient norm is this many times the usual; None: never
+    returns: int = 0  # how often the run may go back to its last good state, with lower rates (`sid.returns`)
     kimg_per_tick: float = 10
     snapshot_ticks: int = 50
     state_ticks: int = 500

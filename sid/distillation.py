@@ -72,6 +72,7 @@ class Distillation:
         state, config = self.state, self.config
         state.serve(self._step())
         factor = lr_factor(state.nimg, config.total_kimg * 1000, config.lr_rampup_kimg * 1000, config.lr_decay)
+        factor *= state.rate_factor
         for repeat in range(1, config.fake_score_updates):
             self.fake_score_phase(factor, repeat)
         if config.trains_generator(state.nimg) and (config.share_images or config.share_noise):

@@ -7,7 +7,15 @@ import click
 from dnnlib import Command, UserError
 from torch_utils.records import is_figure
 
-from .monitor.records import DISTANCES_FILE, STATS_FILE, read_fid, read_options, read_records
+from .monitor.records import (
+    DISTANCES_FILE,
+    STATS_FILE,
+    read_fid,
+    read_options,
+    read_records,
+    read_returns,
+    returns_text,
+)
 from .monitor.rules import diagnose
 
 
@@ -31,8 +39,9 @@ def main(run: str) -> None:
         raise UserError(f"{stats}: no distillation has such figures ({error}); restore the file") from None
     for finding in findings:
         print(f"{finding.name}: {finding.text}")
-    if fid is not None:
-        print(fid)
+    for text in (returns_text(read_returns(run_dir)), fid):
+        if text is not None:
+            print(text)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,13 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             FiniteRange(0, 0.5),
             0.0,
         ),
+        option(
+            "--returns",
+            "How often the run may go back to its last good state, with lower rates, when it diverges or clearly goes"
+            " away from the teacher",
+            WholeRange(0),
+            D.returns,
+        ),
         option("--duration", "Length of the training in Mimg", POSITIVE, 500.0),
         option("--batch", "Images per update, all processes together", COUNT, D.batch),
     ],

@@ -123,11 +123,13 @@ _TEXT_FLOW: dict[str, Any] = {
     "duration": 2,
 }
 
-# For any teacher, such as one of your own: measures the start, tries rates, goes on with the best. psi learns at
-# theta's noise levels: at EDM's, theta drifts away if the brightness of images varies a lot.
+# For any teacher, such as one of your own: measures the start, tries rates, goes on with the best, and goes back with
+# lower rates if that fails. psi learns at theta's noise levels: at EDM's, theta drifts away if the brightness of images
+# varies a lot.
 _ANY: dict[str, Any] = {
     "init_sigma": "auto",
     "trials": 0.2,
+    "returns": 3,
     "alpha": 1.0,
     "fake_sigma_schedule": "karras",
     "share_noise": True,
@@ -238,6 +240,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data_stat": str(TEXT_DEMO / "reference.npz"),
         "metrics": "fid500",
         "trials": 0,
+        "returns": 0,
         "guidance": "long-short=2",
         "duration": 0.004,
         "snap": 1,

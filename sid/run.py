@@ -12,9 +12,11 @@ import torch
 from dnnlib import UserError, without_passwords
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
+from torch_utils.interruption import Interruption
 from torch_utils.run_lines import environment, path_text, start_block
 from torch_utils.tracking import trackers_of
 from torch_utils.untrusted import edm_pickle
+from torch_utils.updates import DivergenceError
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
 
@@ -45,6 +47,7 @@ from .prepare import prepare
 from .report.opening import describe_run
 from .report.page import RunPage
 from .report.progress import Report, track
+from .returns import Returns
 from .start import choose_start
 from .state import SavedState
 from .teacher_distance import TeacherDistance
@@ -173,15 +176,31 @@ def run(
                     run_folder.record_options(run_dir, summary | plan.summary())
                 distillation = build(inputs, plan.config, device, plan.saved, options["override"])
             report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance, page)
-            with track(run_dir, trackers, distillation.state.nimg, config.batch) as tracking:
-                net = training_loop(
-                    distillation, run_dir, report, dropped=plan.dropped, before=plan.dropped, track=tracking.update
-                )
+            net = train(distillation, run_dir, report, trackers, plan.dropped)
             snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
             if snapshot.is_file():
                 distributed.print0(f"Finished: {path_text(snapshot)}")
     distributed.shutdown()
     return OneStepGenerator(net)
+
+
+def train(
+    distillation: Distillation, run_dir: Path, report: Report, trackers: list[str], dropped: int
+) -> torch.nn.Module:
+    """Trains to the end and returns the generator; goes back to earlier states as often as --returns allows.
+
+    trackers: names of those that show the run. dropped: images of the trials that don't go on.
+    Errors: as for `training_loop`.
+    """
+    config, returns = distillation.config, Returns(distillation, run_dir)
+    with Interruption(distillation.device, config.save_minutes) as interruption:
+        while True:
+            try:
+                with track(run_dir, trackers, distillation.state.nimg, config.batch) as tracking:
+                    shared = {"track": tracking.update, "returns": returns, "interruption": interruption}
+                    return training_loop(distillation, run_dir, report, dropped=dropped, before=dropped, **shared)
+            except DivergenceError as error:
+                returns.go_back(error)
 
 
 def check_required(options: dict[str, Any], config: DistillationConfig) -> None:
@@ -310,7 +329,8 @@ def measure_teacher(
         if with_trials:
             raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
         return None
-    if not (with_trials or config.init_sigma is None or config.total_kimg >= WORTH_SAMPLES_KIMG):
+    wanted = with_trials or config.returns or config.init_sigma is None
+    if not (wanted or config.total_kimg >= WORTH_SAMPLES_KIMG):
         return None
     with distributed.shared_errors():  # such as samples that aren't finite
         if distributed.rank() != 0:

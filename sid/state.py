@@ -25,6 +25,7 @@ EPSILON = {False: 1e-8, True: 1e-6}  # Adam's, in full and in half precision
 FACTORS_PHASE = 4  # random stream of the initial low-rank factors, separate from training's draws
 ROUNDING_PHASE = 5  # random stream of the stochastic rounding of Adam's second moments
 INHERITED = ("classes", "licence", "vae", "text")  # what a generator's metadata take from its teacher's
+RETURN_FACTOR = 0.5  # multiplies both learning rates at each return
 PARTS = ("generator", "fake_score", "ema", "generator_updater", "fake_score_updater")  # of a state's file
 
 
@@ -70,6 +71,8 @@ class DistillationState:
         self.tick = 0
         self.elapsed_sec = 0.0
         self.at_snapshot = False  # whether this iteration ends with a snapshot and its metrics
+        self.returns: list[dict[str, Any]] = []  # to earlier states, at which lower rates began (`sid.returns`)
+        self.good: dict[str, Any] | None = None  # the last good snapshot, to which the run would return
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
         self._hashes = hashes or WeightHashes.of(teacher, start, config)
@@ -121,6 +124,15 @@ class DistillationState:
             self.served.step = step
 
     @property
+    def rate_factor(self) -> float:
+        """What the returns so far have left of both learning rates."""
+        return RETURN_FACTOR ** len(self.returns)
+
+    def rates(self, config: DistillationConfig) -> dict[str, float]:
+        """Both learning rates by option, before schedules."""
+        return {"lr": config.lr * self.rate_factor, "glr": config.glr * self.rate_factor}
+
+    @property
     def networks(self) -> dict[str, torch.nn.Module]:
         """The networks that must be equal on all processes."""
         return {"generator": self.generator, "fake score": self.fake_score, "average": self.ema}
@@ -135,7 +147,8 @@ class DistillationState:
             hashes["base_hash"] = self._hashes.base
         if self._hashes.guide:
             hashes["guide_hash"] = self._hashes.guide
-        return {**parts, **counters, **setting, "statistics": statistics, **hashes}
+        record = {"returns": self.returns, "good": self.good}
+        return {**parts, **counters, **setting, **record, "statistics": statistics, **hashes}
 
     def load(self, saved: "SavedState | checkpoint.StateFile | Path") -> None:
         """Restores a saved state. Errors: UserError when it isn't a state of a distillation of this teacher."""
@@ -145,6 +158,7 @@ class DistillationState:
         state = saved.file.take()
         checkpoint.restore(self, self._parts(), state, saved.path)
         self.statistics = state["statistics"]
+        self.returns, self.good = state.get("returns", []), state.get("good")  # which older ones lack
         self.setting = {name: state[name] for name in ("options", "surroundings")}
 
     def _parts(self) -> dict[str, Any]:
@@ -193,7 +207,8 @@ class SavedState:
 
 
 def _check_contents(state: dict[str, Any], hashes: WeightHashes, path: Path) -> None:
-    if not {*PARTS, "teacher_hash"} <= state.keys() or not checkpoint.is_complete(state):
+    sound = {*PARTS, "teacher_hash"} <= state.keys() and checkpoint.is_complete(state)
+    if not sound or not _are_returns(state.get("returns", []), state.get("good")):
         raise UserError(f"--resume={path}: not the state of a distillation; name a training-state-*.pt of sid_train")
     if state["teacher_hash"] != hashes.teacher:
         raise UserError(f"--resume={path}: it distils another teacher; give the --edm_model it was started with")
@@ -209,3 +224,11 @@ def _check_contents(state: dict[str, Any], hashes: WeightHashes, path: Path) -> 
         raise UserError(
             f"--resume={path}: its generator started from other weights; give the --transfer it was started with"
         )
+
+
+def _are_returns(returns: Any, good: Any) -> bool:
+    """Whether a state's record of returns and of the last good snapshot is one."""
+    numbers = good is None or (
+        isinstance(good, dict) and type(good.get("nimg")) is int and type(good.get("lowest")) is float
+    )
+    return numbers and isinstance(returns, list) and all(isinstance(line, dict) for line in returns)

@@ -11,6 +11,7 @@ from edm import zoo
 from edm.sampler import NonFiniteImagesError
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt, snapshot_path
+from torch_utils.interruption import Interruption
 from torch_utils.records import sound_records
 from torch_utils.updates import DivergenceError
 from training.denoiser import DenoiserModule
@@ -24,6 +25,7 @@ from .monitor.measure import EDGE, PER_CLASS, Health, worst_class
 from .monitor.records import DISTANCES_FILE
 from .monitor.rules import Watch
 from .report.progress import Report
+from .returns import Returns
 from .state import DistillationState
 
 
@@ -36,6 +38,8 @@ def training_loop(
     dropped: int = 0,
     before: int = 0,
     track: Callable[[], None] = lambda: None,
+    returns: Returns | None = None,
+    interruption: Interruption | None = None,
 ) -> torch.nn.Module:
     """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
@@ -44,13 +48,17 @@ def training_loop(
     resume_dir: what --resume names to go on with this run, by default `run_dir`.
     dropped: images of the run's trials that don't go on. before: those of its trials that come before this training.
     track: called when all of a tick, and of its snapshot, has been recorded.
-    Errors: DivergenceError when gradients stay non-finite; SystemExit (EXIT_CODE) when a signal asked to stop.
+    returns: judges every snapshot; None: nobody does. interruption: as for `run_to_end`.
+    Errors: DivergenceError when gradients stay non-finite, or `returns` finds that the run has left the teacher;
+    SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     state, config, collector = distillation.state, distillation.config, distillation.collector
     if state.statistics:
         collector.load_state_dict(state.statistics, distillation.device)
     health = Health(distillation)
-    watch = Watch(config.options(), lambda: sound_records(run_dir / DISTANCES_FILE, "kimg", "value"))
+    watch = Watch(
+        {**config.options(), **state.rates(config)}, lambda: sound_records(run_dir / DISTANCES_FILE, "kimg", "value")
+    )
 
     def statistics() -> dict[str, dict[str, float]]:
         found = {**collector.collect(), **worst_class(collector.collect_groups(PER_CLASS))}
@@ -61,6 +69,11 @@ def training_loop(
             distributed.print0(warning)
         track()
 
+    def judged(measured: dict[str, float] | None) -> dict[str, float] | None:
+        if returns is not None:
+            returns.judge()
+        return measured
+
     low, high = distillation.loss.sigma_schedule.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
     levels = f"the generator's loss sees noise levels {low:.2g} to {high:.2g}"
     steps = Steps(
@@ -69,13 +82,15 @@ def training_loop(
         statistics=statistics,
         after_tick=after_tick,
         contents=lambda: state.contents(config, collector.state_dict()),
-        publish=lambda: publish(state, config, run_dir, report),
-        begin=lambda: report.start(lora.merge(state.ema)),
+        publish=lambda: judged(publish(state, config, run_dir, report)),
+        begin=lambda: judged(report.start(lora.merge(state.ema))),
+        kept_state=lambda: None if returns is None else returns.kept_state(),
     )
     with advised(run_dir, state, config.batch, "--lr and --glr", levels):
         length = config if end is None else dataclasses.replace(config, total_kimg=end / 1000)
         whole = int(config.total_kimg * 1000) + dropped
-        run_to_end(steps, state, state.networks, length, distillation.device, run_dir, resume_dir, whole, before)
+        places = (run_dir, resume_dir, whole, before, interruption)
+        run_to_end(steps, state, state.networks, length, distillation.device, *places)
     return lora.merge(state.ema)
 
 
@@ -90,13 +105,13 @@ def publish(
     net = lora.merge(state.ema)
     path = snapshot_path(run_dir, state.nimg, config.batch)
     if distributed.rank() == 0:
-        attempt(f"saving {path.name}", lambda: save_snapshot(net, state.nimg, config, path))
+        attempt(f"saving {path.name}", lambda: save_snapshot(net, state, config, path))
     try:
         found = report.snapshot(net, state.nimg)
     except NonFiniteImagesError as error:
         raise DivergenceError(f"{error.message} at {state.nimg / 1e3:g} kimg") from None
     if distributed.rank() == 0 and (fid := report.fid(net)):
-        attempt(f"adding the FID to {path.name}", lambda: save_snapshot(net, state.nimg, config, path, fid=fid))
+        attempt(f"adding the FID to {path.name}", lambda: save_snapshot(net, state, config, path, fid=fid))
     return found
 
 
@@ -108,12 +123,14 @@ def skipped_updates(state: DistillationState) -> dict[str, dict[str, float]]:
     return {name: {"mean": count} for name, count in counts.items() if count}
 
 
-def save_snapshot(net: DenoiserModule, nimg: int, config: DistillationConfig, path: Path, **measured: Any) -> None:
+def save_snapshot(
+    net: DenoiserModule, state: DistillationState, config: DistillationConfig, path: Path, **measured: Any
+) -> None:
     """Saves the one-step generator, with the metadata needed to use it and the settings that made it.
 
     measured: further metadata, such as the FID.
     """
-    recipe: dict[str, Any] = {"alpha": config.alpha, "tmax": config.tmax, "kimg": nimg / 1e3}
+    recipe: dict[str, Any] = {"alpha": config.alpha, "tmax": config.tmax, "kimg": state.nimg / 1e3}
     if config.objective != "sid":
         recipe["objective"] = config.objective
     if config.guidance is not None:
@@ -122,6 +139,8 @@ def save_snapshot(net: DenoiserModule, nimg: int, config: DistillationConfig, pa
         recipe |= {"gan": True, "lsg_gan": config.lsg_gan}
     if config.lora_rank:
         recipe["lora_rank"] = config.lora_rank
+    if state.returns:
+        recipe["returns"] = state.returns
     recipe |= {"seed": config.seed, "version": __version__, "papers": papers(config)}
     recipe["options"] = config.changed_options()
     zoo.save_network(net, path, **net.metadata, **recipe, **measured)

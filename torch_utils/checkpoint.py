@@ -22,7 +22,9 @@ PROGRESS = (*COUNTERS, "at_snapshot")  # attributes of every training
 
 STATE_PATTERN = r"training-state-(\d+)(?:\.(\d{3}))?\.pt"
 SNAPSHOT_PATTERN = r"network-snapshot-(\d+)(?:\.(\d{3}))?\.(?:safetensors|pkl)"  # .pkl: EDM's own runs
+PICTURE_PATTERN = r"fakes_(\d+)(?:\.(\d{3}))?\.png"
 BEST_LINK = "best.safetensors"  # the snapshot with the lowest FID, in runs that measure it
+BEST_FILE = "best.json"  # which one that is
 SPARE_BYTES = 1 << 20  # left free next to a state
 CHECKSUM = "sha256"
 PLAIN_TYPES = (type(None), bool, int, float, str)
@@ -49,8 +51,15 @@ def snapshots(run_dir: str | os.PathLike) -> list[Path]:
 
 
 def _numbered(run_dir: str | os.PathLike, pattern: str) -> list[Path]:
-    found = [(m, path) for path in Path(run_dir).iterdir() if (m := re.fullmatch(pattern, path.name))]
-    return [path for m, path in sorted(found, key=lambda item: (int(item[0][1]), int(item[0][2] or 0)), reverse=True)]
+    found = [path for path in Path(run_dir).iterdir() if re.fullmatch(pattern, path.name)]
+    return sorted(found, key=_images_in_name, reverse=True)
+
+
+def _images_in_name(path: Path) -> tuple[int, int]:
+    """The number in a name that ends as these do: (kimg, images beyond them)."""
+    found = re.search(r"(\d+)(?:\.(\d{3}))?\.\w+$", path.name)
+    assert found is not None
+    return int(found[1]), int(found[2] or 0)
 
 
 # --- one state
@@ -228,8 +237,10 @@ class StateFolder:
     def __init__(self, run_dir: str | os.PathLike, keep: int = 2):
         self._run_dir, self._keep = Path(run_dir), keep
 
-    def save(self, state: dict[str, Any], batch: int) -> Path | None:
-        """Saves on process 0 and removes what is older than the last `keep`; returns the path, None if it failed.
+    def save(self, state: dict[str, Any], batch: int, kept: Path | None = None) -> Path | None:
+        """Saves on process 0 and removes what is older than the last `keep`, except for the state `kept`.
+
+        Returns the path, None if it failed.
 
         A full disk or a broken one costs this state only: that is said in one line, and training goes on.
         """
@@ -238,7 +249,8 @@ class StateFolder:
             return path
         if not attempt(f"saving {path.name}", lambda: save_state(path, state)):
             return None
-        for old in states(self._run_dir)[self._keep :] if self._keep else ():
+        older = states(self._run_dir)[self._keep :] if self._keep else []
+        for old in (path for path in older if path != kept):
             attempt(f"removing {old.name}", old.unlink)
         return path
 
@@ -270,6 +282,18 @@ def newest_good_state(run_dir: str | os.PathLike) -> StateFile | None:
     if found:
         raise UserError(f"--resume={run_dir}: all training states in it are damaged; start anew in another folder")
     return None
+
+
+def remove_later(run_dir: str | os.PathLike, nimg: int, batch: int) -> None:
+    """Removes the states, snapshots and pictures of a run after `nimg` images, and what says which snapshot is best.
+
+    A run that went back there makes them anew. A file that can't be removed is reported.
+    """
+    own = _images_in_name(state_path(run_dir, nimg, batch))
+    files = _numbered(run_dir, f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}|{PICTURE_PATTERN}")
+    later = [path for path in files if _images_in_name(path) > own]
+    for path in (*later, Path(run_dir) / BEST_LINK, Path(run_dir) / BEST_FILE):
+        attempt(f"removing {path.name}", lambda path=path: path.unlink(missing_ok=True))
 
 
 def set_aside_later(state: Path) -> None:

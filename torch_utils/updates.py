@@ -22,9 +22,16 @@ COUNTS = ("skipped", "skipped_in_a_row", "longest_row", "good_in_a_row")
 
 
 class DivergenceError(UserError):
-    """Training produced non-finite gradients time and again, or weights or pictures that aren't finite."""
+    """Training produced non-finite gradients time and again, or weights or pictures that aren't finite.
+
+    advice: what to do next, which the message adds to the reason.
+    """
 
     exit_code = 3
+
+    def __init__(self, reason: str, advice: str = ""):
+        super().__init__(f"{reason}; {advice}" if advice else reason)
+        self.reason = reason
 
 
 def check_finite(networks: Mapping[str, torch.nn.Module], nimg: int) -> None:

@@ -191,6 +191,7 @@ class Steps:
     begin: Callable[[], dict[str, float] | None] = lambda: None  # the same before the first iteration of a new run
     after_tick: Callable[[dict[str, dict[str, float]]], None] = lambda statistics: None  # its line has been printed
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)  # statistics in each line (`TickLog`)
+    kept_state: Callable[[], Path | None] = lambda: None  # a state that stays, however many are kept
 
 
 def run_to_end(
@@ -203,6 +204,7 @@ def run_to_end(
     resume_dir: Path | None = None,
     total_img: int | None = None,
     before_img: int = 0,
+    interruption: Interruption | None = None,
 ) -> None:
     """Iterates until `config.total_kimg`, with ticks, training states and snapshots on the way.
 
@@ -211,6 +213,7 @@ def run_to_end(
     run_dir: takes statistics and states. resume_dir: what --resume names to go on with this run, by default the same.
     total_img, before_img: of a run that consists of several trainings, all its images and those before this training
     (`TickLog`).
+    interruption: an open one, if it is to last longer than this call.
     Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     states = checkpoint.StateFolder(run_dir, config.keep_states)
@@ -218,7 +221,8 @@ def run_to_end(
     counts = {"elapsed_sec": progress.elapsed_sec, "nimg": progress.nimg}
     counts |= {"total_img": total_img, "before_img": before_img}
     log = TickLog(run_dir, device, end_img, step_img, **counts, shown=steps.shown)
-    with contextlib.closing(log), Interruption(device, config.save_minutes) as interruption:
+    opened = Interruption(device, config.save_minutes) if interruption is None else contextlib.nullcontext(interruption)
+    with contextlib.closing(log), opened as interruption:
         measured = None
         if progress.nimg == 0:
             measured = steps.begin()
@@ -240,7 +244,7 @@ def run_to_end(
                 log.tick(progress.tick, progress.nimg, statistics)
             if save:
                 progress.elapsed_sec = log.elapsed_sec
-                saved = states.save(steps.contents(), config.batch)
+                saved = states.save(steps.contents(), config.batch, steps.kept_state())
                 interruption.saved()
             publishes = progress.at_snapshot and not interruption.stop
             measured = steps.publish() if publishes else None
@@ -270,7 +274,7 @@ def advised(run_dir: Path, progress: Any, batch: int, rates: str, details: str =
             advice = f"go on from a state before, such as --resume={earlier[0]}, with lower {rates} and --override"
         else:
             advice = f"there is no earlier training state, so start anew, with lower {rates} if the rates are the cause"
-        raise DivergenceError(f"{error.message}; {advice}{f' ({details})' if details else ''}") from None
+        raise DivergenceError(error.reason, advice + (f" ({details})" if details else "")) from None
 
 
 def milestones(progress: Any, config: Any, interruption: Interruption) -> tuple[bool, bool]:

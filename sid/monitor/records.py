@@ -15,6 +15,7 @@ from .evidence import LATER_OPTIONS, MAY_BE_NONE, OPTIONS
 OPTIONS_FILE = "training_options.json"  # torch_utils.run_folder.OPTIONS_FILE, which loads torch; a test compares
 STATS_FILE = records.STATS_FILE
 DISTANCES_FILE = "teacher-distance.jsonl"  # of each snapshot from the teacher's samples (sid.teacher_distance)
+RETURNS_FILE = "returns.jsonl"  # to earlier states, with lower rates (sid.returns)
 WANTED = "a run folder of sid_train.py"
 
 
@@ -53,8 +54,12 @@ def read_run_options(run: str | Path) -> dict[str, Any]:
 
 
 def read_options(run_dir: Path) -> dict[str, Any]:
-    """The options of a distillation that the rules need. Errors: UserError when one is missing or damaged."""
+    """The options of a distillation that the rules need, with the learning rates that its returns have left.
+
+    Errors: UserError when one is missing or damaged.
+    """
     options = read_run_options(run_dir)
+    options |= {rate: value for line in read_returns(run_dir) for rate, value in line.items() if rate in ("lr", "glr")}
     newer = {name: options.get(name, getattr(DistillationConfig, name)) for name in LATER_OPTIONS}
     found = {**{name: options.get(name) for name in OPTIONS}, **newer}
     wrong = [name for name, value in found.items() if not _is_sound(name, value)]
@@ -62,6 +67,20 @@ def read_options(run_dir: Path) -> dict[str, Any]:
         name = wrong[0]
         raise UserError(f"{run_dir / OPTIONS_FILE}: its {name} is missing or damaged; name {WANTED}")
     return found
+
+
+def read_returns(run_dir: Path) -> list[dict[str, Any]]:
+    """The returns of a run to earlier states: where to and where from, in kimg, and both learning rates since then."""
+    return records.sound_records(run_dir / RETURNS_FILE, "kimg", "from_kimg", "lr", "glr")
+
+
+def returns_text(returns: list[dict[str, Any]]) -> str | None:
+    """A sentence about them; None if there are none."""
+    if not returns:
+        return None
+    last, count = returns[-1], "once," if len(returns) == 1 else f"{len(returns)} times, last"
+    way, rates = f"{last['from_kimg']:g} to {last['kimg']:g} kimg", f"--lr={last['lr']:g} --glr={last['glr']:g}"
+    return f"the run went back {count} from {way}, and has {rates} since then: {last.get('why')}"
 
 
 def read_records(path: Path, *needed: str) -> list[Any]:

@@ -366,6 +366,11 @@ NOTICED = 0.03  # less is the noise of 256 images
 FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
 
 
+def has_lost(value: float, lowest: float) -> bool:
+    """Whether a distance is clearly above the lowest one before. NaN is no loss that can be measured."""
+    return value > max(LOST * lowest, lowest + NOTICED)
+
+
 def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
     """A finding when the snapshots went away from the teacher or are still far from it.
 
@@ -375,7 +380,7 @@ def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
         return None
     start, last = records[0]["value"], records[-1]["value"]
     best = min(records, key=lambda record: record["value"])
-    if not last > max(LOST * best["value"], best["value"] + NOTICED):  # NaN is no loss that can be measured
+    if not has_lost(last, best["value"]):
         if not last > FAR:
             return None
         text = f"its images are still far from the teacher's samples: distance {last:.3g} (start: {start:.3g}), where"

@@ -14,6 +14,7 @@ from dnnlib.util import printable
 from edm.published import FILES
 from torch_utils.records import is_figure, measured_value
 
+from ..monitor.records import returns_text
 from ..objectives import OBJECTIVES
 from . import commands, sections
 from .curves import charts
@@ -152,8 +153,9 @@ def _findings(record: RunRecord) -> str:
         kind = "good" if finding.name in GOOD else "neutral" if finding.name in NEUTRAL else "problem"
         text = finding.text[:1].upper() + finding.text[1:]
         items.append(f'<li class="{kind}"><strong>{escaped(finding.name)}</strong> {escaped(printable(text))}</li>')
-    if record.fid is not None:
-        items.append(f'<li class="neutral"><strong>FID</strong> {escaped(record.fid)}</li>')
+    for name, text in (("returns", returns_text(record.returns)), ("FID", record.fid)):
+        if text is not None:
+            items.append(f'<li class="neutral"><strong>{name}</strong> {escaped(printable(str(text)))}</li>')
     return section("findings", "Findings", f'<ul class="findings">{"".join(items)}</ul>')
 
 

@@ -16,7 +16,7 @@ from edm.metrics.evaluate import Evaluator
 from edm.snapshot_metrics import SnapshotMetrics, fid_record, first_fid, read_metrics
 from edm.zoo import network_hash
 from torch_utils import distributed
-from torch_utils.checkpoint import BEST_LINK, attempt, snapshot_path
+from torch_utils.checkpoint import BEST_FILE, BEST_LINK, attempt, snapshot_path
 from torch_utils.records import measured_value, sound_records
 from torch_utils.tracking import GENERATED, Tracking
 from torch_utils.training_stats import append_line
@@ -139,7 +139,7 @@ class Report:
             paths = [snapshot_path(self._run_dir, nimg, batch) for batch in (self._batch, 1, 1000)]
             snapshot = next((path for path in paths if path.exists()), paths[0]).name
             content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": self._fid, "value": best["value"]}
-            with write_atomically(self._run_dir / "best.json") as file:
+            with write_atomically(self._run_dir / BEST_FILE) as file:
                 file.write(json.dumps(content, indent=2).encode())
             _link(self._run_dir / BEST_LINK, snapshot)
 

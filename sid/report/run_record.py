@@ -10,7 +10,15 @@ from typing import Any
 from dnnlib import UserError, open_plain
 from torch_utils.records import MAX_BYTES, METRIC_FILE, is_figure, parse_line
 
-from ..monitor.records import DISTANCES_FILE, OPTIONS_FILE, STATS_FILE, MeasuredFid, is_training, read_options
+from ..monitor.records import (
+    DISTANCES_FILE,
+    OPTIONS_FILE,
+    STATS_FILE,
+    MeasuredFid,
+    is_training,
+    read_options,
+    read_returns,
+)
 from ..monitor.rules import Finding, diagnose
 
 MAX_RECORDS = 100_000  # of a file; of more, every second one is left out, as often as necessary
@@ -32,6 +40,7 @@ class RunRecord:
     distances: Figures
     metrics: dict[str, Figures]
     trials: dict[str, dict[str, Any]]
+    returns: list[dict[str, Any]]
     is_running: bool
 
     @property
@@ -95,6 +104,7 @@ def read_run(run_dir: Path, is_running: bool | None = None) -> RunRecord:
         read_figures(run_dir / DISTANCES_FILE, "kimg", "value"),
         metrics,
         {n: r for n, r in _read_object(run_dir / TRIAL_RESULTS).items() if isinstance(r, dict)},
+        read_returns(run_dir),
         _writes(run_dir, ticks) if is_running is None else is_running,
     )
 
