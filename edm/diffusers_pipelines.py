@@ -50,7 +50,7 @@ def write(net: Any, path: Path) -> str:
     """
     if type(net) not in (DiffusersDenoiser, DiTDenoiser, TextDenoiser):
         raise UserError(
-            f"--to=diffusers: a {type(net).__name__} isn't a network of the diffusers library; that is for teachers"
+            f"--to=diffusers: {type(net).__name__} isn't a class of the diffusers library; that is for teachers"
             f" of its classes, DiT and SiT, and what was distilled from them; {ADVICE}"
         )
     metadata, vae = net.metadata, _vae(net)

@@ -56,7 +56,7 @@ def facts(net: Any) -> dict[str, str]:
         "classes": f"{net.label_dim}{learnt}" if net.label_dim else None if text else "none",
         "prompts": text,
         "parameters": f"{parameters / 1e6:.2f} million",
-        "licence": metadata.get("licence", "not told"),
+        "licence": metadata.get("licence", "not recorded"),
     }
     return {name: str(text) for name, text in told.items() if text is not None}
 

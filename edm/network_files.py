@@ -6,6 +6,7 @@ contains is executed. ONNX is written only.
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -243,6 +244,9 @@ def build(
 
 def checked(net: M, path: Path) -> M:
     """The network in float32, once its weights are found finite and its sizes and noise levels plausible."""
+    for part in net.modules():
+        if persistence.is_persistent(part) and type(part).__module__.startswith("training."):
+            _check_numbers(part, path)
     weight = misc.first_non_finite(net.float())
     if weight is not None:
         raise UserError(
@@ -258,6 +262,26 @@ def checked(net: M, path: Path) -> M:
         if not low <= number <= high or (type(low) is int and not number.is_integer()):
             raise UserError(f"{path}: its {name} is not a number from {low} to {high}: damaged, or not a network")
     return net
+
+
+def _check_numbers(part: Any, path: Path) -> None:
+    """Errors: UserError for constructor arguments of our own classes that aren't numbers where their defaults are.
+
+    Many are first used when the network is called, where no message could name its file.
+    """
+    signature = inspect.signature(type(part).__init__)
+    given = signature.bind_partial(part, *part.init_args, **part.init_kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        value, default = given.get(name, parameter.default), parameter.default
+        if type(default) is float:
+            sound = type(value) in (int, float) and (math.isfinite(value) or value == default)
+        elif type(default) is int:
+            sound = type(value) in (int, bool) or (type(value) is float and math.isfinite(value))
+        else:
+            continue
+        if not sound or ("dropout" in name and not 0 <= value <= 1):
+            kind = "probability" if "dropout" in name else "number"
+            raise UserError(f"{path}: its {name}={str(value)[:40]} is not a {kind}: damaged, or not a network")
 
 
 def weights_hash(net: torch.nn.Module) -> str:

@@ -194,6 +194,8 @@ def network_arguments(
         **({} if is_edm2(options) else {"label_dropout": options["label_dropout"], "augment_dim": augment_dim}),
         **{name: options[given] for name, given in NETWORK_OPTIONS.items() if options[given] is not None},
     }
+    if options["label_dropout"] and not dataset.label_dim:
+        raise UserError(f"--label-dropout={options['label_dropout']:g} hides labels, of which there are none: --cond=1")
     sizes = halves(dataset.resolution)
     if arguments["channel_mult"] == "auto":
         arguments["channel_mult"] = [1] + [2] * len(sizes)

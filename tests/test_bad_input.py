@@ -260,6 +260,7 @@ TEACHER_TRAINING = [
     (["--cres=1,1,1,1,1"], "--cres=1,1,1,1,1"),
     (["--cres=0"], "--cres=0"),
     (["--cbase=5"], "--cbase=5"),
+    (["--label-dropout=0.1"], "--label-dropout=0.1 hides labels, of which there are none: --cond=1"),
     (["--cbase=14"], "--cbase, --cres, --attn: no network of these for 8x8 images"),  # groups of channels
     (["--arch=adm", "--cbase=224", "--attn=8"], "no network of these"),  # heads
     (["--resume=trained", "--xflip=1"], "--xflip=True: the run in trained"),

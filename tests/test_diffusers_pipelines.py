@@ -159,7 +159,7 @@ def test_what_the_library_can_not_run_is_not_written(tmp_path):
     learned = denoiser({"time_embedding_type": "learned", "num_train_timesteps": 1000})
     pixels = randomise(DiffusersDenoiser(model=DIT, scheduler=DDPM))
     for net, reason in (
-        (tiny_teacher(), "a EDMPrecond isn't"),
+        (tiny_teacher(), "EDMPrecond isn't"),
         (centred, "uses its input past the first layer"),
         (learned, "whole"),
         (pixels, "DiTPipeline, .*needs a VAE"),

@@ -152,7 +152,7 @@ def test_the_summary_takes_the_teachers_fid_from_its_file_or_training(tmp_path, 
         (training / "metric-fid5k.jsonl").write_text(json.dumps(line) + "\n")
     source = str(training / "network.safetensors")
     rows = summarise(tmp_path, teacher, source)
-    assert rows == [*row, ("teacher = generator before", 1, 300.0), ("generator after", 1, 30.0)]
+    assert rows == [*row, ("teacher = generator before", 1, 300.0), ("generator after 5 kimg", 1, 30.0)]
     assert summarise(tmp_path, teacher, source, "another")[-2] == ("generator before (--transfer)", 1, 300.0)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from tiny import tiny_teacher
 
 from dnnlib import UserError
@@ -201,6 +202,43 @@ def test_damaged_safetensors_are_refused(tmp_path):
     for data in (b"", b"\xff" * 16, good.read_bytes()[:-1], good.read_bytes()[:20], (1 << 30).to_bytes(8, "little")):
         bad.write_bytes(data)
         assert str(bad) in refused(zoo.load_network, bad, classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("dropout", value) for value in (5, "x", None, [0.1])),
+        *(("label_dropout", value) for value in (-1, float("nan"))),
+        *(("M", value) for value in ("x", float("inf"))),
+        ("beta_min", True),
+    ],
+)
+def test_constructor_arguments_that_are_no_numbers_are_refused(tmp_path, name, value):
+    """They would first be used when the network is called."""
+    path = tmp_path / "net.safetensors"
+    zoo.save_network(VPPrecond(**TINY), path)
+    header, rest = safetensors_header(path)
+    network = json.loads(header["__metadata__"]["network"])
+    del network["sha256"]  # as files of others have none
+    for good in (True, False):
+        network["init_kwargs"] |= {"dropout": 1, "M": 10.0, "beta_min": 1} if good else {name: value}
+        with_header(path, {**header, "__metadata__": {"network": json.dumps(network)}}, rest)
+        if good:
+            zoo.load_network(path)
+    assert f"{path}: its {name}=" in refused(zoo.load_network, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.complex64, torch.float16, torch.float64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    """Loading would round them, or drop the imaginary part, in silence."""
+    net, path = Linear(2), tmp_path / "net.safetensors"
+    header = {"network": json.dumps(network_files._header(net, {}))}
+    save_file({"weight": net.weight.detach().to(dtype)}, path, header)
+    if dtype.is_floating_point:
+        assert zoo.load_network(path, {"Linear": Linear}).weight.dtype == torch.float32
+    else:
+        expected = f"its weight holds {str(dtype).removeprefix('torch.')}, not floating-point numbers"
+        assert expected in refused(zoo.load_network, path, {"Linear": Linear})
 
 
 def test_sources_that_name_nothing(tmp_path):

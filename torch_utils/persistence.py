@@ -88,12 +88,22 @@ def construct(
             f"{source}: {cls.__name__} refuses the constructor arguments there: {one_line(error)}"
         ) from None
     if state is not None:
+        _check_kinds(obj, state, source)
         try:
             obj.load_state_dict(state, strict=True)
         except RuntimeError as error:
             reason = wrapper_hint(state, obj.state_dict()) or one_line(error)
             raise UserError(f"{source}: the weights don't fit {cls.__name__}: {reason}") from None
     return obj
+
+
+def _check_kinds(net: torch.nn.Module, state: dict[str, torch.Tensor], source: Any) -> None:
+    """Errors: UserError for a weight that loading would change: floating-point there, whole or complex in the file."""
+    for name, weight in net.state_dict().items():
+        stored = state.get(name)
+        if stored is not None and weight.is_floating_point() and not stored.is_floating_point():
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise UserError(f"{source}: its {name} holds {kind}, not floating-point numbers: damaged, or not a network")
 
 
 def _refuse_to_repeat(sequence: Any, _: Any) -> Any:

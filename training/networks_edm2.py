@@ -134,6 +134,8 @@ class Block(torch.nn.Module):
         self.out_channels = out_channels
         self.flavor = flavor
         self.resample_mode = resample_mode
+        if type(channels_per_head) is not int or channels_per_head < 1:
+            raise ValueError(f"channels_per_head={channels_per_head} is not a number of channels")
         self.num_heads = out_channels // channels_per_head if attention else 0
         if attention and out_channels % channels_per_head:
             raise ValueError(f"attention on {out_channels} channels, no multiple of channels_per_head")

@@ -93,7 +93,7 @@ def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str,
     for name, evaluations, fid in rows:
         print(f"{name:30s} {evaluations:11d} {fid:8.4g}")
     if len(rows) > 1 and rows[-2][1] == rows[-1][1] and rows[-1][2] > 0:
-        print(f"\nFID of the image fell {rows[-2][2] / rows[-1][2]:.1f} times.")
+        print(f"\nFID at the same number of evaluations fell by a factor of {rows[-2][2] / rows[-1][2]:.1f}.")
     print(f"Generator: {snapshots[0]}")
     print(f"Pictures:  {pictures}")
 

@@ -33,5 +33,5 @@ def summarise(
     if records[0]["kimg"] == 0:
         before = "generator before (--transfer)" if transfer else "teacher = generator before"
         rows.append((before, steps, records[0]["value"]))
-    rows.append(("generator after", steps, records[-1]["value"]))
+    rows.append((f"generator after {records[-1]['kimg']:g} kimg", steps, records[-1]["value"]))
     return rows
