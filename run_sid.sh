@@ -62,7 +62,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     --recipe="$recipe" ${teacher:+--edm_model="$teacher"} --duration="$duration" "$@"
 
 case $recipe in demo | demo-text) ;; *) exit 0 ;; esac
-case " $* " in *" -n "* | *" --dry-run "* | *--outdir* | *--nosubdir*) exit 0 ;; esac
+case " $* " in *" -n "* | *" --dry-run"* | *--outdir* | *--nosubdir*) exit 0 ;; esac
 run=$(ls -d training-runs/[0-9]*-"$recipe" | tail -n 1)
 "$PYTHON" -m sid.report "$run"
 if [ "$recipe" = demo-text ]; then

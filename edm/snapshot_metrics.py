@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,10 @@ def first_fid(evaluator: Evaluator) -> str | None:
     return next((metric.name for metric in evaluator.metrics if metric.kind == "fid"), None)
 
 
-def metrics_text(evaluator: Evaluator, reference: str | None) -> str:
-    """What an evaluator measures. reference: where the real images or their statistics come from."""
-    names = ", ".join(metric.name for metric in evaluator.metrics)
-    return names if reference is None else f"{names} against {path_text(reference)}"
+def metrics_text(names: Sequence[str], reference: str | None) -> str:
+    """What is measured, by name. reference: where the real images or their statistics come from."""
+    text = ", ".join(names)
+    return text if reference is None else f"{text} against {path_text(reference)}"
 
 
 def _metric_file(run_dir: str | os.PathLike, name: str) -> Path:

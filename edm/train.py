@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib import LongCommand, UserError, without_passwords
+from dnnlib.options import AS_JSON
 from edm import next_steps
 from edm.train_options import COMMAND_LINE, SECTIONS, network_and_loss, network_arguments, training_config
 from edm.train_presets import PRESET
@@ -42,7 +43,7 @@ def main(context: click.Context, **options: Any) -> None:
     network_kwargs = network_arguments(options, dataset, pipe.augment_dim if pipe else 0)
     config = training_config(options)
     precond, loss_name, loss_kwargs = network_and_loss(options)
-    check_sizes(precond, network_kwargs)
+    shapes = check_sizes(precond, network_kwargs)
     summary = {"network": {"class_name": precond, **network_kwargs}, **vars(config), "data": options["data"]}
     summary |= {"loss": {"class_name": loss_name, **loss_kwargs}}
     summary |= {name: options[name] for name in ("sigma", "resume", "log")}
@@ -55,10 +56,27 @@ def main(context: click.Context, **options: Any) -> None:
         summary["processes"] = distributed.world_size()
         trackers = trackers_of(options["log"])
         if options["dry_run"]:
-            distributed.print0(json.dumps(summary, indent=2))
+            distributed.print0(dry_run(options, dataset, shapes, config, summary, device))
             return
         train(options, dataset, pipe, network_kwargs, config, summary, device, training_begins, trackers)
     distributed.shutdown()
+
+
+def dry_run(
+    options: dict[str, Any],
+    dataset: "ImageFolderDataset | LatentDataset",
+    shapes: "torch.nn.Module | None",
+    config: "TrainingConfig",
+    summary: dict[str, Any],
+    device: "torch.device",
+) -> str:
+    """What --dry-run prints. shapes: as `check_sizes` returns it. summary: what the run would record."""
+    from edm.training_report import describe_plan
+    from torch_utils.run_lines import start_block
+
+    if options["dry_run"] == AS_JSON:
+        return json.dumps(summary, indent=2)
+    return start_block(describe_plan(shapes, config, device, dataset, options))
 
 
 def train(
@@ -194,8 +212,11 @@ def resume_rules(config: "TrainingConfig", override: bool = False) -> "ResumeRul
     return ResumeRules(free, ROUNDING, override, COMMAND_LINE)
 
 
-def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
-    """Errors: UserError when a network of these sizes can't be called, which is tried on the meta device."""
+def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> "torch.nn.Module | None":
+    """A network of these sizes on the meta device, without weights; None if it can't be made here.
+
+    Errors: UserError when it can't be called.
+    """
     import torch
 
     size, labels = network_kwargs["img_resolution"], network_kwargs["label_dim"]
@@ -203,7 +224,7 @@ def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
         try:
             net = network_class(precond)(**network_kwargs)
         except (MemoryError, RuntimeError, OverflowError):
-            return  # `build_network` reports it
+            return None  # `build_network` reports it
         x, sigma = torch.zeros([2, network_kwargs["img_channels"], size, size]), torch.ones([2, 1, 1, 1])
         try:
             net(x, sigma, torch.zeros([2, labels]) if labels else None)
@@ -212,6 +233,7 @@ def check_sizes(precond: str, network_kwargs: dict[str, Any]) -> None:
             raise UserError(
                 f"--cbase, --cres, --attn: no network of these for {size}x{size} images ({reason})"
             ) from None
+    return net
 
 
 def network_class(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib import FiniteRange, IntList, UserError, WholeRange
-from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, option
+from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, dry_run_option, option
 
 from . import train_presets
 
@@ -175,7 +175,7 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
         option("--device", "Where to run  [default: the first available]", ["cuda", "mps", "cpu"]),
         option("--desc", "Description in the run folder's name"),
         option("--nosubdir", "Use --outdir itself as the run folder", FLAG),
-        option("-n/--dry-run", "Print the options and stop", FLAG),
+        dry_run_option("Show what would be trained"),
     ],
 }
 

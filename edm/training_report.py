@@ -13,8 +13,9 @@ from edm.sampler import generate_all
 from edm.snapshot_metrics import SnapshotMetrics, metrics_text
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt
+from torch_utils.misc import split_batch
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
-from training.training_loop import Training
+from training.training_loop import Training, TrainingConfig
 
 PICTURE_COLUMNS, PICTURE_ROWS = 8, 8
 REALS = "reals.png"
@@ -83,19 +84,48 @@ def describe_start(
     training: Training, dataset: Any, data: str, reference: str | None, evaluator: Evaluator | None, run_dir: Path
 ) -> dict[str, str | None]:
     """{name: text} for `start_block`. data, reference: where the data set and the reference statistics come from."""
-    config = training.config
+    metrics = None
+    if evaluator is not None:
+        names = [metric.name for metric in evaluator.metrics]
+        metrics = f"{metrics_text(names, reference or data)}, {METRICS_SAMPLER}"
+    return {
+        **_describe(training.net, training.config, training.batch_gpu, training.device, dataset, data),
+        "Metrics": metrics,
+        "Run folder": str(run_dir),
+        "Look at": f"fakes_*.png there (Heun's sampler, {PICTURE_STEPS} steps); {report(run_dir)}",
+    }
+
+
+def describe_plan(
+    net: torch.nn.Module | None,
+    config: TrainingConfig,
+    device: torch.device,
+    dataset: Any,
+    options: dict[str, Any],
+) -> dict[str, str | None]:
+    """{name: text} for `start_block` of a training that isn't started: --dry-run.
+
+    net: without its weights; None if it is too large for this machine. options: of the command line, by name.
+    """
+    batch_gpu, _ = split_batch(config.batch, config.batch_gpu, distributed.world_size())
+    return {
+        **_describe(net, config, batch_gpu, device, dataset, options["data"]),
+        "Run folder": options["outdir"] if options["nosubdir"] else f"a new one in {options['outdir']}",
+        "Dry run": "nothing was started; --dry-run=json shows all options",
+    }
+
+
+def _describe(
+    net: torch.nn.Module | None, config: TrainingConfig, batch_gpu: int, device: torch.device, dataset: Any, data: str
+) -> dict[str, str | None]:
     classes = f"{dataset.label_dim} classes" if dataset.label_dim else "without classes"
     size = f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}"
     passes = config.total_kimg * 1000 / len(dataset)
-    length = length_text(config.total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks)
     return {
-        "Network": network_text(training.net),
+        "Network": None if net is None else network_text(net),
         "Data": f"{path_text(data)}, {len(dataset)} of {size}, {classes}; {passes:.3g} passes over it",
-        "Device": device_text(training.device),
-        "Batch": batch_text(config.batch, training.batch_gpu),
+        "Device": device_text(device),
+        "Batch": batch_text(config.batch, batch_gpu),
         "Rate": f"lr {config.lr:g} after a warm-up of {config.lr_rampup_kimg:g} kimg, decay {config.lr_decay}",
-        "Length": length,
-        "Metrics": None if evaluator is None else f"{metrics_text(evaluator, reference or data)}, {METRICS_SAMPLER}",
-        "Run folder": str(run_dir),
-        "Look at": f"fakes_*.png there (Heun's sampler, {PICTURE_STEPS} steps); {report(run_dir)}",
+        "Length": length_text(config.total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
     }

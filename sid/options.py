@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from dnnlib import Command, FiniteRange, IntList, UserError, WholeRange
-from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, option
+from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, dry_run_option, option
 from edm import own_classes
 from training.steps import MAX_STEPS, STEPS_NOISES
 
@@ -242,7 +242,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--device", "Where to run  [default: the first available]", ["cuda", "mps", "cpu"]),
         option("--desc", "Description in the run folder's name"),
         option("--nosubdir", "Use --outdir itself as the run folder", FLAG),
-        option("-n/--dry-run", "Print the options and the memory they need, then stop", FLAG),
+        dry_run_option("Show what would be run and the memory that it needs"),
     ],
     "Compatibility: checked against the teacher, or without effect": [
         option("--cond", "Whether the teacher is class-conditional", bool),

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from dnnlib import UserError, without_passwords
+from dnnlib.options import AS_JSON
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
 from torch_utils.interruption import Interruption
@@ -44,7 +45,7 @@ from .inputs import (
 )
 from .options import other_options
 from .prepare import prepare
-from .report.opening import describe_run
+from .report.opening import describe_plan, describe_run
 from .report.page import RunPage
 from .report.progress import Report, track
 from .returns import Returns
@@ -135,9 +136,9 @@ def run(
         trackers = trackers_of(options["log"])
         if teacher is None:
             options = choose_snapshots(options)
-        summary = summarise(options, config, reference, metrics, device)
+        summary = summarise(options, config, reference, metrics)
         if options["dry_run"]:
-            distributed.print0(json.dumps(summary, indent=2))
+            distributed.print0(dry_run(options, config, summary, device))
             return None
 
         torch.backends.cudnn.benchmark = options["bench"]
@@ -217,14 +218,11 @@ def summarise(
     config: DistillationConfig,
     reference: str | None,
     metrics: list[str],
-    device: torch.device,
 ) -> dict[str, Any]:
-    """What the run was asked for, as plain values without passwords; with --dry-run, also the memory that it needs."""
+    """What the run was asked for, as plain values without passwords."""
     asked = {name: value for name, value in options.items() if name not in ("given", *COMMAND)}
     summary = {**config.options(), **asked, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
-    if options["dry_run"] and zoo.is_here(options["edm_model"]):
-        summary["memory_GB"] = dry_run(options, config, device)
     return without_passwords(json.loads(json.dumps(summary)))
 
 
@@ -355,14 +353,21 @@ def find_start(
     return level, measured
 
 
-def dry_run(options: dict[str, Any], config: DistillationConfig, device: torch.device) -> dict[str, float]:
-    """Checks the networks that the options name and estimates the memory that the run needs (`memory_estimate`)."""
-    shapes = zoo.load_shapes(options["edm_model"])
-    teacher = checked_teacher(config, options, shapes)
-    if options["transfer"] and zoo.is_here(options["transfer"]):
-        load_start(options["transfer"], teacher, options["classes"])
-    guide = checked_guide(teacher, options) if options["guide"] and zoo.is_here(options["guide"]) else None
-    return memory_estimate(teacher, config, device, guide)
+def dry_run(options: dict[str, Any], config: DistillationConfig, summary: dict[str, Any], device: torch.device) -> str:
+    """What --dry-run prints, after checks of the networks that the options name, where they are on this machine.
+
+    summary: what the run would record; gets the memory that it needs (`memory_estimate`).
+    """
+    teacher = None
+    if zoo.is_here(options["edm_model"]):
+        teacher = checked_teacher(config, options, zoo.load_shapes(options["edm_model"]))
+        if options["transfer"] and zoo.is_here(options["transfer"]):
+            load_start(options["transfer"], teacher, options["classes"])
+        guide = checked_guide(teacher, options) if options["guide"] and zoo.is_here(options["guide"]) else None
+        summary["memory_GB"] = memory_estimate(teacher, config, device, guide)
+    if options["dry_run"] == AS_JSON:
+        return json.dumps(summary, indent=2)
+    return start_block(describe_plan(options, config, device, summary, teacher))
 
 
 def memory_estimate(

@@ -1,6 +1,7 @@
 """Users' mistakes end in one line that names the option, without a traceback; correct command lines run."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -380,18 +381,54 @@ EVERYTHING = """
 
 def dry_run(folder, *options):
     before = contents(folder)
-    result = run(sid_train.main, *options)
+    result = run(sid_train.main, *options, "--dry-run=json")
     assert result.exit_code == 0, result.output
     assert contents(folder) == before
     return json.loads(result.output)
 
 
 def test_a_dry_run_shows_the_memory_if_the_teacher_is_on_this_machine(work):
-    sizes = dry_run(work, "--edm_model=teacher.safetensors", "--batch=8", "--batch-gpu=4", "-n")["memory_GB"]
+    sizes = dry_run(work, "--edm_model=teacher.safetensors", "--batch=8", "--batch-gpu=4")["memory_GB"]
     assert sizes["batch_gpu"] == 4
     assert sizes["peak"] >= sizes["weights"] > 0
     assert sizes["batch_gpu_that_fits"] == {"24 GB": 8, "80 GB": 8}
-    assert "memory_GB" not in dry_run(work, "--edm_model=edm-ffhq-64x64-uncond-vp", "-n")
+    assert "memory_GB" not in dry_run(work, "--edm_model=edm-ffhq-64x64-uncond-vp")
+
+
+def test_a_dry_run_shows_the_run_as_a_run_begins(work):
+    """With the words of the run's own first lines, where nothing has to be measured."""
+    options = [*TINY_RUN, "--edm_model=teacher.safetensors", "--outdir=shown", "--nosubdir", "--duration=0.000008"]
+    options += ["--batch-gpu=4", "--alpha=1"]
+    dry = run(sid_train.main, *options, "-n")
+    assert dry.exit_code == 0, dry.output
+    assert not (work / "shown").exists()
+    shown, started = (block(text) for text in (dry.output, run(sid_train.main, *options).output))
+    assert shown.pop("Dry run").startswith("nothing was started")
+    assert {"--alpha=1", "--batch-gpu=4", "--duration=8e-06"} <= set(shown.pop("Options").split())
+    memory = r"about [0-9.e-]+ GB per process \(weights .*; images at once that fit: 4 in 24 GB, 4 in 80 GB"
+    assert re.fullmatch(memory, shown.pop("Memory"))
+    assert shown.keys() == {"Teacher", "Data", "Method", "Device", "Batch", "Length", "Run folder"}
+    assert shown == {name: started[name] for name in shown}
+    elsewhere = block(run(sid_train.main, "--edm_model=edm-ffhq-64x64-uncond-vp", "-n").output)
+    assert "not on this machine" in elsewhere["Teacher"]
+    assert "Memory" not in elsewhere
+    measured = block(
+        run(sid_train.main, "--recipe=auto", "--edm_model=teacher.safetensors", "--device=cpu", "-n").output
+    )
+    assert measured["Trials"].startswith("equal-rates (lr 0.02, glr 0.02)")
+    assert "a noise level to be measured" in measured["Method"]
+
+
+def block(text):
+    """{name: text} of the lines that a run begins with."""
+    found, name = {}, ""
+    for line in text.splitlines():
+        if line.startswith(" "):
+            found[name] += f" {line.strip()}"
+        elif "  " in line:
+            name, _, value = line.partition("  ")
+            found[name] = value.strip()
+    return found
 
 
 @pytest.mark.parametrize("option", ["--transfer=wide.safetensors", "--cond=1", "--cbase=16"])
@@ -413,7 +450,7 @@ def test_the_references_detector_serves_metrics_without_fid(work):
 @pytest.mark.parametrize(("teacher", "reference"), list(zip(RECIPES, REFERENCES)), ids=RECIPES)
 def test_recipes(work, teacher, reference):
     given = f"{PUBLISHED} {RECIPES[teacher]}".split()
-    found = dry_run(work, "--outdir=runs", f"--edm_model={teacher}", *given, "-n")
+    found = dry_run(work, "--outdir=runs", f"--edm_model={teacher}", *given)
     assert (found["edm_model"], found["data_stat"], found["metrics"]) == (teacher, reference, ["fid50k_full"])
     values = dict(option.removeprefix("--").split("=") for option in given)
     assert found["total_kimg"] == float(values["duration"]) * 1000
@@ -428,7 +465,7 @@ def test_recipes(work, teacher, reference):
 
 
 def test_the_bare_defaults_are_the_first_recipe(work):
-    bare, full = (dry_run(work, *options, "-n") for options in ([], [PUBLISHED, *RECIPES.values()][1].split()))
+    bare, full = (dry_run(work, *options) for options in ([], [PUBLISHED, *RECIPES.values()][1].split()))
     same = bare.keys() - {"dropout", "augment", "use_fp16", "cond", "arch", "cres"}  # None: as the teacher has it
     same -= {"batch_gpu"}  # None: as the memory allows
     assert {name: bare[name] for name in same} == {name: full[name] for name in same}

@@ -168,7 +168,7 @@ def test_the_command_continues_the_run_and_the_options_differ_from_the_recipe(tm
     again, now = parse(words[5:])
     assert again == config
     assert (now["resume"], now["desc"]) == (f"{tmp_path}/a run", "it's")
-    rows = {name: values for name, *values in commands.changed_options(record)}
+    rows = {name: values for name, *values in commands.changed_options(record.options)}
     assert rows["--alpha"] == ["1", "1.2", "1.2"]
     assert rows["--lr"] == ["0.0004", "1e-05", "0.0004"]
     assert rows["--duration"] == ["0.02", "500", "0.02"]

@@ -57,7 +57,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_every_option_is_taken(stand_in):
-    result = CliRunner().invoke(sid_train.main, EVERY_OPTION.split())
+    result = CliRunner().invoke(sid_train.main, [*EVERY_OPTION.split(), "--dry-run=json"])
     assert result.exit_code == 0, result.output
     options = json.loads(result.output)
     assert options["edm_model"] == "cifar10-cond"
@@ -75,7 +75,7 @@ def test_other_spellings(stand_in, more):
 
 
 def test_the_reference_is_chosen(stand_in):
-    result = CliRunner().invoke(sid_train.main, ["--edm_model=cifar10-cond", "--batch=2", "-n"])
+    result = CliRunner().invoke(sid_train.main, ["--edm_model=cifar10-cond", "--batch=2", "--dry-run=json"])
     options = json.loads(result.output)
     assert (options["data_stat"], options["metrics"]) == ("cifar10-32x32", ["fid50k_full"])
 

@@ -41,7 +41,7 @@ def nothing_downloaded(tmp_path, monkeypatch):
 
 
 def dry_run(*options):
-    result = CliRunner().invoke(sid_train.main, [*options, "-n"])
+    result = CliRunner().invoke(sid_train.main, [*options, "--dry-run=json"])
     assert result.exit_code == 0, result.output
     return json.loads(result.output)
 

@@ -105,6 +105,16 @@ def test_a_resumed_training_goes_on_over_damaged_metrics(work):
     assert [record["kimg"] for record in records] == [0.032, 0.064]
 
 
+def test_a_dry_run_shows_the_training_as_it_begins(work):
+    options = ["--data=images", "--outdir=run", "--nosubdir", "--duration=0.000064", "--augment=0", *TINY]
+    shown = run(train.main, *options, "-n").splitlines()
+    assert not (work / "run").exists()
+    assert shown.pop() == "Dry run     nothing was started; --dry-run=json shows all options"
+    names = ["Network", "Data", "Device", "Batch", "Rate", "Length", "Run folder"]
+    assert [line.split("  ")[0] for line in shown if line[0] != " "] == names
+    assert run(train.main, *options).splitlines()[: len(shown)] == shown
+
+
 @pytest.mark.parametrize(
     ("duration", "given", "expected"),
     [
@@ -114,7 +124,7 @@ def test_a_resumed_training_goes_on_over_damaged_metrics(work):
     ],
 )
 def test_defaults_fit_the_duration(work, duration, given, expected):
-    said = run(train.main, "--data=images", "--outdir=x", f"--duration={duration}", "--dry-run", *TINY, *given)
+    said = run(train.main, "--data=images", "--outdir=x", f"--duration={duration}", "--dry-run=json", *TINY, *given)
     options = json.loads(said)
     names = ("lr_rampup_kimg", "kimg_per_tick", "snapshot_ticks")
     assert tuple(options[name] for name in names) == pytest.approx(expected)

@@ -44,21 +44,21 @@ def defaults(recipe: str | None = None) -> dict[str, Any]:
     return {**config.options(), **{name: value for name, value in others.items() if name != "given"}}
 
 
-def recipe_of(record: RunRecord) -> str | None:
-    """The recipe that the run was started with, if it is recorded and known."""
-    recipe = record.options.get("recipe")
+def recipe_of(options: dict[str, Any]) -> str | None:
+    """The recipe that a run was started with, if it is recorded and known."""
+    recipe = options.get("recipe")
     return recipe if isinstance(recipe, str) and recipe in RECIPES else None
 
 
-def changed_options(record: RunRecord) -> list[tuple[str, ...]]:
+def changed_options(options: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (option, its value, the default, the recipe's value if the run has one) where the run's value differs."""
-    usual, recipe = defaults(), recipe_of(record)
+    usual, recipe = defaults(), recipe_of(options)
     others = [usual] if recipe is None else [usual, defaults(recipe)]
     rows = []
     for name in usual:
-        if name in PLACES or name not in record.options:
+        if name in PLACES or name not in options:
             continue
-        values = [record.options[name], *(other[name] for other in others)]
+        values = [options[name], *(other[name] for other in others)]
         texts = [value_text(name, value) for value in values]
         if len(set(texts)) > 1:
             rows.append((option_name(name), *texts))

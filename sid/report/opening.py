@@ -1,6 +1,7 @@
 """What a distillation prints at its start: a block of lines about what it does, with what, and where to look."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import psutil
 import torch
 
 from edm.snapshot_metrics import MultiStepFid, metrics_text
-from torch_utils import distributed
+from torch_utils import distributed, misc
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 
 from .. import memory
-from ..config import DistillationConfig
+from ..config import DistillationConfig, resolve
 from ..distillation import Distillation
 from ..inputs import Inputs
-from ..trials import Plan
+from ..trials import Plan, plan_trials
+from .commands import changed_options
 from .page import PAGE_FILE
+
+TOLD = ("--edm_model", "--data", "--data_stat", "--metrics")  # options that have a line of their own
 
 
 def describe_run(
@@ -39,12 +43,12 @@ def describe_run(
     """
     config, device = distillation.config, distillation.device
     return {
-        "Teacher": f"{path_text(options['edm_model'])} ({_teacher_text(inputs)})",
-        "Data": _data_text(inputs, options, config),
-        "Method": _method_text(distillation, trials is None),
+        "Teacher": f"{path_text(options['edm_model'])} ({_teacher_text(inputs.teacher, inputs.guide is not None)})",
+        "Data": _data_text(options, config, None if inputs.dataset is None else len(inputs.dataset)),
+        "Method": _method_text(config, distillation.state.steps.levels, trials is None),
         "Start": _start_text(distillation.state.steps.levels[0], starts),
         "Trials": trials and _trials_text(trials),
-        "Device": f"{device_text(device)}, precision {config.precision}{', compiled' * config.compile}",
+        "Device": _device_text(config, device),
         "Batch": batch_text(config.batch, distillation.batch_gpu),
         "Memory": _memory_text(distillation),
         "Length": length_text(total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
@@ -54,40 +58,98 @@ def describe_run(
     }
 
 
+def describe_plan(
+    options: dict[str, Any],
+    config: DistillationConfig,
+    device: torch.device,
+    summary: dict[str, Any],
+    teacher: torch.nn.Module | None,
+) -> dict[str, str | None]:
+    """{name: text} for `start_block` of a run that isn't started: --dry-run.
+
+    options: as for `describe_run`. summary: what the run would record, with the memory that it needs if that is known.
+    teacher: None if it isn't on this machine.
+    """
+    place, estimate = path_text(options["edm_model"]), summary.get("memory_GB", {})
+    batch_gpu, trials = config.batch_gpu, None
+    if teacher is not None and options["trials"]:
+        trials = plan_trials(config, options["trials"], options["given"], teacher)
+    if teacher is not None:
+        place += f" ({_teacher_text(teacher, bool(options['guide']))})"
+        config, batch_gpu = resolve(config, teacher, device), estimate["batch_gpu"]
+    else:
+        place += " (not on this machine, so its size and memory aren't known yet)"
+    batch_gpu = batch_gpu or misc.split_batch(config.batch, None, distributed.world_size())[0]
+    levels = None if config.init_sigma is None else [config.init_sigma]
+    changed = [(name, value) for name, value, *_ in changed_options(summary) if name not in TOLD and value != "none"]
+    reference = summary["data_stat"] or options["data"]
+    return {
+        "Teacher": place,
+        "Data": _data_text(options, config),
+        "Method": _method_text(config, levels, not options["trials"]),
+        "Trials": trials and _trials_text(trials),
+        "Device": _device_text(config, device),
+        "Batch": batch_text(config.batch, batch_gpu),
+        "Memory": _estimate_text(estimate) if estimate else None,
+        "Length": length_text(config.total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
+        "Metrics": metrics_text(summary["metrics"], reference) if summary["metrics"] else None,
+        "Run folder": options["outdir"] if options["nosubdir"] else f"a new one in {options['outdir']}",
+        "Options": " ".join(f"{name}={value}" for name, value in changed) or "the defaults",
+        "Dry run": "nothing was started; --dry-run=json shows all options",
+    }
+
+
 def _doctor() -> str:
     """How to call sid.doctor: by its module in a checkout, by its command where the package is installed."""
     return "python -m sid.doctor" if Path("sid_train.py").is_file() else "sid-doctor"
 
 
-def _teacher_text(inputs: Inputs) -> str:
-    teacher = inputs.teacher
+def _device_text(config: DistillationConfig, device: torch.device) -> str:
+    precision = "" if config.precision is None else f", precision {config.precision}"
+    return f"{device_text(device)}{precision}{', compiled' * config.compile}"
+
+
+def _estimate_text(estimate: dict[str, Any]) -> str:
+    """estimate: GB by purpose, as --dry-run records it."""
+    parts = {name.replace("_", " "): value for name, value in estimate.items() if isinstance(value, float) and value}
+    peak = parts.pop("peak")
+    fits = ", ".join(f"{images} in {size}" for size, images in estimate["batch_gpu_that_fits"].items())
+    text = f"about {peak:g} GB per process ({', '.join(f'{name} {value:g}' for name, value in parts.items())})"
+    return f"{text}; images at once that fit: {fits or 'none'}"
+
+
+def _teacher_text(teacher: Any, guided: bool) -> str:
+    """guided: whether a weaker network guides it."""
     size = f"{teacher.img_channels} x {teacher.img_resolution} x {teacher.img_resolution}"
     kind = "latents" if getattr(teacher, "metadata", {}).get("vae") else "images"
     classes = f", {teacher.label_dim} classes" if teacher.label_dim else ""
     if getattr(teacher, "prompt_dim", 0):
-        classes = f", {len(teacher.prompts.texts)} prompts"
-    guide = "" if inputs.guide is None else ", guided by a weaker network"
-    return f"{network_text(teacher)}, {size} {kind}{classes}{guide}"
+        prompts = getattr(teacher, "prompts", None)
+        classes = ", prompts" if prompts is None else f", {len(prompts.texts)} prompts"
+    return f"{network_text(teacher)}, {size} {kind}{classes}{', guided by a weaker network' * guided}"
 
 
-def _data_text(inputs: Inputs, options: dict[str, Any], config: DistillationConfig) -> str:
-    if inputs.dataset is None:
+def _data_text(options: dict[str, Any], config: DistillationConfig, count: int | None = None) -> str:
+    """count: how many images there are, if that is known."""
+    if not options["data"]:
         return "none (data-free)"
     use = "for the adversarial loss, a picture and metrics" if config.gan else "for a picture and metrics only"
-    return f"{path_text(options['data'])}, {len(inputs.dataset)} images, {use}"
+    images = "" if count is None else f"{count} images, "
+    return f"{path_text(options['data'])}, {images}{use}"
 
 
-def _method_text(distillation: Distillation, with_rates: bool) -> str:
-    """with_rates: whether the learning rates are settled."""
-    config = distillation.config
+def _method_text(config: DistillationConfig, levels: Sequence[float] | None, with_rates: bool) -> str:
+    """levels: where the steps start; None: it is still to be measured. with_rates: whether the rates are settled."""
     parts = [f"{config.objective}{' and an adversarial loss' * config.gan}"]
     if config.objective == "sid" or config.objective.endswith("-l1"):
         parts.append(f"alpha {config.alpha:g}")
     if config.guidance is not None:
         parts.append(f"guidance {config.guidance}")
-    steps = distillation.state.steps
-    count = "one step" if len(steps) == 1 else f"{len(steps)} steps ({steps.noise} noise)"
-    parts.append(f"{count} from sigma {', '.join(f'{level:.3g}' for level in steps.levels)}")
+    count = "one step" if config.steps == 1 else f"{config.steps} steps ({config.steps_noise} noise)"
+    start = "a noise level to be measured"
+    if levels is not None:
+        start = f"sigma {', '.join(f'{level:.3g}' for level in levels)}"
+    parts.append(f"{count} from {start}")
     parts.append(f"{config.optimizer}, lr {config.lr:g}, glr {config.glr:g}" if with_rates else config.optimizer)
     if config.lora_rank:
         parts.append(f"LoRA of rank {config.lora_rank}")
@@ -131,4 +193,4 @@ def _metrics_text(inputs: Inputs, reference: str | None, goal: MultiStepFid | No
     if inputs.evaluator is None:
         return None
     teacher = "" if goal is None else f"; the teacher: {goal.value:.4g} with {goal.evaluations} evaluations"
-    return metrics_text(inputs.evaluator, reference) + teacher
+    return metrics_text([metric.name for metric in inputs.evaluator.metrics], reference) + teacher

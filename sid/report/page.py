@@ -218,7 +218,7 @@ def _classes(record: RunRecord) -> str:
 
 
 def _options(record: RunRecord) -> str:
-    recipe, rows = commands.recipe_of(record), commands.changed_options(record)
+    recipe, rows = commands.recipe_of(record.options), commands.changed_options(record.options)
     headings = ["Option", "this run", "default", *([] if recipe is None else [f"--recipe={recipe}"])]
     return section("options", "Options that differ", table(headings, rows, "Options"))
 
