@@ -99,7 +99,7 @@ def train(
     import torch
 
     from edm import training_report
-    from torch_utils import distributed, misc, run_folder
+    from torch_utils import checkpoint, distributed, misc, run_folder
     from torch_utils.run_lines import environment, start_block
     from torch_utils.tracking import Tracking
     from training import loss
@@ -139,6 +139,7 @@ def train(
         with Tracking(run_dir, trackers, training.nimg, config.batch) as tracking:
             training_loop(training, dataset, run_dir, save_snapshot, pictures, tracking.update)
         distributed.print0(f"Page: {next_steps.report(run_dir)}")
+        checkpoint.check_saved(checkpoint.snapshot_path(run_dir, training.nimg, config.batch))
         distributed.print0(f"Next: {next_steps.distil(run_dir, options)}")
 
 

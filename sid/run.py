@@ -179,6 +179,8 @@ def run(
             report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance, page)
             net = train(distillation, run_dir, report, trackers, plan.dropped)
             snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
+            if teacher is None:  # else the caller gets the generator
+                checkpoint.check_saved(snapshot)
             if snapshot.is_file():
                 distributed.print0(f"Finished: {path_text(snapshot)}")
     distributed.shutdown()

@@ -207,6 +207,32 @@ def test_the_same_command_continues(tmp_path, options, monkeypatch):
     assert not (tmp_path / "00002-mine").exists()
 
 
+@pytest.mark.parametrize("command", ["sid_train", "edm.train"])
+def test_a_run_whose_last_snapshot_is_missing_has_failed(tmp_path, options, command):
+    """Something else has its name; once that is gone, the same command writes the snapshot."""
+    run, last = tmp_path / "run", "network-snapshot-000000.016.safetensors"
+    if command == "sid_train":
+        main, words = sid_train.main, [*options, "--metrics=none"]
+    else:
+        (tmp_path / "images").mkdir()
+        PIL.Image.new("L", (8, 8)).save(tmp_path / "images" / "0.png")
+        main, words = train.main, [f"--data={tmp_path}/images", "--cbase=8", "--cres=1", "--blocks=1", "--attn=0"]
+        words += ["--augment=0", "--workers=0", "--batch=4", "--tick=0.008", "--device=cpu"]
+
+    def call(duration):
+        return CliRunner().invoke(main, [*words, f"--outdir={run}", "--nosubdir", duration])
+
+    assert call("--duration=0.000008").exit_code == 0
+    (run / last).mkdir()
+    failed = call("--duration=0.000016")
+    assert failed.exit_code == 2, failed.output
+    assert f"{run / last}: couldn't be saved" in failed.output
+    assert f"--resume={run}" in failed.output
+    (run / last).rmdir()
+    assert call("--duration=0.000016").exit_code == 0
+    assert (run / last).is_file()
+
+
 def test_a_state_lacks_an_option_that_came_later(tmp_path, options):
     """A state from before an option existed: its run had the default."""
     run = [*options, "--metrics=none", f"--outdir={tmp_path}", "--nosubdir"]

@@ -266,6 +266,15 @@ def attempt(what: str, action: Callable[[], Any]) -> bool:
     return True
 
 
+def check_saved(snapshot: Path) -> None:
+    """Errors: UserError on every process when the snapshot that a run ends with couldn't be saved."""
+    if not distributed.from_process_0(snapshot.is_file() if distributed.rank() == 0 else None):
+        raise UserError(
+            f"{snapshot}: couldn't be saved, so the run has no result yet: free the disk or mend it, and give the same"
+            f" command again with --resume={snapshot.parent}, which writes it"
+        )
+
+
 def newest_good_state(run_dir: str | os.PathLike) -> StateFile | None:
     """The newest state in a run folder that is whole, read; None if there is no state. Damaged ones are reported.
 
