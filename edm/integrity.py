@@ -173,14 +173,15 @@ def _check_records(path: Path) -> str:
 
 def _check_best(path: Path, best: dict[str, Any]) -> None:
     """Compares best.json with the snapshots and metric records in its folder."""
-    name, metric = (os.path.basename(str(best.get(key))) for key in ("snapshot", "metric"))
+    name, metric = os.path.basename(str(best.get("snapshot"))), str(best.get("metric"))
     if not (path.parent / name).is_file():
         raise UserError(f"{path}: names {name}, which isn't there")
-    records = path.parent / f"metric-{metric}.jsonl"
+    records = path.parent / os.path.basename(str(best.get("records", f"metric-{metric}.jsonl")))
     if not records.is_file():
         raise UserError(f"{path}: was chosen by {records.name}, which isn't there")
     found = [_parsed(records, line) for line in records.read_bytes().splitlines()]
-    if not any((r.get("kimg"), r.get("value")) == (best.get("kimg"), best.get("value")) for r in found):
+    chosen = best.get("kimg"), best.get("value")
+    if chosen not in [(record.get("kimg"), record.get(key)) for record in found for key in ("value", metric)]:
         raise UserError(f"{path}: {records.name} has no record of its kimg and value")
 
 

@@ -1,6 +1,8 @@
 """Metrics in training: each snapshot is measured once, and the best one is remembered."""
 
 import json
+import math
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import torch
 from tiny import tiny_distillation
 
 from edm import zoo
+from edm.integrity import examine
 from edm.published import FILES
 from edm.snapshot_metrics import read_metrics
 from edm.training_report import TeacherReport
@@ -16,6 +19,7 @@ from edm.zoo import network_hash
 from sid.inputs import published_reference
 from sid.report.progress import Report
 from sid.report.summary import summarise
+from sid.teacher_distance import Distance
 from sid.training_loop import publish
 
 
@@ -56,6 +60,10 @@ def best(folder):
     return json.loads((folder / "best.json").read_text()), (folder / "best.safetensors").read_text()
 
 
+def found_in(path):
+    return " ".join(str(finding) for finding in examine(path))
+
+
 def refuse(*args):
     raise NotImplementedError("no links here")
 
@@ -72,10 +80,36 @@ def test_the_best_snapshot_is_linked(tmp_path, monkeypatch, links):
         record, content = best(tmp_path)
         assert content == f"weights {number}"
         assert record["snapshot"] == f"network-snapshot-{number:06d}.safetensors"
-    assert record == {"snapshot": "network-snapshot-000002.safetensors", "kimg": 2, "metric": "fid2", "value": 2.0}
+    expected = {"snapshot": "network-snapshot-000002.safetensors", "kimg": 2, "metric": "fid2", "value": 2.0}
+    assert record == {**expected, "records": "metric-fid2.jsonl"}
+    assert "no checksum" in found_in(tmp_path / "best.json")
     assert (tmp_path / "best.safetensors").is_symlink() == links
     assert not list(tmp_path.glob(".*"))
     assert [record["kimg"] for record in read_metrics(tmp_path, "is10")] == [0, 1, 2, 3]
+
+
+def test_without_fid_the_best_snapshot_is_the_one_closest_in_features(tmp_path):
+    class Distances:
+        samples = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+        features: typing.ClassVar = iter([9.0, 3.0, 2.0, math.nan, 2.5])
+
+        def __call__(self, net):
+            return Distance(0.001, 0.001, next(self.features))
+
+    def report(i):
+        (tmp_path / f"network-snapshot-{i:06d}.safetensors").write_text(f"weights {i}")
+        Report(tmp_path, distance=Distances()).snapshot(Net(i), 1000 * i)
+
+    Report(tmp_path, distance=Distances()).start(Net(0.5))
+    assert not (tmp_path / "best.json").exists()
+    for i in range(1, 5):
+        report(i)
+    record, content = best(tmp_path)
+    assert content == "weights 2"
+    assert (record["metric"], record["value"], record["kimg"]) == ("features", 2.0, 2.0)
+    assert "no checksum" in found_in(tmp_path / "best.json")
+    (tmp_path / "best.json").write_text(json.dumps({**record, "value": 1.5}))
+    assert "teacher-distance.jsonl has no record" in found_in(tmp_path / "best.json")
 
 
 def test_the_best_snapshot_has_the_name_that_it_was_saved_by(tmp_path):

@@ -74,9 +74,9 @@ def is_figure(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
-def measured_value(record: dict[str, Any]) -> float:
+def measured_value(record: dict[str, Any], key: str = "value") -> float:
     """The value of a metric's record, for finding the lowest: NaN counts as infinite."""
-    return math.inf if math.isnan(record["value"]) else record["value"]
+    return math.inf if math.isnan(record[key]) else record[key]
 
 
 def _lines(text: str) -> Iterator[tuple[int, Any]]:

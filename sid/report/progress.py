@@ -45,7 +45,8 @@ def track(run_dir: Path, trackers: Sequence[str], nimg: int, batch: int) -> Trac
 class Report:
     """Writes `fakes_*.png` and `metric-*.jsonl` into the run folder and remembers the best snapshot.
 
-    The best one's name and FID are in `best.json`; `best.safetensors` links to it.
+    The best one's name is in `best.json`, with its FID or, if none is measured, its distance in the teacher's features;
+    `best.safetensors` links to it.
 
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
@@ -107,8 +108,8 @@ class Report:
                     attempt(f"recording {DISTANCES_FILE}", lambda: found.update(self._distance_of(ema, nimg, distance)))
         if self._metrics is not None:
             found |= self._metrics.measure(ema, nimg)
-            if distributed.rank() == 0:
-                attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
+        if distributed.rank() == 0:
+            attempt(f"remembering the best in {BEST_LINK}", self._remember_best)
         if self._page is not None:
             self._page.write()
         return found
@@ -130,18 +131,24 @@ class Report:
         return {"distance": found.value, **({} if found.features is None else {"features": found.features})}
 
     def _remember_best(self) -> None:
-        """best.json and best.safetensors: the snapshot with the lowest value of the first requested FID."""
-        trained = [r for r in read_metrics(self._run_dir, self._fid) if r["kimg"] > 0] if self._fid else []
-        if trained:
-            best = min(trained, key=measured_value)
-            nimg = round(best["kimg"] * 1000)
-            # The file's name depends on --batch, which an earlier part of the run may have set differently.
-            paths = [snapshot_path(self._run_dir, nimg, batch) for batch in (self._batch, 1, 1000)]
-            snapshot = next((path for path in paths if path.exists()), paths[0]).name
-            content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": self._fid, "value": best["value"]}
-            with write_atomically(self._run_dir / BEST_FILE) as file:
-                file.write(json.dumps(content, indent=2).encode())
-            _link(self._run_dir / BEST_LINK, snapshot)
+        """best.json and best.safetensors: the snapshot with the lowest first requested FID, or else `features`."""
+        measured = read_metrics(self._run_dir, self._fid) if self._fid else []
+        metric, key, file = self._fid, "value", f"metric-{self._fid}.jsonl"
+        if not self._fid:
+            measured = sound_records(self._run_dir / DISTANCES_FILE, "kimg", "features")
+            metric, key, file = "features", "features", DISTANCES_FILE
+        trained = [record for record in measured if record["kimg"] > 0]
+        if not trained:
+            return
+        best = min(trained, key=lambda record: measured_value(record, key))
+        nimg = round(best["kimg"] * 1000)
+        # The file's name depends on --batch, which an earlier part of the run may have set differently.
+        paths = [snapshot_path(self._run_dir, nimg, batch) for batch in (self._batch, 1, 1000)]
+        snapshot = next((path for path in paths if path.exists()), paths[0]).name
+        content = {"snapshot": snapshot, "kimg": best["kimg"], "metric": metric, "value": best[key], "records": file}
+        with write_atomically(self._run_dir / BEST_FILE) as written:
+            written.write(json.dumps(content, indent=2).encode())
+        _link(self._run_dir / BEST_LINK, snapshot)
 
 
 def _link(path: Path, target: str) -> None:
