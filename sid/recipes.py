@@ -242,6 +242,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "trials": 0,
         "returns": 0,
         "guidance": "long-short=2",
+        # At the highest levels the guided teacher overdoes colours and contrast, which its sampler corrects later.
+        "sigma_schedule": "lognormal",
+        "fake_sigma_schedule": "lognormal",
         "duration": 0.004,
         "snap": 1,
         "desc": "demo-text",
