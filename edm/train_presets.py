@@ -42,8 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "edm2-img64-m": _sized(_IMG64, 256, 0.1, 0.0090, 2147.483, 0.060),
     "edm2-img64-l": _sized(_IMG64, 320, 0.1, 0.0080, 1073.741, 0.040),
     "edm2-img64-xl": _sized(_IMG64, 384, 0.1, 0.0070, 671.088, 0.040),
-    # For a few thousand small images on a CPU. The rate is EDM's for 128 channels times 8; docs/results.md compares it
-    # with a quarter of it.
+    # For a few thousand small images on a CPU. docs/ablations.md compares the rate with a quarter of it.
     "small": {
         "arch": "ddpmpp",
         "cbase": 16,
