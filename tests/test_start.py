@@ -1,6 +1,7 @@
 """--init_sigma=auto: the energy distance, the measured start, and the distance from the teacher in records."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -146,3 +147,18 @@ def test_a_run_with_a_measured_start(tmp_path):
 def test_losing_the_teacher_is_found(values, found):
     finding = judge_distance([{"kimg": float(i), "value": value} for i, value in enumerate(values)])
     assert (finding and finding.name) == found
+
+
+@pytest.mark.parametrize(
+    ("features", "found"),
+    [
+        (4.03, "far-from-teacher"),  # emoji after 2 kimg, FID 7.6 times the teacher's
+        (1.72, None),  # the same after 18 kimg, 1.5 times
+        (math.nan, None),
+        ("4", None),  # by another program
+    ],
+)
+def test_features_tell_what_the_distance_no_longer_sees(features, found):
+    finding = judge_distance([{"kimg": 0.0, "value": 0.378}, {"kimg": 2.0, "value": 0.023, "features": features}])
+    assert (finding and finding.name) == found
+    assert finding is None or "4.03 in its features" in finding.text
