@@ -329,20 +329,26 @@ def _hanging(rank, port, folder, phase):
             distributed.barrier()
 
 
-@pytest.mark.parametrize("phase", ["training", "preparing", "watched"])
-def test_hanging_and_disagreeing_processes_are_named(tmp_path, phase):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = start_two(_hanging, port, str(tmp_path), phase, join=False)
-    for process in context.processes:
-        process.join(60)
-        context.processes[1].terminate()  # as torchrun does then
-    assert {process.exitcode for process in context.processes} <= {watchdog.HANG_EXIT_CODE, -signal.SIGTERM}
-    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    for text in told:
-        assert "net: the weights on process 1 are not those on process 0 at 8 kimg" in text
-    assert "no progress for 1.5 seconds: process 1 keeps the others waiting" in told[0]
+def test_hanging_and_disagreeing_processes_are_named(tmp_path):
+    """All three phases at the same time, since they mostly wait."""
+    started = {}
+    for phase in ("training", "preparing", "watched"):
+        (tmp_path / phase).mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        started[phase] = start_two(_hanging, port, str(tmp_path / phase), phase, join=False).processes
+    for processes in started.values():
+        for process in processes:
+            process.join(60)
+            processes[1].terminate()  # as torchrun does then
+    for phase, processes in started.items():
+        codes = {process.exitcode for process in processes}
+        assert codes <= {watchdog.HANG_EXIT_CODE, -signal.SIGTERM}, phase
+        told = [(tmp_path / phase / f"{rank}.txt").read_text() for rank in range(2)]
+        for text in told:
+            assert "net: the weights on process 1 are not those on process 0 at 8 kimg" in text, phase
+        assert "no progress for 1.5 seconds: process 1 keeps the others waiting" in told[0], phase
 
 
 def _elsewhere(folder):
