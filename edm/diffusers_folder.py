@@ -24,7 +24,7 @@ from .network_files import read_tensors
 WEIGHTS_NAME = "diffusion_pytorch_model"
 SCHEDULER_FILE = "scheduler_config.json"
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 16 << 20, 100_000
-INSTALL = "pip install 'sid-distillation[diffusers]', or pip install diffusers"
+INSTALL = "pip install diffusers"
 _WITHOUT_WEIGHTS: list[bool] = []  # holds something inside `shapes_only`
 # Folders of a pipeline with weights that are used here, and names of their variants.
 PARTS = ("unet", "transformer", "vae", "vqvae", "movq", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -15,7 +15,7 @@ from dnnlib import UserError, user_path, without_password
 from dnnlib.download import is_url
 from torch_utils import persistence
 
-INSTALL = "pip install 'sid-distillation[hub]', or pip install huggingface_hub"
+INSTALL = "pip install huggingface_hub"
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 KEPT_FILES = (".gitattributes",)  # that the Hub itself puts into a repository
 

@@ -12,7 +12,7 @@ from dnnlib import UserError
 
 from .diffusers_folder import read_config
 
-INSTALL = "pip install 'sid-distillation[text]', or pip install diffusers transformers"
+INSTALL = "pip install diffusers transformers"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 MAX_LAYERS = 1000
 ATTENTION = ("attn_implementation", "_attn_implementation")  # name code that the library would download and run

@@ -1,6 +1,6 @@
 """Trains a small teacher by the diffusers library's own classes, as its tutorial does, to be distilled afterwards.
 
-    pip install 'sid-distillation[diffusers]' scikit-learn
+    pip install '.[diffusers]' scikit-learn
     python -m edm.small_teachers --only=digits --outdir=small --kimg=1    # small/digits/data.zip
     python examples/diffusers_teacher.py --data=small/digits/data.zip --classes --prediction=flow --out=TEACHER
     python sid_train.py --recipe=auto --edm_model=TEACHER --outdir=RUN --nosubdir

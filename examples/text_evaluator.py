@@ -1,7 +1,7 @@
 """Trains a small CLIP on captioned emoji, which says how well pictures match their captions.
 
     apt install fonts-noto-color-emoji
-    pip install 'sid-distillation[text]'
+    pip install '.[text]'
     python examples/text_evaluator.py --out=CLIP
     python fid.py eval --network=TEACHER --prompts=TEACHER/held-out.txt --clip=CLIP --metrics=clip1k
 

@@ -1,7 +1,7 @@
 """Trains a small text-to-image pipeline by the diffusers and transformers libraries, to be distilled afterwards.
 
     apt install fonts-noto-color-emoji
-    pip install 'sid-distillation[text]'
+    pip install '.[text]'
     python examples/text_teacher.py --out=TEACHER
 
 TEACHER is a StableDiffusionPipeline as the library saves it: tokenizer, CLIP text encoder, VAE, U-Net with
