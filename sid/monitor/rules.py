@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch_utils.records import is_figure
+from torch_utils.records import is_figure, measured_value
 
 from ..objectives import PROJECTED
 from .evidence import Records, Run, median, since_last_change
@@ -53,10 +53,12 @@ def diagnose(
     problems = [finding for alternatives in PROBLEMS if (finding := first_finding(alternatives, run))]
     if away is not None:  # then figures of the loss, which only compare with the fake score, can't say that all is well
         return [away, *problems]
-    if len(distances) < 2:
-        return problems or [first_finding(STATES, run) or progress(run)]
-    # Where samples have been compared, no figure of the fake score has to stand in for them.
-    return problems or [frozen(run) or measured_progress(run, distances)]
+    measured = closeness(distances, fid)
+    if measured is None:
+        return problems or [first_finding(STATES, run) or unknown(run)]
+    # Where images have been compared with others, no figure of the fake score has to stand in for that.
+    found = progress(run)
+    return problems or [frozen(run) or dataclasses.replace(found, text=f"{found.text}; {measured}")]
 
 
 def first_finding(rules: Iterable[Rule], run: Run) -> Finding | None:
@@ -322,11 +324,17 @@ def frozen(run: Run) -> Finding | None:
 FLAT, FALLEN = 1.1, 0.5  # growth of the divergence where little moves; divergence over its highest
 
 
+def figures(run: Run) -> str:
+    """The divergence in words. The run has recorded it."""
+    divergence, growth = run.median("Health/divergence"), run.growth("Health/divergence")
+    return f"divergence {divergence:.3g} in the last third, {growth:.2f} times the value of the third before"
+
+
 def progress(run: Run) -> Finding:
     divergence, growth = run.median("Health/divergence"), run.growth("Health/divergence")
     if divergence is None or growth is None:
         return Finding("unknown", "no Health/divergence is recorded", False)
-    figure = f"divergence {divergence:.3g} in the last third, {growth:.2f} times the value of the third before"
+    figure = figures(run)
     has_fallen = not run.is_early and divergence < FALLEN * run.highest("Health/divergence")
     if has_fallen and 1 / FLAT < growth < FLAT:
         remedy = f"stop, or finish with --lr-decay ({run.options['lr_decay']})"
@@ -337,11 +345,13 @@ def progress(run: Run) -> Finding:
     return Finding("healthy", f"no problem found, and {falls}: {figure}", False)
 
 
-def measured_progress(run: Run, distances: Sequence[dict[str, Any]]) -> Finding:
-    """`progress`, with the distance from the teacher's samples beside it."""
-    found, start, last = progress(run), distances[0]["value"], distances[-1]["value"]
-    text = f"{found.text}; distance from the teacher's samples {last:.3g} (start: {start:.3g})"
-    return dataclasses.replace(found, text=text)
+def unknown(run: Run) -> Finding:
+    """Where nothing but the fake score has seen the images, the loss's figures can't say that they are good."""
+    found = progress(run)
+    if found.name == "unknown":
+        return found
+    text = f"no problem found, but nothing has measured whether the images are like the teacher's: {figures(run)}"
+    return Finding("unknown", f"{text}; look at the pictures, or give --data_stat", certain=False)
 
 
 # In each line, only what the first rule that applies says is reported: it explains the others.
@@ -355,7 +365,7 @@ PROBLEMS: list[list[Rule]] = [
     [lost_class],
     [average_too_short],
 ]
-# Of a run without problems whose distance nobody measured; if none applies, `progress` does.
+# Of a run without problems whose images nobody compared with others; if none applies, it's `unknown`.
 STATES: list[Rule] = [astray, lost_ground, frozen]
 
 
@@ -366,8 +376,7 @@ REMEDY = "try --recipe=auto, or lower --lr and --glr if this is one"
 
 NOTICED = 0.03  # less is the noise of 256 images
 FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
-
-
+LEFT = 1 / 3  # of the start's distance: failed runs kept more, runs on a good way less (docs/method.md)
 FAR_FEATURES = 3.0  # likewise of `features`; a generator may have less and still twice the teacher's FID
 
 
@@ -386,9 +395,12 @@ def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
     start, last = records[0]["value"], records[-1]["value"]
     best = min(records, key=lambda record: record["value"])
     if not has_lost(last, best["value"]):
-        features = records[-1].get("features")
-        if last > FAR:
-            measured = f"distance {last:.3g} (start: {start:.3g}), where good generators have less than {FAR:g}"
+        features, left = records[-1].get("features"), last / start if records[0]["kimg"] == 0 and start > 0 else 0.0
+        if last > FAR or (last > NOTICED and left > LEFT):
+            measured = (
+                f"distance {last:.3g} (start: {start:.3g}), where good generators have less than {FAR:g} and than a"
+            )
+            measured += " third of the start's"
         elif is_figure(features) and features > FAR_FEATURES:
             measured = f"{features:.3g} in its features, where other samples have 1 and good generators less than"
             measured += f" {FAR_FEATURES:g}"
@@ -409,13 +421,39 @@ GOOD = 2.0  # a generator's FID over its teacher's
 
 
 def judge_fid(fid: MeasuredFid | None) -> Finding | None:
-    """A finding when the last FID is far above the teacher's."""
-    if fid is None or fid.teacher is None or not fid.last > GOOD * fid.teacher:
+    """A finding when the last FID is far above the teacher's or the best, or no better than at the start."""
+    if fid is None:
         return None
-    ratio = f"{fid.last / fid.teacher:.1f} times the teacher's {fid.teacher:.4g}"
-    text = f"its {fid.name} of {fid.last:.4g} is {ratio}, where good generators have less than {GOOD:g} times;"
-    text += f" go on while it falls; otherwise {REMEDY}"
-    return Finding("far-from-teacher", text, certain=False)
+    if fid.teacher is not None and fid.last > GOOD * fid.teacher:
+        ratio = f"{fid.last / fid.teacher:.1f} times the teacher's {fid.teacher:.4g}"
+        text = f"its {fid.name} of {fid.last:.4g} is {ratio}, where good generators have less than {GOOD:g} times;"
+        return Finding("far-from-teacher", f"{text} go on while it falls; otherwise {REMEDY}", certain=False)
+    best = min(fid.records, key=measured_value)
+    lowest, is_start = measured_value(best), best is fid.records[0] and best["kimg"] == 0
+    if len(fid.records) < 2 or not (fid.last > LOST * lowest or is_start):
+        return None
+    where = "the start" if is_start else f"the snapshot at {best['kimg']:g} kimg"
+    remedy = REMEDY if is_start else "take that snapshot, or resume from an earlier state with lower --glr and --lr"
+    text = f"its {fid.name} of {fid.last:.4g} is higher than that of {where}, {lowest:.4g}; {remedy}"
+    return Finding("away-from-teacher", text, certain=False)
+
+
+def closeness(distances: Sequence[dict[str, Any]], fid: MeasuredFid | None) -> str | None:
+    """What shows that the images are like the teacher's, where neither rule above has found otherwise; None if nothing.
+
+    A distance that can't tell the start from the teacher's samples can tell nothing later; its features may.
+    """
+    is_blind = len(distances) < 2 or (distances[0]["kimg"] == 0 and not distances[0]["value"] > NOTICED)
+    found = []
+    if not is_blind:
+        start, last = distances[0]["value"], distances[-1]["value"]
+        found.append(f"distance from the teacher's samples {last:.3g} (start: {start:.3g})")
+    features = distances[-1].get("features") if len(distances) > 1 else None
+    if is_figure(features):
+        found.append(f"{features:.3g} in its features (other samples: 1)")
+    if fid is not None and fid.teacher is not None:
+        found.append(f"{fid.name} {fid.last:.4g} (teacher: {fid.teacher:.4g})")
+    return "; ".join(found) or None
 
 
 class Watch:
