@@ -16,7 +16,7 @@ from .inspection import facts
 from .metrics.detector import DEFAULT_DETECTOR
 
 LIBRARY = "sid-distillation"
-INSTALL = f"pip install '{LIBRARY}[hub]'"
+INSTALL = f"pip install '.[hub]'  # in a copy of {LIBRARY}, which is on no package index"
 LICENCES = (  # that the Hub knows by these names
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "cc0-1.0", "unlicense"),
     *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),

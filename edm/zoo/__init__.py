@@ -47,7 +47,7 @@ NETWORK_CLASSES: dict[str, type] = {
 def resolve(source: str | os.PathLike, kind: str = "network") -> Path:
     """The local file behind a published file's short name, a path or a URL; downloaded if need be.
 
-    A run folder stands for its best snapshot, or for its newest one if no FID was measured.
+    A run folder stands for its best snapshot, or for its newest one if nothing was measured.
 
     kind: 'network' (any teacher or generator), 'reference', 'images' or 'detector'.
     Errors: UserError when the file doesn't exist or can't be downloaded, or a local network has the short name, too.
