@@ -242,7 +242,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "trials": 0,
         "returns": 0,
         "guidance": "long-short=2",
-        # At the highest levels the guided teacher overdoes colours and contrast, which its sampler corrects later.
+        # FID is half of that with the levels of "auto", which are higher (docs/results.md).
         "sigma_schedule": "lognormal",
         "fake_sigma_schedule": "lognormal",
         "duration": 0.004,
