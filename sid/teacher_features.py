@@ -59,14 +59,13 @@ class FeatureDistance:
         self._scale = deviations.clamp(min=LEAST_DEVIATION * deviations.median().item() + 1e-12)
         generator = torch.Generator().manual_seed(0)
         size = samples.shape[1]
-        mixed = torch.linalg.qr(torch.randn(size, min(size, MAX_FEATURES), generator=generator))[0]
-        self._mix = torch.eye(size) if size <= MAX_FEATURES else mixed
-        self._samples = self._reduce(samples)
-        self._moments = _moments(self._samples)
-        orders = [torch.randperm(len(samples), generator=generator) for _ in range(SPLITS)]
-        halves = [self._samples[order.numpy()] for order in orders]
-        middle = len(samples) // 2
-        apart = [frechet_distance(*_moments(half[:middle]), *_moments(half[middle:])) for half in halves]
+        # A projection, or a mere rotation of few features, which changes no distance.
+        self._mix = torch.linalg.qr(torch.randn(size, min(size, MAX_FEATURES), generator=generator))[0]
+        reduced, middle = self._reduce(samples), len(samples) // 2
+        self._moments = _moments(reduced)
+        orders = [torch.randperm(len(samples), generator=generator).numpy() for _ in range(SPLITS)]
+        halves = [(reduced[order[:middle]], reduced[order[middle:]]) for order in orders]
+        apart = [frechet_distance(*_moments(one), *_moments(other)) for one, other in halves]
         self._yardstick = sum(apart) / len(apart) / 2
 
     def __call__(self, features: torch.Tensor) -> float:

@@ -25,7 +25,6 @@ from .training_loop import training_loop
 TRIALS = "trials"  # in the run folder: one folder per trial, as of a run of its own
 RESULTS_FILE = "results.json"  # in it, once the best is known
 RATES = ("lr", "glr")
-MEASURED = {"distance": "value", "features": "features"}  # of a trial's end: {name in the results: in its record}
 # By optimizer, the fastest first. Each was the better one on some teachers (docs/ablations.md). Adam's are for networks
 # up to REFERENCE_FAN_IN.
 CANDIDATES = {
@@ -170,8 +169,9 @@ def _trial(
     found = [line for line in distances if line["kimg"] == images / 1000]
     if not found:  # a full disk, for instance
         raise UserError(f"{folder / DISTANCES_FILE}: lacks the trial's end; remove {folder} and start again")
-    measured = {name: found[-1][key] for name, key in MEASURED.items() if is_figure(found[-1].get(key))}
-    return {**record, "kimg": images / 1000, **measured}
+    result = {**record, "kimg": images / 1000, "distance": found[-1]["value"]}
+    features = found[-1].get("features")
+    return {**result, "features": features} if is_figure(features) else result
 
 
 def _settle(folder: Path, results: dict[str, dict[str, Any]], run_dir: Path) -> None:
