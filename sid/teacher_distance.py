@@ -27,8 +27,6 @@ FEATURE_LEVEL = 0.2  # of the features, likewise
 LEAST_VISIBLE = 2 / 255  # corrections of less than an 8-bit step per pixel are rounding
 BATCH = 64
 
-Part = tuple[torch.Tensor, Callable[[], torch.Tensor]]  # clean images, and a call that denoises noisy ones
-
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
@@ -65,9 +63,11 @@ class TeacherDistance:
         self._moves = keep and self._device.type != "cpu"
         self._teacher = copy.deepcopy(teacher) if keep else teacher
         self.samples = self._sample(teacher)
-        self._corrections = self._correct(self.samples)
-        self._blocks = self._find_blocks()
-        self._feature_distance = self._blocks and FeatureDistance(self._features(self.samples))
+        with self._teacher_at_hand():
+            clean = decoder_of(self._teacher).from_images(self.samples)
+            self._corrections = self._correct(clean)
+            self._blocks = self._find_blocks(clean[:2])
+            self._feature_distance = self._blocks and FeatureDistance(self._features(clean))
 
     @staticmethod
     def _sample(teacher: DenoiserModule) -> torch.Tensor:
@@ -82,9 +82,12 @@ class TeacherDistance:
     def __call__(self, net: Any, **options: Any) -> Distance:
         """The distance of the images that a network makes with `options`, those of `generate_all`."""
         images = self._images(net, **options)
-        visible = LEAST_VISIBLE * math.sqrt(self._corrections[0].numel())
-        detail = energy_distance_of_vectors(self._correct(images), self._corrections, floor=visible)
-        features = self._feature_distance and self._feature_distance(self._features(images))
+        with self._teacher_at_hand():
+            clean = decoder_of(self._teacher).from_images(images)
+            corrections = self._correct(clean)
+            features = self._feature_distance and self._feature_distance(self._features(clean))
+        visible = LEAST_VISIBLE * math.sqrt(corrections[0].numel())
+        detail = energy_distance_of_vectors(corrections, self._corrections, floor=visible)
         return Distance(energy_distance(images, self.samples), detail, features)
 
     def of_pixels(self, net: Any, **options: Any) -> float:
@@ -94,45 +97,43 @@ class TeacherDistance:
     def _images(self, net: Any, **options: Any) -> torch.Tensor:
         return generate_all(net, range(FIRST_SEED, FIRST_SEED + len(self.samples)), **{"batch": BATCH, **options})
 
-    def _correct(self, images: torch.Tensor) -> torch.Tensor:
-        """What the teacher changes in noisy images, float32 [N, C * H * W] on the CPU. images: uint8 [N, C, H, W]."""
-        with self._noisy(images, DETAIL_LEVEL) as parts:
-            return torch.cat([(denoise().to("cpu", torch.float32) - clean).flatten(1) for clean, denoise in parts])
-
-    def _find_blocks(self) -> BlockFeatures | None:
-        with self._noisy(self.samples[:2], FEATURE_LEVEL) as parts:
-            try:
-                return BlockFeatures(self._teacher, next(parts)[1])
-            except LookupError:
-                return None
-
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
-        """The teacher's features of noisy images, float32 [N, D] on the CPU. images: uint8 [N, C, H, W]."""
-        assert self._blocks is not None
-        with self._noisy(images, FEATURE_LEVEL) as parts:
-            return torch.cat([self._blocks.read(self._teacher, denoise) for _, denoise in parts])
-
     @contextlib.contextmanager
-    def _noisy(self, images: torch.Tensor, level: float) -> Iterator[Iterator[Part]]:
-        """The images in batches, each with a function that denoises it at `level`, in units of the data's deviation.
-
-        The noise is the same at every call. Meanwhile the teacher is on its device.
-        """
-        teacher, decoder = self._teacher.to(self._device), decoder_of(self._teacher)
-        generator = torch.Generator().manual_seed(FIRST_SEED)
-        sigma = known_sigma(teacher, torch.tensor(level * sigma_data(teacher))).item()
-
-        def parts() -> Iterator[Part]:
-            for part in images.split(BATCH):
-                clean = decoder.from_images(part)
-                noisy = (clean + sigma * torch.randn(clean.shape, generator=generator)).to(self._device)
-                condition = conditions_of(teacher).null(len(part), self._device)
-                levels = torch.full([len(part), 1, 1, 1], sigma, device=self._device)
-                yield clean, functools.partial(teacher, noisy, levels, condition)
-
+    def _teacher_at_hand(self) -> Iterator[None]:
+        """Meanwhile the teacher is on its device, and nothing records gradients."""
+        self._teacher.to(self._device)
         try:
             with torch.no_grad():
-                yield parts()
+                yield
         finally:
             if self._moves:
                 self._teacher.to("cpu")
+
+    def _correct(self, clean: torch.Tensor) -> torch.Tensor:
+        """What the teacher changes in noisy images, float32 [N, C * H * W] on the CPU. clean: [N, C, H, W]."""
+        denoised = [denoise().to("cpu", torch.float32) for denoise in self._noisy(clean, DETAIL_LEVEL)]
+        return (torch.cat(denoised) - clean).flatten(1)
+
+    def _find_blocks(self, clean: torch.Tensor) -> BlockFeatures | None:
+        try:
+            return BlockFeatures(self._teacher, next(self._noisy(clean, FEATURE_LEVEL)))
+        except LookupError:
+            return None
+
+    def _features(self, clean: torch.Tensor) -> torch.Tensor:
+        """The teacher's features of noisy images, float32 [N, D] on the CPU. clean: [N, C, H, W]."""
+        assert self._blocks is not None
+        parts = self._noisy(clean, FEATURE_LEVEL)
+        return torch.cat([self._blocks.read(self._teacher, denoise) for denoise in parts])
+
+    def _noisy(self, clean: torch.Tensor, level: float) -> Iterator[Callable[[], torch.Tensor]]:
+        """A call for each batch that denoises it at `level`, in units of the data's standard deviation.
+
+        The noise is the same at every call.
+        """
+        generator = torch.Generator().manual_seed(FIRST_SEED)
+        sigma = known_sigma(self._teacher, torch.tensor(level * sigma_data(self._teacher))).item()
+        for part in clean.split(BATCH):
+            noisy = (part + sigma * torch.randn(part.shape, generator=generator)).to(self._device)
+            condition = conditions_of(self._teacher).null(len(part), self._device)
+            levels = torch.full([len(part), 1, 1, 1], sigma, device=self._device)
+            yield functools.partial(self._teacher, noisy, levels, condition)
