@@ -1,6 +1,7 @@
 """Generates images with a diffusion model or a one-step generator.
 
 python -m edm.generate --network=runs/network-snapshot-000035.safetensors --outdir=out --seeds=0-63
+python -m edm.generate --network=runs/network-snapshot-000035.safetensors --grid=strips.png --seeds=0-4 --interpolate=9
 """
 
 import os
@@ -47,6 +48,12 @@ class SeedRanges(click.ParamType):
 @click.option("--outdir", help="Folder or .zip file for the PNG images, one per seed")
 @click.option("--grid", help="PNG file for all images in one picture")
 @click.option("--seeds", help="One image per seed, such as 0-63,100", type=SeedRanges(), default="0-63")
+@click.option(
+    "--interpolate",
+    metavar="N",
+    type=WholeRange(2, MAX_GRID),
+    help="N images on the way from each seed to the next, both included; a row of --grid each  [default: none]",
+)
 @click.option("--class", "class_idx", help="Class of all images  [default: one per seed]", type=WholeRange(0))
 @click.option("--prompt", help="Prompt of all images, for a text-to-image network")
 @click.option("--prompts", help="Their prompts, one per line: seed 0 has the first, and so on")
@@ -79,18 +86,23 @@ def main(
     outdir: str | None,
     grid: str | None,
     seeds: list[int],
+    interpolate: int | None,
     device: str | None,
     **options,
 ):
     """Generate images: in one step with a distilled generator, by Heun's method with a diffusion model.
 
     The network's file says which it is. Any of --solver, --disc, --schedule, --scaling takes EDM's ablation sampler.
-    An image depends on its seed alone, not on the batch or the device.
+    An image depends on its seed alone, not on the batch or the device. With --interpolate, noise moves along the arc
+    from one seed's to the next one's, and classes mix.
     """
     if outdir is None and grid is None:
         raise UserError("give --outdir (folder or .zip) or --grid (one picture), or both")
+    count = len(seeds) if interpolate is None else interpolate * (len(seeds) - 1)
+    if interpolate is not None:
+        check_strips(seeds, options)
     if grid is not None:
-        check_grid(grid, len(seeds))
+        check_grid(grid, count)
     import contextlib
 
     import torch
@@ -99,6 +111,7 @@ def main(
     from edm import zoo
     from edm.images import image_writer, save_grid
     from edm.sampler import generate_images
+    from edm.seeds import strips
     from torch_utils import distributed
 
     place = distributed.init(device)
@@ -112,23 +125,31 @@ def main(
     kept = []
     with contextlib.ExitStack() as stack:
         write = stack.enter_context(image_writer(outdir)) if outdir else None
-        mine = seeds[distributed.rank() :: distributed.world_size()]
-        bar = stack.enter_context(ProgressBar(len(mine), hidden=distributed.rank() > 0))
+        mine = slice(distributed.rank(), None, distributed.world_size())
+        wanted = (seeds if interpolate is None else strips(seeds, interpolate))[mine]
+        numbers = (seeds if interpolate is None else list(range(count)))[mine]
+        bar = stack.enter_context(ProgressBar(len(wanted), hidden=distributed.rank() > 0))
         done = 0
-        for images in generate_images(net, mine, **options):
+        for images in generate_images(net, wanted, **options):
             if write is not None:
                 for image in images:
-                    write(image, mine[done])
+                    write(image, numbers[done])
                     done += 1
             if grid:
                 kept.append(images)
             bar.update(len(images))
     if grid:
-        save_grid(torch.cat(kept), grid)
-    distributed.print0(
-        f"{len(seeds)} {'image' if len(seeds) == 1 else 'images'}: {', '.join(filter(None, (outdir, grid)))}"
-    )
+        save_grid(torch.cat(kept), grid, interpolate)
+    distributed.print0(f"{count} {'image' if count == 1 else 'images'}: {', '.join(filter(None, (outdir, grid)))}")
     distributed.shutdown()
+
+
+def check_strips(seeds: list[int], options: dict[str, Any]) -> None:
+    """Errors: UserError naming --interpolate when nothing lies between the seeds."""
+    if len(seeds) < 2:
+        raise UserError("--interpolate goes from one seed to the next: give at least two, such as --seeds=0,1")
+    if options["prompts"] is not None:
+        raise UserError("--interpolate: prompts can't be mixed; give one for all images with --prompt")
 
 
 def check_grid(path: str, count: int) -> None:

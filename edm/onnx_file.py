@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from training.steps import Steps
 
 SIGMA_MIN, SIGMA_MAX, PROBED_LEVELS = 0.002, 80.0, 8
 MAX_BYTES = 2**31 - 2**24  # of weights: an ONNX file is one message, which holds 2 GiB
+MOST_OF_HALF = 65504.0  # the largest number in float16
 EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
 # From 64 images, the diffusers library's layers copy an activation, for PyTorch alone; the file has no such limit.
 MOST_OF_DIFFUSERS = 63
@@ -174,5 +176,39 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
             f"{type(net).__name__} can't be made an ONNX model for any number of images: its forward method looks at"
             " how many there are; take that out"
         )
+    _remove_traces(model.graph)
     model.metadata_props.add(key="network", value=json.dumps(header))
     return model.SerializeToString(deterministic=True)
+
+
+def _remove_traces(graph: Any) -> None:
+    """Removes the exporter's notes on each node: lines of code, and the paths on this machine that hold them."""
+    del graph.value_info[:]
+    for item in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        for name in ("doc_string", "metadata_props"):
+            if name in item.DESCRIPTOR.fields_by_name:  # older ONNX has fewer
+                item.ClearField(name)
+
+
+def halve(path: Path) -> None:
+    """Rewrites a file of `model_bytes` with its layers' weights in 16 bits; they become float32 when it is loaded.
+
+    Biases, gains and constants stay as they are. Errors: UserError when a weight is too large for 16 bits.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(path)
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or sum(size > 1 for size in tensor.dims) < 2:
+            continue
+        name, values = tensor.name, numpy_helper.to_array(tensor)
+        if abs(values).max(initial=0) > MOST_OF_HALF:
+            raise UserError(f"--half: {name} holds a weight beyond {MOST_OF_HALF:g}; leave the option out")
+        tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_half"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]  # what uses a weight comes after its cast
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    path.write_bytes(model.SerializeToString(deterministic=True))

@@ -11,7 +11,7 @@ Every sampler is called as `sampler(net, latents, class_labels=None, randn_like=
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from training.networks import iddpm_sigmas
 from training.steps import INIT_SIGMA, ONE_STEP, Steps
 
 from .latents import decoder_of
+from .seeds import Seeds, draws_of
 
 Function = Callable[[Tensor], Tensor]
 
@@ -255,37 +256,12 @@ def _iddpm_steps(
 # ----------------------------------------------------------------------------
 # Seeded generation.
 
-SEEDS = 2**32  # how many different seeds there are
 SAMPLERS: dict[str, Callable] = {
     "heun": heun_sampler,
     "ablation": ablation_sampler,
     "one-step": one_step_sampler,
     "few-step": few_step_sampler,
 }
-
-
-class SeededDraws:
-    """One CPU generator per image, so that an image depends on its seed alone, not on the batch or the device."""
-
-    def __init__(self, seeds: Iterable[int], device: torch.device):
-        seeds = [int(seed) for seed in seeds]
-        for seed in seeds:
-            if not 0 <= seed < SEEDS:  # torch's generator has only these: 2**32 would repeat the image of seed 0
-                raise UserError(f"--seeds: there is no seed {seed}; seeds go from 0 to {SEEDS - 1}")
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._device = device
-
-    def randn(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, *shape]"""
-        draws = [torch.randn(*shape, generator=g, dtype=dtype) for g in self._generators]
-        return torch.stack(draws).to(self._device)
-
-    def randn_like(self, x: Tensor) -> Tensor:
-        return self.randn(x.shape[1:], x.dtype)
-
-    def randint(self, high: int) -> Tensor:
-        """[N] int64"""
-        return torch.cat([torch.randint(high, [1], generator=g) for g in self._generators]).to(self._device)
 
 
 def default_sampler(net: Any, steps: int | None = None) -> str:
@@ -301,19 +277,18 @@ def default_sampler(net: Any, steps: int | None = None) -> str:
     return "heun" if own is None or wanted != own else "few-step"
 
 
-def sample(
-    net: Any, seeds: Iterable[int], sampler: str | None = None, class_idx: int | None = None, **options
-) -> Tensor:
+def sample(net: Any, seeds: Seeds, sampler: str | None = None, class_idx: int | None = None, **options) -> Tensor:
     """One image per seed, [N, C, H, W] float, on the network's device.
 
-    sampler: a key of SAMPLERS; None takes `default_sampler`. class_idx: the class of all images; None draws one per
-    image, of those that the network has learnt (`training.conditions`). options: those of the sampler.
+    seeds: numbers, or places between two of them (`edm.seeds`). sampler: a key of SAMPLERS; None takes
+    `default_sampler`. class_idx: the class of all images; None draws one per image, of those that the network has
+    learnt (`training.conditions`). options: those of the sampler.
     Each image draws its latents, then its class, then what the sampler needs.
     """
     seeds, device, conditions = list(seeds), next(net.parameters()).device, conditions_of(net)
-    draws = SeededDraws(seeds, device)
+    draws = draws_of(seeds, device)
     latents = draws.randn([net.img_channels, net.img_resolution, net.img_resolution])
-    labels = conditions.of_seeds(seeds, device, draws.randint)
+    labels = draws.condition(conditions)
     if class_idx is not None:
         check_class(net, class_idx)
         labels = Classes(net.label_dim).one_hot(torch.full([len(latents)], class_idx, device=device))
@@ -330,7 +305,7 @@ class NonFiniteImagesError(UserError):
     """A network made images that hold NaN or infinity."""
 
 
-def check_finite(images: Tensor, seeds: Sequence[int]) -> None:
+def check_finite(images: Tensor, seeds: Sequence[Any]) -> None:
     """Raises NonFiniteImagesError if an image of [N, C, H, W] holds NaN or infinity. seeds: of the images."""
     if images.isfinite().all():
         return
@@ -345,7 +320,7 @@ def check_finite(images: Tensor, seeds: Sequence[int]) -> None:
 
 def generate_images(
     net: Any,
-    seeds: Iterable[int],
+    seeds: Seeds,
     batch: int = 64,
     class_idx: int | None = None,
     steps: int | None = None,
@@ -372,6 +347,6 @@ def generate_images(
         yield decoder.to_images(images).cpu()
 
 
-def generate_all(net: Any, seeds: Iterable[int], **options: Any) -> Tensor:
+def generate_all(net: Any, seeds: Seeds, **options: Any) -> Tensor:
     """The images of `generate_images` in one tensor, uint8 [N, C, H, W] on the CPU."""
     return torch.cat(list(generate_images(net, seeds, **options)))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -46,6 +47,32 @@ def test_a_generator_from_noise_to_images(tmp_path):
     assert_same_images(model, OneStepGenerator.from_pretrained(source, "cpu"), 3)
     told = json.loads(model.get_modelmeta().custom_metadata_map["network"])
     assert told["metadata"] == {"kind": "sid-generator", "init_sigma": 1.5}
+    assert str(Path(onnx_file.__file__).parents[1]).encode() not in path.read_bytes()  # no paths of this machine
+
+
+def test_weights_in_16_bits_take_half_the_space_and_make_the_same_pictures(tmp_path):
+    net, path = tiny_teacher(3).eval(), tmp_path / "net.onnx"
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.half().float()
+    net.metadata = {"kind": "sid-generator", "init_sigma": 1.5}
+    zoo.save_network(net, path, **net.metadata)
+    whole = path.stat().st_size
+    onnx_file.halve(path)
+    weights = sum(parameter.nbytes for parameter in net.parameters() if parameter.ndim > 1)
+    assert whole - path.stat().st_size > 0.8 * weights / 2
+    assert_same_images(session(path), OneStepGenerator(net), 3)
+    assert "network" in session(path).get_modelmeta().custom_metadata_map
+
+
+def test_weights_beyond_16_bits_are_refused(tmp_path):
+    net = tiny_teacher()
+    next(p for p in net.parameters() if p.ndim > 1).data.flatten()[0] = 7e4
+    zoo.save_network(net, tmp_path / "net.onnx")
+    before = (tmp_path / "net.onnx").read_bytes()
+    with pytest.raises(UserError, match=r"^--half: net\.\S+ holds a weight beyond 65504; leave the option out$"):
+        onnx_file.halve(tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").read_bytes() == before
 
 
 def test_a_generator_without_classes(tmp_path):

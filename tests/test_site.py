@@ -161,7 +161,7 @@ def test_only_generators_of_pictures_have_a_page(tmp_path):
 
 
 def test_its_options_belong_to_it():
-    for option in ("--runtime=x", "--class-names=x"):
+    for option in ("--runtime=x", "--class-names=x", "--half"):
         done = CliRunner().invoke(zoo_command, ["convert", "net", "new", option])
         assert done.exit_code == 2
         assert "are for --to=site" in done.output
@@ -303,6 +303,45 @@ def blend(net, start, end, count):
     with torch.no_grad():
         x = Generator(net, Steps.of(net)).sample(z, labels, lambda _: noise)
     return (x * 127.5 + 128).clip(0, 255).byte().numpy()
+
+
+DEMO = ROOT / "docs" / "demo"
+
+
+def test_the_page_in_docs_is_as_it_would_be_written_now():
+    description = json.loads((DEMO / "site.json").read_text())
+    assert {path.name for path in DEMO.iterdir()} == {*site.PAGE_FILES, "site.json", "network.onnx"}
+    for name in site.PAGE_FILES:  # links, which web servers and MkDocs follow
+        assert (DEMO / name).read_bytes() == (site.STATIC / name).read_bytes()
+    assert description["model_bytes"] == (DEMO / "network.onnx").stat().st_size < 2.5e6
+    assert description["runtime"] == site._runtime_record({}, site.RUNTIME_VERSION)
+    names = (ROOT / "assets" / "fashion-mnist-16" / "classes.txt").read_text().split("\n")[:-1]
+    assert description["class_names"] == names
+
+
+@pytest.mark.slow
+def test_the_page_in_docs_makes_the_pictures_of_its_network(tmp_path, chromium, real_runtime):
+    """Its network by onnxruntime's own program, which is another than the browser's."""
+    shutil.copytree(DEMO, tmp_path / "site")
+    description = json.loads((tmp_path / "site" / "site.json").read_text())
+    for record in description["runtime"]["files"].values():
+        name = record["url"].rpartition("/")[2]
+        shutil.copy(f"{real_runtime}/dist/{name}", tmp_path / "site")
+        record["url"] = name  # with the published hash
+    (tmp_path / "site" / "site.json").write_text(json.dumps(description))
+    seeds = range(100, 116)
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+    z = torch.stack([torch.randn(description["shape"], generator=g) for g in draws])
+    classes = torch.cat([torch.randint(10, [1], generator=g) for g in draws])
+    session = pytest.importorskip("onnxruntime").InferenceSession(DEMO / "network.onnx")
+    (images,) = session.run(None, {"z": z.numpy(), "class_labels": torch.eye(10)[classes].numpy()})
+    with served(tmp_path / "site") as address:
+        chromium.open(address)
+        chromium.wait(READY)
+        change(chromium, seed=100)
+        assert_same(pictures(chromium, "#grid canvas"), images)
+        shown = chromium.run("return [...document.querySelectorAll('#grid .name')].map(name => name.textContent)")
+        assert shown == [description["class_names"][i] for i in classes]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 
 from dnnlib import UserError, open_plain, user_path
 from dnnlib.util import printable
-from edm import hub, latents, network_files, zoo
+from edm import hub, latents, network_files, onnx_file, zoo
 from torch_utils.untrusted.bounds import read_json
 from training.conditions import learnt_classes
 from training.steps import Steps
@@ -34,12 +34,19 @@ MAX_RUNTIME_BYTES, MAX_PACKAGE_BYTES, MAX_NAMES_BYTES = 256 << 20, 1 << 20, 16 <
 ADVICE = f"npm pack onnxruntime-web@{RUNTIME_VERSION} downloads it"
 
 
-def write(net: Any, source: str, destination: str, runtime: str | None = None, class_names: str | None = None) -> str:
+def write(
+    net: Any,
+    source: str,
+    destination: str,
+    runtime: str | None = None,
+    class_names: str | None = None,
+    half: bool = False,
+) -> str:
     """Writes the site of a generator into a new folder, which appears whole or not at all.
 
     source: where the network came from, whose last name is the page's title. runtime: the folder of the npm package
     onnxruntime-web, which the site then holds; None: the page loads RUNTIME_VERSION from RUNTIME_ADDRESS.
-    class_names: a text file with the name of each class in its line.
+    class_names: a text file with the name of each class in its line. half: as `onnx_file.halve`.
     Returns a line that says how to see the page, and where its runtime comes from.
     Errors: UserError when the network doesn't make pictures by itself, or a file can't be read or written.
     """
@@ -52,6 +59,8 @@ def write(net: Any, source: str, destination: str, runtime: str | None = None, c
     try:
         with network_files.new_folder(path) as folder:
             zoo.save_network(net, folder / MODEL_FILE, **net.metadata)
+            if half:
+                onnx_file.halve(folder / MODEL_FILE)
             description["model_bytes"] = (folder / MODEL_FILE).stat().st_size
             copies = [STATIC / name for name in PAGE_FILES]
             if files:

@@ -108,6 +108,7 @@ def verify_command(names: tuple[str, ...]) -> None:
 @click.option("--base", help="With --to=lora: the teacher that the generator was distilled from")
 @click.option("--runtime", help="With --to=site: folder of the npm package onnxruntime-web, which the site then holds")
 @click.option("--class-names", help="With --to=site: text file with the name of each class in its line")
+@click.option("--half", is_flag=True, help="With --to=site: weights in 16 bits, so that half as much is loaded")
 @classes_option
 @mirror_option
 def convert(
@@ -117,6 +118,7 @@ def convert(
     base: str | None,
     runtime: str | None,
     class_names: str | None,
+    half: bool,
     classes: str | None,
 ) -> None:
     """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
@@ -129,15 +131,15 @@ def convert(
     """
     if (to == "lora") != (base is not None):
         raise UserError("--to=lora and --base=TEACHER go together: the file holds what is added to the teacher")
-    if to != "site" and (runtime, class_names) != (None, None):
-        raise UserError("--runtime, --class-names: are for --to=site; leave them out")
+    if to != "site" and (runtime, class_names, half) != (None, None, False):
+        raise UserError("--runtime, --class-names, --half: are for --to=site; leave them out")
     net: Any = load_denoiser(source, own_classes(classes))
     if base is not None:
         click.echo(lora_files.write(net, load_denoiser(base, own_classes(classes)), Path(destination)))
     elif to == "diffusers":
         click.echo(diffusers_pipelines.write(net, Path(destination)))
     elif to == "site":
-        click.echo(site.write(net, source, destination, runtime, class_names))
+        click.echo(site.write(net, source, destination, runtime, class_names, half))
     else:
         save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")

@@ -1,0 +1,1 @@
+../../edm/site/static/worker.js
