@@ -277,6 +277,13 @@ def default_sampler(net: Any, steps: int | None = None) -> str:
     return "heun" if own is None or wanted != own else "few-step"
 
 
+def draw_starts(net: Any, seeds: Sequence[Any]) -> tuple[Any, Tensor, Tensor | None]:
+    """(the draws of some seeds, the latents [N, C, H, W] and the conditions that they begin with)."""
+    draws = draws_of(seeds, next(net.parameters()).device)
+    latents = draws.randn([net.img_channels, net.img_resolution, net.img_resolution])
+    return draws, latents, draws.condition(conditions_of(net))
+
+
 def sample(net: Any, seeds: Seeds, sampler: str | None = None, class_idx: int | None = None, **options) -> Tensor:
     """One image per seed, [N, C, H, W] float, on the network's device.
 
@@ -285,13 +292,10 @@ def sample(net: Any, seeds: Seeds, sampler: str | None = None, class_idx: int | 
     learnt (`training.conditions`). options: those of the sampler.
     Each image draws its latents, then its class, then what the sampler needs.
     """
-    seeds, device, conditions = list(seeds), next(net.parameters()).device, conditions_of(net)
-    draws = draws_of(seeds, device)
-    latents = draws.randn([net.img_channels, net.img_resolution, net.img_resolution])
-    labels = draws.condition(conditions)
+    draws, latents, labels = draw_starts(net, list(seeds))
     if class_idx is not None:
         check_class(net, class_idx)
-        labels = Classes(net.label_dim).one_hot(torch.full([len(latents)], class_idx, device=device))
+        labels = Classes(net.label_dim).one_hot(torch.full([len(latents)], class_idx, device=latents.device))
     name = sampler or default_sampler(net)
     recorded = Steps.of(net) or ONE_STEP
     if name == "one-step":

@@ -87,7 +87,7 @@ class DistillationConfig:
     score_gradient: GradientFrom = GradientFrom()  # when gradients pass through the score networks
     sigma_schedule: Schedule = Karras()  # noise levels of the generator's loss
     fake_sigma_schedule: Schedule = LogNormal()  # noise levels of the fake score's loss
-    tmax: float = TMAX  # Karras schedules reach up to t = tmax / 1000
+    tmax: float | None = TMAX  # Karras schedules reach up to t = tmax / 1000; None: `sid.calibration` chooses it
     fake_score_updates: int = 1  # updates of the fake score per update of the generator
     init_sigma: float | None = INIT_SIGMA  # noise level at which the generator starts; None: `sid.start` chooses it
     steps: int = 1  # evaluations per image, each at a noise level of its own (training.generator)
@@ -136,8 +136,9 @@ class DistillationConfig:
 
     def __post_init__(self):
         self.score_gradient = parse_score_gradient(self.score_gradient)
-        self.sigma_schedule = parse_schedule(self.sigma_schedule, "--sigma-schedule", self.tmax)
-        self.fake_sigma_schedule = parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule", self.tmax)
+        tmax = TMAX if self.tmax is None else self.tmax
+        self.sigma_schedule = parse_schedule(self.sigma_schedule, "--sigma-schedule", tmax)
+        self.fake_sigma_schedule = parse_schedule(self.fake_sigma_schedule, "--fake-sigma-schedule", tmax)
         self.guidance = parse_guidance(self.guidance)
         check_objective(self.objective, self.weighting, self.huber, self.score_gradient == GradientFrom())
         for option, value, known in (
@@ -171,6 +172,11 @@ class DistillationConfig:
         generator's loss has the same images; the fake score then learns both its answers from their guided sum.
         """
         return self.guidance.label_dropout if self.guidance is not None and not self.share_noise else 0.0
+
+    @property
+    def has_karras_levels(self) -> bool:
+        """Whether `tmax` changes anything."""
+        return any(isinstance(schedule, Karras) for schedule in (self.sigma_schedule, self.fake_sigma_schedule))
 
     @property
     def generator_objective(self) -> Objective:
@@ -209,7 +215,7 @@ class DistillationConfig:
         schedules = {self.sigma_schedule, self.fake_sigma_schedule}
         if len(schedules) > 1 and any(isinstance(schedule, Single) for schedule in schedules):
             raise UserError("--share-noise: a single noise level must be the same for --fake-sigma-schedule")
-        if not self.tmax:
+        if self.tmax == 0:
             raise UserError("--share-noise: --tmax=0 leaves no range of noise levels; use --tmax=800")
         if self.augment:
             raise UserError("--share-noise: the generator's loss has no augmentation; use --augment=0")
@@ -244,9 +250,11 @@ class DistillationConfig:
 
 
 def resolve(config: DistillationConfig, teacher: Any, device: Any) -> DistillationConfig:
-    """Fills in weighting, augmentation and precision where the config leaves them open, from the objective, the teacher
-    and the device.
+    """Fills in weighting, tmax, augmentation and precision where the config leaves them open, from the objective, the
+    teacher and the device. A tmax that is to be measured is SiD's here.
     """
+    if config.tmax is None:
+        config = dataclasses.replace(config, tmax=TMAX)
     if config.weighting is None:
         config = dataclasses.replace(config, weighting=config.generator_objective.weighting)
     if config.augment is None:

@@ -22,8 +22,8 @@ from .objectives import OBJECTIVES, WEIGHTINGS
 D = DistillationConfig  # its class attributes are the defaults
 
 
-class StartLevel(FiniteRange):
-    """A positive number; `auto` becomes None."""
+class Measured(FiniteRange):
+    """A number; `auto` becomes None."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float | None:  # type: ignore[override]
         return None if value == "auto" else super().convert(value, param, ctx)
@@ -103,12 +103,17 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             str(D.sigma_schedule),
         ),
         option("--fake-sigma-schedule", "Noise levels of the fake score's loss", str, str(D.fake_sigma_schedule)),
-        option("--tmax", "Highest time of karras schedules, of 1000", FiniteRange(0, 1000), D.tmax),
+        option(
+            "--tmax",
+            "Highest time of karras schedules, of 1000; auto measures on the teacher up to where its answers are sound",
+            Measured(0, 1000),
+            D.tmax,
+        ),
         option("--fake-score-updates", "Updates of the fake score per update of the generator", COUNT, 1),
         option(
             "--init_sigma",
             "Noise level at which the generator starts; auto measures on the teacher which is best",
-            StartLevel(0, min_open=True),
+            Measured(0, min_open=True),
             D.init_sigma,
         ),
         option(

@@ -123,11 +123,12 @@ _TEXT_FLOW: dict[str, Any] = {
     "duration": 2,
 }
 
-# For any teacher, such as one of your own: measures the start, tries rates, goes on with the best, and goes back with
-# lower rates if that fails. psi learns at theta's noise levels: at EDM's, theta drifts away if the brightness of images
-# varies a lot.
+# For any teacher, such as one of your own: measures the start and the noise levels, tries rates, goes on with the best,
+# and goes back with lower rates if that fails. psi learns at theta's noise levels: at EDM's, theta drifts away if the
+# brightness of images varies a lot.
 _ANY: dict[str, Any] = {
     "init_sigma": "auto",
+    "tmax": "auto",
     "trials": 0.2,
     "returns": 3,
     "alpha": 1.0,

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from training.denoiser import DenoiserModule, check_denoiser
 
 from . import __version__, memory
 from .adversarial import RealImages
+from .calibration import choose_tmax, levels_to_measure
 from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation
 from .generator import OneStepGenerator
@@ -161,7 +163,7 @@ def run(
         folder = run_folder.create(*plan.place, summary, plan.saved and plan.saved.path)
         with folder as run_dir, RunPage(run_dir, distributed.rank() == 0) as page:
             if distributed.rank() == 0:
-                settled = (config.total_kimg, plan.trials, plan.starts, goal)
+                settled = (config.total_kimg, plan.trials, plan.starts, plan.answers, goal)
                 about = describe_run(inputs, distillation, options, reference, run_dir, *settled)
                 print(start_block(about), flush=True)
             if teacher is not None and distributed.rank() == 0:
@@ -241,6 +243,7 @@ class RunPlan:
     trials      the trials that are still to be run, if any
     distance    measures how far images are from the teacher's, on process 0; None if the run doesn't
     starts      {noise level: distance from the teacher} of the starts that were measured; None if none was to be
+    answers     {noise level: what the teacher's answers vary by} (`sid.calibration`); None if none were measured
     dropped     images of the trials that don't go on, whether they are still to be run or not
     """
 
@@ -250,11 +253,13 @@ class RunPlan:
     trials: Plan | None
     distance: TeacherDistance | None
     starts: dict[str, float] | None
+    answers: dict[str, dict[str, float]] | None
     dropped: int
 
     def summary(self) -> dict[str, Any]:
         """What it adds to the record of the run."""
-        return self.config.options() | ({} if self.starts is None else {"starts": self.starts})
+        measured = {"starts": self.starts, "answers": self.answers}
+        return self.config.options() | {name: value for name, value in measured.items() if value is not None}
 
 
 def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any], device: torch.device) -> RunPlan:
@@ -266,17 +271,20 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
     place, file = find_place(options, describe(inputs.teacher, config, with_trials))
     saved = None if file is None else SavedState(file, inputs.hashes)
     distance = measure_teacher(inputs, config, with_trials, device)
-    starts, trials, dropped = None, None, 0
+    starts, answers, trials, dropped = None, None, None, 0
     if config.init_sigma is None:
-        level, starts = find_start(inputs.teacher, distance, saved)
+        level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance), saved)
         config = dataclasses.replace(config, init_sigma=level)
+    if config.tmax is None:
+        tmax, answers = settle("tmax", lambda: choose_tmax({} if distance is None else distance.answers), saved)
+        config = dataclasses.replace(config, tmax=tmax)
     if with_trials:
         trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
         config = trials.fitting(saved and saved.options, options["given"])
         dropped = trials.dropped_images
         if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
             trials = None
-    return RunPlan(config, place, saved, trials, distance, starts, dropped)
+    return RunPlan(config, place, saved, trials, distance, starts, answers, dropped)
 
 
 def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
@@ -329,7 +337,7 @@ def measure_teacher(
         if with_trials:
             raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
         return None
-    wanted = with_trials or config.returns or config.init_sigma is None
+    wanted = with_trials or config.returns or None in (config.init_sigma, config.tmax)
     if not (wanted or config.total_kimg >= WORTH_SAMPLES_KIMG):
         return None
     with distributed.shared_errors():  # such as samples that aren't finite
@@ -337,22 +345,21 @@ def measure_teacher(
             return None
         teacher = guided_teacher(teacher, inputs.guide, config.guidance)
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
-        return TeacherDistance(teacher.to(device).eval(), keep=changes)
+        levels = levels_to_measure(teacher) if config.tmax is None and config.has_karras_levels else []
+        return TeacherDistance(teacher.to(device).eval(), keep=changes, levels=levels)
 
 
-def find_start(
-    teacher: DenoiserModule, distance: TeacherDistance | None, saved: SavedState | None
-) -> tuple[float, dict[str, float]]:
-    """Chooses the start of --init_sigma=auto and returns (noise level, measured distances).
+def settle(
+    name: str, choose: Callable[[], tuple[float, dict[str, Any]]], saved: SavedState | None
+) -> tuple[float, dict[str, Any]]:
+    """(the value of an option that is to be measured, what was measured, by noise level).
 
-    distance: on process 0, of a teacher that makes samples. saved: the state to go on from, whose level stays.
+    choose: returns both; it is called on process 0. saved: the state to go on from, whose value stays.
     """
-    level = None if saved is None else saved.options.get("init_sigma")
-    if isinstance(level, float | int):
-        return float(level), {}
-    chosen_there = choose_start(teacher, distance) if distributed.rank() == 0 else None
-    level, measured = distributed.from_process_0(chosen_there)
-    return level, measured
+    former = None if saved is None else saved.options.get(name)
+    if isinstance(former, float | int):
+        return float(former), {}
+    return distributed.from_process_0(choose() if distributed.rank() == 0 else None)
 
 
 def dry_run(options: dict[str, Any], config: DistillationConfig, summary: dict[str, Any], device: torch.device) -> str:

@@ -30,6 +30,17 @@ class Karras:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (high + (1 - t) * (low - high)) ** self.rho
 
+    def time(self, sigma: float) -> float:
+        """The time in [0, 1] whose noise level is `sigma`."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return 1 - (high - sigma ** (1 / self.rho)) / (high - low)
+
+    @property
+    def highest(self) -> float:
+        """The highest noise level that is drawn."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + (high - low) * self.tmax / 1000) ** self.rho
+
     def draw(self, n: int, device: "torch.device | str" = "cpu") -> "torch.Tensor":
         """n noise levels, [n, 1, 1, 1]."""
         import torch

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ import torch
 from dnnlib.progress import ProgressBar
 from edm.latents import decoder_of
 from edm.metrics.energy import energy_distance, energy_distance_of_vectors
-from edm.sampler import generate_all, generate_images
+from edm.sampler import check_finite, generate_all, sample
 from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
+from .calibration import measure_answers
 from .teacher_features import BlockFeatures, FeatureDistance
 
 NUM_IMAGES = 256
@@ -56,28 +57,36 @@ class TeacherDistance:
 
     teacher: a denoiser, on its device and in eval mode; it isn't changed. It stays in use here.
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
+    levels: noise levels at which `answers` tells what its answers vary by (`sid.calibration`).
     """
 
-    def __init__(self, teacher: DenoiserModule, keep: bool = False):
+    def __init__(self, teacher: DenoiserModule, keep: bool = False, levels: Sequence[float] = ()):
         self._device = next(teacher.parameters()).device
         self._moves = keep and self._device.type != "cpu"
         self._teacher = copy.deepcopy(teacher) if keep else teacher
-        self.samples = self._sample(teacher)
         with self._teacher_at_hand():
+            made, self.samples = self._sample()
+            self.answers = measure_answers(self._teacher, made, range(NUM_IMAGES), levels)
             clean = decoder_of(self._teacher).from_images(self.samples)
             self._corrections = self._correct(clean)
             self._blocks = self._find_blocks(clean[:2])
             self._feature_distance = self._blocks and FeatureDistance(self._features(clean))
 
-    @staticmethod
-    def _sample(teacher: DenoiserModule) -> torch.Tensor:
-        """The teacher's samples, uint8 [N, C, H, W]; they take the longest of all."""
-        samples = []
+    def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's samples, float32 [N, C, H, W] as it makes them and uint8 images, on the CPU.
+
+        They take the longest of all.
+        """
+        made, images, decoder = [], [], decoder_of(self._teacher)
         with ProgressBar(NUM_IMAGES, desc="samples of the teacher") as bar:
-            for images in generate_images(teacher, range(NUM_IMAGES), batch=BATCH, sampler="heun", num_steps=STEPS):
-                samples.append(images)
-                bar.update(len(images))
-        return torch.cat(samples)
+            for start in range(0, NUM_IMAGES, BATCH):
+                seeds = range(start, min(start + BATCH, NUM_IMAGES))
+                part = sample(self._teacher, seeds, sampler="heun", num_steps=STEPS)
+                check_finite(part, seeds)
+                made.append(part.to("cpu", torch.float32))
+                images.append(decoder.to_images(part).cpu())
+                bar.update(len(part))
+        return torch.cat(made), torch.cat(images)
 
     def __call__(self, net: Any, **options: Any) -> Distance:
         """The distance of the images that a network makes with `options`, those of `generate_all`."""

@@ -13,6 +13,7 @@ import sid
 from edm import zoo
 from edm.metrics.energy import energy_distance
 from sid import doctor, start
+from sid.calibration import choose_tmax, levels_to_measure
 from sid.monitor.rules import judge_distance
 from sid.start import choose_start, measure_starts
 from sid.teacher_distance import NUM_IMAGES, TeacherDistance
@@ -104,21 +105,25 @@ def test_the_distance_covers_the_whole_and_the_detail():
     assert noisy.detail > 0.3
 
 
-def test_a_run_with_a_measured_start(tmp_path):
+def test_a_run_with_a_measured_start_and_measured_noise_levels(tmp_path):
     teacher, out = tiny_teacher(label_dim=0, augment_dim=0), tmp_path / "run"
-    config = tiny_config(augment=0, init_sigma=None)
+    config = tiny_config(augment=0, init_sigma=None, tmax=None)
     net = sid.distil(teacher, config, out, device="cpu").net
     options = json.loads((out / "training_options.json").read_text())
     level = options["init_sigma"]
     assert options["starts"][f"{level:g}"] <= 3 * min(options["starts"].values())
     assert net.metadata["init_sigma"] == level
+    measured = TeacherDistance(teacher.eval(), levels=levels_to_measure(teacher)).answers
+    assert (options["tmax"], options["answers"]) == choose_tmax(measured)
+    assert options["tmax"] < 800  # the network is random
     state = checkpoint.load_state(checkpoint.states(out)[-1])
-    assert state["options"]["init_sigma"] == level
+    assert (state["options"]["init_sigma"], state["options"]["tmax"]) == (level, options["tmax"])
     lines = (out / "teacher-distance.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["kimg"] == 0
-    longer = tiny_config(augment=0, init_sigma=None, total_kimg=2 * config.total_kimg)
-    again = sid.distil(teacher, longer, out, device="cpu").net  # goes on with the same start
+    longer = tiny_config(augment=0, init_sigma=None, tmax=None, total_kimg=2 * config.total_kimg)
+    again = sid.distil(teacher, longer, out, device="cpu").net  # goes on with the same start and levels
     assert again.metadata["init_sigma"] == level
+    assert checkpoint.load_state(checkpoint.states(out)[-1])["options"]["tmax"] == options["tmax"]
     assert (out / "teacher-distance.jsonl").read_text().splitlines()[: len(lines)] == lines
     assert zoo.network_hash(again) != zoo.network_hash(net)
     (out / "teacher-distance.jsonl").write_text('{"kimg": 0, "value": 0.2}\n{"kimg": 1, "value": 0.9}\n')

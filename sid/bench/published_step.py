@@ -109,6 +109,7 @@ class PublishedStep:
 
     def _backward_generator(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+        assert self.config.tmax is not None
         t = torch.rand([self.batch_gpu, 1, 1, 1], device=self.device) * self.config.tmax / 1000
         sigma = (high + (1 - t) * (low - high)) ** RHO
         x_t = images + sigma * torch.randn_like(images)

@@ -55,8 +55,8 @@ def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
 
 
 def chosen_by_run(recorded: dict[str, Any]) -> set[str]:
-    """The options that a run chooses by itself: the start if it is measured, and what trials decide or take up."""
-    measured = {"init_sigma"} if recorded["init_sigma"] is None else set()
+    """The options that a run chooses by itself: those that it measures, and what trials decide or take up."""
+    measured = {name for name in ("init_sigma", "tmax") if recorded[name] is None}
     if not recorded["trials"]:
         return measured
     from sid.trials import RATES  # loads torch
