@@ -1,12 +1,15 @@
 """The animation of a run's pictures: its frames in order, their times, and what is no picture of the run."""
 
 import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from dnnlib import UserError
 from sid.report import video
 from sid.report.__main__ import main
 from sid.report.video import FOOT, LAST_MS, MAX_FRAMES
@@ -50,6 +53,37 @@ def test_every_picture_has_its_time_and_the_last_stays(tmp_path, suffix):
         assert animation.info["loop"] == 0
 
 
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+def test_a_film_has_the_same_pictures_for_as_long(tmp_path):
+    """Of an odd size, which MP4 doesn't have: the last column and line are the ground's."""
+    run, path = make_run(tmp_path / "run", 40, 80, 160, size=(513, 51)), tmp_path / "new.mp4"
+    assert video.write_video(run, video.check_place(str(path))) == 4
+    command = ["ffmpeg", "-loglevel", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    data = subprocess.run(command, check=True, capture_output=True).stdout
+    width, height = 514, 51 + FOOT + 1
+    found = np.frombuffer(data, np.uint8).reshape(-1, height, width, 3).astype(int)
+    shades = found[:, 10:40, 10:500].mean(axis=(1, 2, 3))
+    assert np.ptp(found[:, 10:40, 10:500], axis=(1, 2, 3)).max() <= 8
+    expected = np.repeat([0, 40, 80, 160], [15, 15, 15, 65])  # 0.6 s each, and 2 s more for the last, at 25 per second
+    assert shades == pytest.approx(expected, abs=3)
+    assert path.read_bytes()[4:8] == b"ftyp"
+
+
+def test_a_film_without_ffmpeg_or_by_one_that_fails(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", 40)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"^--video=x\.mp4: needs the program ffmpeg; install it, or name a \.webp file$"
+    ):
+        video.check_place("x.mp4")
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\necho Unknown encoder >&2\necho more >&2\nexit 3\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    path = video.check_place(str(tmp_path / "x.mp4"))
+    with pytest.raises(UserError, match=r"^--video: ffmpeg failed \(Unknown encoder\); name a \.webp file$"):
+        video.write_video(run, path)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["ffmpeg", "run"]
+
+
 def test_of_many_pictures_the_last_is_among_those_taken(tmp_path):
     run = make_run(tmp_path / "run", *range(1, MAX_FRAMES + 52), size=(16, 8))
     count = video.write_video(run, tmp_path / "new.png")
@@ -82,7 +116,7 @@ def test_the_command(tmp_path):
 
     code, text = ask(f"--video={tmp_path}/new.webp")
     assert (code, text.splitlines()[-1]) == (0, f"Video:     {tmp_path}/new.webp  (2 pictures)")
-    for name, reason in (("new.mp4", "ends in .webp"), ("taken.gif", "exists already"), ("nowhere/x.gif", "exists")):
+    for name, reason in (("new.avi", "ends in .webp"), ("taken.gif", "exists already"), ("nowhere/x.gif", "exists")):
         code, text = ask(f"--video={tmp_path}/{name}")
         assert (code, reason in text) == (2, True), text
     assert "leave one out" in ask("--serve", f"--video={tmp_path}/x.gif")[1]

@@ -16,7 +16,10 @@ WANTED = "a run folder of sid_train.py or edm.train"
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True))
 @click.option("--page-only", is_flag=True, help="Write the page from what is recorded, without drawing new samples")
-@click.option("--video", help="New .webp, .gif or .png file for an animation of the pictures of all snapshots")
+@click.option(
+    "--video",
+    help="New .webp, .gif, .png or .mp4 file (needs ffmpeg) for the pictures of all snapshots, one after the other",
+)
 @click.option("--serve", "serves", is_flag=True, help="Show all runs in the folder RUN on a local page")
 @click.option("--port", type=WholeRange(0, 65535), default=8000, show_default=True, help="With --serve; 0: any")
 @classes_option

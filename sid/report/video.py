@@ -1,6 +1,12 @@
-"""The pictures of a run over time as an animated image: what equal seeds look like while the generator learns."""
+"""The pictures of a run over time as a video: what equal seeds look like while the generator learns."""
 
+import contextlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import PIL.features
 import PIL.Image
@@ -8,10 +14,13 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from dnnlib import UserError, user_path, write_atomically
+from dnnlib.util import printable
 
 from .embedded import GRID_COLUMNS, first_columns, frame_names, is_inside, open_picture
 
-FORMATS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}
+FORMATS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}  # of animated images, which Pillow writes
+FILM = ".mp4"  # which the program ffmpeg writes
+FILM_RATE = 25  # frames per second; a picture stays for several
 MAX_FRAMES = 150
 WIDTH = 512  # up to which pictures are enlarged, by a whole factor
 WHOLE_MS, LAST_MS = 8000, 2000  # of the animation, and of its last frame in addition
@@ -24,8 +33,10 @@ GROUND, TEXT, TRACK, BAR = "#181c22", "#e3e8ee", "#343b44", "#58b0ea"  # the col
 def check_place(destination: str) -> Path:
     """Where a video will be. Errors: UserError naming --video when it can't be written there, or in that format."""
     path = user_path(destination)
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--video={destination}: name a file that ends in {', '.join(FORMATS)}")
+    if path.suffix.lower() not in (*FORMATS, FILM):
+        raise UserError(f"--video={destination}: name a file that ends in {', '.join((*FORMATS, FILM))}")
+    if path.suffix.lower() == FILM and shutil.which("ffmpeg") is None:
+        raise UserError(f"--video={destination}: needs the program ffmpeg; install it, or name a .webp file")
     if path.suffix.lower() == ".webp" and not PIL.features.check("webp"):
         raise UserError(f"--video={destination}: this Pillow can't write WebP; name a .gif or .png file")
     if path.exists() or not path.absolute().parent.is_dir():
@@ -34,7 +45,7 @@ def check_place(destination: str) -> Path:
 
 
 def write_video(run_dir: Path, path: Path, columns: int = GRID_COLUMNS) -> int:
-    """Writes the pictures of a run's snapshots, oldest first, as an animation that repeats; returns how many.
+    """Writes the pictures of a run's snapshots, oldest first, as a video; returns how many. Animated images repeat.
 
     columns: of the pictures. Below each stands how many thousands of images the network had seen. Of more than
     MAX_FRAMES, every second, third, … and the last are taken.
@@ -53,15 +64,42 @@ def write_video(run_dir: Path, path: Path, columns: int = GRID_COLUMNS) -> int:
     frames = [_frame(picture, kimg, shown[-1][0]) for kimg, picture in shown]
     each = min(max(WHOLE_MS // len(frames), LEAST_MS), MOST_MS)
     durations = [each] * (len(frames) - 1) + [each + LAST_MS]
-    kind = FORMATS[path.suffix.lower()]
-    options = {"quality": 85, "method": 4} if kind == "WEBP" else {}
     try:
         with write_atomically(path) as file:
-            animation = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
-            frames[0].save(file, format=kind, **animation, **options)
+            if path.suffix.lower() == FILM:
+                _write_film(frames, durations, file)
+            else:
+                kind = FORMATS[path.suffix.lower()]
+                options = {"quality": 85, "method": 4} if kind == "WEBP" else {}
+                animation = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+                frames[0].save(file, format=kind, **animation, **options)
     except OSError as error:
         raise UserError(f"--video={path} can't be written ({error.strerror or error}); choose another place") from None
     return len(frames)
+
+
+def _write_film(frames: Sequence[PIL.Image.Image], durations: Sequence[int], file: BinaryIO) -> None:
+    """Writes MP4 by ffmpeg and the encoder that it takes for it. Errors: UserError with ffmpeg's words."""
+    width, height = (size + size % 2 for size in frames[0].size)  # as its colours need
+    command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-f", "rawvideo", "-pixel_format", "rgb24"]
+    command += ["-video_size", f"{width}x{height}", "-framerate", str(FILM_RATE), "-i", "pipe:0"]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as words:
+        film = Path(folder, f"film{FILM}")
+        command += ["-pix_fmt", "yuv420p", "-movflags", "+faststart", str(film)]
+        ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=words)
+        assert ffmpeg.stdin is not None
+        with contextlib.suppress(BrokenPipeError), ffmpeg:  # where the pipe breaks, ffmpeg says why
+            for frame, milliseconds in zip(frames, durations):
+                whole = PIL.Image.new("RGB", (width, height), GROUND)
+                whole.paste(frame)
+                for _ in range(max(1, round(milliseconds * FILM_RATE / 1000))):
+                    ffmpeg.stdin.write(whole.tobytes())
+        if ffmpeg.returncode:
+            words.seek(0)
+            reason = printable(words.read(1000).decode("utf-8", "replace").strip().partition("\n")[0])
+            raise UserError(f"--video: ffmpeg failed ({reason or ffmpeg.returncode}); name a .webp file")
+        with film.open("rb") as written:
+            shutil.copyfileobj(written, file)
 
 
 def _frame(picture: PIL.Image.Image, kimg: float, last: float) -> PIL.Image.Image:
