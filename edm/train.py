@@ -133,7 +133,7 @@ def train(
         report = training_report.TeacherReport(run_dir, evaluator, config.batch)
         # Heun's method can't sample with a denoiser of a single noise level.
         pictures = report.snapshot if options["sigma"] is None else None
-        report.draw_reals(dataset)
+        report.draw_reals(dataset, training.net)
         training_begins.set()
         save_snapshot = snapshot_writer(run_dir, options, dataset, config)
         with Tracking(run_dir, trackers, training.nimg, config.batch) as tracking:

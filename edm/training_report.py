@@ -7,6 +7,7 @@ import torch
 
 from dnnlib import UserError, kimg_name
 from edm.images import save_grid
+from edm.latents import decoder_of
 from edm.metrics.evaluate import Evaluator
 from edm.next_steps import METRICS_STEPS, report
 from edm.sampler import generate_all
@@ -36,13 +37,18 @@ class TeacherReport:
         self._run_dir, self._batch = run_dir, batch
         self._metrics = None if evaluator is None else SnapshotMetrics(run_dir, evaluator, METRICS_STEPS)
 
-    def draw_reals(self, dataset: Any) -> None:
-        """Draws images from all over the data set, on process 0. Latents would have to be decoded and are left out."""
+    def draw_reals(self, dataset: Any, net: torch.nn.Module) -> None:
+        """Draws images from all over the data set, on process 0. Latents are decoded. net: is trained on it."""
+        if distributed.rank() == 0:
+            attempt(f"saving {REALS}", lambda: self._draw_reals(dataset, net))
+
+    def _draw_reals(self, dataset: Any, net: torch.nn.Module) -> None:
         count = PICTURE_COLUMNS * PICTURE_ROWS
-        if distributed.rank() == 0 and not dataset.metadata:
-            chosen = sorted({len(dataset) * i // count for i in range(count)})
-            images = torch.stack([torch.as_tensor(dataset[i][0]) for i in chosen])
-            attempt(f"saving {REALS}", lambda: save_grid(images, self._run_dir / REALS, PICTURE_COLUMNS))
+        chosen = sorted({len(dataset) * i // count for i in range(count)})
+        images = torch.stack([torch.as_tensor(dataset[i][0]) for i in chosen])
+        if dataset.metadata:  # means and standard deviations
+            images = decoder_of(net).to_images(images[:, 0].to(next(net.parameters()).device)).cpu()
+        save_grid(images, self._run_dir / REALS, PICTURE_COLUMNS)
 
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> dict[str, float]:
         """Reports a snapshot. Every process must call it, with equal weights.

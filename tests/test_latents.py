@@ -249,6 +249,10 @@ def test_training_on_latents(encoded, tmp_path):
     net = zoo.load_network(tmp_path / "run")
     assert net.metadata["vae"] == LatentDataset(encoded).metadata["vae"]
     assert Image.open(next((tmp_path / "run").glob("fakes*.png"))).size[0] % 16 == 0
+    shown = np.asarray(Image.open(tmp_path / "run" / "reals.png"))  # the 12 images of the data set, enlarged
+    zoom = shown.shape[1] // (8 * 16)
+    latent = torch.as_tensor(LatentDataset(encoded)[9][0][:1])
+    assert np.array_equal(shown[::zoom, ::zoom][16:32, 16:32], latents.decoder_of(net).to_images(latent)[0, 0].numpy())
     assert generate_all(net, [0], steps=2).shape == (1, 1, 16, 16)
     result = CliRunner().invoke(edm_train.main, [f"--data={encoded}", *options])
     assert "latents can't be augmented; use --augment=0" in result.output
