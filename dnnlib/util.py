@@ -289,6 +289,11 @@ def format_number(value: float) -> str:
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
+def format_figure(value: float) -> str:
+    """A measured number with three digits, as a reader writes it: 0.0123, 4.3, 4300."""
+    return format_number(float(f"{value:.3g}"))
+
+
 def format_count(count: float) -> str:
     """A large count in thousands or millions, with three digits: 189k, 1.2M."""
     return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.3g}k"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dnnlib import UserError, kimg_name
+from dnnlib import UserError, format_figure, kimg_name
 from edm.images import save_grid
 from edm.latents import decoder_of
 from edm.metrics.evaluate import Evaluator
@@ -129,7 +129,7 @@ def _describe(
     passes = config.total_kimg * 1000 / len(dataset)
     return {
         "Network": None if net is None else network_text(net),
-        "Data": f"{path_text(data)}, {len(dataset)} of {size}, {classes}; {passes:.3g} passes over it",
+        "Data": f"{path_text(data)}, {len(dataset)} of {size}, {classes}; {format_figure(passes)} passes over it",
         "Device": device_text(device),
         "Batch": batch_text(config.batch, batch_gpu),
         "Rate": f"lr {config.lr:g} after a warm-up of {config.lr_rampup_kimg:g} kimg, decay {config.lr_decay}",

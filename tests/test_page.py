@@ -8,6 +8,7 @@ import os
 import random
 import shlex
 import threading
+import time
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from edm import training_report
 from sid import inputs, trials
 from sid.config import DistillationConfig
 from sid.options import parse
-from sid.report import commands, embedded, pictures, run_record
+from sid.report import commands, embedded, pictures, run_record, serve
 from sid.report.curves import MAX_VALUES, charts, thinned
 from sid.report.page import PAGE_FILE, RunPage, write_page
 from sid.report.serve import make_server
@@ -223,7 +224,7 @@ def ask(tmp_path):
     server.server_close()
 
 
-def test_all_runs_of_a_folder_are_served_and_nothing_else(tmp_path, ask):
+def test_all_runs_of_a_folder_are_served_and_nothing_else(tmp_path, ask, monkeypatch):
     runs = tmp_path / "runs"
     runs.mkdir()
     make_run(runs / "one", teacher_fid={"value": 9.5})
@@ -241,6 +242,12 @@ def test_all_runs_of_a_folder_are_served_and_nothing_else(tmp_path, ask):
     with open(runs / "deep" / "<b>" / "stats.jsonl", "a") as file:
         file.write('{"Progress/kimg": 7.0}\n')
     assert [run["kimg"] for run in json.loads(ask("/runs.json")[1])] == [7, 30]  # live
+    assert [run["state"] for run in json.loads(ask("/runs.json")[1])] == ["running", "finished"]
+    with monkeypatch.context() as later:  # nothing has changed since, so nothing is read
+        now = time.time()
+        later.setattr(serve.time, "time", lambda: now + run_record.SILENT_SEC)
+        later.setattr(serve, "read_run", None)
+        assert [run["state"] for run in json.loads(ask("/runs.json")[1])] == ["stopped", "finished"]
     assert "my-teacher, distilled" in ask("/run/deep%2F%3Cb%3E")[1]
     assert "overview" not in ask("/run/one")[1]
     assert ask("/")[0] == 200

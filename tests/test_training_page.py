@@ -16,6 +16,7 @@ from pages import Page, images_of, write_lines
 
 import fid
 import sid_train
+from dnnlib import format_figure
 from edm import generate, train
 from sid.report import __main__ as report
 from sid.report.embedded import TRAINING_COLUMNS, first_columns
@@ -27,6 +28,10 @@ from sid.report.training_page import changed_options, continuing, data_name, fac
 ARGUMENTS = ["--data=pets.zip", "--outdir=runs", "--cond=1", "--cbase=16", "--lr=2e-3", "--duration=0.03"]
 NETWORK = {"class_name": "EDMPrecond", "model_type": "SongUNet", "model_channels": 16, "channel_mult": [1, 2]}
 NETWORK |= {"img_resolution": 8, "img_channels": 3, "label_dim": 10, "attn_resolutions": [4], "dropout": 0.0}
+
+
+def test_figures_are_written_as_people_write_them():
+    assert [format_figure(value) for value in (4296.5, 17.189, 0.012345, 2.0)] == ["4300", "17.2", "0.0123", "2"]
 
 
 def recorded(arguments, **options):

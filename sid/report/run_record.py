@@ -105,7 +105,7 @@ def read_run(run_dir: Path, is_running: bool | None = None) -> RunRecord:
         metrics,
         {n: r for n, r in _read_object(run_dir / TRIAL_RESULTS).items() if isinstance(r, dict)},
         read_returns(run_dir),
-        _writes(run_dir, ticks) if is_running is None else is_running,
+        time.time() < silent_from(run_dir, ticks) if is_running is None else is_running,
     )
 
 
@@ -144,8 +144,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _writes(run_dir: Path, ticks: Figures) -> bool:
-    """Whether a run has written something lately."""
+def silent_from(run_dir: Path, ticks: Figures) -> float:
+    """The time (of time.time) from which a run that has written nothing more isn't running."""
     tick_sec = ticks[-1].get("Timing/sec_per_tick", 0.0) if ticks else 0.0
     written = 0.0
     for name in (STATS_FILE, "log.txt", OPTIONS_FILE):
@@ -153,4 +153,4 @@ def _writes(run_dir: Path, ticks: Figures) -> bool:
             written = max(written, (run_dir / name).stat().st_mtime)
         except OSError:
             continue
-    return time.time() - written < max(SILENT_SEC, 3 * tick_sec)
+    return written + max(SILENT_SEC, 3 * tick_sec)

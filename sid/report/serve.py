@@ -22,11 +22,10 @@ from .curves import charts
 from .embedded import PictureCache
 from .markup import document, escaped
 from .page import page, teacher_name
-from .run_record import RunRecord, read_run
+from .run_record import RunRecord, read_run, silent_from
 from .training_page import data_name
 
 ADDRESS = "127.0.0.1"
-STATE_SEC = 60  # how long a run's state is believed when nothing is written
 MAX_RUNS, MAX_FOLDERS, MAX_DEPTH = 100, 5000, 3
 COMPARED = ("distance", "divergence", "generator", "fake-score", "loss", "speed")  # charts, next to the first FID
 LIST_FILE, RUN_PLACE = "/runs.json", "/run/"
@@ -46,7 +45,7 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._known: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._known: dict[Path, tuple[Any, float, dict[str, Any]]] = {}
         self._pictures: dict[Path, PictureCache] = {}
         self._lock = threading.Lock()
 
@@ -74,12 +73,14 @@ class Runs:
         return dict(sorted(found.items()))
 
     def _summary(self, name: str, path: Path) -> dict[str, Any]:
-        record_files = sorted(file for file in path.glob("*.json*") if file.is_file())
-        version: list[Any] = [time.time() // STATE_SEC]
-        version += [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in record_files]
+        record_files = [file for file in sorted([*path.glob("*.json*"), *path.glob("log.txt")]) if file.is_file()]
+        version = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in record_files]
         if path not in self._known or self._known[path][0] != version:
-            self._known[path] = version, summary(read_run(path))
-        return {"name": name, **self._known[path][1]}
+            record = read_run(path)
+            self._known[path] = version, silent_from(path, record.ticks), summary(record)
+        _, until, found = self._known[path]
+        is_silent = found["state"] == "running" and time.time() >= until
+        return {"name": name, **found, **({"state": "stopped"} if is_silent else {})}
 
 
 def _folders(folder: Path) -> Iterator[Path]:

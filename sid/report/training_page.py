@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from dnnlib import Command, format_count, format_number
+from dnnlib import Command, format_count, format_figure, format_number
 from dnnlib.util import printable
 from edm import next_steps
 from edm.train_options import SECTIONS
@@ -123,8 +123,8 @@ def _passes_text(record: RunRecord) -> str:
     images = record.options.get("images")
     if not is_figure(images) or images < 1:
         return ""
-    done = f"{1000 * record.kimg / images:.3g}"
-    return done if record.total_kimg is None else f"{done} of {1000 * record.total_kimg / images:.3g}"
+    done = format_figure(1000 * record.kimg / images)
+    return done if record.total_kimg is None else f"{done} of {format_figure(1000 * record.total_kimg / images)}"
 
 
 def _loss_text(options: dict[str, Any]) -> str:
