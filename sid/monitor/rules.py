@@ -369,7 +369,7 @@ PROBLEMS: list[list[Rule]] = [
 STATES: list[Rule] = [astray, lost_ground, frozen]
 
 
-REMEDY = "try --recipe=auto, or lower --lr and --glr if this is one"
+REMEDY = "try --recipe=auto, or lower --lr and --glr if the run has that recipe already"
 
 
 # --- the distance from the teacher's samples, which only some runs record
