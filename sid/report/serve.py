@@ -27,7 +27,8 @@ from .training_page import data_name
 
 ADDRESS = "127.0.0.1"
 MAX_RUNS, MAX_FOLDERS, MAX_DEPTH = 100, 5000, 3
-COMPARED = ("distance", "features", "divergence", "generator", "fake-score", "loss", "speed")  # charts, next to the first FID
+# Charts, next to the first FID.
+COMPARED = ("distance", "features", "divergence", "generator", "fake-score", "loss", "speed")
 LIST_FILE, RUN_PLACE = "/runs.json", "/run/"
 
 BODY = """<header><p class="path">{folder}</p><h1>Runs</h1><p class="quiet" id="status" role="status"></p></header>
