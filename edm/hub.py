@@ -13,10 +13,12 @@ from typing import Any
 
 from dnnlib import UserError, user_path, without_password
 from dnnlib.download import is_url
+from dnnlib.util import printable
 from torch_utils import persistence
 
 INSTALL = "pip install huggingface_hub"
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+USUAL = ("network", "teacher", "best")  # names of networks' files in run folders begin so
 KEPT_FILES = (".gitattributes",)  # that the Hub itself puts into a repository
 
 
@@ -148,6 +150,18 @@ def _refused(name: str, error: Exception, consequence: str = "") -> UserError:
 def is_name(source: str | os.PathLike) -> bool:
     """Whether `source` has the form of a repository's name, and nothing here has that path."""
     return NAME.fullmatch(str(source)) is not None and not user_path(source).exists()
+
+
+def title(source: str) -> str:
+    """What to call a network in public: the last name of its place, or its folder's where its file has a usual one."""
+    name = public(source)
+    if not is_url(source):
+        path = user_path(source).absolute()
+        if path.suffix and path.stem.startswith(USUAL):
+            name = path.parent.name
+        elif path.exists():  # a folder in a folder, otherwise taken for a name on the Hub
+            name = path.name
+    return printable(name.partition("?")[0])
 
 
 def public(value: Any) -> Any:

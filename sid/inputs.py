@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 from edm import latents, published, zoo
-from edm.hub import public
+from edm.hub import title
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
@@ -92,7 +92,7 @@ def checked_teacher(
     """`teacher`, or the network of --edm_model. Errors: UserError when other options don't fit it."""
     if teacher is None:
         teacher = zoo.load_denoiser(options["edm_model"], own_classes(options["classes"]))
-        teacher.metadata.setdefault("name", public(options["edm_model"]))
+        teacher.metadata.setdefault("name", title(options["edm_model"]))
     check_architecture(teacher, options)
     check_noise_levels(teacher, config)
     return teacher

@@ -293,3 +293,19 @@ def test_a_name_that_isnt_there_is_one_line(server):
     with pytest.raises(UserError, match="can't be had from the Hugging Face Hub") as error:
         zoo.load_network("someone/nothing")
     assert "\n" not in str(error.value)
+
+
+def test_what_to_call_a_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for source, name in {
+        "runs/cats/network-snapshot-000040.safetensors": "cats",
+        "network-snapshot-000040.safetensors": tmp_path.name,
+        "/models/dogs/best.safetensors": "dogs",
+        "birds.pkl": "birds.pkl",
+        "runs/mine": "mine",
+        "owner/name": "owner/name",  # nothing of that name is here
+        "edm-cifar10-32x32-uncond-vp": "edm-cifar10-32x32-uncond-vp",
+        "https://me:secret@example.org/files/fish.pkl?token=secret": "fish.pkl",
+    }.items():
+        assert hub.title(source) == name

@@ -97,7 +97,7 @@ def describe(net: Any, source: str) -> dict[str, Any]:
     if channels not in (1, 3):
         raise UserError(f"--to=site: the network makes {channels} channels, and a picture has 1 or 3")
     return {
-        "title": _title(source),
+        "title": hub.title(source),
         "shape": [net.img_channels, net.img_resolution, net.img_resolution],
         "resolution": resolution,
         "steps": len(steps),
@@ -107,15 +107,6 @@ def describe(net: Any, source: str) -> dict[str, Any]:
         "classes": learnt_classes(net) or list(range(net.label_dim)),
         "licence": hub.public(net.metadata.get("licence")),
     }
-
-
-def _title(source: str) -> str:
-    """The last name of a network's place, or its folder's, where the file has the name of every snapshot."""
-    path = Path(source)
-    if path.suffix and path.stem.startswith("network"):
-        path = path.parent
-    name = hub.public(str(path)) if path.name else path.absolute().name
-    return printable(name.partition("?")[0])
 
 
 def _class_names(source: str, count: int) -> list[str]:
