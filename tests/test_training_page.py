@@ -1,12 +1,13 @@
 """The page of a training by edm.train: what it shows, and that the commands on it are right."""
 
+import contextlib
 import html
-import http.client
 import json
 import os
 import re
 import shlex
 import threading
+import urllib.request
 
 import browser
 import PIL.Image
@@ -158,10 +159,25 @@ def test_the_commands_that_use_the_teacher(tmp_path, more, distils, measures):
     assert (given["network"], given["steps"]) == (str(run), 18)
 
 
+@contextlib.contextmanager
+def served_runs(folder):
+    """The address of a server of all runs in a folder."""
+    server = make_server(folder, 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.mark.skipif(not browser.IS_HERE, reason="needs Chromium and chromedriver")
 def test_pages_fit_a_narrow_screen(tmp_path):
-    training = make_training(tmp_path / "training")
-    distillation = make_training(tmp_path / "distillation", network=None, edm_model="teacher.safetensors")
+    (tmp_path / "runs").mkdir()
+    training = make_training(tmp_path / "runs" / "training")
+    distillation = make_training(tmp_path / "runs" / ("d" * 250), network=None, edm_model="teacher.safetensors")
     for name in ("reals.png", "nearest.png"):
         for run in (training, distillation):
             PIL.Image.new("RGB", (1024, 512)).save(run / name)
@@ -172,6 +188,10 @@ def test_pages_fit_a_narrow_screen(tmp_path):
         for run, curves in ((training, 5), (distillation, 3)):
             window.open(write_page(run).as_uri())
             window.wait(f"document.querySelectorAll('.u-wrap').length === {curves}")
+            assert window.run("return document.documentElement.scrollWidth") == 360
+        with served_runs(tmp_path / "runs") as address:
+            window.open(address)
+            window.wait("document.querySelectorAll('.u-wrap').length >= 3")
             assert window.run("return document.documentElement.scrollWidth") == 360
 
 
@@ -224,24 +244,15 @@ def test_trainings_are_served_with_distillations(tmp_path):
     (tmp_path / "generator" / "training_options.json").write_text(json.dumps(options))
     write_lines(tmp_path / "generator" / "stats.jsonl", [{"Progress/kimg": 2.0, "Timing/img_per_sec": 9.0}])
     before = sorted(os.listdir(tmp_path / "teacher"))
-    server, texts = make_server(tmp_path, 0), {}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        for place in ("/runs.json", "/run/teacher"):
-            connection = http.client.HTTPConnection(*server.server_address, timeout=10)
-            connection.request("GET", place)
-            texts[place] = connection.getresponse().read().decode()
-            connection.close()
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-    generator, teacher = json.loads(texts["/runs.json"])
+    with served_runs(tmp_path) as address:
+        texts = {
+            place: urllib.request.urlopen(address + place).read().decode() for place in ("runs.json", "run/teacher")
+        }
+    generator, teacher = json.loads(texts["runs.json"])
     assert (generator["what"], teacher["what"]) == ("teacher, distilled", "training on pets.zip")
     assert (generator["loss"], teacher["loss"], teacher["fid"]) == (None, pytest.approx(1 / 30), 70)
     assert (teacher["finding"], teacher["state"]) == ("", "finished")
     assert set(teacher["charts"]) == {"metric-fid5k", "loss", "speed"}
     assert set(generator["charts"]) == {"speed"}
-    assert "pets.zip, training of a teacher" in texts["/run/teacher"]
+    assert "pets.zip, training of a teacher" in texts["run/teacher"]
     assert sorted(os.listdir(tmp_path / "teacher")) == before
