@@ -224,19 +224,19 @@ class EasyDict(dict):
 
 
 class IntList(click.ParamType):
-    """Comma-separated whole numbers, `1,2,2`; with `or_auto` also the word `auto`, which stays as it is."""
+    """Comma-separated whole numbers, `1,2,2`, or one of `words`, which stay as they are."""
 
     name = "list"
 
-    def __init__(self, or_auto: bool = False):
-        self.or_auto = or_auto
+    def __init__(self, *words: str):
+        self.words = words
 
     def convert(self, value: Any, param: Any, ctx: Any) -> "list[int] | str":
-        if isinstance(value, list) or (self.or_auto and value == "auto"):
+        if isinstance(value, list) or value in self.words:
             return value
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", value):
-            auto = " or auto" if self.or_auto else ""
-            self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2{auto}", param, ctx)
+            words = "".join(f" or {word}" for word in self.words)
+            self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2{words}", param, ctx)
         return [int(v) for v in value.split(",")]
 
 

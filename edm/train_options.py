@@ -102,9 +102,13 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
         option("--arch", "Architecture", list(ARCHITECTURES), "ddpmpp"),
         option("--precond", "Preconditioning, with its own loss", list(PRECONDITIONINGS), "edm"),
         option("--cbase", "Channels at full resolution  [default: by --arch]", WholeRange(4)),
-        option("--cres", "Channel multiplier per resolution, or auto  [default: by --arch]", IntList(or_auto=True)),
+        option("--cres", "Channel multiplier per resolution, or auto  [default: by --arch]", IntList("auto")),
         option("--blocks", "Residual blocks per resolution  [default: by --arch]", COUNT),
-        option("--attn", "Resolutions with self-attention, or auto  [default: by --arch]", IntList(or_auto=True)),
+        option(
+            "--attn",
+            "Resolutions with self-attention, auto or none  [default: by --arch]",
+            IntList("auto", "none"),
+        ),
         option("--dropout", "Dropout probability", PROBABILITY, 0.13),
         option(
             "--label-dropout", "Probability of hiding an image's label, for guidance without a class", PROBABILITY, 0.0
@@ -196,12 +200,12 @@ def network_arguments(
     }
     if options["label_dropout"] and not dataset.label_dim:
         raise UserError(f"--label-dropout={options['label_dropout']:g} hides labels, of which there are none: --cond=1")
-    sizes = halves(dataset.resolution)
     if arguments["channel_mult"] == "auto":
-        arguments["channel_mult"] = [1] + [2] * len(sizes)
-    if arguments.get("attn_resolutions") == "auto":
-        arguments["attn_resolutions"] = [size for size in sizes if size <= SMALL_SIZE][:1]
+        arguments["channel_mult"] = [1] + [2] * len(halves(dataset.resolution))
     _check_multipliers(arguments["channel_mult"], dataset.resolution, options["data"])
+    sizes = [dataset.resolution >> halvings for halvings in range(len(arguments["channel_mult"]))]
+    if options["attn"] is not None:
+        arguments["attn_resolutions"] = _attention(options["attn"], sizes)
     if arguments["model_channels"] % 2:
         raise UserError(f"--cbase={arguments['model_channels']} must be even")
     if is_edm2(options):
@@ -262,6 +266,23 @@ def _check_multipliers(multipliers: Sequence[int], resolution: int, data: str) -
             f" (--cres={cres}); sizes that fit are multiples of {size}, such as {below} or {above}:"
             f" use edm.dataset_tool --resolution={above}x{above}, or fewer --cres"
         )
+
+
+def _attention(asked: Sequence[int] | str, sizes: Sequence[int]) -> Sequence[int]:
+    """The resolutions with self-attention that --attn asks for, of the `sizes` at which a network has layers.
+
+    Errors: UserError when it names another one.
+    """
+    if isinstance(asked, str):
+        return [size for size in sizes[1:] if size <= SMALL_SIZE][:1] if asked == "auto" else []
+    missing = [size for size in asked if size not in sizes]
+    if missing:
+        attn, known = (",".join(map(str, listed)) for listed in (asked, sizes))
+        raise UserError(
+            f"--attn={attn}: the network has no layers of {missing[0]}x{missing[0]}; give some of its sizes, {known},"
+            " or none"
+        )
+    return asked
 
 
 def training_config(options: dict[str, Any]) -> "TrainingConfig":

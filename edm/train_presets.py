@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cbase": 16,
         "cres": [1, 2],
         "blocks": 1,
-        "attn": [],
+        "attn": "none",
         "dropout": 0.0,
         "batch": 64,
         "lr": 0.01,

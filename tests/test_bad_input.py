@@ -72,7 +72,7 @@ def made(tmp_path_factory):
     options = [*TINY_RUN, "--duration=0.000008", "--nosubdir"]
     done = run(sid_train.main, f"--edm_model={folder}/teacher.safetensors", f"--outdir={folder}/distilled", *options)
     assert done.exit_code == 0, done.output
-    options += ["--cbase=8", "--cres=1", "--blocks=1", "--attn=1", "--augment=0", "--workers=0"]
+    options += ["--cbase=8", "--cres=1", "--blocks=1", "--attn=none", "--augment=0", "--workers=0"]
     done = run(train.main, f"--data={folder}/images", f"--outdir={folder}/trained", *options)
     assert done.exit_code == 0, done.output
     return folder
@@ -264,6 +264,7 @@ TEACHER_TRAINING = [
     (["--label-dropout=0.1"], "--label-dropout=0.1 hides labels, of which there are none: --cond=1"),
     (["--cbase=14"], "--cbase, --cres, --attn: no network of these for 8x8 images"),  # groups of channels
     (["--arch=adm", "--cbase=224", "--attn=8"], "no network of these"),  # heads
+    (["--attn=8,4"], "--attn=8,4: the network has no layers of 4x4; give some of its sizes, 8, or none"),
     (["--resume=trained", "--xflip=1"], "--xflip=True: the run in trained"),
     (["--transfer=detector.safetensors"], "detector.safetensors"),
     (["--resume=distilled"], "--resume=distilled/training-state"),
@@ -320,7 +321,7 @@ GENERATION = [
 
 
 DISTIL = ["--edm_model=teacher.safetensors", "--outdir=runs", "--duration=0.000008", *TINY_RUN]
-TRAIN = ["--data=images", "--outdir=runs", "--duration=0.000008", "--cbase=8", "--cres=1", "--blocks=1", "--attn=1"]
+TRAIN = ["--data=images", "--outdir=runs", "--duration=0.000008", "--cbase=8", "--cres=1", "--blocks=1", "--attn=none"]
 TRAIN += ["--augment=0", "--workers=0", *TINY_RUN]
 
 

@@ -234,7 +234,7 @@ def test_the_distance_from_the_teacher_is_of_images(pipeline, monkeypatch):
 
 def test_training_on_latents(encoded, tmp_path):
     """edm.train: pictures are decoded, snapshots name the VAE, a run on other latents isn't resumed."""
-    options = ["--arch=ddpmpp", "--cbase=8", "--cres=1", "--blocks=1", "--attn=0", "--dropout=0", "--workers=0"]
+    options = ["--arch=ddpmpp", "--cbase=8", "--cres=1", "--blocks=1", "--attn=none", "--dropout=0", "--workers=0"]
     options += [
         "--batch=4",
         "--duration=0.000016",

@@ -83,7 +83,7 @@ def test_training_records_the_classes_that_have_images(tmp_path, classes, expect
         Image.new("L", (4, 4), i).save(tmp_path / "in" / f"{i}.png")
     labels = [[f"{i}.png", label] for i, label in enumerate(classes)]
     (tmp_path / "in" / "dataset.json").write_text(json.dumps({"labels": labels}))
-    options = "--cond=1 --cbase=4 --cres=1 --blocks=1 --attn=0 --augment=0 --workers=0 --batch=4 --duration=0.000004"
+    options = "--cond=1 --cbase=4 --cres=1 --blocks=1 --attn=none --augment=0 --workers=0 --batch=4 --duration=0.000004"
     places = [f"--data={tmp_path / 'in'}", f"--outdir={tmp_path / 'run'}", "--nosubdir", "--device=cpu"]
     result = CliRunner().invoke(train.main, [*options.split(), *places])
     assert result.exit_code == 0, result.output

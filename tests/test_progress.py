@@ -150,8 +150,16 @@ def distil(outdir, *options):
 
 
 def train(outdir):
-    arguments = ["--data=images", f"--outdir={outdir}", "--nosubdir", "--cbase=4", "--cres=1", "--blocks=1", "--attn=0"]
-    arguments += ["--augment=0", "--batch=8", "--workers=0", "--device=cpu", "--duration=4e-5", "--tick=0.016"]
+    arguments = ["--data=images", f"--outdir={outdir}", "--nosubdir", "--cbase=4", "--cres=1", "--blocks=1"]
+    arguments += [
+        "--attn=none",
+        "--augment=0",
+        "--batch=8",
+        "--workers=0",
+        "--device=cpu",
+        "--duration=4e-5",
+        "--tick=0.016",
+    ]
     return [sys.executable, "-m", "edm.train", *arguments]
 
 

@@ -83,7 +83,7 @@ def test_a_stopped_teacher_training_is_bit_equal(tmp_path, monkeypatch, request)
     images.mkdir()
     for i in range(7):
         PIL.Image.new("L", (8, 8), color=30 * i).save(images / f"{i}.png")
-    options = [f"--data={images}", "--cbase=8", "--cres=1", "--blocks=1", "--attn=1", "--batch=4", "--batch-gpu=2"]
+    options = [f"--data={images}", "--cbase=8", "--cres=1", "--blocks=1", "--attn=none", "--batch=4", "--batch-gpu=2"]
     options += ["--nosubdir", "--duration=0.000036", "--tick=0.012", "--workers=1", "--lr-rampup=0", "--device=cpu"]
 
     def run(name, *more):
@@ -216,7 +216,7 @@ def test_a_run_whose_last_snapshot_is_missing_has_failed(tmp_path, options, comm
     else:
         (tmp_path / "images").mkdir()
         PIL.Image.new("L", (8, 8)).save(tmp_path / "images" / "0.png")
-        main, words = train.main, [f"--data={tmp_path}/images", "--cbase=8", "--cres=1", "--blocks=1", "--attn=0"]
+        main, words = train.main, [f"--data={tmp_path}/images", "--cbase=8", "--cres=1", "--blocks=1", "--attn=none"]
         words += ["--augment=0", "--workers=0", "--batch=4", "--tick=0.008", "--device=cpu"]
 
     def call(duration):

@@ -54,6 +54,17 @@ def test_the_small_preset_fits_every_size(resolution, multipliers, attention):
     assert net(torch.zeros(1, 3, resolution, resolution), torch.ones(1)).shape == (1, 3, resolution, resolution)
 
 
+@pytest.mark.parametrize(
+    ("options", "attention"),
+    [(["--attn=none"], []), (["--attn=16,4"], [16, 4]), (["--cres=1,2"], [8]), (["--cres=1"], [])],
+)
+def test_attention_is_where_the_network_has_layers(options, attention):
+    arguments = ["--preset=small", "--outdir=runs", "--data=images", *options]
+    options = train.main.make_context("edm.train", arguments).params
+    dataset = types.SimpleNamespace(resolution=16, num_channels=3, label_dim=0)
+    assert train_options.network_arguments(options, dataset, augment_dim=0)["attn_resolutions"] == attention
+
+
 def make(folder, *options):
     fixed = [f"--outdir={folder}", "--only=gradients", "--num=20", "--device=cpu"]
     return CliRunner().invoke(command.main, [*fixed, *options])

@@ -19,7 +19,7 @@ from edm.metrics.small_classifier import SmallClassifier
 from edm.snapshot_metrics import read_metrics
 from sid.report import __main__ as report
 
-TINY = ["--cbase=4", "--cres=1", "--blocks=1", "--attn=0", "--dropout=0", "--batch=8", "--workers=0", "--device=cpu"]
+TINY = ["--cbase=4", "--cres=1", "--blocks=1", "--attn=none", "--dropout=0", "--batch=8", "--workers=0", "--device=cpu"]
 
 
 @pytest.fixture

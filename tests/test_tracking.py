@@ -197,7 +197,7 @@ def test_a_distillation_is_shown_and_stays_the_same(tmp_path, wandb):
 
 def test_a_teacher_s_training_is_shown(tmp_path, wandb, data):
     options = [f"--data={data}", f"--outdir={tmp_path / 'run'}", "--nosubdir", "--duration=0.000016", "--augment=0"]
-    options += ["--cbase=4", "--cres=1", "--blocks=1", "--attn=0", "--batch=8", "--workers=0", "--device=cpu"]
+    options += ["--cbase=4", "--cres=1", "--blocks=1", "--attn=none", "--batch=8", "--workers=0", "--device=cpu"]
     result = CliRunner().invoke(train.main, [*options, "--log=wandb"])
     assert result.exit_code == 0, result.output
     assert [step for step, _ in wandb.logged] == [8, 16]
