@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import dnnlib
+from dnnlib.options import Idle
 from edm import generate
 from edm.own_classes import own_classes
 
@@ -38,6 +39,23 @@ def shared(*names):
     return decorate
 
 
+def has_only(options, *kinds):
+    """Whether all of --metrics are of these kinds."""
+    return all(name.startswith(kinds) for name in options["metrics"].split(",") if name)
+
+
+CALC_CHECKS = (Idle(("data",), "with --ref, which holds its statistics", lambda options: options["ref"] is not None),)
+EVAL_CHECKS = (
+    *generate.CHECKS,
+    Idle(("ref", "data", "detector"), "for CLIP scores alone", lambda options: has_only(options, "clip")),
+    Idle(
+        ("data",),
+        "without kid or pr in --metrics, or fid without --ref",
+        lambda options: has_only(options, "is", "clip", *([] if options["ref"] is None else ["fid"])),
+    ),
+)
+
+
 @click.group(cls=dnnlib.Group)
 def main():
     """Scores images and generators. Works on one process and under torchrun, with the same numbers.
@@ -49,7 +67,7 @@ def main():
     """
 
 
-@main.command()
+@main.command(checks=CALC_CHECKS)
 @click.option("--images", help="Images to score: folder or zip", type=str, required=True)
 @click.option("--num", help="Number of images", type=COUNT, default=50000, show_default=True)
 @click.option("--seed", help="Of the subset, where there are more", type=WHOLE, default=0, show_default=True)
@@ -89,7 +107,7 @@ def ref(data, dest, detector, batch, device):
         distributed.print0(f"{dest}: {made.feature_dim} features of {made.n} images, detector {detector.name}")
 
 
-@main.command("eval")
+@main.command("eval", checks=EVAL_CHECKS)
 @click.option("--network", help="Network: .pkl, .safetensors, URL or name", type=str, required=True)
 @click.option(
     "--metrics", help="Names like fid50k,is50k,kid50k,pr50k3,clip1k", type=str, default="fid50k", show_default=True

@@ -3,10 +3,10 @@
 import click
 
 from dnnlib import LongCommand
-from sid.options import SECTIONS, build_config, given_options
+from sid.options import CHECKS, SECTIONS, build_config, given_options
 
 
-@click.command(cls=LongCommand, sections=SECTIONS, context_settings={"show_default": True})
+@click.command(cls=LongCommand, sections=SECTIONS, checks=CHECKS, context_settings={"show_default": True})
 @click.pass_context
 def main(context, **options):
     """Distil a pretrained diffusion model into a generator that needs one evaluation, without any data.

@@ -1,10 +1,13 @@
 """Options of a command line as a table: name, help text, type and default in one line each."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from .util import FiniteRange, WholeRange
+from .util import FiniteRange, UserError, WholeRange
 
 POSITIVE = FiniteRange(0, min_open=True)
 NOT_NEGATIVE = FiniteRange(0)
@@ -32,3 +35,32 @@ def option(name: str, text: str, kind: Any = None, default: Any = None, **attrib
         kind = click.Choice(kind)
     shown = {} if default is not None or "[default:" in text else {"show_default": False}
     return click.Option(names, help=text, type=kind, default=default, **shown, **attributes)
+
+
+def is_given(context: click.Context, name: str) -> bool:
+    """Whether the command line itself has the option, which a default or a recipe may set, too."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+@dataclasses.dataclass(frozen=True)
+class Idle:
+    """A check of a `Command`: options that do nothing in some company are refused there.
+
+    names: of the options, as Python has them. where: the company, for the message, such as "without --gan".
+    is_idle: tells it by the values of all options.
+
+    Options with their default values pass, so that a command line may spell out everything. So do a recipe's, since
+    another option may have overridden what they belong to.
+    """
+
+    names: tuple[str, ...]
+    where: str
+    is_idle: Callable[[dict[str, Any]], bool]
+
+    def __call__(self, context: click.Context) -> None:
+        for option in context.command.params:
+            name = option.name or ""
+            if name not in self.names or not is_given(context, name) or context.params[name] == option.default:
+                continue
+            if self.is_idle(context.params):
+                raise UserError(f"{option.opts[-1]} means nothing {self.where}; leave it out")

@@ -10,7 +10,7 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,10 +138,17 @@ class Command(click.Command):
     Characters that the terminal's encoding lacks are printed as escapes.
 
     sections: its options under the headings that --help gives them, in place of `params`.
+    checks: called with the context of a parsed command line; they refuse options that don't go together.
     """
 
-    def __init__(self, *args: Any, sections: Mapping[str, Sequence[click.Parameter]] | None = None, **kwargs: Any):
-        self.sections = sections or {}
+    def __init__(
+        self,
+        *args: Any,
+        sections: Mapping[str, Sequence[click.Parameter]] | None = None,
+        checks: Sequence[Callable[[click.Context], None]] = (),
+        **kwargs: Any,
+    ):
+        self.sections, self.checks = sections or {}, checks
         if self.sections:
             kwargs["params"] = [parameter for section in self.sections.values() for parameter in section]
         super().__init__(*args, **kwargs)
@@ -173,10 +180,13 @@ class Command(click.Command):
                 raise UserError(f"{arg or repr(arg)}: is empty: give a value, or leave the option out")
         ctx.meta["arguments"] = list(args)
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.UsageError as error:
             error.message = printable(error.message)  # pyright: ignore[reportAttributeAccessIssue]
             raise
+        for check in self.checks:
+            check(ctx)
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

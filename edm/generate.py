@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dnnlib import FiniteRange, LongCommand, UserError, WholeRange, check_writable
+from dnnlib.options import Idle
 from edm.own_classes import classes_option, own_classes
 
 MAX_SEEDS = 10_000_000
@@ -22,6 +23,10 @@ MAX_GRID = 10_000
 GUIDANCE, PROMPTS = ("guidance", "guide"), ("prompt", "prompts")
 ABLATION = ("solver", "discretization", "schedule", "scaling")
 POSITIVE = FiniteRange(0, MAX_SIGMA, min_open=True)
+CHECKS = (
+    Idle(("S_min", "S_max", "S_noise"), "without --S_churn", lambda options: options["S_churn"] is None),
+    Idle(("rho",), "with a --disc that isn't edm", lambda options: options["discretization"] not in (None, "edm")),
+)
 
 
 class SeedRanges(click.ParamType):
@@ -42,7 +47,7 @@ class SeedRanges(click.ParamType):
         return list(dict.fromkeys(seeds))  # without repetitions
 
 
-@click.command(cls=LongCommand, context_settings={"show_default": True})
+@click.command(cls=LongCommand, checks=CHECKS, context_settings={"show_default": True})
 @click.option("--network", help="Short name, path or URL of a teacher or generator", required=True)
 @classes_option
 @click.option("--outdir", help="Folder or .zip file for the PNG images, one per seed")

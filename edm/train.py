@@ -11,7 +11,7 @@ import click
 from dnnlib import LongCommand, UserError, without_passwords
 from dnnlib.options import AS_JSON
 from edm import next_steps
-from edm.train_options import COMMAND_LINE, SECTIONS, network_and_loss, network_arguments, training_config
+from edm.train_options import CHECKS, COMMAND_LINE, SECTIONS, network_and_loss, network_arguments, training_config
 from edm.train_presets import PRESET
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from training.training_loop import TrainingConfig
 
 
-@click.command(cls=LongCommand, sections=SECTIONS, context_settings={"show_default": True})
+@click.command(cls=LongCommand, sections=SECTIONS, checks=CHECKS, context_settings={"show_default": True})
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
     """Train a diffusion model (EDM, EDM2, VP or VE) on a folder or zip of images."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib import FiniteRange, IntList, UserError, WholeRange
-from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, dry_run_option, option
+from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, Idle, dry_run_option, is_given, option
 
 from . import train_presets
 
@@ -182,6 +182,26 @@ SECTIONS: dict[str, Sequence[click.Parameter]] = {
         dry_run_option("Show what would be trained"),
     ],
 }
+
+
+def _choose_average(context: click.Context) -> None:
+    """--ema takes the place of a preset's --ema-std. Errors: UserError when the command line has both."""
+    if is_given(context, "ema"):
+        if is_given(context, "ema_std"):
+            raise UserError("--ema and --ema-std are two moving averages; give one of them")
+        context.params["ema_std"] = None
+
+
+CHECKS = (
+    Idle(("lr_constant",), "without --lr-decay=sqrt", lambda options: options["lr_decay"] != "sqrt"),
+    Idle(("override",), "without --resume", lambda options: options["resume"] is None and not options["nosubdir"]),
+    Idle(
+        ("metrics", "data_stat", "detector"),
+        "with --sigma: images are made from all noise levels, and the network learns only one",
+        lambda options: options["sigma"] is not None and options["metrics"] != "none",
+    ),
+    _choose_average,
+)
 
 
 def network_arguments(

@@ -264,9 +264,16 @@ def published_reference(teacher: str) -> str | None:
     return published.reference_of(entry) if entry is not None else None
 
 
-def choose_metrics(names: str | None, reference: str | None, data: str | None = None) -> list[str]:
-    """The metrics of --metrics; by default FID if there is a reference. Errors: UserError when FID has none."""
+def choose_metrics(
+    names: str | None, reference: str | None, data: str | None = None, detector: str | None = None
+) -> list[str]:
+    """The metrics of --metrics; by default FID if there is a reference.
+
+    Errors: UserError when FID has no reference, or --detector no metric.
+    """
     if names is None:
+        if detector and not reference:
+            raise UserError("--detector means nothing without metrics; give --data_stat, or --metrics and --data")
         return [DEFAULT_METRIC] if reference else []
     if names == "none":
         return []

@@ -64,6 +64,7 @@ class Objective:
 
     terms            called as terms(x_g, x_t, f_phi, f_psi, alpha)
     weighting        the weighting this objective was published with, one of WEIGHTINGS
+    has_alpha        whether alpha is part of it
     passes_scores    whether its gradient passes through both score networks
     projected        u(x_t) times a projected factor, so that u may be detached or come from another distance
     for_study        it destroys a generator according to its closed form (docs/method.md, table of gradients)
@@ -71,22 +72,23 @@ class Objective:
 
     terms: Callable
     weighting: str = "omega"
+    has_alpha: bool = False
     passes_scores: bool = True
     projected: bool = False
     for_study: bool = False
 
 
 OBJECTIVES = {
-    "sid": Objective(sid, projected=True),
+    "sid": Objective(sid, has_alpha=True, projected=True),
     "l2": Objective(l2, projected=True),
     "diff-instruct": Objective(diff_instruct, weighting="none", passes_scores=False),
-    "diff-instruct-l1": Objective(less_l1(diff_instruct)),
+    "diff-instruct-l1": Objective(less_l1(diff_instruct), has_alpha=True),
     "dmd": Objective(diff_instruct, passes_scores=False),
     "l1": Objective(l1, for_study=True),
     "cross": Objective(cross, for_study=True),
     "full": Objective(full, for_study=True),
-    "cross-l1": Objective(less_l1(cross), for_study=True),
-    "full-l1": Objective(less_l1(full), for_study=True),
+    "cross-l1": Objective(less_l1(cross), has_alpha=True, for_study=True),
+    "full-l1": Objective(less_l1(full), has_alpha=True, for_study=True),
 }
 PROJECTED = [name for name, objective in OBJECTIVES.items() if objective.projected]
 

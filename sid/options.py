@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from dnnlib import Command, FiniteRange, IntList, UserError, WholeRange
-from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, dry_run_option, option
+from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, Idle, dry_run_option, is_given, option
 from edm import own_classes
 from training.steps import MAX_STEPS, STEPS_NOISES
 
 from . import recipes
 from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, OPTIMIZERS, DistillationConfig
+from .guidance import parse_guidance
 from .objectives import OBJECTIVES, WEIGHTINGS
 
 D = DistillationConfig  # its class attributes are the defaults
@@ -194,7 +194,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--gan-start", "With --gan, kimg before its adversarial loss begins", NOT_NEGATIVE, D.gan_start_kimg),
         option("--lsd", "Scale of the discriminator's loss", POSITIVE, D.lsd),
         option("--lsg_gan", "Scale of the generator's adversarial loss", POSITIVE, D.lsg_gan),
-        option("--xflip", "Add the mirror images of --data", bool, False),
+        option("--xflip", "With --gan, add the mirror images of --data", bool, False),
         option("--cache", "Keep the images for --gan in memory", bool, True),
     ],
     "Speed and memory (docs/performance.md)": [
@@ -260,12 +260,45 @@ SECTIONS: dict[str, list[click.Parameter]] = {
 }
 
 
+def _never_drops_labels(options: dict[str, Any]) -> bool:
+    guidance = parse_guidance(options["guidance"])
+    return guidance is None or not guidance.label_dropout or options["share_noise"]
+
+
+def _check_sharing(context: click.Context) -> None:
+    if context.params["share_noise"] and not context.params["share_images"] and is_given(context, "share_images"):
+        raise UserError(
+            "--share-images=0: with --share-noise=1, both phases have the same images; give --share-noise=0"
+        )
+
+
+CHECKS = (
+    Idle(
+        ("alpha",),
+        "without an --objective that has it, such as sid",
+        lambda o: not OBJECTIVES[o["objective"]].has_alpha,
+    ),
+    Idle(
+        ("tmax",),
+        "without a karras schedule",
+        lambda o: "karras" not in (o["sigma_schedule"], o["fake_sigma_schedule"]),
+    ),
+    Idle(("steps_noise", "steps_shift"), "without --steps of 2 or more", lambda o: o["steps"] == 1),
+    Idle(("drop_labels",), "without --guidance that drops labels", _never_drops_labels),
+    Idle(("gan_freeze", "gan_start", "lsd", "lsg_gan"), "without --gan", lambda o: not o["gan"]),
+    Idle(("lora_vectors",), "without --lora-rank", lambda o: o["lora_rank"] is None),
+    Idle(("override",), "without --resume", lambda o: o["resume"] is None and not o["nosubdir"]),
+    _check_sharing,
+)
+
+
 def parse(arguments: Sequence[str]) -> tuple[DistillationConfig, dict[str, Any]]:
     """(config, the other options by name) of a command line of sid_train.py.
 
     Errors: click.ClickException when sid_train.py would refuse it.
     """
-    context = Command(name="sid_train.py", sections=SECTIONS).make_context("sid_train.py", list(arguments))
+    command = Command(name="sid_train.py", sections=SECTIONS, checks=CHECKS)
+    context = command.make_context("sid_train.py", list(arguments))
     options, given = context.params, given_options(context)
     return build_config(options), {**options, "given": given}
 
@@ -289,7 +322,7 @@ def other_options(values: dict[str, Any]) -> dict[str, Any]:
 
 def given_options(context: click.Context) -> list[str]:
     """The names of the options that the command line gives, as opposed to defaults and those of a recipe."""
-    return [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [name for name in context.params if is_given(context, name)]
 
 
 def build_config(options: dict[str, Any]) -> DistillationConfig:

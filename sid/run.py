@@ -131,7 +131,7 @@ def run(
     """
     check_required(options, config)
     reference = options["data_stat"] or (published_reference(options["edm_model"]) if teacher is None else None)
-    metrics = choose_metrics(options["metrics"], reference, options["data"])
+    metrics = choose_metrics(options["metrics"], reference, options["data"], options["detector"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
         misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())

@@ -40,7 +40,7 @@ MEASURED = ["--data={made}/images", "--detector={made}/detector.safetensors", "-
 TINY = ["--batch=2", "--batch-gpu=1", "--duration=1e-6", "--device=cpu"]
 COMMANDS = {  # a command line of each that works; the work itself is left out
     "sid_train": (sid_train.main, ["--edm_model={made}/net.safetensors", "--data_stat={made}/ref.npz", *TINY]),
-    "fid calc": (fid.main, ["calc", "--images={made}/images", "--ref={made}/ref.npz", "--num=4", *MEASURED]),
+    "fid calc": (fid.main, ["calc", "--images={made}/images", "--ref={made}/ref.npz", "--num=4", *MEASURED[1:]]),
     "fid ref": (fid.main, ["ref", "--dest=new.npz", *MEASURED]),
     "fid eval": (fid.main, ["eval", "--network={made}/net.safetensors", "--metrics=fid4,kid4", *MEASURED]),
     "edm.train": (train.main, ["--outdir=runs", "--data={made}/images", "--cbase=4", "--cres=1", "--blocks=1", *TINY]),

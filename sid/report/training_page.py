@@ -15,7 +15,7 @@ import click
 from dnnlib import Command, format_count, format_figure, format_number
 from dnnlib.util import printable
 from edm import next_steps
-from edm.train_options import SECTIONS
+from edm.train_options import CHECKS, SECTIONS
 from edm.train_presets import PRESETS
 from torch_utils.records import is_figure
 
@@ -207,7 +207,7 @@ def preset_of(record: RunRecord) -> str | None:
 def defaults(preset: str | None = None) -> dict[str, Any]:
     """The options of edm.train by name, without or with a preset."""
     arguments = ["--data=x", "--outdir=x", *([] if preset is None else [f"--preset={preset}"])]
-    return Command(name="edm.train", sections=SECTIONS).make_context("edm.train", arguments).params
+    return Command(name="edm.train", sections=SECTIONS, checks=CHECKS).make_context("edm.train", arguments).params
 
 
 def changed_options(record: RunRecord) -> list[tuple[str, ...]]:
