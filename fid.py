@@ -87,15 +87,13 @@ def calc(images, num, seed, ref, data, detector, batch, json_file, device):
 
 @main.command()
 @click.option("--data", help="Real images: folder, zip, .npz with arr_0, or name", type=str, required=True)
-@click.option("--dest", help="Reference statistics to write (.npz)", type=str, required=True)
+@click.option("--dest", help="Reference statistics to write: new .npz", type=str, required=True)
 @shared("detector", "batch", "device")
 def ref(data, dest, detector, batch, device):
     """Makes reference statistics of a data set."""
     if not dest.endswith(".npz"):
         raise dnnlib.UserError(f"--dest={dest} must end in .npz")
-    if not Path(dest).absolute().parent.is_dir() or Path(dest).is_dir():
-        raise dnnlib.UserError(f"--dest={dest} is a folder, or there is no folder {Path(dest).parent}; make it first")
-    dnnlib.check_writable(dest, "--dest")
+    dnnlib.check_new_file(dest, "--dest")
     with running(device) as device:
         from edm.metrics.data_reference import make_reference
         from edm.metrics.detector import DEFAULT_DETECTOR, load_detector

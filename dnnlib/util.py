@@ -414,17 +414,21 @@ def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
-def check_writable(path: str | os.PathLike, option: str) -> None:
-    """Makes sure, before long work, that `write_atomically` can begin a file; leaves nothing behind.
+def check_new_file(path: str | os.PathLike, option: str = "") -> None:
+    """Makes sure, before long work, that a new file can be written at `path`; leaves nothing behind.
 
-    Errors: UserError naming the option.
+    option: that gives the path, for messages; empty for an argument. Errors: UserError.
     """
-    path = Path(path)
+    named, path = f"{option}={path}" if option else str(path), Path(path)
+    if os.path.lexists(path):
+        raise UserError(f"{named} exists already; remove it or choose another name")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{named}: there is no folder {path.parent}; make it first")
     try:
         with tempfile.TemporaryFile(prefix=f".{path.name}.", suffix=".part", dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"{option}={path} can't be written ({error.strerror}); choose another folder") from None
+        raise UserError(f"{named} can't be written ({error.strerror}); choose another folder") from None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,14 +4,13 @@ python -m edm.generate --network=runs/network-snapshot-000035.safetensors --outd
 python -m edm.generate --network=runs/network-snapshot-000035.safetensors --grid=strips.png --seeds=0-4 --interpolate=9
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dnnlib import FiniteRange, LongCommand, UserError, WholeRange, check_writable
+from dnnlib import FiniteRange, LongCommand, UserError, WholeRange, check_new_file
 from dnnlib.options import Idle
 from edm.own_classes import classes_option, own_classes
 
@@ -159,15 +158,11 @@ def check_strips(seeds: list[int], options: dict[str, Any]) -> None:
 
 def check_grid(path: str, count: int) -> None:
     """Errors: UserError naming --grid when a picture of so many images can't be made there."""
-    if os.path.lexists(path):
-        raise UserError(f"--grid={path} exists already; remove it or choose another name")
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--grid={path}: there is no folder {Path(path).parent}; make it first")
+    check_new_file(path, "--grid")
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"--grid={path}: the picture is a PNG; name a file that ends in .png")
     if count > MAX_GRID:
         raise UserError(f"--grid shows at most {MAX_GRID} images, not {count}; use --outdir")
-    check_writable(path, "--grid")
 
 
 def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:

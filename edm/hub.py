@@ -78,10 +78,11 @@ def check_name(name: str) -> None:
         )
 
 
-def find_repository(name: str, force: bool) -> Repository:
+def find_repository(name: str, force: bool, private: bool) -> Repository:
     """The repository that is to be written.
 
-    force: whether it may hold files already. Errors: UserError when it holds some and `force` isn't given, when the
+    force: whether it may hold files already. private: whether nobody else may see it.
+    Errors: UserError when it holds some and `force` isn't given, when it is public and `private` is given, when the
     user isn't logged in, and when the Hub can't be reached.
     """
     hub = library("uploading")
@@ -95,6 +96,11 @@ def find_repository(name: str, force: bool) -> Repository:
         return Repository(name, None, ())
     except Exception as error:
         raise _refused(name, error) from None
+    if private and not found.private:
+        raise UserError(
+            f"{name}: is there already and public, and --private is for new repositories; make it private in its"
+            " settings on the Hub, or give another name"
+        )
     files = tuple(file.rfilename for file in found.siblings or () if file.rfilename not in KEPT_FILES)
     if files and not force:
         raise UserError(

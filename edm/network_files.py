@@ -308,14 +308,19 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
 # --- a folder: CONFIG_FILE holds the constructor arguments by name, `_class_name`, and further entries of this project
 
 
+def check_new_folder(path: Path) -> None:
+    """Errors: UserError when there is something at `path` that isn't an empty folder."""
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already; remove it or choose another name")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` at the end and is removed after an error.
 
     Errors: UserError when there is something at `path`; OSError.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: is there already: name a new folder")
+    check_new_folder(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()  # TemporaryDirectory's own is private

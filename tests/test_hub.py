@@ -161,6 +161,7 @@ def test_what_is_there_is_replaced_only_by_force(run, server):
     assert "is there already and holds 2 files, such as README.md" in line
     assert "--force" in line
     assert len(server.repositories[NAME]) == 1
+    assert "public, and --private is for new repositories" in refused(run, NAME, "--force", "--private")
     pushed(run, NAME, "--force")
     assert server.files(NAME).keys() == FILES
     assert len(server.repositories[NAME]) == 2
@@ -198,7 +199,7 @@ def test_what_is_missing_is_said_before_anything_is_sent(run, server, monkeypatc
     assert "no such file, and no published network" in refused(tmp_path / "missing", NAME)
     (tmp_path / "net.pt").write_bytes(b"x")
     refused(tmp_path / "net.pt", NAME)
-    assert "name a new folder" in refused(run, NAME, "--dry-run", tmp_path)
+    assert "exists already; remove it or choose another name" in refused(run, NAME, "--dry-run", tmp_path)
     assert {method for method, _ in server.requests} == {"GET"}
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)

@@ -128,7 +128,7 @@ def script(name):
         ({"class_names": "two.txt"}, "--class-names=two.txt: has 2 lines, and the network 3 classes; one each"),
         ({"class_names": "latin.txt"}, "--class-names=latin.txt: is no text in UTF-8; save it as such"),
         ({"runtime": "empty"}, "--runtime=empty: has no ort.wasm.min.mjs: name the package's folder; npm pack"),
-        ({"destination": "full"}, "full: is there already: name a new folder"),
+        ({"destination": "full"}, "full exists already; remove it"),
         ({"destination": "nowhere/new"}, "nowhere/new: No such file or directory: choose another place"),
     ],
 )

@@ -210,7 +210,7 @@ def test_one_line_for_what_users_get_wrong(folder, tmp_path, monkeypatch):
         ([clip, "--metrics=clip1"], "clip needs at least 2 images"),
         ([clip], "these have none"),
         ([clip, "--table=x.txt"], "must end in .csv or .jsonl"),
-        ([clip, f"--table={tmp_path}/no/x.csv"], "its folder doesn't"),
+        ([clip, f"--table={tmp_path}/no/x.csv"], "there is no folder"),
         ([f"--clip={tmp_path}/none"], "is no folder"),
         (["--clip=owner/name"], "can't be had from the Hugging Face Hub"),
         ([f"--clip={tmp_path}/empty"], "holds no config.json"),

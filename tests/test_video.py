@@ -116,7 +116,8 @@ def test_the_command(tmp_path):
 
     code, text = ask(f"--video={tmp_path}/new.webp")
     assert (code, text.splitlines()[-1]) == (0, f"Video:     {tmp_path}/new.webp  (2 pictures)")
-    for name, reason in (("new.avi", "ends in .webp"), ("taken.gif", "exists already"), ("nowhere/x.gif", "exists")):
+    wrong = {"new.avi": "ends in .webp", "taken.gif": "exists already", "nowhere/x.gif": "there is no folder"}
+    for name, reason in wrong.items():
         code, text = ask(f"--video={tmp_path}/{name}")
         assert (code, reason in text) == (2, True), text
     assert "leave one out" in ask("--serve", f"--video={tmp_path}/x.gif")[1]

@@ -281,6 +281,10 @@ def test_what_is_published_about_a_generator_travels_with_it(tmp_path, monkeypat
     assert FILES["sid-cifar10-cond"].sha256 in refused(zoo.load_network, "sid-cifar10-cond")
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def invoke(*arguments, code=0):
     done = CliRunner().invoke(zoo_command, [str(argument) for argument in arguments])
     assert done.exit_code == code, done.output
@@ -310,7 +314,11 @@ def test_conversions_in_a_circle_are_exact(path, tmp_path):
     net = zoo.load_network(tmp_path / "1")
     assert net.init_kwargs.items() <= config.items()
     assert config["_class_name"] == type(net).__name__
-    assert "is there already" in invoke("convert", path, tmp_path / "1", code=2)
+    for taken in ("1", "2.safetensors", "4.pkl"):
+        before = contents(tmp_path)
+        said = invoke("convert", path, tmp_path / taken, code=2)
+        assert said.endswith(f"{taken} exists already; remove it or choose another name\n")
+        assert contents(tmp_path) == before
 
 
 def test_damaged_folders_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, check_new_file
 
 MAX_PROMPTS = 100_000  # different ones, among which an image's own is ranked
 COMPARED_AT_ONCE = 256  # images
@@ -178,8 +178,7 @@ def check_table(path: str | None) -> None:
         return
     if Path(path).suffix not in TABLE_SUFFIXES:
         raise UserError(f"--table={path} must end in {' or '.join(TABLE_SUFFIXES)}")
-    if Path(path).exists() or not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--table={path} exists already or its folder doesn't; name a new file in an existing folder")
+    check_new_file(path, "--table")
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: str) -> None:

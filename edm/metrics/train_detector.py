@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -34,7 +33,7 @@ BATCH, LEAST_BATCH = 128, 2  # one image alone can't be normalised
     show_default=False,
     help="Test images: folder or zip  [default: a tenth of --data, drawn by --seed]",
 )
-@click.option("--dest", help="Detector to write (.safetensors)", type=str, required=True)
+@click.option("--dest", help="Detector to write: new .safetensors", type=str, required=True)
 @click.option(
     "--epochs",
     type=dnnlib.WholeRange(min=1),
@@ -69,11 +68,7 @@ def main(
     """
     if not dest.endswith(".safetensors"):
         raise dnnlib.UserError(f"--dest={dest} must end in .safetensors")
-    if Path(dest).is_dir():
-        raise dnnlib.UserError(f"--dest={dest} is a folder; name a file")
-    if not Path(dest).parent.is_dir():
-        raise dnnlib.UserError(f"--dest={dest}: there is no folder {Path(dest).parent}; make it first")
-    dnnlib.check_writable(dest, "--dest")
+    dnnlib.check_new_file(dest, "--dest")
     from torch_utils import distributed
 
     from .pretext import Pretext

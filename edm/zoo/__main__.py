@@ -17,10 +17,10 @@ from typing import Any
 
 import click
 
-from dnnlib import Group, UserError, user_path
+from dnnlib import Group, UserError, check_new_file, user_path
 from dnnlib.download import cache_path, verify
 from dnnlib.util import printable
-from edm import diffusers_pipelines, lora_files, site, text_encoders
+from edm import diffusers_pipelines, lora_files, network_files, site, text_encoders
 from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, find
 from edm.zoo import load_denoiser, network_hash, resolve, save_network
@@ -121,7 +121,7 @@ def convert(
     half: bool,
     classes: str | None,
 ) -> None:
-    """Load the network SOURCE (name, path or URL) and save it as DESTINATION.
+    """Load the network SOURCE (name, path or URL) and save it as the new DESTINATION.
 
     DESTINATION: .safetensors, .pkl (for EDM's and SiD's tools), .onnx (to run elsewhere: a generator from noise to
     8-bit images; can't be loaded again), or without a suffix a folder with config.json. With --to=diffusers, a folder
@@ -133,11 +133,16 @@ def convert(
         raise UserError("--to=lora and --base=TEACHER go together: the file holds what is added to the teacher")
     if to != "site" and (runtime, class_names, half) != (None, None, False):
         raise UserError("--runtime, --class-names, --half: are for --to=site; leave them out")
+    path = Path(destination)
+    if to is None and path.suffix:
+        check_new_file(path)
+    else:
+        network_files.check_new_folder(path)
     net: Any = load_denoiser(source, own_classes(classes))
     if base is not None:
-        click.echo(lora_files.write(net, load_denoiser(base, own_classes(classes)), Path(destination)))
+        click.echo(lora_files.write(net, load_denoiser(base, own_classes(classes)), path))
     elif to == "diffusers":
-        click.echo(diffusers_pipelines.write(net, Path(destination)))
+        click.echo(diffusers_pipelines.write(net, path))
     elif to == "site":
         click.echo(site.write(net, source, destination, runtime, class_names, half))
     else:
@@ -179,7 +184,7 @@ def push(
     hub.check_name(name)
     if "" in (dry_run, message.strip()):
         raise UserError("--dry-run, --message: empty; name a folder, or give the text of the commit")
-    repository = None if dry_run is not None else hub.find_repository(name, force)
+    repository = None if dry_run is not None else hub.find_repository(name, force, private)
     with tempfile.TemporaryDirectory() as temporary:
         folder = user_path(dry_run) if dry_run is not None else Path(temporary) / "repository"
         line = hub_folder.write(source, name, folder, own_classes(classes), to, onnx, licence)

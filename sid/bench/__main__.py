@@ -2,12 +2,11 @@
 
 import datetime
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
-from dnnlib import Command, FiniteRange, UserError, WholeRange, write_atomically
+from dnnlib import Command, FiniteRange, UserError, WholeRange, check_new_file, write_atomically
 from sid.bench.modes import MODES, PUBLISHED, Mode, parse_modes
 from sid.bench.recipes import RECIPES
 from sid.bench.results import make_row, profile_table, table
@@ -47,8 +46,8 @@ def main(recipe: str, what: str, modes: str, rounds: int, seconds: float, steps:
     taken within a round. Numbers are medians over the rounds, followed by half the range.
     """
     path = options.pop("json_file")
-    if path is not None and (Path(path).exists() or not Path(path).absolute().parent.is_dir()):
-        raise UserError(f"--json={path} exists already or its folder doesn't; name a new file in an existing folder")
+    if path is not None:
+        check_new_file(path, "--json")
     parts = what.split(",")
     if not set(parts) <= set(WHAT) or len(set(parts)) < len(parts):
         raise UserError(f"--what={what}: name some of {','.join(WHAT)}, each once")

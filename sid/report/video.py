@@ -13,7 +13,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from dnnlib import UserError, user_path, write_atomically
+from dnnlib import UserError, check_new_file, user_path, write_atomically
 from dnnlib.util import printable
 
 from .embedded import GRID_COLUMNS, first_columns, frame_names, is_inside, open_picture
@@ -39,8 +39,7 @@ def check_place(destination: str) -> Path:
         raise UserError(f"--video={destination}: needs the program ffmpeg; install it, or name a .webp file")
     if path.suffix.lower() == ".webp" and not PIL.features.check("webp"):
         raise UserError(f"--video={destination}: this Pillow can't write WebP; name a .gif or .png file")
-    if path.exists() or not path.absolute().parent.is_dir():
-        raise UserError(f"--video={destination} exists already or its folder doesn't; name a new file in a folder")
+    check_new_file(path, "--video")
     return path
 
 
