@@ -7,6 +7,7 @@ import click
 from dnnlib import Command, UserError
 from torch_utils.records import is_figure
 
+from .monitor.diagnosis import diagnose
 from .monitor.records import (
     DISTANCES_FILE,
     STATS_FILE,
@@ -16,7 +17,6 @@ from .monitor.records import (
     read_returns,
     returns_text,
 )
-from .monitor.rules import diagnose
 
 
 @click.command(cls=Command)

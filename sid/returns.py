@@ -15,8 +15,8 @@ from torch_utils.records import sound_records
 from torch_utils.updates import DivergenceError
 
 from .distillation import Distillation
+from .monitor.closeness import has_lost
 from .monitor.records import DISTANCES_FILE, RETURNS_FILE
-from .monitor.rules import has_lost
 
 
 class Returns:

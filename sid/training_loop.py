@@ -21,9 +21,9 @@ from . import __version__, lora
 from .citations import papers
 from .config import DistillationConfig
 from .distillation import Distillation
+from .monitor.diagnosis import Watch
 from .monitor.measure import EDGE, PER_CLASS, Health, worst_class
 from .monitor.records import DISTANCES_FILE
-from .monitor.rules import Watch
 from .report.progress import Report
 from .returns import Returns
 from .state import DistillationState

@@ -9,8 +9,8 @@ from tiny import BATCH, CPU, equal, on_two_processes, save, tiny_distillation, t
 from dnnlib import UserError
 from edm import zoo
 from sid.config import DistillationConfig
+from sid.monitor.diagnosis import diagnose
 from sid.monitor.measure import DIVERGENCE, worst_class
-from sid.monitor.rules import diagnose
 from sid.prepare import prepare
 from sid.probe.pull import ALPHAS, LEVELS, pull, report
 from torch_utils.training_stats import Collector

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from sid import doctor
-from sid.monitor.rules import GOOD
+from sid.monitor.closeness import GOOD
 
 RUNS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("data/doctor/*.json")}
 WELL = ("healthy", "converged")

@@ -11,9 +11,9 @@ from tiny import CPU, NoReport, Spy, equal, on_two_processes, tiny_config, tiny_
 
 from sid import doctor
 from sid.config import DistillationConfig
+from sid.monitor.diagnosis import Watch, diagnose
 from sid.monitor.measure import Health
 from sid.monitor.records import read_fid
-from sid.monitor.rules import Watch, diagnose
 from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import spike_guard

@@ -14,7 +14,7 @@ from edm import zoo
 from edm.metrics.energy import energy_distance
 from sid import doctor, start
 from sid.calibration import choose_tmax, levels_to_measure
-from sid.monitor.rules import judge_distance
+from sid.monitor.closeness import judge_distance
 from sid.start import choose_start, measure_starts
 from sid.teacher_distance import NUM_IMAGES, TeacherDistance
 from torch_utils import checkpoint

@@ -1,22 +1,15 @@
-"""Rules that judge a distillation by the statistics of its ticks; `diagnose` applies them.
+"""Rules that judge a distillation by the statistics of its ticks: by the losses, and what theta's images are like.
 
 A rule is a function from a Run to a Finding, or to None where it has nothing to say. PROBLEMS and STATES list them
-all. docs/method.md has a table of them and says where the thresholds come from.
+all; `sid.monitor.diagnosis` applies them. docs/method.md has a table of them and says where the thresholds come from.
 """
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
-
-from torch_utils.records import is_figure, measured_value
+from collections.abc import Callable, Iterable
 
 from ..objectives import PROJECTED
-from .evidence import Records, Run, median, since_last_change
-from .records import MeasuredFid
+from .evidence import Run, median
 
-MIN_TICKS = 6  # fewer are no evidence: the fake score starts as the teacher and needs time to reach the generator
-WATCHED_TICKS = 60  # how far back the run's own warnings look
 CERTAIN = 1.5  # a figure this many times beyond its threshold is no accident
 
 
@@ -30,35 +23,6 @@ class Finding:
 
 
 Rule = Callable[[Run], Finding | None]
-
-
-def diagnose(
-    records: Records,
-    options: dict[str, Any],
-    distances: Sequence[dict[str, Any]] = (),
-    fid: MeasuredFid | None = None,
-) -> list[Finding]:
-    """What is wrong with the run, or how it is doing if nothing is.
-
-    records: of stats.jsonl, oldest first. options: from training_options.json, by the names in `evidence.OPTIONS` and
-    `evidence.LATER_OPTIONS`. distances: of teacher-distance.jsonl, with kimg and value, the first of the start.
-    fid: what the run measured.
-    """
-    away = judge_distance(distances) or judge_fid(fid)
-    phase, since = since_last_change(records, options)
-    if len(phase) < MIN_TICKS:
-        early = Finding("too-early", f"{len(phase)} ticks{since} are too few to judge; it takes {MIN_TICKS}", False)
-        return [away or early]
-    run = Run(records, options)
-    problems = [finding for alternatives in PROBLEMS if (finding := first_finding(alternatives, run))]
-    if away is not None:  # then figures of the loss, which only compare with the fake score, can't say that all is well
-        return [away, *problems]
-    measured = closeness(distances, fid)
-    if measured is None:
-        return problems or [first_finding(STATES, run) or unknown(run)]
-    # Where images have been compared with others, no figure of the fake score has to stand in for that.
-    found = progress(run)
-    return problems or [frozen(run) or dataclasses.replace(found, text=f"{found.text}; {measured}")]
 
 
 def first_finding(rules: Iterable[Rule], run: Run) -> Finding | None:
@@ -367,111 +331,3 @@ PROBLEMS: list[list[Rule]] = [
 ]
 # Of a run without problems whose images nobody compared with others; if none applies, it's `unknown`.
 STATES: list[Rule] = [astray, lost_ground, frozen]
-
-
-REMEDY = "try --recipe=auto, or lower --lr and --glr if the run has that recipe already"
-
-
-# --- the distance from the teacher's samples, which only some runs record
-
-NOTICED = 0.03  # less is the noise of 256 images
-FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
-LEFT = 1 / 3  # of the start's distance: failed runs kept more, runs on a good way less (docs/method.md)
-FAR_FEATURES = 3.0  # likewise of `features`; a generator may have less and still twice the teacher's FID
-
-
-def has_lost(value: float, lowest: float) -> bool:
-    """Whether a distance is clearly above the lowest one before. NaN is no loss that can be measured."""
-    return value > max(LOST * lowest, lowest + NOTICED)
-
-
-def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
-    """A finding when the snapshots went away from the teacher or are still far from it.
-
-    records: of teacher-distance.jsonl, with kimg and value, the first of the start.
-    """
-    if len(records) < 2:
-        return None
-    start, last = records[0]["value"], records[-1]["value"]
-    best = min(records, key=lambda record: record["value"])
-    if not has_lost(last, best["value"]):
-        features, left = records[-1].get("features"), last / start if records[0]["kimg"] == 0 and start > 0 else 0.0
-        if last > FAR or (last > NOTICED and left > LEFT):
-            measured = (
-                f"distance {last:.3g} (start: {start:.3g}), where good generators have less than {FAR:g} and than a"
-            )
-            measured += " third of the start's"
-        elif is_figure(features) and features > FAR_FEATURES:
-            measured = f"{features:.3g} in its features, where other samples have 1 and good generators less than"
-            measured += f" {FAR_FEATURES:g}"
-        else:
-            return None
-        text = f"its images are still far from the teacher's samples: {measured}; go on while it falls; otherwise"
-        text += f" {REMEDY}"
-        return Finding("far-from-teacher", text, certain=False)  # it may be on its way
-    where = "the start" if best is records[0] else f"the snapshot at {best['kimg']:g} kimg"
-    text = f"its images are farther from the teacher's samples than {where}: distance {last:.3g}"
-    remedy = "take that snapshot, or resume from an earlier state with lower --glr and --lr"
-    if best is records[0]:
-        remedy = REMEDY
-    return Finding("away-from-teacher", f"{text} instead of {best['value']:.3g} (start: {start:.3g}); {remedy}")
-
-
-GOOD = 2.0  # a generator's FID over its teacher's
-
-
-def judge_fid(fid: MeasuredFid | None) -> Finding | None:
-    """A finding when the last FID is far above the teacher's or the best, or no better than at the start."""
-    if fid is None:
-        return None
-    if fid.teacher is not None and fid.last > GOOD * fid.teacher:
-        ratio = f"{fid.last / fid.teacher:.1f} times the teacher's {fid.teacher:.4g}"
-        text = f"its {fid.name} of {fid.last:.4g} is {ratio}, where good generators have less than {GOOD:g} times;"
-        return Finding("far-from-teacher", f"{text} go on while it falls; otherwise {REMEDY}", certain=False)
-    best = min(fid.records, key=measured_value)
-    lowest, is_start = measured_value(best), best is fid.records[0] and best["kimg"] == 0
-    if len(fid.records) < 2 or not (fid.last > LOST * lowest or is_start):
-        return None
-    where = "the start" if is_start else f"the snapshot at {best['kimg']:g} kimg"
-    remedy = REMEDY if is_start else "take that snapshot, or resume from an earlier state with lower --glr and --lr"
-    text = f"its {fid.name} of {fid.last:.4g} is higher than that of {where}, {lowest:.4g}; {remedy}"
-    return Finding("away-from-teacher", text, certain=False)
-
-
-def closeness(distances: Sequence[dict[str, Any]], fid: MeasuredFid | None) -> str | None:
-    """What shows that the images are like the teacher's, where neither rule above has found otherwise; None if nothing.
-
-    A distance that can't tell the start from the teacher's samples can tell nothing later; its features may.
-    """
-    is_blind = len(distances) < 2 or (distances[0]["kimg"] == 0 and not distances[0]["value"] > NOTICED)
-    found = []
-    if not is_blind:
-        start, last = distances[0]["value"], distances[-1]["value"]
-        found.append(f"distance from the teacher's samples {last:.3g} (start: {start:.3g})")
-    features = distances[-1].get("features") if len(distances) > 1 else None
-    if is_figure(features):
-        found.append(f"{features:.3g} in its features (other samples: 1)")
-    if fid is not None and fid.teacher is not None:
-        found.append(f"{fid.name} {fid.last:.4g} (teacher: {fid.teacher:.4g})")
-    return "; ".join(found) or None
-
-
-class Watch:
-    """Warns of problems in a running distillation that are certain, once each.
-
-    options: the run's. distances: returns the records of the distance from the teacher's samples so far.
-    """
-
-    def __init__(self, options: dict[str, Any], distances: Callable[[], Sequence[dict[str, Any]]] = tuple):
-        self._options, self._distances = options, distances
-        self._records: deque[dict[str, float]] = deque(maxlen=WATCHED_TICKS)
-        self._told: set[str] = set()
-
-    def tick(self, nimg: int, collected: dict[str, dict[str, float]]) -> list[str]:
-        """The new warnings. collected: the statistics, as for `TickLog.tick`."""
-        means = {name: record["mean"] for name, record in collected.items()}
-        self._records.append({"Progress/kimg": nimg / 1e3, **means})
-        findings = diagnose(list(self._records), self._options, self._distances())
-        new = [finding for finding in findings if finding.certain and finding.name not in self._told]
-        self._told.update(finding.name for finding in new)
-        return [f"warning: {finding.text}" for finding in new]

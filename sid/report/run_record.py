@@ -10,6 +10,7 @@ from typing import Any
 from dnnlib import UserError, open_plain
 from torch_utils.records import MAX_BYTES, METRIC_FILE, is_figure, parse_line
 
+from ..monitor.diagnosis import diagnose
 from ..monitor.records import (
     DISTANCES_FILE,
     OPTIONS_FILE,
@@ -19,7 +20,7 @@ from ..monitor.records import (
     read_options,
     read_returns,
 )
-from ..monitor.rules import Finding, diagnose
+from ..monitor.rules import Finding
 
 MAX_RECORDS = 100_000  # of a file; of more, every second one is left out, as often as necessary
 MAX_NAMES = 100  # of figures in a record

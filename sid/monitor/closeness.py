@@ -1,0 +1,95 @@
+"""Judges how close a generator's images are to the teacher, by their distance from its samples and by FID.
+
+Only some runs measure these. docs/method.md says where the thresholds come from.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch_utils.records import is_figure, measured_value
+
+from .records import MeasuredFid
+from .rules import LOST, Finding
+
+NOTICED = 0.03  # of the distance: less is the noise of 256 images
+FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
+LEFT = 1 / 3  # of the start's distance: failed runs kept more, runs on a good way less (docs/method.md)
+FAR_FEATURES = 3.0  # likewise of `features`; a generator may have less and still twice the teacher's FID
+GOOD = 2.0  # a generator's FID over its teacher's
+OTHER_SETTINGS = "try --recipe=auto, or lower --lr and --glr if the run has that recipe already"
+FALLING = f"go on while it falls; otherwise {OTHER_SETTINGS}"
+
+
+def has_lost(value: float, lowest: float) -> bool:
+    """Whether a distance is clearly above the lowest one before. NaN is no loss that can be measured."""
+    return value > max(LOST * lowest, lowest + NOTICED)
+
+
+def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
+    """A finding when the snapshots went away from the teacher or are still far from it.
+
+    records: of teacher-distance.jsonl, with kimg and value, the first of the start.
+    """
+    if len(records) < 2:
+        return None
+    start, last = records[0]["value"], records[-1]["value"]
+    best = min(records, key=lambda record: record["value"])
+    if has_lost(last, best["value"]):
+        where, remedy = _closer_before(best, best is records[0])
+        text = f"its images are farther from the teacher's samples than {where}: distance {last:.3g} instead of"
+        return Finding("away-from-teacher", f"{text} {best['value']:.3g} (start: {start:.3g}); {remedy}")
+    left = last / start if records[0]["kimg"] == 0 and start > 0 else 0.0
+    features = records[-1].get("features")
+    if last > FAR or (last > NOTICED and left > LEFT):
+        usual = f"good generators have less than {FAR:g} and than a third of the start's"
+        measured = f"distance {last:.3g} (start: {start:.3g}), where {usual}"
+    elif is_figure(features) and features > FAR_FEATURES:
+        usual = f"other samples have 1 and good generators less than {FAR_FEATURES:g}"
+        measured = f"{features:.3g} in its features, where {usual}"
+    else:
+        return None
+    text = f"its images are still far from the teacher's samples: {measured}; {FALLING}"
+    return Finding("far-from-teacher", text, certain=False)  # it may be on its way
+
+
+def judge_fid(fid: MeasuredFid | None) -> Finding | None:
+    """A finding when the last FID is far above the teacher's or the best, or no better than at the start."""
+    if fid is None:
+        return None
+    if fid.teacher is not None and fid.last > GOOD * fid.teacher:
+        ratio = f"{fid.last / fid.teacher:.1f} times the teacher's {fid.teacher:.4g}"
+        text = f"its {fid.name} of {fid.last:.4g} is {ratio}, where good generators have less than {GOOD:g} times"
+        return Finding("far-from-teacher", f"{text}; {FALLING}", certain=False)
+    best = min(fid.records, key=measured_value)
+    lowest, is_start = measured_value(best), best is fid.records[0] and best["kimg"] == 0
+    if len(fid.records) < 2 or not (fid.last > LOST * lowest or is_start):
+        return None
+    where, remedy = _closer_before(best, is_start)
+    text = f"its {fid.name} of {fid.last:.4g} is higher than that of {where}, {lowest:.4g}; {remedy}"
+    return Finding("away-from-teacher", text, certain=False)
+
+
+def _closer_before(record: dict[str, Any], is_start: bool) -> tuple[str, str]:
+    """(what a run's best figure belongs to, what to do about it). record: with its kimg."""
+    if is_start:
+        return "the start", OTHER_SETTINGS
+    remedy = "take that snapshot, or resume from an earlier state with lower --glr and --lr"
+    return f"the snapshot at {record['kimg']:g} kimg", remedy
+
+
+def closeness(distances: Sequence[dict[str, Any]], fid: MeasuredFid | None) -> str | None:
+    """What shows that the images are like the teacher's, where neither rule above has found otherwise; None if nothing.
+
+    A distance that can't tell the start from the teacher's samples can tell nothing later; its features may.
+    """
+    is_blind = len(distances) < 2 or (distances[0]["kimg"] == 0 and not distances[0]["value"] > NOTICED)
+    found = []
+    if not is_blind:
+        start, last = distances[0]["value"], distances[-1]["value"]
+        found.append(f"distance from the teacher's samples {last:.3g} (start: {start:.3g})")
+    features = distances[-1].get("features") if len(distances) > 1 else None
+    if is_figure(features):
+        found.append(f"{features:.3g} in its features (other samples: 1)")
+    if fid is not None and fid.teacher is not None:
+        found.append(f"{fid.name} {fid.last:.4g} (teacher: {fid.teacher:.4g})")
+    return "; ".join(found) or None
