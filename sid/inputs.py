@@ -38,14 +38,26 @@ NETWORKS = ("edm_model", "transfer", "guide")  # options that name one
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The networks and images of a distillation; None stands for what it doesn't use."""
+    """The networks and images of a distillation; None stands for what it doesn't use.
 
-    teacher: DenoiserModule  # phi
-    start: DenoiserModule | None  # whose weights theta starts from
-    dataset: ImageFolderDataset | LatentDataset | None  # real images
-    evaluator: Evaluator | None  # computes the metrics
-    hashes: WeightHashes  # of the weights of the networks
-    guide: DenoiserModule | None = None  # a weaker network that guides the teacher
+    teacher:   phi, a denoiser (`training.denoiser`) of any class
+    start:     another denoiser whose weights theta starts from
+    guide:     a weaker denoiser that guides the teacher (`Guidance.over_guide`)
+    dataset:   real images, for the discriminator of `config.gan` and for pictures
+    evaluator: computes the metrics
+    hashes:    of the networks' weights, if they are known already
+    """
+
+    teacher: DenoiserModule
+    start: DenoiserModule | None = None
+    guide: DenoiserModule | None = None
+    dataset: ImageFolderDataset | LatentDataset | None = None
+    evaluator: Evaluator | None = None
+    hashes: WeightHashes | None = None
+
+    def weight_hashes(self, config: DistillationConfig) -> WeightHashes:
+        """The hashes of the networks' weights, which take a while for large networks if they aren't known yet."""
+        return self.hashes or WeightHashes.of(self.teacher, self.start, config, self.guide)
 
 
 def load_inputs(

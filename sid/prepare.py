@@ -15,43 +15,37 @@ from .adversarial import RealImages, make_loss
 from .config import DistillationConfig, resolve
 from .distillation import Distillation, Networks
 from .guidance import check_guidance
-from .state import DistillationState, SavedState, WeightHashes
+from .inputs import Inputs
+from .state import DistillationState, SavedState
 
 
 def prepare(
-    teacher: DenoiserModule,
+    inputs: Inputs,
     config: DistillationConfig,
     device: torch.device,
-    start: DenoiserModule | None = None,
     resume: SavedState | checkpoint.StateFile | Path | None = None,
-    reals: RealImages | None = None,
-    hashes: WeightHashes | None = None,
-    guide: DenoiserModule | None = None,
 ) -> Distillation:
     """A distillation that is ready for its next iteration, on any number of processes.
 
-    teacher: phi, a denoiser (`training.denoiser`) of any class. It is moved to `device`, set to eval mode and frozen;
-             with a half precision, weights that it would only cast are then stored in it.
-    start:   another denoiser whose weights theta starts from.
-    resume:  a training state to go on from, or its path.
-    reals:   real images for the discriminator of `config.gan`.
-    hashes:  of the weights of `teacher`, `start` and `guide`, if they are known already; `resume` may bring them, too.
-    guide:   a weaker denoiser that guides the teacher (`Guidance.over_guide`); treated as the teacher is.
+    inputs: its teacher and guide are moved to `device`, set to eval mode and frozen; with a half precision, weights
+            that they would only cast are then stored in it.
+    resume: a training state to go on from, or its path.
     Errors: UserError when options don't fit the teacher, the processes or the state.
     """
-    config = resolve(config, teacher, device)
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    warning = check_guidance(config.guidance, teacher, guide)
+    config = resolve(config, inputs.teacher, device)
+    teacher = inputs.teacher.to(device).eval().requires_grad_(False)
+    warning = check_guidance(config.guidance, teacher, inputs.guide)
     if warning:
         distributed.print0(f"Warning: {warning}")
-    if isinstance(resume, SavedState):
-        hashes = resume.hashes
-    hashes = hashes or WeightHashes.of(teacher, start, config, guide)
+    hashes = inputs.weight_hashes(config)
     if config.augment and getattr(teacher, "augment_dim", 0) != AugmentPipe(**EDM_MULTIPLIERS).augment_dim:
         raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
-    state = DistillationState(teacher, config, device, start, hashes)
-    guide = None if guide is None else guide.to(device).eval().requires_grad_(False)
+    state = DistillationState(teacher, config, device, inputs.start, hashes)
+    guide = None if inputs.guide is None else inputs.guide.to(device).eval().requires_grad_(False)
     networks = set_up_networks(teacher, state, config, device, guide)
+    reals = None
+    if config.gan and inputs.dataset is not None:
+        reals = RealImages(inputs.dataset, teacher.label_dim, device)
     loss = make_loss(config, teacher, reals, networks.guide)
     if resume is not None:
         state.load(resume)

@@ -23,7 +23,6 @@ from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
 
 from . import __version__, memory
-from .adversarial import RealImages
 from .calibration import choose_tmax, levels_to_measure
 from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation
@@ -269,7 +268,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
     """
     with_trials = options["trials"] > 0
     place, file = find_place(options, describe(inputs.teacher, config, with_trials))
-    saved = None if file is None else SavedState(file, inputs.hashes)
+    saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
     distance = measure_teacher(inputs, config, with_trials, device)
     starts, answers, trials, dropped = None, None, None, 0
     if config.init_sigma is None:
@@ -312,13 +311,15 @@ def after_trials(
     def build_candidate(config: DistillationConfig, state: checkpoint.StateFile | None) -> Distillation:
         # Networks of its own, whose weights it may store in another precision.
         own = dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher), guide=copy.deepcopy(inputs.guide))
-        return build(own, config, device, state and SavedState(state, inputs.hashes), options["override"])
+        saved = state and SavedState(state, own.weight_hashes(config))
+        return build(own, config, device, saved, options["override"])
 
     def report(folder: Path) -> Report:
         return Report(folder, None, picture, plan.config.batch, plan.distance, page)
 
     assert plan.trials is not None
-    saved = SavedState(run_trials(plan.trials, page.run_dir, build_candidate, report), inputs.hashes)
+    best = run_trials(plan.trials, page.run_dir, build_candidate, report)
+    saved = SavedState(best, inputs.weight_hashes(plan.config))
     config = plan.trials.fitting(saved.options, options["given"])
     return dataclasses.replace(plan, config=config, saved=saved, trials=None)
 
@@ -418,10 +419,7 @@ def build(
         asked = config.options()
         del asked["batch_gpu"]  # a run that doesn't give it takes the state's
         run_folder.refuse_changes(saved.path, former, asked, rules)
-    reals = None
-    if config.gan and inputs.dataset is not None:
-        reals = RealImages(inputs.dataset, inputs.teacher.label_dim, device)
-    distillation = prepare(inputs.teacher, config, device, inputs.start, saved, reals, inputs.hashes, inputs.guide)
+    distillation = prepare(inputs, config, device, saved)
     if saved is not None:
         current = checkpoint.setting(distillation.config.options(), device)
         there = {"options": former, "surroundings": saved.surroundings}

@@ -4,6 +4,7 @@ import torch
 from tiny import CPU, tiny_config, tiny_teacher
 
 from sid.adversarial import RealImages
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from training.dataset import ImageFolderDataset
 from training.networks import EDMPrecond
@@ -11,12 +12,17 @@ from training.networks import EDMPrecond
 GAN = {"gan": True, "gan_freeze_kimg": 0.008, "gan_start_kimg": 0.016}  # one iteration each
 
 
+def images_of(data, label_dim=3):
+    return ImageFolderDataset(data, use_labels=label_dim > 0)
+
+
 def reals_of(data, label_dim=3):
-    return RealImages(ImageFolderDataset(data, use_labels=label_dim > 0), label_dim, CPU)
+    return RealImages(images_of(data, label_dim), label_dim, CPU)
 
 
 def make(data, resume=None, **changes):
-    return prepare(tiny_teacher(), tiny_config(**{**GAN, **changes}), CPU, resume=resume, reals=reals_of(data))
+    inputs = Inputs(tiny_teacher(), dataset=images_of(data))
+    return prepare(inputs, tiny_config(**{**GAN, **changes}), CPU, resume)
 
 
 def network(model_type, **changes):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from parity import INDEX, arrays, assert_close, seed_weights
-from sida import GAN, make, network, reals_of
+from sida import GAN, images_of, make, network, reals_of
 from tiny import CPU, Spy, equal, tiny_config, tiny_teacher
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
@@ -12,6 +12,7 @@ from dnnlib import UserError
 from sid import adversarial
 from sid.adversarial import RealImages, SiDALoss, logits_of
 from sid.config import Guidance
+from sid.inputs import Inputs
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from sid.state import GAN_LIMIT
@@ -73,9 +74,9 @@ def test_logits_are_channel_means_of_the_last_block(model_type):
 
 def test_a_network_without_an_encoder_is_refused(data):
     with pytest.raises(UserError, match="--gan: Spy has no encoder"):
-        prepare(Spy(), tiny_config(**GAN, augment=0), CPU, reals=reals_of(data, 0))
+        prepare(Inputs(Spy(), dataset=images_of(data, 0)), tiny_config(**GAN, augment=0), CPU)
     with pytest.raises(UserError, match="--data"):
-        prepare(tiny_teacher(), tiny_config(**GAN), CPU)
+        prepare(Inputs(tiny_teacher()), tiny_config(**GAN), CPU)
 
 
 # --- the losses

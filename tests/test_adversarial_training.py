@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from conftest import slow_ones
 from PIL import Image
-from sida import GAN, make, network, reals_of
+from sida import GAN, images_of, make, network
 from test_speed_modes import FromHost
 from tiny import (
     BATCH,
@@ -29,6 +29,7 @@ import sid_train
 from dnnlib import UserError
 from edm import zoo
 from sid import adversarial, doctor, lora, memory
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from sid.run import resume_rules
 from sid.training_loop import training_loop
@@ -248,7 +249,8 @@ def test_an_iteration_waits_for_no_device(mode, monkeypatch):
     monkeypatch.setattr(zoo, "network_hash", lambda net: "")
     times = {"gan_freeze_kimg": 0, "gan_start_kimg": 0}
     config, meta = tiny_config(gan=True, batch_gpu=BATCH, **times, **mode), torch.device("meta")
-    distillation = prepare(tiny_teacher().to(meta), config, meta, reals=RealsOnMeta())
+    monkeypatch.setattr("sid.prepare.RealImages", lambda *_: RealsOnMeta())
+    distillation = prepare(Inputs(tiny_teacher().to(meta), dataset=[]), config, meta)
     with FromHost():
         distillation.iteration()
     assert distillation.state.nimg == BATCH
@@ -315,7 +317,7 @@ def test_training_moves_the_factors_only(data):
     """theta's factors move once it isn't frozen. The teacher's weights, which all networks share, stay as they are."""
     teacher = tiny_teacher()
     before = zoo.network_hash(teacher)
-    low = prepare(teacher, tiny_config(**GAN, lora_rank=RANK), CPU, reals=reals_of(data))
+    low = prepare(Inputs(teacher, dataset=images_of(data)), tiny_config(**GAN, lora_rank=RANK), CPU)
     start, states = weights(low), states_of(low, 3)
     assert zoo.network_hash(teacher) == before
     addresses = {parameter.data_ptr() for parameter in teacher.parameters()}

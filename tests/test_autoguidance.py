@@ -12,6 +12,7 @@ from edm import generate, zoo
 from edm.sampler import sample
 from sid import memory
 from sid.guidance import Guidance, parse_guidance
+from sid.inputs import Inputs
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from sid.run import distil
@@ -48,7 +49,8 @@ def weaker(label_dim=3, **changes):
 
 def distillation(guidance, guide, resume=None, **changes):
     teacher = tiny_teacher(augment_dim=0)
-    return prepare(teacher, tiny_config(guidance=guidance, augment=0, **changes), CPU, resume=resume, guide=guide)
+    config = tiny_config(guidance=guidance, augment=0, **changes)
+    return prepare(Inputs(teacher, guide=guide), config, CPU, resume)
 
 
 def trained(*args, **changes):
@@ -216,7 +218,7 @@ def test_a_weight_without_a_guide_and_the_other_way_round():
         with pytest.raises(UserError, match="--guid"):
             distillation(guidance, guide)
     with pytest.raises(UserError, match="neither classes nor prompts"):
-        prepare(Spy().eval(), tiny_config(guidance="1.7,long=2", augment=0), CPU, guide=Spy().eval())
+        prepare(Inputs(Spy().eval(), guide=Spy().eval()), tiny_config(guidance="1.7,long=2", augment=0), CPU)
 
 
 def test_a_run_keeps_its_guide_and_measures_the_guided_teacher(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from tiny import BATCH, CPU, equal, on_two_processes, save, tiny_distillation, t
 from dnnlib import UserError
 from edm import zoo
 from sid.config import DistillationConfig
+from sid.inputs import Inputs
 from sid.monitor.diagnosis import diagnose
 from sid.monitor.measure import DIVERGENCE, worst_class
 from sid.prepare import prepare
@@ -57,7 +58,7 @@ class Blobs(torch.nn.Module):
 @pytest.mark.parametrize("mode", [{}, {"chunk": 64}, {"share_noise": True}], ids=str)
 def test_the_class_that_is_off_is_named(mode):
     options = {"batch": 512, "batch_gpu": 256, "augment": 0, "lr": 1e-9, "glr": 1e-9, "sigma_schedule": "lognormal"}
-    distillation = prepare(Blobs(), DistillationConfig(**options, **mode), CPU)
+    distillation = prepare(Inputs(Blobs()), DistillationConfig(**options, **mode), CPU)
     off = torch.full([CLASSES], 0.1)
     off[2] = 0.5
     for net in (distillation.state.generator, distillation.state.fake_score):  # psi has followed theta
@@ -175,7 +176,7 @@ def test_the_doctor_waits_while_a_class_may_come_back():
 def test_the_pull_has_its_closed_form(width):
     """(1-a) + (2 alpha - 1)(a-b), in docs/method.md: below 0 where theta is wide, sigma small and alpha large."""
     config = DistillationConfig(batch=4096, batch_gpu=4096, augment=0, weighting="none", init_sigma=2.5)
-    distillation = prepare(Blobs(), config, CPU)
+    distillation = prepare(Inputs(Blobs()), config, CPU)
     teacher, state = distillation.teacher, distillation.state
     for net in (teacher, state.fake_score, state.generator):
         net.means.data.zero_()

@@ -11,6 +11,7 @@ from edm import onnx_file, sampler, zoo
 from edm.metrics.sources import NetworkSource
 from sid import OneStepGenerator, memory
 from sid.config import resolve
+from sid.inputs import Inputs
 from sid.monitor.measure import Health
 from sid.prepare import prepare
 from torch_utils import distributed, precision
@@ -216,7 +217,7 @@ def test_checkpoint_leaves_a_method_of_that_name_alone():
 
     net = WithMethod()
     with pytest.raises(UserError, match="--checkpoint=1: WithMethod"):
-        prepare(net, tiny_config(checkpoint=True, augment=0), CPU)
+        prepare(Inputs(net), tiny_config(checkpoint=True, augment=0), CPU)
     assert net.checkpoint() == "a method"
 
 

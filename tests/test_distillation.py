@@ -26,6 +26,7 @@ from edm import zoo
 from sid import OneStepGenerator, __version__
 from sid.bench.published_step import PublishedStep, plain_network
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from sid.training_loop import skipped_updates, training_loop
 from torch_utils import checkpoint
@@ -118,7 +119,7 @@ def test_an_iteration_is_the_algorithm(monkeypatch):
     teacher = attending_teacher()
     settings = {"g_beta1": 0.5, "ls": 2.0, "lsg": 50.0, "tmax": 700, "alpha": 1.1}
     config = tiny_config(**settings, ema_halflife_kimg=1, ema_rampup_ratio=2.0)
-    real, reference = prepare(teacher, config, CPU), PublishedStep(teacher, config, CPU)
+    real, reference = prepare(Inputs(teacher), config, CPU), PublishedStep(teacher, config, CPU)
     for updater in (real.state.generator_updater, real.state.fake_score_updater):
         assert updater.optimizer.defaults["eps"] == 1e-8  # as published
     smoothed(real)
@@ -257,7 +258,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(method, hit, bad):
 @pytest.mark.parametrize("label_dim", [0, 4])
 def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     torch.manual_seed(0)
-    distillation = prepare(Spy(label_dim), tiny_config(augment=None), CPU)
+    distillation = prepare(Inputs(Spy(label_dim)), tiny_config(augment=None), CPU)
     before = weights(distillation)
     ema = training_loop(distillation, tmp_path, NoReport())
     after = weights(distillation)
@@ -280,6 +281,6 @@ def test_a_foreign_denoiser_distils_unchanged(tmp_path, label_dim):
     }
     images = OneStepGenerator(generator)(3, class_idx=2 if label_dim else None)
     assert images.shape == (3, 3, 8, 8)
-    again = prepare(Spy(label_dim), tiny_config(augment=None), CPU)
+    again = prepare(Inputs(Spy(label_dim)), tiny_config(augment=None), CPU)
     with pytest.raises(Exception, match="another teacher"):
         again.state.load(tmp_path / "training-state-000000.040.pt")

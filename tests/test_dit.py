@@ -10,7 +10,7 @@ from edm.diffusers_pipelines import transformer_of_library, write
 from edm.inspection import prediction
 from edm.sampler import generate_all
 from sid.guidance import Guidance, check_guidance
-from sid.inputs import check_architecture
+from sid.inputs import Inputs, check_architecture
 from sid.prepare import prepare
 from training.dit import DiTDenoiser, Transformer
 from training.parameterisations import DiscreteTimes, ddpm_sigmas
@@ -123,7 +123,7 @@ def test_distilling_with_guidance_and_recomputed_activations(kind):
     images = []
     for checkpoint in (False, True):
         options = {"checkpoint": checkpoint, "guidance": "long=2", "augment": 0, "sigma_schedule": "lognormal"}
-        distillation = prepare(denoiser(kind), tiny_config(**options), CPU)
+        distillation = prepare(Inputs(denoiser(kind)), tiny_config(**options), CPU)
         distillation.iteration()
         images.append(generate_all(distillation.state.ema, [0, 1]))
     assert (images[0].int() - images[1].int()).abs().max() <= 1
@@ -192,6 +192,6 @@ def test_options_of_edms_networks_are_refused(option):
 
 
 def test_the_weighting_of_its_own_prediction_needs_one():
-    assert prepare(denoiser(), tiny_config(fake_score_weighting="prediction", augment=0), CPU).loss.denoising
+    assert prepare(Inputs(denoiser()), tiny_config(fake_score_weighting="prediction", augment=0), CPU).loss.denoising
     with pytest.raises(UserError, match="--fake-score-weighting=prediction: is for teachers that predict noise"):
-        prepare(tiny_teacher(), tiny_config(fake_score_weighting="prediction"), CPU)
+        prepare(Inputs(tiny_teacher()), tiny_config(fake_score_weighting="prediction"), CPU)

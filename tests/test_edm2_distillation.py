@@ -13,6 +13,7 @@ from dnnlib import UserError
 from edm import zoo
 from sid import lora, memory
 from sid.adversarial import SiDALoss
+from sid.inputs import Inputs
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from training.networks_edm2 import MPConv
@@ -21,7 +22,7 @@ EDM2 = {"augment": 0, "uncertainty": True, "fake_sigma_schedule": "lognormal=-0.
 
 
 def distillation(teacher=None, resume=None, **changes):
-    return prepare(teacher or small_network(), tiny_config(**{**EDM2, **changes}), CPU, resume=resume)
+    return prepare(Inputs(teacher or small_network()), tiny_config(**{**EDM2, **changes}), CPU, resume)
 
 
 def trained(iterations, smooth=True, **changes):
@@ -119,7 +120,7 @@ def test_resuming_is_exact(tmp_path):
 
 def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--uncertainty: EDMPrecond has no u\(sigma\)"):
-        prepare(tiny_teacher(), tiny_config(uncertainty=True), CPU)
+        prepare(Inputs(tiny_teacher()), tiny_config(uncertainty=True), CPU)
     with pytest.raises(UserError, match=r"--augment=0\.1: the teacher takes no augmentation labels"):
         distillation(augment=0.1)
     teacher = str(tmp_path / "teacher.safetensors")

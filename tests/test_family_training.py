@@ -8,7 +8,7 @@ from tiny import BATCH, BATCH_GPU, CPU, Spy, equal, tiny_config, tiny_distillati
 from dnnlib import UserError
 from edm import train_options
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
-from sid.inputs import check_noise_levels
+from sid.inputs import Inputs, check_noise_levels
 from sid.objectives import OBJECTIVES
 from sid.prepare import prepare
 from training.loss import EDMLoss
@@ -49,7 +49,7 @@ def test_score_gradients_that_come_later():
 
 def test_fake_score_updates():
     """N updates of psi, each with its own draws (the last with the draws of N = 1), then one update of theta."""
-    runs = {n: prepare(Spy(3), tiny_config(augment=0, fake_score_updates=n), CPU) for n in (1, 3)}
+    runs = {n: prepare(Inputs(Spy(3)), tiny_config(augment=0, fake_score_updates=n), CPU) for n in (1, 3)}
     rounds, levels = BATCH // BATCH_GPU, {}
     for n, distillation in runs.items():
         drawn = levels[n] = []
@@ -84,7 +84,7 @@ def test_one_noise_level_from_teacher_to_generator():
         check_noise_levels(teacher, tiny_config(**{**single, "fake_sigma_schedule": "lognormal"}, init_sigma=0.37))
     with pytest.raises(UserError, match=r"give --init_sigma=0\.37$"):
         check_noise_levels(teacher, tiny_config(**single))
-    distillation, levels = prepare(teacher, tiny_config(**single, init_sigma=0.37), CPU), set()
+    distillation, levels = prepare(Inputs(teacher), tiny_config(**single, init_sigma=0.37), CPU), set()
     teacher.register_forward_pre_hook(lambda net, args: levels.update(args[1].flatten().tolist()))
     distillation.state.fake_score.register_forward_pre_hook(lambda net, args: levels.update(args[1].flatten().tolist()))
     distillation.iteration()

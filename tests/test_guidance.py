@@ -22,7 +22,7 @@ from dnnlib import UserError
 from edm import zoo
 from sid.config import DistillationConfig
 from sid.guidance import LABEL_DROPOUT, Guidance, parse_guidance
-from sid.inputs import guided_teacher
+from sid.inputs import Inputs, guided_teacher
 from sid.loss import SiDLoss, omega
 from sid.prepare import prepare
 from sid.run import resume_rules
@@ -198,7 +198,7 @@ def test_shared_images_keep_the_labels_of_the_generators_loss():
 
 def test_the_teachers_own_label_dropout_stays_with_the_teacher(tmp_path):
     """Bit-equal to distilling the same weights in a network without label dropout; snapshots have none either."""
-    plain, forgetful = (prepare(forgetful_teacher(p), tiny_config(augment=0), CPU) for p in (0, 0.5))
+    plain, forgetful = (prepare(Inputs(forgetful_teacher(p)), tiny_config(augment=0), CPU) for p in (0, 0.5))
     for distillation in (plain, forgetful):
         training_loop(distillation, tmp_path, NoReport())
     assert equal(weights(plain), weights(forgetful))
@@ -211,17 +211,17 @@ def test_the_teachers_own_label_dropout_stays_with_the_teacher(tmp_path):
 
 @pytest.mark.parametrize(("label_dropout", "warned"), [(0, True), (0.1, False)])
 def test_a_teacher_that_never_lost_its_labels_is_pointed_out(capsys, label_dropout, warned):
-    prepare(forgetful_teacher(label_dropout), tiny_config(augment=0, guidance="long=2"), CPU)
+    prepare(Inputs(forgetful_teacher(label_dropout)), tiny_config(augment=0, guidance="long=2"), CPU)
     assert ("--label-dropout" in capsys.readouterr().out) is warned
 
 
 def test_foreign_denoisers_are_guided_too():
-    distillation = prepare(Spy(4), tiny_config(augment=None, guidance="long-short=3"), CPU)
+    distillation = prepare(Inputs(Spy(4)), tiny_config(augment=None, guidance="long-short=3"), CPU)
     before = weights(distillation)
     distillation.iteration()
     assert not equal(weights(distillation), before)
     with pytest.raises(UserError, match=r"--guidance=long=2: the teacher has neither classes"):
-        prepare(Spy(0), tiny_config(augment=None, guidance="long=2"), CPU)
+        prepare(Inputs(Spy(0)), tiny_config(augment=None, guidance="long=2"), CPU)
 
 
 # --- a resumed run

@@ -11,6 +11,7 @@ from tiny import CPU, NoReport, Spy, equal, on_two_processes, tiny_config, tiny_
 
 from sid import doctor
 from sid.config import DistillationConfig
+from sid.inputs import Inputs
 from sid.monitor.diagnosis import Watch, diagnose
 from sid.monitor.measure import Health
 from sid.monitor.records import read_fid
@@ -56,7 +57,7 @@ def test_figures_have_their_closed_forms():
     config = DistillationConfig(
         batch=512, batch_gpu=512, augment=0, kimg_per_tick=1, sigma_schedule="single=0.9", init_sigma=2.5
     )
-    distillation = prepare(Gaussian(), config, CPU, start=generator_of_width(1.6))
+    distillation = prepare(Inputs(Gaussian(), start=generator_of_width(1.6)), config, CPU)
     teacher, state = distillation.teacher, distillation.state
     width = 1.6 * (teacher.log_variance / 2).exp()
     with torch.no_grad():
@@ -78,7 +79,7 @@ def test_figures_have_their_closed_forms():
 
 
 def test_bands_hold_the_divergence_of_their_noise_levels():
-    distillation = prepare(Gaussian(), DistillationConfig(batch=400, batch_gpu=400, augment=0), CPU)
+    distillation = prepare(Inputs(Gaussian()), DistillationConfig(batch=400, batch_gpu=400, augment=0), CPU)
     with torch.no_grad():
         distillation.state.fake_score.mean.add_(0.1)
     health, levels = Health(distillation), []
@@ -130,7 +131,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 
 def test_what_a_run_records(tmp_path):
-    training_loop(prepare(Spy(3), tiny_config(augment=0, batch_gpu=2), CPU), tmp_path, NoReport())
+    training_loop(prepare(Inputs(Spy(3)), tiny_config(augment=0, batch_gpu=2), CPU), tmp_path, NoReport())
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     names = {"fake_score_ratio", "l2_per_l1", "diversity", "ema_distance", "divergence"}
     assert {f"Health/{name}" for name in names} <= lines[-1].keys()
@@ -171,7 +172,7 @@ OPTIONS = {
 def run_of(folder, start=None, **changes):
     """A run's folder as sid_train.py leaves it, in a second or two."""
     config = DistillationConfig(**{**HEALTHY, **changes})
-    training_loop(prepare(Gaussian(), config, CPU, start=start), folder, NoReport())
+    training_loop(prepare(Inputs(Gaussian(), start=start), config, CPU), folder, NoReport())
     (folder / "training_options.json").write_text(json.dumps(config.options()))
 
 

@@ -16,6 +16,7 @@ from edm.zoo.__main__ import main as zoo_command
 from sid import OneStepGenerator, __version__
 from sid.citations import papers
 from sid.config import DistillationConfig
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from sid.training_loop import training_loop
 
@@ -36,7 +37,7 @@ def run(tmp_path_factory):
     folder.mkdir()
     teacher = tiny_teacher()
     teacher.metadata = {"licence": "CC BY-NC-SA 4.0", "name": "someone/teacher"}
-    training_loop(prepare(teacher, tiny_config(guidance="long=2", total_kimg=0.016), CPU), folder, NoReport())
+    training_loop(prepare(Inputs(teacher), tiny_config(guidance="long=2", total_kimg=0.016), CPU), folder, NoReport())
     snapshot = next(folder.glob("network-snapshot-*.safetensors"))
     (folder / snapshot.name.replace("network-snapshot-", "fakes_")).with_suffix(".png").write_bytes(b"a picture")
     for path in folder.glob("training-state-*"):

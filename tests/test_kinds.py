@@ -14,6 +14,7 @@ import sid_train
 from edm import zoo
 from edm.onnx_file import can_trace
 from sid import lora, memory
+from sid.inputs import Inputs
 from sid.prepare import prepare
 
 CLASSES = {"num_class_embeds": 3}
@@ -38,7 +39,7 @@ def transformer(kind):
 
 
 def distillation(teacher, **mode):
-    return prepare(teacher, tiny_config(augment=0, **mode), CPU)
+    return prepare(Inputs(teacher), tiny_config(augment=0, **mode), CPU)
 
 
 def trained(teacher, **mode):

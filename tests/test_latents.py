@@ -19,7 +19,7 @@ from edm.onnx_file import can_trace
 from edm.sampler import generate_all, sample
 from edm.zoo.__main__ import main as zoo_command
 from sid.generator import OneStepGenerator
-from sid.inputs import load_dataset
+from sid.inputs import Inputs, load_dataset
 from sid.prepare import prepare
 from sid.run import distil
 from sid.teacher_distance import TeacherDistance
@@ -185,7 +185,7 @@ def test_distilling_a_pipeline_of_latents(pipeline, images, tmp_path, monkeypatc
     calls = []
     decode = LatentDecoder.to_images
     monkeypatch.setattr(LatentDecoder, "to_images", lambda self, x: calls.append(len(x)) or decode(self, x))
-    distillation = prepare(teacher, tiny_config(augment=0), CPU)
+    distillation = prepare(Inputs(teacher), tiny_config(augment=0), CPU)
     distillation.iteration()
     assert not calls
     out = tmp_path / "run"

@@ -10,6 +10,7 @@ from tiny import tiny_config, tiny_teacher
 from dnnlib import UserError
 from edm import train, zoo
 from edm.sampler import generate_images, sample
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from training.conditions import Classes, as_ranges, learnt_classes
 
@@ -68,10 +69,10 @@ def test_samples_are_of_learnt_classes(tmp_path, suffix):
 
 
 def test_a_distillation_draws_learnt_classes_and_passes_them_on(tmp_path):
-    distillation = prepare(network("0,3"), tiny_config(), CPU)
+    distillation = prepare(Inputs(network("0,3")), tiny_config(), CPU)
     assert set(distillation.draw_conditions(200).argmax(1).tolist()) == {0, 3}
     assert distillation.state.ema.metadata["classes"] == "0,3"
-    assert "classes" not in prepare(network(), tiny_config(), CPU).state.ema.metadata
+    assert "classes" not in prepare(Inputs(network()), tiny_config(), CPU).state.ema.metadata
 
 
 @pytest.mark.parametrize(("classes", "expected"), [([1, 3, 1, 3], "1,3"), ([0, 1, 0, 1], None)])

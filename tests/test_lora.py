@@ -23,6 +23,7 @@ from tiny import (
 from dnnlib import UserError
 from edm import zoo
 from sid import lora, memory
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from sid.training_loop import training_loop
 from torch_utils import checkpoint
@@ -286,14 +287,14 @@ def test_a_generator_that_starts_from_other_weights(tmp_path):
     for parameter in start.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     config = tiny_config(lora_rank=RANK, channels_last=True)
-    d = prepare(teacher, config, CPU, start)
+    d = prepare(Inputs(teacher, start), config, CPU)
     assert zoo.network_hash(lora.merge(d.state.generator)) == zoo.network_hash(start)
     assert zoo.network_hash(lora.merge(d.state.fake_score)) == zoo.network_hash(teacher)
     path = save_after(d, 2, tmp_path)
-    assert equal(weights(prepare(teacher, config, CPU, start, path)), weights(d))
+    assert equal(weights(prepare(Inputs(teacher, start), config, CPU, path)), weights(d))
     for other in (None, tiny_teacher()):
         with pytest.raises(UserError, match="give the --transfer it was started with"):
-            prepare(teacher, config, CPU, other, path)
+            prepare(Inputs(teacher, other), config, CPU, path)
 
 
 def test_a_state_goes_on_with_its_own_rank_only(tmp_path):
@@ -312,7 +313,7 @@ def test_a_state_goes_on_with_its_own_rank_only(tmp_path):
 
 def test_a_foreign_denoiser_trains(tmp_path):
     torch.manual_seed(0)
-    d = prepare(Spy(4), tiny_config(augment=None, lora_rank=1, precision="bf16"), CPU)
+    d = prepare(Inputs(Spy(4)), tiny_config(augment=None, lora_rank=1, precision="bf16"), CPU)
     before = weights(d)
     made = training_loop(d, tmp_path, NoReport())
     after = weights(d)

@@ -9,6 +9,7 @@ from tiny import CPU, Spy, tiny_config, tiny_teacher
 
 from dnnlib import UserError
 from sid import memory
+from sid.inputs import Inputs
 from sid.prepare import prepare
 
 GUIDED = {"guidance": "long-short=2"}
@@ -63,7 +64,7 @@ def test_activations_are_those_that_a_step_keeps(make, mode):
     config = tiny_config(**{**RESOLVED, **mode}, batch_gpu=8)
     teacher = make()
     expected = memory.estimate(teacher, config, 8)
-    distillation = prepare(teacher, config, CPU)
+    distillation = prepare(Inputs(teacher), config, CPU)
     phases = {
         "fake_score_phase": expected.fake_score_activations,
         "generator_phase": expected.generator_activations,

@@ -358,10 +358,11 @@ def test_divergence_speaks_of_states_that_are_there(tmp_path):
 @pytest.mark.parametrize("nimg", [0, 16])
 def test_pictures_that_are_not_finite_end_a_distillation(tmp_path, nimg):
     """At the start the teacher is at fault (exit code 2); later the run has diverged (3). No picture is left behind."""
+    from sid.inputs import Inputs
     from sid.prepare import prepare
 
     config = tiny_config(augment=None, total_kimg=0.016, snapshot_ticks=1, init_sigma=2.5)
-    distillation = prepare(Overflows(value=0.0), config, CPU)
+    distillation = prepare(Inputs(Overflows(value=0.0)), config, CPU)
     if nimg == 0:
         distillation.state.ema.bad_value = NAN
     else:

@@ -8,6 +8,7 @@ from tiny import CPU, smoothed
 
 from dnnlib import UserError
 from sid.config import DistillationConfig
+from sid.inputs import Inputs
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from sid.schedules import Times, parse_schedule
@@ -183,7 +184,7 @@ def test_distillation_does_not_depend_on_the_parameterisation():
     config = {"batch": 16, "batch_gpu": 16, "lr": 1e-3, "glr": 2e-3, "total_kimg": 0.16, "augment": 0, "alpha": 1.0}
     trained = {}
     for kind, teacher in dressed().items():
-        distillation = smoothed(prepare(teacher.float(), DistillationConfig(**config), CPU))
+        distillation = smoothed(prepare(Inputs(teacher.float()), DistillationConfig(**config), CPU))
         for _ in range(10):
             distillation.iteration()
         trained[kind] = [net.net.mean.detach() for net in distillation.state.networks.values()]

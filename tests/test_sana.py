@@ -16,6 +16,7 @@ from edm.latent_inspection import latents_misfit
 from edm.text_models import TextDenoiser
 from sid import memory
 from sid.config import resolve
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from torch_utils import precision
 from training.guidance import class_guided
@@ -149,7 +150,7 @@ def test_distilling(teacher, name):
     """Both losses with the recipe's guidance and steps, recomputed activations included; the estimate needs no net."""
     steps = {"steps": 4, "init_sigma": 999, "guidance": "long-short=4.5", "weighting": "time", "augment": 0}
     config = tiny_config(precision=name, checkpoint=True, **steps)
-    made = prepare(teacher, config, CPU)
+    made = prepare(Inputs(teacher), config, CPU)
     before = [parameter.clone() for parameter in made.state.generator.parameters()]
     made.iteration()
     made.iteration()

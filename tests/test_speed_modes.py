@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from edm import zoo
 from sid.distillation import Distillation
+from sid.inputs import Inputs
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from sid.probe.gradients import compare, load
@@ -108,7 +109,7 @@ def test_an_iteration_waits_for_no_device(architecture, mode, monkeypatch):
     monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)  # PyTorch 2.4 asks every device for its module
     kwargs = {"model_type": architecture, "channel_mult": MULTIPLIERS[architecture], **UNET}
     teacher = EDMPrecond(8, 1, 3, **kwargs).to("meta")
-    distillation = prepare(teacher, tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
+    distillation = prepare(Inputs(teacher), tiny_config(**{"batch_gpu": 8, **mode}), torch.device("meta"))
     iterations = 2 if "score_gradient" in mode else 1
     with FromHost():
         for _ in range(iterations):
@@ -237,7 +238,7 @@ def test_gradients_of_a_run_under_way(tmp_path, capsys):
     zoo.save_network(teacher, tmp_path / "teacher.safetensors")
     options = {**config.options(), "edm_model": str(tmp_path / "teacher.safetensors")}
     (tmp_path / "training_options.json").write_text(json.dumps(options))
-    training_loop(prepare(teacher, config, torch.device("cpu")), tmp_path, NoReport())
+    training_loop(prepare(Inputs(teacher), config, torch.device("cpu")), tmp_path, NoReport())
     compare(tmp_path, ["bf16"], 4, "cpu")
     rows = [[float(cell) for cell in line.split()] for line in capsys.readouterr().out.splitlines()[-6:]]
     assert [row[0] for row in rows] == [0.003, 0.085, 0.965, 2.515, 5.839, 24.408]
@@ -256,7 +257,7 @@ def test_a_run_under_way_that_started_from_another_network(tmp_path):
         zoo.save_network(net, path)
     config = tiny_config(lora_rank=2)  # whose states leave the frozen weights out
     (tmp_path / "training_options.json").write_text(json.dumps({**config.options(), **files}))
-    trained = prepare(teacher, config, torch.device("cpu"), start)
+    trained = prepare(Inputs(teacher, start), config, torch.device("cpu"))
     training_loop(trained, tmp_path, NoReport())
     found = load(tmp_path, 4, torch.device("cpu"))
     pairs = zip(found.state.generator.state_dict().values(), trained.state.generator.state_dict().values())

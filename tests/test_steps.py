@@ -18,6 +18,7 @@ from edm import generate, onnx_file, zoo
 from edm.sampler import generate_all
 from edm.zoo.__main__ import main as zoo_command
 from sid import OneStepGenerator, step_vectors
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from training.generator import Generator, spaced_levels
 from training.parameterisations import DiscreteTimes, FlowTimes, WrappedDenoiser, ddpm_sigmas
@@ -222,7 +223,7 @@ def test_every_step_converges_to_gaussian_data(noise, steps):
         batch=64, batch_gpu=64, steps=steps, steps_noise=noise, lr=0.05, glr=0.025, alpha=1.0, augment=0,
         total_kimg=26, lr_decay="linear", sigma_schedule="lognormal=-0.7,1", fake_sigma_schedule="lognormal=-0.7,1",
     )  # fmt: skip
-    distillation = prepare(GaussianByLevel(), config, CPU)
+    distillation = prepare(Inputs(GaussianByLevel()), config, CPU)
     for _ in range(400):
         distillation.iteration()
     generator = Generator(distillation.state.generator, distillation.state.steps)
@@ -242,7 +243,7 @@ def test_each_step_is_drawn_to_the_data_and_not_their_mixture_alone():
         batch=64, batch_gpu=64, steps=2, lr=0.02, glr=0.01, alpha=1.0, augment=0, total_kimg=26, lr_decay="linear",
         sigma_schedule="lognormal=-0.7,1", fake_sigma_schedule="lognormal=-0.7,1",
     )  # fmt: skip
-    distillation = prepare(teacher, config, CPU, start=start)
+    distillation = prepare(Inputs(teacher, start=start), config, CPU)
     generator = Generator(distillation.state.generator, distillation.state.steps)
     z = torch.randn([2000, 1, 4, 4])
 
@@ -371,7 +372,7 @@ def test_more_steps_than_the_teacher_has_levels():
     table = DiscreteTimes(ddpm_sigmas(steps=1000), nearest=True)
     net = dressed(table, "epsilon", torch.nn.Conv2d(1, 1, 1))
     with pytest.raises(UserError, match=r"--steps=8: .* --init_sigma"):
-        prepare(net, tiny_config(steps=8, init_sigma=table.levels[4].item(), augment=0), CPU)
+        prepare(Inputs(net), tiny_config(steps=8, init_sigma=table.levels[4].item(), augment=0), CPU)
 
 
 def test_options_of_samplers(tmp_path):

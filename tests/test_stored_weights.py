@@ -8,6 +8,7 @@ from tiny import CPU, Spy, equal, tiny_config, tiny_teacher, weights
 
 from dnnlib import UserError
 from sid import memory
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from torch_utils import precision
 
@@ -106,7 +107,7 @@ def test_training_is_bit_equal(name, mode, monkeypatch):
     def trained():
         torch.manual_seed(0)
         teacher = TEACHERS[name]()
-        distillation = prepare(teacher, config, CPU)
+        distillation = prepare(Inputs(teacher), config, CPU)
         for _ in range(2):
             distillation.iteration()
         return teacher, weights(distillation)
@@ -125,7 +126,7 @@ def test_a_compiled_teacher_answers_bit_equally(monkeypatch):
     x, sigma, labels = torch.randn([4, 1, 8, 8]), torch.full([4, 1, 1, 1], 0.7), torch.eye(3)[[0, 1, 2, 0]]
 
     def answer():
-        distillation = prepare(tiny_teacher(), tiny_config(precision="bf16", augment=0, compile=True), CPU)
+        distillation = prepare(Inputs(tiny_teacher()), tiny_config(precision="bf16", augment=0, compile=True), CPU)
         with torch.no_grad(), distillation.autocast():
             return distillation.networks.teacher(x, sigma, labels)
 
@@ -139,7 +140,7 @@ def test_the_estimate_knows_what_is_stored(make):
     teacher, config = make(), tiny_config(precision="bf16", augment=0)
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     expected = memory.estimate(teacher, config, 2)
-    prepare(teacher, config, CPU)
+    prepare(Inputs(teacher), config, CPU)
     after = sum(p.numel() * p.element_size() for p in teacher.parameters())
     assert size / 2 <= after < 0.75 * size
     assert expected.weights * memory.GB == pytest.approx(3 * size + after)
@@ -149,6 +150,6 @@ def test_the_estimate_knows_what_is_stored(make):
 def test_a_teacher_is_not_used_again_in_half_precision():
     """Its trained copies would start from the rounded weights and move in steps of their last bits."""
     teacher = tiny_teacher()
-    prepare(teacher, tiny_config(precision="bf16"), CPU)
+    prepare(Inputs(teacher), tiny_config(precision="bf16"), CPU)
     with pytest.raises(UserError, match="weights are in half precision"):
-        prepare(teacher, tiny_config(precision="bf16"), CPU)
+        prepare(Inputs(teacher), tiny_config(precision="bf16"), CPU)

@@ -22,6 +22,7 @@ from edm.small_teachers import captions, pictures
 from edm.text_models import TextDenoiser
 from sid import lora
 from sid.guidance import Guidance
+from sid.inputs import Inputs
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from sid.run import distil
@@ -186,7 +187,7 @@ def test_low_rank_updates_as_a_lora_file(text_pipelines, tmp_path):
     teacher = teacher_of(text_pipelines["stable_diffusion"])
     level = teacher.times.sigma(torch.tensor([625.0], dtype=torch.float64)).item()
     options = {"lora_rank": 3, "augment": 0, "init_sigma": level, "lr": 0.01, "glr": 0.01, "ema_halflife_kimg": 0}
-    made = prepare(teacher, tiny_config(**options, lora_vectors=False), CPU)
+    made = prepare(Inputs(teacher), tiny_config(**options, lora_vectors=False), CPU)
     made.iteration()
     made.iteration()
     net = lora.merge(made.state.ema)
@@ -212,7 +213,7 @@ def test_low_rank_updates_as_a_lora_file(text_pipelines, tmp_path):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (start - expected).abs().max() > 1e-2 * expected.abs().max()
 
-    whole = prepare(teacher, tiny_config(**options), CPU)
+    whole = prepare(Inputs(teacher), tiny_config(**options), CPU)
     whole.iteration()
     with pytest.raises(UserError, match="--lora-vectors=0"):
         lora_files.write(named(lora.merge(whole.state.ema), lora_rank=3), teacher, tmp_path / "other")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from sid.config import DistillationConfig
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from torch_utils import checkpoint
 from training.networks import EDMPrecond
@@ -41,7 +42,7 @@ def tiny_config(**changes):
 
 
 def tiny_distillation(teacher=None, resume=None, **changes):
-    return prepare(teacher or tiny_teacher(), tiny_config(**changes), CPU, resume=resume)
+    return prepare(Inputs(teacher or tiny_teacher()), tiny_config(**changes), CPU, resume)
 
 
 def smoothed(distillation):

@@ -17,6 +17,7 @@ import torch._dynamo.utils
 from torch.utils.flop_counter import FlopCounterMode
 
 from sid.config import DistillationConfig
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from training.denoiser import DenoiserModule
 
@@ -121,7 +122,7 @@ def count_flops(teacher: DenoiserModule, config: DistillationConfig, device: tor
     As usual, only convolutions and matrix products count.
     """
     config = dataclasses.replace(config, batch=COUNTED_IMAGES, batch_gpu=COUNTED_IMAGES)
-    step = prepare(teacher, config, device)
+    step = prepare(Inputs(teacher), config, device)
     for net in (step.teacher, step.state.generator, step.state.fake_score):
         explicit_attention(net)  # torch counts no operations of some fused kernels
     with FlopCounterMode(display=False) as counter:

@@ -12,6 +12,7 @@ from edm.metrics.detector import Detector, load_detector, save_detector
 from edm.metrics.small_classifier import SmallClassifier
 from edm.sampler import generate_images
 from sid.config import DistillationConfig
+from sid.inputs import Inputs
 from sid.prepare import prepare
 from training.denoiser import DenoiserModule
 from training.steps import INIT_SIGMA
@@ -54,7 +55,7 @@ class StepTask(Task):
         if mode.published:
             self.step = PublishedStep(teacher, config, device)
         else:
-            self.step = prepare(teacher, config, device)
+            self.step = prepare(Inputs(teacher), config, device)
         self.precision = self.step.config.precision
         for name, method in PHASES.items():
             self.clock.watch(name, self.step, method)

@@ -54,7 +54,7 @@ def load(run_dir: Path, batch: int, device: "torch.device", classes: str | None 
 
     from edm.own_classes import own_classes
     from sid.config import DistillationConfig
-    from sid.inputs import load_guide, load_start, load_teacher
+    from sid.inputs import Inputs, load_guide, load_start, load_teacher
     from sid.prepare import prepare
     from sid.state import SavedState, WeightHashes
     from torch_utils import checkpoint, run_folder
@@ -70,8 +70,8 @@ def load(run_dir: Path, batch: int, device: "torch.device", classes: str | None 
     teacher = load_teacher(run_dir, options, own_classes(classes))
     start = load_start(options["transfer"], teacher, classes) if options.get("transfer") else None
     guide = load_guide(run_dir, options, own_classes(classes))
-    saved = SavedState(state, WeightHashes.of(teacher, start, config, guide))
-    return prepare(teacher, config, device, start, saved, guide=guide)
+    hashes = WeightHashes.of(teacher, start, config, guide)
+    return prepare(Inputs(teacher, start, guide, hashes=hashes), config, device, SavedState(state, hashes))
 
 
 def gradients(
