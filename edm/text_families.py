@@ -6,6 +6,7 @@ To add a pipeline, add its class here. The class says which text encoders the pi
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -28,11 +29,11 @@ TOKENIZERS += ("GemmaTokenizer", "GemmaTokenizerFast")
 Parts = dict[str, tuple[int, ...]]
 
 
-class Family:
+class Family(ABC):
     """A kind of text-to-image pipeline. Its methods get the library's pipeline (without its image model) or model."""
 
     # The pipeline.
-    pipeline = ""  # its class
+    pipeline: str  # its class
     generators: tuple[str, ...] = ()  # classes of pipelines that were distilled from it
     folders: tuple[str, ...] = FIRST  # of its tokenizers and text encoders
     optional: tuple[str, ...] = ()  # of these folders, the ones that a pipeline may lack, all together
@@ -42,7 +43,7 @@ class Family:
     other_tokens = 0  # of a prompt, as the pipeline calls its other encoder; their states are in the condition
 
     # The model.
-    model = ""  # its class
+    model: str  # its class
     folder = "transformer"
     is_flow = True
     takes_dropout = False  # whether its configuration has a dropout
@@ -58,9 +59,9 @@ class Family:
         """Whether a model of this configuration is of this family."""
         return config.get("_class_name") == self.model
 
+    @abstractmethod
     def encode(self, pipeline: Any, texts: list[str], device: Any) -> tuple[Tensor, Tensor | None]:
         """(conditions of prompts, null conditions if the pipeline makes them at the same time), rows on the CPU."""
-        raise NotImplementedError
 
     def null(self, pipeline: Any, device: Any) -> Tensor:
         """The null condition, where `encode` doesn't return one."""
@@ -70,22 +71,22 @@ class Family:
         """(the tokenizer that takes the longest prompts, how many tokens it takes)."""
         return pipeline.tokenizer, pipeline.tokenizer.model_max_length
 
+    @abstractmethod
     def condition_parts(self, config: Mapping[str, Any], length: int) -> Parts:
         """{part: its shape} of a condition, in order.
 
         tokens [length, C], the text encoders' states; pooled [P], their summaries, where the model takes them;
         mask [length], 1 for the tokens of the prompt and 0 for those after its end, which SANA takes.
         """
-        raise NotImplementedError
 
     def shape_of(self, config: Any, sample_size: int | None) -> tuple[int, int]:
         """(channels, width) of the latents. sample_size: replaces the configuration's."""
         channels, resolution = shape_of(config)
         return channels, sample_size or resolution
 
+    @abstractmethod
     def answer(self, net: Any, x_s: Tensor, t: Tensor, parts: dict[str, Tensor], size: int) -> Tensor:
         """What the model answers to scaled noisy latents at times t. size: of the images, in pixels."""
-        raise NotImplementedError
 
 
 class StableDiffusion(Family):
