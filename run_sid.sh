@@ -5,7 +5,7 @@
 #
 #   demo                        pictures of clothes, from noise and a class
 #   demo-text                   pictures from prompts: a small Stable Diffusion pipeline, and what it draws for new prompts
-#   auto --edm_model=TEACHER    any teacher, such as one of your own: measures the start, tries two rates
+#   auto --edm_model=TEACHER    any teacher, such as one of your own: measures the start and the levels, tries rates
 #   cifar10-uncond  cifar10-cond  imagenet64-cond  ffhq64  afhq64-v2             SiD, without data
 #   the same names with -sida, such as cifar10-uncond-sida --data=images.zip     SiDA, with real images
 #   imagenet512-edm2-xs  …-s  …-m  …-l  …-xl  …-xxl                              SiD of EDM2's latent teachers
