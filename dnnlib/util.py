@@ -106,7 +106,7 @@ def without_passwords(value: Any) -> Any:
 
 
 def user_path(path: str | os.PathLike) -> Path:
-    """`path` with its `~` replaced. Errors: UserError when that user, or any such name, can't be."""
+    """`path` with its `~` replaced. Errors: UserError when there is no such user, or no path can be so named."""
     try:
         found = Path(path).expanduser()
         found.is_file()
@@ -131,11 +131,10 @@ def _is_utf8_in_another_locale(arg: str) -> bool:
 
 
 class Command(click.Command):
-    """A command whose errors are one line each, also those of the operating system (a full disk, a name too long).
+    """A command that prints every error in one line, those of the operating system included (such as a full disk).
 
-    Its context keeps the command line's words as `meta["arguments"]`.
-
-    Characters that the terminal's encoding lacks are printed as escapes.
+    Its context keeps the words of the command line as `meta["arguments"]`. Characters that the terminal's encoding
+    lacks are printed as escapes.
 
     sections: its options under the headings that --help gives them, in place of `params`.
     checks: called with the context of a parsed command line; they refuse options that don't go together.
@@ -203,7 +202,7 @@ class Command(click.Command):
 
 
 class LongCommand(Command):
-    """A command whose results are files: it goes on to its end when what it prints can't be written any more."""
+    """A command whose results are files. If its output can no longer be written, it still runs to its end."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         terminal.open_closed_streams()
@@ -295,7 +294,7 @@ def kimg_name(nimg: int, batch: int = 1) -> str:
 
 
 def format_number(value: float) -> str:
-    """The shortest usual text that stands for exactly this number: 2 for 2.0, 1e-05 for 0.00001."""
+    """The shortest usual text of exactly this number: 2 for 2.0, 1e-05 for 0.00001."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
@@ -357,7 +356,7 @@ class _Tee:
             self._file.flush()  # a run that is killed keeps its last line
 
     def close(self) -> None:
-        """Logs what doesn't end in a newline. The stream itself stays open."""
+        """Logs the rest of the output, which has no newline. The stream itself stays open."""
         self._log(self._lines.rest)
 
     def flush(self) -> None:
@@ -368,9 +367,9 @@ class _Tee:
 
 
 def open_plain(path: str | os.PathLike, max_bytes: int | None = None) -> io.BufferedReader:
-    """Opens a plain file for reading, at most `max_bytes` of them; links to plain files are followed.
+    """Opens a plain file of at most `max_bytes` bytes for reading; links to plain files are followed.
 
-    A pipe would be waited for, and a device such as /dev/zero has no end.
+    Other kinds of files are refused, because a pipe can block and a device such as /dev/zero has no end.
     Errors: OSError (its strerror says what is wrong) when the file isn't there, isn't plain, or is larger.
     """
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -391,7 +390,7 @@ def open_plain(path: str | os.PathLike, max_bytes: int | None = None) -> io.Buff
 def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Yields a binary file that becomes `path` on success and leaves nothing behind on failure.
 
-    On success it is on the disk, its name included: neither a kill nor a power cut leaves half a file under `path`.
+    The file and its name are on the disk then, so neither a kill nor a power cut leaves half a file under `path`.
     """
     path = Path(path)
     try:
@@ -432,7 +431,7 @@ def check_new_file(path: str | os.PathLike, option: str = "") -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the system can (Windows can't)."""
+    """Flushes the names in a folder to the disk, where the system supports that (Windows doesn't)."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -442,7 +441,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Removes what `write_atomically` left in a folder when its process was killed; nobody may be writing there."""
+    """Removes what a killed `write_atomically` has left in a folder; nothing may be writing there."""
     for path in Path(folder).glob(".*.part"):
         with contextlib.suppress(OSError):
             path.unlink()

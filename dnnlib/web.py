@@ -1,4 +1,4 @@
-"""Fetches one http(s) address into a file: whole, of one version, in bounded time, or one line that says why not."""
+"""Downloads one http(s) address into a file: all of one version, in bounded time. Otherwise one line says why not."""
 
 import contextlib
 import email.utils
@@ -30,7 +30,7 @@ PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
 class _Broken(Exception):
-    """A transfer that may succeed when it is tried again; its text says why it broke."""
+    """A transfer that broke and may succeed when it is tried again; the text says why it broke."""
 
 
 class _TooSlow(_Broken):
@@ -98,9 +98,9 @@ def _size(path: Path) -> int:
 
 
 def _watch(attempt: "_Attempt", begun: float) -> None:
-    """Runs an attempt in a thread of its own and gives it up when it is too slow.
+    """Runs an attempt in a thread of its own and gives up when it is too slow.
 
-    Nothing else ends a wait for a server that sends its headers or a chunk byte by byte.
+    Nothing else would end the wait for a server that sends its headers or a chunk byte by byte.
     """
     from .progress import ProgressBar
 
@@ -147,7 +147,7 @@ class _Attempt:
         self._lock, self._given_up = threading.Lock(), False
 
     def give_up(self) -> None:
-        """From here on the part file isn't changed, even if the thread still waits for the server."""
+        """Makes sure that the part file no longer changes, even if the thread still waits for the server."""
         with self._lock:
             self._given_up = True
 
@@ -166,7 +166,7 @@ class _Attempt:
                 pass
 
     def _ask(self, session: Any) -> bool:
-        """Asks for what isn't there yet; True when the file is whole."""
+        """Asks for the bytes that are missing; returns True when the file is complete."""
         resumable = self._hash_known or (self.version is not None and self.version.validator)
         have = _size(self._part) if resumable and is_own(self._part) else 0
         headers = {"Accept-Encoding": "identity"}
@@ -191,7 +191,7 @@ class _Attempt:
             return True
 
     def _follow(self, session: Any, headers: dict[str, str]) -> Any:
-        """The answer behind all redirects, each of which is checked."""
+        """The answer at the end of all redirects, each of which is checked."""
         from requests.utils import get_auth_from_url
 
         url, auth = self.place, None
@@ -232,7 +232,7 @@ class _Attempt:
             )
 
     def _check_coding(self, response: Any) -> None:
-        """Refuses what isn't the file as it is: compressed on the way, or a page about it."""
+        """Refuses answers that aren't the file itself: one that was compressed on the way, or a page about it."""
         for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
             coding = response.headers.get(header, plain)
             if coding.strip().lower() not in ("", plain):
@@ -345,7 +345,7 @@ def _checked_range(response: Any, have: int, version: _Version | None) -> tuple[
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause in one line: requests wraps it three times."""
+    """The innermost cause of an error, in one line; requests wraps it three times."""
     while isinstance(getattr(error, "reason", None) or (error.args[0] if error.args else None), Exception):
         error = getattr(error, "reason", None) or error.args[0]
     return " ".join(without_password(str(error)).split())[:200] or type(error).__name__

@@ -10,7 +10,8 @@ The library's pipelines compute the same with other numbers:
     DiTPipeline (DDIM), v                          z           z                        sqrt(A) z - sqrt(1 - A) F
 
 What differs goes into the weights: the input's factor into the first layer, the output's into the last, and the time,
-which is a whole number in pipelines, into the bias of the time embedding. `edm.text_pipelines` has those from prompts.
+which is a whole number in pipelines, into the bias of the time embedding. Pipelines for prompts are in
+`edm.text_pipelines`.
 """
 
 import copy
@@ -80,7 +81,7 @@ def write(net: Any, path: Path) -> str:
 
 
 def _is_flow_of_prompts(net: Any) -> bool:
-    """Such as Stable Diffusion 3, whose pipelines take several steps and a shift of latents."""
+    """Whether a network is a flow of prompts, such as Stable Diffusion 3."""
     return isinstance(net, TextDenoiser) and net.times.is_flow
 
 
@@ -207,7 +208,7 @@ def _ddim_step(net: WrappedDenoiser, level: float) -> tuple[Any, Any]:
 
 
 def _scale_input(model: Any, factor: float) -> None:
-    """Multiplies what a model is called with. Errors: UserError when its first layer can't do that."""
+    """Multiplies a model's input by a factor. Errors: UserError when its first layer can't do that."""
     blocks = [*(model.config.get("down_block_types") or ()), *(model.config.get("up_block_types") or ())]
     if model.config.get("center_input_sample") or any(block.startswith("Skip") for block in blocks):
         raise UserError(f"--to=diffusers: this UNet2DModel also uses its input past the first layer; {ADVICE}")
@@ -216,7 +217,7 @@ def _scale_input(model: Any, factor: float) -> None:
 
 
 def _rising_betas(sigma: float, number: int) -> torch.Tensor:
-    """The betas of so many noise levels on the way to `sigma`, evenly spaced, float32."""
+    """The betas of a schedule whose noise levels rise evenly to `sigma`, float32."""
     signal = 1 / (1 + torch.linspace(0, sigma, number + 2, dtype=torch.float64)[:-1] ** 2)
     return (1 - signal[1:] / signal[:-1]).float()
 

@@ -96,9 +96,9 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any], decoder: L
         _write_folder(net, path, metadata)
         return
     if path.suffix == ".onnx":
-        path.parent.stat()  # tracing takes a minute: sooner told if that isn't there
+        path.parent.stat()  # fails now if the folder is missing: tracing takes a minute
         contents = onnx_file.model_bytes(net, _header(net, metadata), decoder)
-    elif path.suffix == ".safetensors":  # the header is one entry: the order of several would be random
+    elif path.suffix == ".safetensors":  # one entry, because the order of several would be random
         header = json.loads(json.dumps(_header(net, metadata)))
         header[checkpoint.CHECKSUM] = checksum(header, net.state_dict())
         contents = _tensors_bytes(net, {"network": json.dumps(header)})
@@ -162,14 +162,14 @@ def _tensors_bytes(net: torch.nn.Module, header: dict[str, str]) -> bytes:
 
 
 def checksum(header: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
-    """sha256, in hex, of a header as it comes back from JSON, without its own checksum, and of the tensors."""
+    """sha256, in hex, of the tensors and of a header as read back from JSON, without the checksum itself."""
     header = {name: value for name, value in header.items() if name != checkpoint.CHECKSUM}
     return checkpoint.checksum([json.dumps(header, sort_keys=True), dict(sorted(state.items()))])
 
 
 @contextlib.contextmanager
 def verified(header: dict[str, Any], state: dict[str, torch.Tensor], source: Any) -> Iterator[None]:
-    """Raises UserError if the checksum in the header is wrong: at the end, or in place of an error raised meanwhile.
+    """Raises UserError if the checksum in the header is wrong, on leaving or in place of an error raised inside.
 
     Files from other programs, and older ones, have no checksum.
     """
@@ -177,7 +177,7 @@ def verified(header: dict[str, Any], state: dict[str, torch.Tensor], source: Any
     if checkpoint.CHECKSUM in header:
         try:
             sound = header[checkpoint.CHECKSUM] == checksum(header, state)
-        except (RecursionError, RuntimeError, TypeError, ValueError):  # of what no file of ours holds
+        except (RecursionError, RuntimeError, TypeError, ValueError):  # for contents that no file of this project has
             sound = False
         damage = None if sound else f"{source}: damaged, its contents don't have their checksum"
     try:
@@ -243,7 +243,7 @@ def build(
 
 
 def checked(net: M, path: Path) -> M:
-    """The network in float32, once its weights are found finite and its sizes and noise levels plausible."""
+    """The network in float32. Checks that its weights are finite, and its sizes and noise levels plausible."""
     for part in net.modules():
         if persistence.is_persistent(part) and type(part).__module__.startswith("training."):
             _check_numbers(part, path)
@@ -267,7 +267,7 @@ def checked(net: M, path: Path) -> M:
 def _check_numbers(part: Any, path: Path) -> None:
     """Errors: UserError for constructor arguments of our own classes that aren't numbers where their defaults are.
 
-    Many are first used when the network is called, where no message could name its file.
+    Many are used only when the network is called, and by then no message could name the file.
     """
     signature = inspect.signature(type(part).__init__)
     given = signature.bind_partial(part, *part.init_args, **part.init_kwargs).arguments
@@ -349,7 +349,7 @@ def _folder_contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 
 def _folder_header(values: dict[str, Any]) -> dict[str, Any]:
-    """What the values in CONFIG_FILE say, under the names that the header of a file has; takes them apart."""
+    """The values in CONFIG_FILE under the names that a file's header has; removes the entries of this project."""
     header = {"metadata": {}} | {name: values.pop(key) for name, key in OWN_KEYS.items() if key in values}
     values.pop("_diffusers_version", None)
     return {**header, "class_name": str(header["class_name"]), "init_kwargs": values}

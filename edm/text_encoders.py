@@ -5,7 +5,7 @@ The record of a pipeline's text encoders, metadata["text"], is plain values:
 source         folder of the pipeline, or its name on the Hugging Face Hub
 pipeline       its class in the diffusers library
 sha256         of the encoders' and tokenizers' files (`fingerprint`)
-zeros          of Stable Diffusion 3 without its third encoder: the width of the zeros in its place
+zeros          for Stable Diffusion 3 without its third encoder: the width of the zeros in its place
 
 The library's own pipeline encodes, without its image model. Prompts are encoded once, and kept in the cache folder.
 """
@@ -55,7 +55,7 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 def tokens_of(path: Path) -> int:
-    """How many tokens a prompt has in a pipeline's conditions. Errors: UserError when its tokenizer doesn't say."""
+    """The number of tokens per prompt in a pipeline's conditions. Errors: UserError when its tokenizer doesn't say."""
     family, _ = supported_parts(path, with_weights=False)
     if not family.has_clip_tokens:
         return family.other_tokens
@@ -175,7 +175,7 @@ def prompts_for(net: Any, texts: Sequence[str], device: torch.device | str = "cp
 def _encoded(record: dict[str, Any], texts: Sequence[str], prompt_dim: int, device: torch.device) -> Path:
     """The file in the cache with the conditions of prompts and, last, the null condition, float32 [P + 1, prompt_dim].
 
-    Made if it isn't there.
+    It is made if it isn't there.
     """
     key = hashlib.sha256(json.dumps([record["sha256"], record["pipeline"], list(texts)]).encode()).hexdigest()
     path = Path(cache_folder()) / "prompts" / f"{key}.npy"
@@ -218,7 +218,7 @@ def _encoded(record: dict[str, Any], texts: Sequence[str], prompt_dim: int, devi
 class TextEncoder:
     """The tokenizers and text encoders of a pipeline.
 
-    record: as the module describes it. Errors: UserError when they can't be had, or are others than recorded.
+    record: as the module describes it. Errors: UserError when they can't be had, or differ from the record.
     """
 
     def __init__(self, record: dict[str, Any], device: torch.device | str = "cpu"):
@@ -251,7 +251,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Iterator[torch.Tensor]:
-        """The conditions of prompts, float32 [n, prompt_dim] on the CPU, in batches; last, the null condition [1, …].
+        """Yields the conditions of prompts in batches, float32 [n, prompt_dim] on the CPU, and last the null condition.
 
         Prints one line if some are longer than the encoders take.
         """
@@ -271,7 +271,7 @@ class TextEncoder:
 
 
 class _Width:
-    """Stands for Stable Diffusion 3's model, which its pipeline asks for the width of the zeros in T5's place."""
+    """Stands in for Stable Diffusion 3's model, whose pipeline asks it for the width of the zeros in T5's place."""
 
     def __init__(self, width: int):
         self.config = types.SimpleNamespace(joint_attention_dim=width, sample_size=64, patch_size=2)
@@ -305,7 +305,7 @@ def folder_of(record: dict[str, Any]) -> Path:
 
 
 def checked_record(record: Any, name: Any) -> dict[str, Any]:
-    """`record`, if it is one of text encoders. name: of what holds it, in messages. Errors: UserError if it isn't."""
+    """`record`, checked to be one of text encoders. name: of its holder, for messages. Errors: UserError if not."""
     keys = ("source", "pipeline", "sha256")
     intact = type(record) is dict and all(type(record.get(key)) is str for key in keys)
     zeros = record.get("zeros", 1) if intact else None
@@ -317,7 +317,7 @@ def checked_record(record: Any, name: Any) -> dict[str, Any]:
 
 
 def found_nearby(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A network's metadata in which the text encoders are those next to its file, where there are some."""
+    """A network's metadata, which name the text encoders next to its file instead, if there are any."""
     nearby = (path if path.is_dir() else path.parent) / FOLDER
     if "text" not in metadata or not (nearby / INDEX_FILE).is_file():
         return metadata

@@ -93,7 +93,7 @@ def load_inputs(
 
 
 def choose_snapshots(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with a snapshot in place of each run folder: chosen once, since a better one may appear later."""
+    """The options, with a snapshot in place of each run folder; chosen once, since a better one may appear later."""
     named = [name for name in NETWORKS if options.get(name)]
     return options | {name: distributed.from_process_0(zoo.network_file(options[name])) for name in named}
 
@@ -147,7 +147,7 @@ def checked_guide(
 
 
 def load_guide(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule | None:
-    """The weaker network that guides a run's teacher, found as `load_teacher` finds that; None if there is none."""
+    """The weaker network that guides a run's teacher, looked for as in `load_teacher`; None if there is none."""
     source = options.get("guide")
     if not source:
         return None
@@ -231,8 +231,8 @@ def fitting_start(start: DenoiserModule, name: str, teacher: DenoiserModule) -> 
 def load_dataset(
     path: str, teacher: DenoiserModule, config: DistillationConfig, options: dict[str, Any]
 ) -> ImageFolderDataset | LatentDataset:
-    """Real images for the picture and metrics, and for --gan, which learns from what the teacher makes: images with
-    their class labels, or latents.
+    """Real images for the picture and metrics, and for --gan, which needs what the teacher makes: images with class
+    labels, or latents.
 
     Errors: UserError when they don't fit the teacher.
     """

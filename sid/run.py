@@ -222,7 +222,7 @@ def summarise(
     reference: str | None,
     metrics: list[str],
 ) -> dict[str, Any]:
-    """What the run was asked for, as plain values without passwords."""
+    """The options of the run, as plain values without passwords."""
     asked = {name: value for name, value in options.items() if name not in ("given", *COMMAND)}
     summary = {**config.options(), **asked, "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
@@ -256,7 +256,7 @@ class RunPlan:
     dropped: int
 
     def summary(self) -> dict[str, Any]:
-        """What it adds to the record of the run."""
+        """What the plan adds to the record of the run."""
         measured = {"starts": self.starts, "answers": self.answers}
         return self.config.options() | {name: value for name, value in measured.items() if value is not None}
 
@@ -306,7 +306,7 @@ def after_trials(
     device: torch.device,
     options: dict[str, Any],
 ) -> RunPlan:
-    """Runs the trials to their ends; how the run goes on from the best of them. page: of the run, shows them."""
+    """Runs the trials and returns how the run goes on from the best of them. page: of the run, shows them."""
 
     def build_candidate(config: DistillationConfig, state: checkpoint.StateFile | None) -> Distillation:
         # Networks of its own, whose weights it may store in another precision.
@@ -383,7 +383,7 @@ def dry_run(options: dict[str, Any], config: DistillationConfig, summary: dict[s
 def memory_estimate(
     teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None = None
 ) -> dict[str, Any]:
-    """GB per process by purpose, at --batch-gpu or at the largest that fits; and the largest that fits GPUS."""
+    """GB per process by purpose, at --batch-gpu or the largest that fits, and the largest that fits each of GPUS."""
     config = resolve(config, teacher, device)
     share = misc.split_batch(config.batch, None, distributed.world_size())[0]
     fitting = memory.Fitting(teacher, config, share, device, guide)

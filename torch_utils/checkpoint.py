@@ -105,20 +105,20 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
 
 
 class StateFile:
-    """A training state on the disk, read and verified (`load_state`, with its errors) when it is first asked for."""
+    """A training state on the disk. It is read and verified on first use, with the errors of `load_state`."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._contents: dict[str, Any] | None = None
 
     def read(self) -> dict[str, Any]:
-        """What it holds."""
+        """The contents of the file."""
         if self._contents is None:
             self._contents = load_state(self.path)
         return self._contents
 
     def take(self) -> dict[str, Any]:
-        """What it holds, which is large, hence not kept here any longer."""
+        """The contents, which aren't kept here any longer, since they are large."""
         contents = self.read()
         self._contents = None
         return contents
@@ -147,13 +147,13 @@ def _is_count(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def setting(options: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Where a state comes from. options: what the run was asked for; beside them what can make rounding differ."""
+    """Where a state comes from: the run's options, and the surroundings that can make rounding differ."""
     surroundings = {"processes": distributed.world_size(), "device": device.type, "torch": str(torch.__version__)}
     return {"options": dict(options), "surroundings": surroundings}
 
 
 def is_complete(state: dict[str, Any]) -> bool:
-    """Whether a loaded state has, in sound form, what those of every training have beside its own parts."""
+    """Whether a loaded state has the entries that every training writes, in sound form; its parts aren't checked."""
     if not all(isinstance(state.get(name), dict) for name in ("options", "surroundings", "statistics")):
         return False
     if any(isinstance(v, torch.Tensor) for name in ("options", "surroundings") for v in state[name].values()):
@@ -207,7 +207,7 @@ def _size(value: Any) -> int:
 
 
 class _Sink:
-    """A file for torch.save that keeps the first error of writing: torch's own report of it hides the reason."""
+    """A file for torch.save that remembers the first write error, whose reason torch's own report hides."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -242,7 +242,7 @@ class StateFolder:
 
         Returns the path, None if it failed.
 
-        A full disk or a broken one costs this state only: that is said in one line, and training goes on.
+        If the disk is full or broken, one line says so and training goes on without this state.
         """
         path = state_path(self._run_dir, state["nimg"], batch)
         if distributed.rank() != 0:
@@ -256,7 +256,7 @@ class StateFolder:
 
 
 def attempt(what: str, action: Callable[[], Any]) -> bool:
-    """Does something with files that training can do without; False, after a line that says why, if it fails."""
+    """Does something with files that training can do without. If it fails, one line says why, and False is returned."""
     try:
         action()
     except (OSError, UserError) as error:
@@ -276,7 +276,7 @@ def check_saved(snapshot: Path) -> None:
 
 
 def newest_good_state(run_dir: str | os.PathLike) -> StateFile | None:
-    """The newest state in a run folder that is whole, read; None if there is no state. Damaged ones are reported.
+    """The newest undamaged state in a run folder, already read; None if there is no state. Damaged ones are reported.
 
     Errors: UserError when there are states and all are damaged.
     """
@@ -296,7 +296,7 @@ def newest_good_state(run_dir: str | os.PathLike) -> StateFile | None:
 def remove_later(run_dir: str | os.PathLike, nimg: int, batch: int) -> None:
     """Removes the states, snapshots and pictures of a run after `nimg` images, and what says which snapshot is best.
 
-    A run that went back there makes them anew. A file that can't be removed is reported.
+    A run that went back to that point makes them anew. A file that can't be removed is reported.
     """
     own = _images_in_name(state_path(run_dir, nimg, batch))
     files = _numbered(run_dir, f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}|{PICTURE_PATTERN}")
@@ -306,7 +306,7 @@ def remove_later(run_dir: str | os.PathLike, nimg: int, batch: int) -> None:
 
 
 def set_aside_later(state: Path) -> None:
-    """Renames the states in its folder that are newer than `state`: the run goes on from here and passes them again."""
+    """Renames the newer states in the folder of `state`, since the run goes on from `state` and saves them anew."""
     everything = states(state.parent)
     for later in everything[: everything.index(state)] if state in everything else ():
         aside = later.with_name(f"{later.name}.unused")

@@ -18,7 +18,7 @@ Class = TypeVar("Class", bound=type)
 FACTORIES = {torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn}
 FACTORIES |= {torch.randint, torch.zeros, torch.logspace, torch.randperm}
 GROWING = {torch.outer, torch.Tensor.outer}  # results far larger than their arguments, which a file can make long
-SPARE_ELEMENTS = 1 << 20  # tables and intermediate values that a constructor makes beside its weights
+SPARE_ELEMENTS = 1 << 20  # tables and intermediate values that a constructor makes in addition to its weights
 ELEMENTS_PER_SECOND = 1e7  # drawn at random, on a slow machine
 MAX_TORCH_CALLS = 200_000  # of a constructor; a large iDDPM network makes about 15 000
 WRAPPERS = {  # parts that others add to the names of weights
@@ -152,7 +152,7 @@ def _make_ordinary(obj: Any) -> None:
 
 
 def wrapper_hint(found: Collection[str], expected: Collection[str] | None = None) -> str | None:
-    """What the names of weights have in front of them or inside them, and the cure; None if it isn't only that.
+    """What wrappers have added to the names of weights, and the remedy; None if the names differ in anything else.
 
     found: the names in a file. expected: the names in the network; None if they aren't known.
     """
@@ -174,7 +174,7 @@ def wrapper_hint(found: Collection[str], expected: Collection[str] | None = None
 
 
 def _prefixes(found: Collection[str], expected: Collection[str] | None) -> list[str]:
-    """What stands before the expected names; where these aren't known, what wrappers have put before all names."""
+    """The prefixes before the expected names; if these aren't known, those that wrappers have put before all names."""
     if expected is None:
         prefixes = {
             "".join(f"{part}." for part in itertools.takewhile(WRAPPERS.__contains__, name.split(".")))
@@ -199,15 +199,15 @@ def one_line(error: Exception, length: int = 300) -> str:
 
 
 def _stored_elements(state: dict[str, torch.Tensor]) -> int:
-    """How many elements lie behind the weights; what several of them share counts once."""
+    """The number of elements that the weights store; elements that several of them share count once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in state.values()}
     return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in storages.values())
 
 
 class _AllocationLimit(TorchFunctionMode):
-    """While active, the tensors that torch is asked to create may have `elements` elements in all.
+    """While active, torch may create tensors of `elements` elements in all.
 
-    And torch may be called MAX_TORCH_CALLS times, or for a time that suits the elements: layers without any take both.
+    The number of calls of torch and their time are limited, too, since layers without elements also cost both.
     """
 
     def __init__(self, elements: int):

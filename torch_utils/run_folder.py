@@ -67,8 +67,8 @@ def find_run(
 
     resume: a state file; a run folder, of which the newest undamaged state is taken; 'auto', which is the run folder
             that this command line makes, if it is there already: `outdir` itself with `nosubdir`, else the last one
-            with this description; None: 'auto' with `nosubdir`. When torchrun has restarted the processes, the folder
-            that they made before, if they came so far. The same goes for a run in `outdir` that this `resume` began.
+            with this description; None: 'auto' with `nosubdir`. After torchrun has restarted the processes, it is
+            the folder that they had made, if they got that far. A run in `outdir` that this `resume` began counts, too.
     goes_on_without_state: whether a run folder without a state holds something else to go on from.
     Errors: UserError naming --resume or --outdir.
     """
@@ -90,13 +90,13 @@ def find_run(
 
 
 def record_options(run_dir: Path, options: dict[str, Any]) -> None:
-    """Writes what a run was asked for into its folder, on process 0."""
+    """Writes the options of a run into its folder, on process 0."""
     with write_atomically(run_dir / OPTIONS_FILE) as file:
         file.write((json.dumps({**options, LAUNCH: _launch()}, indent=2) + "\n").encode())
 
 
 def _check_same_everywhere(file: checkpoint.StateFile) -> None:
-    """Errors: UserError, on every process, when one can't read the state that process 0 reads."""
+    """Errors: UserError, on every process, if any process can't read the state that process 0 reads."""
     host = socket.gethostname()
     try:
         state = file.read()
@@ -149,7 +149,7 @@ def _own_folder(
     nosubdir: bool,
     goes_on_without_state: Callable[[Path], bool],
 ) -> Path | None:
-    """The folder in which this command line began a run before; None if it didn't, or is to start another one.
+    """The folder in which this command line began a run before; None if there is none, or if it should start a new one.
 
     given: the state or folder that `resume` names. Errors: UserError when the folder holds another run.
     """
@@ -193,7 +193,7 @@ def _belongs(folder: Path, outdir: Path, nosubdir: bool) -> bool:
 def refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any], rules: ResumeRules) -> list[str]:
     """The names of the options that differ between `old`, of the state at `path`, and `new`, of this run.
 
-    Errors: UserError naming the first option that differs but must not, both values, and the way out.
+    Errors: UserError naming the first option that must not differ but does, both values, and the remedy.
     """
     changed = [name for name in old if name in new and new[name] != old[name] and name not in rules.free]
     refused = [] if rules.override else [name for name in changed if name not in rules.rounding]
@@ -287,13 +287,13 @@ def _folders(outdir: Path, description: str) -> list[Path]:
 
 
 def _launch() -> str | None:
-    """What the processes have in common that one torchrun starts, again after a fault; None without torchrun."""
+    """What identifies one launch by torchrun, restarts after a fault included; None without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
 
 def _recorded(folder: Path, name: str) -> tuple[Any, ...]:
-    """(value,) of an option as the run in `folder` recorded it; empty if it didn't."""
+    """(value,) of an option that the run in `folder` recorded; () if it recorded none."""
     try:
         return (json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))[name],)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -301,7 +301,7 @@ def _recorded(folder: Path, name: str) -> tuple[Any, ...]:
 
 
 def _on_process_0(action: Callable[[], Any]) -> Any:
-    """What `action` gives on process 0; its UserError or OSError comes out on every process, as a UserError."""
+    """The result of `action` on process 0. Its UserError or OSError is raised on every process, as a UserError."""
     result, error = None, None
     if distributed.rank() == 0:
         try:

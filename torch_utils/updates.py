@@ -22,7 +22,7 @@ COUNTS = ("skipped", "skipped_in_a_row", "longest_row", "good_in_a_row")
 
 
 class DivergenceError(UserError):
-    """Training produced non-finite gradients time and again, or weights or pictures that aren't finite.
+    """Training repeatedly produced non-finite gradients, or weights or pictures that aren't finite.
 
     advice: what to do next, which the message adds to the reason.
     """
@@ -56,7 +56,7 @@ class Updater:
     limit: gradients are clipped to this by value.
     spike_guard: an update is skipped, too, if the norm of its gradient is more than so many times the median of those
     before (`SpikeGuard`).
-    after_update: called after every update, skipped ones included, such as to normalise weights.
+    after_update: called after every update, even a skipped one, for instance to normalise weights.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ from torch_utils.watchdog import check_equal_weights
 from .decoder import clean_samples
 from .networks_edm2 import normalize_weights
 
-# What a resumed run may change: it doesn't touch the mathematics, or (ROUNDING) only rounding and the split of draws.
+# What a resumed run may change. FREE_ON_RESUME changes no result, ROUNDING only how sums are rounded and draws split.
 ROUNDING = {"batch_gpu"}
 FREE_ON_RESUME = {"kimg_per_tick", "snapshot_ticks", "state_ticks", "save_minutes", "keep_states", "workers"}
 
@@ -58,10 +58,10 @@ class TrainingConfig:
 
 
 class Training:
-    """All that changes while a denoiser is trained: network, moving average, optimiser, counters; and one iteration.
+    """A training of a denoiser: its network, moving average, optimiser and counters, and one iteration.
 
-    resume: the training state to go on from, as `check_state` wants it. options: what the run was asked for, plain
-    values that its states record.
+    resume: the training state to go on from, checked by `check_state`. options: the run's options as plain values,
+    which its states record.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Training:
             self.collector.load_state_dict(state["statistics"], device)
 
     def iteration(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """One update on `batch` images, and its share in the moving average."""
+        """One update on `batch` images, and one of the moving average."""
         config = self.config
         for r in range(self._rounds):
             items, labels = next(batches)
@@ -119,7 +119,7 @@ class Training:
         return lr_factor(self.nimg, total, rampup, self.config.lr_decay, constant)
 
     def statistics(self) -> dict[str, dict[str, float]]:
-        """What `Collector.collect` returns, and the learning rate as it is now; every process must call it."""
+        """What `Collector.collect` returns, and the current learning rate; every process must call it."""
         return {**self.collector.collect(), "Rate/lr": {"mean": self.config.lr * self.lr_factor()}}
 
     def check(self) -> None:
@@ -226,7 +226,7 @@ def run_to_end(
         measured = None
         if progress.nimg == 0:
             measured = steps.begin()
-        elif progress.at_snapshot:  # the run ended between this state and its snapshot
+        elif progress.at_snapshot:  # the run had ended between this state and its snapshot
             measured = steps.publish()
         if measured:
             log.show(progress.nimg, measured)
@@ -307,7 +307,7 @@ def check_state(file: checkpoint.StateFile, net: torch.nn.Module) -> None:
 
 
 def freeze_augment_mapping(net: torch.nn.Module) -> None:
-    """Where no augmentation labels come, their mapping gets no gradient: exclude it from training."""
+    """Excludes the mapping of augmentation labels from training, for networks that are never given any."""
     for name, parameter in net.named_parameters():
         if name.endswith("map_augment.weight"):
             parameter.requires_grad_(False)
@@ -316,7 +316,7 @@ def freeze_augment_mapping(net: torch.nn.Module) -> None:
 def _endless_batches(
     dataset: torch.utils.data.Dataset, training: Training
 ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-    """(items of `clean_samples` [batch_gpu, ...], labels [batch_gpu, label_dim]) on the device, for ever."""
+    """Endless batches on the device: (items of `clean_samples` [batch_gpu, ...], labels [batch_gpu, label_dim])."""
     config, device = training.config, training.device
     sampler = misc.InfiniteSampler(
         len(cast(Sized, dataset)), distributed.rank(), distributed.world_size(), seed=config.seed, start=training.nimg

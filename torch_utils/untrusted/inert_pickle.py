@@ -22,7 +22,7 @@ from dnnlib import UserError, open_plain
 
 from .bounds import Budget, Refused
 
-MAX_OPERATIONS = 1_000_000  # a snapshot of the largest published network takes below a fifth of it
+MAX_OPERATIONS = 1_000_000  # the largest published network's snapshot takes less than a fifth of it
 MAX_KEY = 1 << 32  # of whole numbers as keys: with larger ones a file can make them all collide in Python's dicts
 MAX_DIMENSIONS = 8
 STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # torch's legacy format, which storages inside a pickle have
@@ -44,7 +44,7 @@ NUMBER_CODES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4"
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What a pickled object says about itself: the name of its class and its `__dict__`. It has no behaviour."""
+    """A pickled object as plain data, without behaviour: the name of its class and its `__dict__`."""
 
     class_name: str
     state: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def _cifar10_pixels(pixels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """An admitted name; `build(machine, args)` is what a call of it means."""
+    """An admitted name; `build(machine, args)` does what calling it would."""
 
     name: str
     build: Callable[["Machine", tuple], Any]
@@ -285,7 +285,7 @@ class Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, file: Any) -> Any:
-        """The value of the pickle at the file's position, which moves behind it."""
+        """Reads the pickle at the file's position and returns its value; the position is behind it afterwards."""
         self._stack, self._marks, self._memo = [], [], {}
         for opcode, argument, _ in pickletools.genops(file):
             self.budget.spend()
