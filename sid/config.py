@@ -32,6 +32,7 @@ COMMAND_LINE = {
     "real_images": ("data (images)", 1),
     "prompts_sha256": ("prompts (contents)", 1),
 }
+MEASURED = ("init_sigma", "tmax")  # `auto` on the command line, None here: measured on the teacher when a run begins
 OPTIMIZERS = ("adam", "muon")
 ADAM_STATES = ("fp32", "bf16")
 DROP_LABELS = ("before", "after")

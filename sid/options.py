@@ -25,6 +25,8 @@ D = DistillationConfig  # its class attributes are the defaults
 class Measured(FiniteRange):
     """A number; `auto` becomes None."""
 
+    name = "number or auto"  # what click calls it in messages
+
     def convert(self, value: Any, param: Any, ctx: Any) -> float | None:  # type: ignore[override]
         return None if value == "auto" else super().convert(value, param, ctx)
 
@@ -105,7 +107,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--fake-sigma-schedule", "Noise levels of the fake score's loss", str, str(D.fake_sigma_schedule)),
         option(
             "--tmax",
-            "Highest time of karras schedules, of 1000; auto measures on the teacher up to where its answers are sound",
+            "Highest time of karras schedules, of 1000; auto measures on the teacher which levels are of use",
             Measured(0, 1000),
             D.tmax,
         ),

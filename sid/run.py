@@ -24,7 +24,7 @@ from training.denoiser import DenoiserModule, check_denoiser
 
 from . import __version__, memory
 from .calibration import choose_tmax, levels_to_measure
-from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
+from .config import COMMAND_LINE, FREE_ON_RESUME, MEASURED, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation
 from .generator import OneStepGenerator
 from .guidance import check_weight
@@ -338,7 +338,7 @@ def measure_teacher(
         if with_trials:
             raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
         return None
-    wanted = with_trials or config.returns or None in (config.init_sigma, config.tmax)
+    wanted = with_trials or config.returns or None in [getattr(config, name) for name in MEASURED]
     if not (wanted or config.total_kimg >= WORTH_SAMPLES_KIMG):
         return None
     with distributed.shared_errors():  # such as samples that aren't finite

@@ -2,10 +2,12 @@
 
 import math
 
+import click
 import pytest
 import torch
 
 from sid.calibration import MOST_EXCESS, Answers, choose_tmax, highest_level, levels_to_measure, measure_answers
+from sid.options import parse
 from sid.schedules import TMAX, Karras
 
 VARIANCE, PIXELS, NUM = 0.3, 64, 256
@@ -107,3 +109,10 @@ def test_levels_are_those_that_the_schedule_and_the_teacher_have():
     assert levels_to_measure(teacher)[-1] == 3.0
     teacher.sigma_max = 0.5
     assert levels_to_measure(teacher) == [0.5]
+
+
+def test_the_command_line_takes_a_number_or_auto():
+    assert parse(["--tmax=auto"])[0].tmax is None
+    assert parse(["--tmax=600"])[0].sigma_schedule == Karras(600.0)
+    with pytest.raises(click.BadParameter, match="not a valid number or auto"):
+        parse(["--tmax=high"])

@@ -13,7 +13,7 @@ from dnnlib import UserError, format_number
 from dnnlib.util import printable
 from torch_utils.records import is_figure
 
-from ..config import COMMAND_LINE
+from ..config import COMMAND_LINE, MEASURED
 from ..options import SECTIONS, parse
 from ..recipes import RECIPES
 from .run_record import RunRecord
@@ -74,6 +74,8 @@ def option_name(name: str) -> str:
 
 def value_text(name: str, value: Any) -> str:
     """The recorded value of an option of sid_train.py as the command line has it."""
+    if value is None and name in MEASURED:
+        return "auto"
     return typed_text(value, (COMMAND_LINE | LATER_NAMES).get(name, (name, 1))[1])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError, kimg_name, write_atomically
+from sid.config import MEASURED
 from sid.monitor.records import OPTIONS_FILE, STATS_FILE, read_records
 
 from .plan import Run, recorded_options
@@ -56,7 +57,7 @@ def check_unchanged(run: Run, folder: Path, options: dict[str, Any]) -> None:
 
 def chosen_by_run(recorded: dict[str, Any]) -> set[str]:
     """The options that a run chooses by itself: those that it measures, and what trials decide or take up."""
-    measured = {name for name in ("init_sigma", "tmax") if recorded[name] is None}
+    measured = {name for name in MEASURED if recorded[name] is None}
     if not recorded["trials"]:
         return measured
     from sid.trials import RATES  # loads torch
