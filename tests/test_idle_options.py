@@ -7,9 +7,11 @@ import fid
 import sid_train
 from dnnlib import UserError
 from edm import generate, train
+from sid.bench import __main__ as bench
 from sid.config import DistillationConfig
 from sid.inputs import choose_metrics
 from sid.options import parse
+from sid.report import __main__ as report
 
 DISTIL = (sid_train.main, [])
 TRAIN = (train.main, ["--outdir=runs", "--data=images"])
@@ -17,6 +19,8 @@ KARRAS = ["--sigma-schedule=lognormal", "--fake-sigma-schedule=karras"]
 GENERATE = (generate.main, ["--network=net.safetensors", "--outdir=out"])
 CALC = (fid.main.commands["calc"], ["--images=images"])
 EVAL = (fid.main.commands["eval"], ["--network=net.safetensors"])
+REPORT = (report.main, ["."])
+BENCH = (bench.main, [])
 
 IDLE = [  # (command, an option, what makes it work)
     (DISTIL, "--alpha=1", "--objective=diff-instruct", ["--objective=diff-instruct-l1"]),
@@ -48,6 +52,12 @@ IDLE = [  # (command, an option, what makes it work)
     (EVAL, "--data=images", "--metrics=is5k", ["--metrics=is5k,fid5k"]),
     (EVAL, "--detector=d.safetensors", "--metrics=clip1k", []),
     (EVAL, "--S_min=1", None, ["--S_churn=40"]),
+    (REPORT, "--port=80", None, ["--serve"]),
+    (REPORT, "--page-only", "--serve", []),
+    (BENCH, "--modes=fp32", "--what=sampling", ["--what=step,sampling"]),
+    (BENCH, "--eval-batch=8", "--what=step,profile", ["--what=metrics"]),
+    (BENCH, "--detector=d.safetensors", None, ["--what=metrics"]),
+    (BENCH, "--seconds=1", "--steps=2", []),
 ]
 
 

@@ -2,11 +2,13 @@
 
 import datetime
 import json
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from dnnlib import Command, FiniteRange, UserError, WholeRange, check_new_file, write_atomically
+from dnnlib.options import Idle
 from sid.bench.modes import MODES, PUBLISHED, Mode, parse_modes
 from sid.bench.recipes import RECIPES
 from sid.bench.results import make_row, profile_table, table
@@ -17,7 +19,20 @@ FORMAT = 1  # of the JSON file
 PEAKS = "matmul_flops_per_sec"
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+def measures_none_of(*parts: str) -> Callable[[dict[str, Any]], bool]:
+    """Tells by the values of all options whether --what has none of these."""
+    return lambda options: not {*parts} & {*options["what"].split(",")}
+
+
+CHECKS = (
+    Idle(("modes",), "without step or profile in --what", measures_none_of("step", "profile")),
+    Idle(("eval_batch",), "without sampling or metrics in --what", measures_none_of("sampling", "metrics")),
+    Idle(("detector",), "without metrics in --what", measures_none_of("metrics")),
+    Idle(("seconds",), "with --steps", lambda options: options["steps"] is not None),
+)
+
+
+@click.command(cls=Command, checks=CHECKS, context_settings={"show_default": True})
 @click.option(
     "--recipe",
     help="Networks and settings of run_sid.sh; micro only tests the benchmark itself",

@@ -6,14 +6,19 @@ from typing import Any
 import click
 
 from dnnlib import Command, UserError, WholeRange
+from dnnlib.options import Idle
 from edm.own_classes import classes_option, own_classes
 from sid.guidance import parse_guidance
 from sid.monitor.records import OPTIONS_FILE, is_training, read_any_options, read_run_options
 
 WANTED = "a run folder of sid_train.py or edm.train"
+CHECKS = (
+    Idle(("port",), "without --serve", lambda options: not options["serves"]),
+    Idle(("page_only",), "with --serve, which writes no page", lambda options: options["serves"]),
+)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, checks=CHECKS)
 @click.argument("run", type=click.Path(exists=True))
 @click.option("--page-only", is_flag=True, help="Write the page from what is recorded, without drawing new samples")
 @click.option(
