@@ -86,7 +86,7 @@ class Report:
     def snapshot(self, ema: torch.nn.Module, nimg: int) -> dict[str, float]:
         """Reports a snapshot. Every process must call it, with equal weights.
 
-        Returns what was measured now, by name, on process 0: the distance from the teacher and the metrics.
+        Returns what was measured now, by name, on process 0: how far images are from the teacher's, and the metrics.
         """
         return self._show(ema, nimg, f"fakes_{kimg_name(nimg, self._batch)}.png")
 
@@ -120,7 +120,10 @@ class Report:
             save_grid(distance.samples[: GRID_COLUMNS * GRID_ROWS], path, GRID_COLUMNS)
 
     def _distance_of(self, ema: torch.nn.Module, nimg: int, distance: TeacherDistance) -> dict[str, float]:
-        """Measures the distance from the teacher's samples and appends it to the run's record, once per snapshot."""
+        """Measures the distance from the teacher's samples and appends it to the run's record, once per snapshot.
+
+        Returns the part of it that is worth a place in a line: the one that still tells good generators apart.
+        """
         path = self._run_dir / DISTANCES_FILE
         sha256 = network_hash(ema)
         if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
@@ -128,7 +131,7 @@ class Report:
         found = distance(ema)
         parts = {name: value for name, value in dataclasses.asdict(found).items() if value is not None}
         append_line(path, json.dumps({"kimg": nimg / 1e3, "value": found.value, **parts, "network_sha256": sha256}))
-        return {"distance": found.value, **({} if found.features is None else {"features": found.features})}
+        return {"distance": found.value} if found.features is None else {"features": found.features}
 
     def _remember_best(self) -> None:
         """best.json and best.safetensors: the snapshot with the lowest first requested FID, or else `features`."""
