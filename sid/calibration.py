@@ -23,6 +23,7 @@ from .schedules import TMAX, Karras
 MOST_EXCESS = 0.1  # of the images' variance
 SURE = 2.0  # standard errors by which an excess must be above it
 MOST_UNKNOWN = 0.9  # of what is unknown at the highest level: from there on, noise hides what images differ by
+HIGHEST = Karras().sigma_max  # at which EDM's sampler begins with noise alone
 LOWEST = 2.0  # in units of the data's standard deviation: levels up to there are always used
 SPACING = 1.5  # between levels that are measured
 BATCH = 64
@@ -45,14 +46,13 @@ class Answers(NamedTuple):
 
 
 def levels_to_measure(teacher: DenoiserModule) -> list[float]:
-    """Noise levels at which a teacher is worth measuring: those of SiD's schedule, and a far higher one."""
+    """Noise levels at which a teacher is worth measuring, in ascending order; the last is the highest that it knows."""
     low, high = noise_range(teacher)
-    level, levels = LOWEST * sigma_data(teacher), []
-    while level < Karras().highest:
+    top, level, levels = min(high, HIGHEST), LOWEST * sigma_data(teacher), []
+    while level < top:
         levels.append(level)
         level *= SPACING
-    levels += [Karras().highest, Karras().sigma_max]
-    return [level for level in levels if low < level < high] + ([high] if high < levels[-1] else [])
+    return [level for level in [*levels, top] if level > low]
 
 
 @torch.no_grad()
@@ -85,15 +85,14 @@ def measure_answers(
 def highest_level(answers: dict[float, Answers]) -> float:
     """The level, interpolated between those measured, from which on a teacher's answers tell nothing, or wrong.
 
-    Infinite if they are sound and tell something at all levels. answers: in ascending order of levels.
+    Infinite if there is no such level. answers: in ascending order of levels.
     """
-    if not answers:
-        return math.inf
-    unknown_at_last = 1 - list(answers.values())[-1].known
-    # Each is above 1 where a level is of no use.
     excess = {level: found.sure_excess / MOST_EXCESS for level, found in answers.items()}
-    unknown = {level: (1 - found.known) / unknown_at_last / MOST_UNKNOWN for level, found in answers.items()}
-    return min(_first_above_1(excess), _first_above_1(unknown) if unknown_at_last > 0 else math.inf)
+    limit = _first_above_1(excess)
+    if HIGHEST in answers and answers[HIGHEST].known < 1:  # a guided network may seem to know more than all
+        most = MOST_UNKNOWN * (1 - answers[HIGHEST].known)
+        limit = min(limit, _first_above_1({level: (1 - found.known) / most for level, found in answers.items()}))
+    return limit
 
 
 def _first_above_1(values: dict[float, float]) -> float:
@@ -111,10 +110,10 @@ def _first_above_1(values: dict[float, float]) -> float:
 def choose_tmax(answers: dict[float, Answers]) -> tuple[float, dict[str, dict[str, float]]]:
     """(the time up to which a Karras schedule goes, what was measured, for the record).
 
-    It is SiD's 800, or less if higher levels are of no use.
+    It is SiD's 800 where nothing speaks for another.
     """
     level = highest_level(answers)
-    tmax = TMAX if level >= Karras().highest else float(round(1000 * Karras().time(level)))
+    tmax = TMAX if level == math.inf else float(round(1000 * Karras().time(level)))
     return tmax, {
         f"{level:.3g}": {"known": round(found.known, 4), "excess": round(found.excess, 4)}
         for level, found in answers.items()

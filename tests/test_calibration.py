@@ -6,7 +6,15 @@ import click
 import pytest
 import torch
 
-from sid.calibration import MOST_EXCESS, Answers, choose_tmax, highest_level, levels_to_measure, measure_answers
+from sid.calibration import (
+    HIGHEST,
+    MOST_EXCESS,
+    Answers,
+    choose_tmax,
+    highest_level,
+    levels_to_measure,
+    measure_answers,
+)
 from sid.options import parse
 from sid.schedules import TMAX, Karras
 
@@ -68,43 +76,49 @@ def test_the_error_is_that_of_the_mean_over_images():
     assert measured(Gaussian(), [2.0])[2.0].error == pytest.approx(torch.tensor(shares).std().item(), rel=0.6)
 
 
-def answers(excess=(0.0, 0.0, 0.0), known=(0.6, 0.5, 0.1), error=0.001):
-    return {2.0**i: Answers(k, share, error) for i, (share, k) in enumerate(zip(excess, known))}
+def answers(excess, known, error=0.001, last=HIGHEST):
+    """At levels of 1, 2, 4 and so on; the last one is at `last`."""
+    levels = [*(2.0**i for i in range(len(excess) - 1)), last]
+    return {level: Answers(k, share, error) for level, share, k in zip(levels, excess, known)}
 
 
 def test_levels_end_where_answers_vary_by_more_than_they_know():
-    most, never = MOST_EXCESS, {"known": (1.1,) * 4}  # never little
-    assert highest_level(answers((0.0, most / 2, most, most), **never)) == math.inf
-    assert 2 < highest_level(answers((0.0, 0.0, 3 * most, 9 * most), **never)) < 4
-    assert highest_level(answers((0.0, 0.0, 9 * most), **never)) < highest_level(answers((0.0, 0.0, 3 * most), **never))
-    assert highest_level(answers((3 * most, 3 * most), **never)) == 1  # nowhere: the lowest
-    assert highest_level(answers((0.0, math.nan), **never)) == 1
-    assert highest_level(answers((0.0, 2 * most), **never, error=most)) == math.inf  # may be chance
+    most, known = MOST_EXCESS, (1.1,) * 4  # never little
+    assert highest_level(answers((0.0, most / 2, most, most), known)) == math.inf
+    assert 2 < highest_level(answers((0.0, 0.0, 3 * most, 9 * most), known)) < 4
+    assert highest_level(answers((0, 0, 9 * most, 9), known)) < highest_level(answers((0, 0, 3 * most, 9), known))
+    assert highest_level(answers((3 * most, 3 * most), known)) == 1  # nowhere: the lowest
+    assert highest_level(answers((0.0, math.nan), known)) == 1
+    assert highest_level(answers((0.0, 2 * most), known, error=most)) == math.inf  # may be chance
 
 
 def test_levels_end_where_answers_tell_little():
+    none = (0.0,) * 4
     assert highest_level({}) == math.inf
-    assert 2 < highest_level(answers((0,) * 4, (0.9, 0.6, 0.05, 0.0))) < 4
-    assert 2 < highest_level(answers((0,) * 4, (0.95, 0.8, 0.52, 0.5))) < 4  # the class is known to the end
-    assert highest_level(answers((0,) * 3, (1.2, 1.2, 1.1))) == math.inf  # a guided network's
+    assert 2 < highest_level(answers(none, (0.9, 0.6, 0.05, 0.0))) < 4
+    assert 2 < highest_level(answers(none, (0.95, 0.8, 0.52, 0.5))) < 4  # the class is known to the end
+    assert 4 < highest_level(answers(none, (0.9, 0.8, 0.7, 0.0))) < HIGHEST
+    assert highest_level(answers(none, (1.2, 1.2, 1.1, 1.1))) == math.inf  # a guided network's
+    assert highest_level(answers(none, (0.9, 0.6, 0.05, 0.0), last=15.0)) == math.inf  # nobody knows what is left there
 
 
 def test_tmax_is_the_time_of_the_highest_level():
     assert choose_tmax({})[0] == TMAX
-    sound = answers((0.0,) * 4, (0.9, 0.8, 0.05, 0.0))
-    tmax, record = choose_tmax(sound)
-    assert Karras(tmax).highest == pytest.approx(highest_level(sound), rel=0.02)
-    assert record["4"] == {"known": 0.05, "excess": 0.0}
-    assert Karras(tmax).draw(1000).max() <= Karras(tmax).highest
+    for known in ((0.9, 0.8, 0.05, 0.0), (0.9, 0.9, 0.9, 0.0)):
+        found = answers((0.0,) * 4, known)
+        tmax, record = choose_tmax(found)
+        assert Karras(tmax).highest == pytest.approx(highest_level(found), rel=0.02)
+        assert record["4"] == {"known": known[2], "excess": 0.0}
+        assert Karras(tmax).draw(1000).max() <= Karras(tmax).highest
+    assert tmax > TMAX
     assert Karras().time(Karras().sigma(torch.tensor(0.37)).item()) == pytest.approx(0.37, abs=1e-5)
 
 
-def test_levels_are_those_that_the_schedule_and_the_teacher_have():
+def test_levels_are_those_that_the_teacher_has():
     teacher = Gaussian()
     levels = levels_to_measure(teacher)
     assert levels == sorted(levels)
-    assert levels[0] == 1.0
-    assert Karras().highest in levels
+    assert (levels[0], levels[-1]) == (1.0, HIGHEST)
     teacher.sigma_max = 3.0
     assert levels_to_measure(teacher)[-1] == 3.0
     teacher.sigma_max = 0.5

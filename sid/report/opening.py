@@ -172,8 +172,8 @@ def _start_text(level: float, starts: dict[str, float] | None) -> str | None:
 
 
 def _levels_text(tmax: float | None, answers: dict[str, dict[str, float]] | None) -> str | None:
-    """answers: as for `describe_run`. None if all levels are of use."""
-    if not answers or tmax is None or tmax >= TMAX:
+    """answers: as for `describe_run`. None if SiD's levels are taken."""
+    if not answers or tmax is None or tmax == TMAX:
         return None
     highest = Karras(tmax).highest
     above = next((found for level, found in answers.items() if float(level) >= highest), {"excess": 0.0})
