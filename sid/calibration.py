@@ -22,7 +22,7 @@ from .schedules import TMAX, Karras
 
 MOST_EXCESS = 0.1  # of the images' variance
 SURE = 2.0  # standard errors by which an excess must be above it
-MOST_UNKNOWN = 0.9  # of what is unknown at the highest level: from there on, noise hides what images differ by
+MOST_UNKNOWN = 0.9  # of what is unknown at the highest levels: from there on, noise hides what images differ by
 HIGHEST = Karras().sigma_max  # at which EDM's sampler begins with noise alone
 LOWEST = 2.0  # in units of the data's standard deviation: levels up to there are always used
 SPACING = 1.5  # between levels that are measured
@@ -90,7 +90,8 @@ def highest_level(answers: dict[float, Answers]) -> float:
     excess = {level: found.sure_excess / MOST_EXCESS for level, found in answers.items()}
     limit = _first_above_1(excess)
     if HIGHEST in answers and answers[HIGHEST].known < 1:  # a guided network may seem to know more than all
-        most = MOST_UNKNOWN * (1 - answers[HIGHEST].known)
+        # An erring one may seem to know more there than below.
+        most = MOST_UNKNOWN * (1 - min(found.known for found in answers.values()))
         limit = min(limit, _first_above_1({level: (1 - found.known) / most for level, found in answers.items()}))
     return limit
 

@@ -99,6 +99,7 @@ def test_levels_end_where_answers_tell_little():
     assert 2 < highest_level(answers(none, (0.95, 0.8, 0.52, 0.5))) < 4  # the class is known to the end
     assert 4 < highest_level(answers(none, (0.9, 0.8, 0.7, 0.0))) < HIGHEST
     assert highest_level(answers(none, (1.2, 1.2, 1.1, 1.1))) == math.inf  # a guided network's
+    assert 2 < highest_level(answers(none, (0.9, 0.6, 0.05, 0.95))) < 4  # an erring one's
     assert highest_level(answers(none, (0.9, 0.6, 0.05, 0.0), last=15.0)) == math.inf  # nobody knows what is left there
 
 
