@@ -111,16 +111,16 @@ def test_the_command(tmp_path):
     (tmp_path / "taken.gif").touch()
 
     def ask(*options):
-        done = CliRunner().invoke(main, [str(run), "--page-only", *options])
+        done = CliRunner().invoke(main, [str(run), *options])
         return done.exit_code, done.output
 
-    code, text = ask(f"--video={tmp_path}/new.webp")
+    code, text = ask("--page-only", f"--video={tmp_path}/new.webp")
     assert (code, text.splitlines()[-1]) == (0, f"Video:     {tmp_path}/new.webp  (2 pictures)")
     wrong = {"new.avi": "ends in .webp", "taken.gif": "exists already", "nowhere/x.gif": "there is no folder"}
     for name, reason in wrong.items():
-        code, text = ask(f"--video={tmp_path}/{name}")
+        code, text = ask("--page-only", f"--video={tmp_path}/{name}")
         assert (code, reason in text) == (2, True), text
     assert "leave one out" in ask("--serve", f"--video={tmp_path}/x.gif")[1]
     (run / "fakes_000040.png").unlink()
-    assert "holds too few pictures" in ask(f"--video={tmp_path}/x.gif")[1]
+    assert "holds too few pictures" in ask("--page-only", f"--video={tmp_path}/x.gif")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.webp", "run", "taken.gif"]
