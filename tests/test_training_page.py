@@ -1,12 +1,10 @@
 """The page of a training by edm.train: what it shows, and that the commands on it are right."""
 
-import contextlib
 import html
 import json
 import os
 import re
 import shlex
-import threading
 import urllib.request
 
 import browser
@@ -159,20 +157,6 @@ def test_the_commands_that_use_the_teacher(tmp_path, more, distils, measures):
     assert (given["network"], given["steps"]) == (str(run), 18)
 
 
-@contextlib.contextmanager
-def served_runs(folder):
-    """The address of a server of all runs in a folder."""
-    server = make_server(folder, 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.mark.skipif(not browser.IS_HERE, reason="needs Chromium and chromedriver")
 def test_pages_fit_a_narrow_screen(tmp_path):
     (tmp_path / "runs").mkdir()
@@ -189,7 +173,7 @@ def test_pages_fit_a_narrow_screen(tmp_path):
             window.open(write_page(run).as_uri())
             window.wait(f"document.querySelectorAll('.u-wrap').length === {curves}")
             assert window.run("return document.documentElement.scrollWidth") == 360
-        with served_runs(tmp_path / "runs") as address:
+        with browser.running(make_server(tmp_path / "runs", 0)) as address:
             window.open(address)
             window.wait("document.querySelectorAll('.u-wrap').length >= 3")
             assert window.run("return document.documentElement.scrollWidth") == 360
@@ -244,7 +228,7 @@ def test_trainings_are_served_with_distillations(tmp_path):
     (tmp_path / "generator" / "training_options.json").write_text(json.dumps(options))
     write_lines(tmp_path / "generator" / "stats.jsonl", [{"Progress/kimg": 2.0, "Timing/img_per_sec": 9.0}])
     before = sorted(os.listdir(tmp_path / "teacher"))
-    with served_runs(tmp_path) as address:
+    with browser.running(make_server(tmp_path, 0)) as address:
         texts = {
             place: urllib.request.urlopen(address + place).read().decode() for place in ("runs.json", "run/teacher")
         }
