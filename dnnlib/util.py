@@ -131,7 +131,7 @@ def _is_utf8_in_another_locale(arg: str) -> bool:
 
 
 class Command(click.Command):
-    """A command that prints every error in one line, those of the operating system included (such as a full disk).
+    """A command that prints every error in one line, including those of the operating system, such as a full disk.
 
     Its context keeps the words of the command line as `meta["arguments"]`. Characters that the terminal's encoding
     lacks are printed as escapes.

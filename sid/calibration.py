@@ -1,7 +1,7 @@
 """Up to which noise level a teacher's answers tell anything, and tell it rightly: `--tmax=auto`.
 
-Of the images' variance, an answer knows the share E<D - m, x - m> / E|x - m|^2, with m the mean image. At high levels
-it knows hardly more than the class: noise hides all that images differ by, and training there teaches nothing.
+An answer knows the share E<D - m, x - m> / E|x - m|^2 of the images' variance, where m is the mean image. At high
+levels it knows hardly more than the class, because noise hides everything else, and training there teaches nothing.
 
 The exact denoiser D(x + sigma n; sigma) answers the mean of the clean images that a noisy one may come from. Such a
 mean varies by no more than it knows, E|D - m|^2 = E<D - m, x - m>. What a network's answers vary beyond that, their
@@ -65,12 +65,13 @@ def measure_answers(
     """
     device, mean = next(teacher.parameters()).device, samples.mean(dim=0)
     variance = (samples - mean).square().mean().item()
+    parts = samples.split(BATCH) if levels else ()
+    starts = range(0, len(samples), BATCH)
+    conditions = [draw_starts(teacher, seeds[i : i + len(part)])[2] for i, part in zip(starts, parts)]
     generator, found = torch.Generator().manual_seed(len(samples)), {}
     for level in levels:
         known, excess = [], []
-        for numbers in torch.arange(len(samples)).split(BATCH):
-            clean = samples[numbers]
-            condition = draw_starts(teacher, [seeds[i] for i in numbers.tolist()])[2]
+        for clean, condition in zip(parts, conditions):
             sigma = known_sigma(teacher, torch.full([len(clean), 1, 1, 1], level, device=device))
             noise = torch.randn(clean.shape, generator=generator).to(device)
             answer = teacher(clean.to(device) + sigma * noise, sigma, condition).to("cpu", torch.float32)

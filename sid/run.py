@@ -269,7 +269,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
     with_trials = options["trials"] > 0
     place, file = find_place(options, describe(inputs.teacher, config, with_trials))
     saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
-    distance = measure_teacher(inputs, config, with_trials, device)
+    distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
     starts, answers, trials, dropped = None, None, None, 0
     if config.init_sigma is None:
         level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance), saved)
@@ -325,11 +325,11 @@ def after_trials(
 
 
 def measure_teacher(
-    inputs: Inputs, config: DistillationConfig, with_trials: bool, device: torch.device
+    inputs: Inputs, config: DistillationConfig, with_trials: bool, device: torch.device, chooses_tmax: bool
 ) -> TeacherDistance | None:
     """The distance from the teacher's samples, on process 0, if the run wants it and the teacher makes any.
 
-    A guided teacher makes guided samples.
+    A guided teacher makes guided samples. chooses_tmax: whether --tmax=auto has no value from a saved state.
 
     Errors: UserError when trials need it and the teacher makes no samples.
     """
@@ -346,8 +346,14 @@ def measure_teacher(
             return None
         teacher = guided_teacher(teacher, inputs.guide, config.guidance)
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
-        levels = levels_to_measure(teacher) if config.tmax is None and config.has_karras_levels else []
+        levels = levels_to_measure(teacher) if chooses_tmax and config.tmax is None and config.has_karras_levels else []
         return TeacherDistance(teacher.to(device).eval(), keep=changes, levels=levels)
+
+
+def saved_value(saved: SavedState | None, name: str) -> float | None:
+    """The value that an option to be measured has in the state to go on from; None if there is none."""
+    value = None if saved is None else saved.options.get(name)
+    return float(value) if isinstance(value, float | int) else None
 
 
 def settle(
@@ -357,9 +363,9 @@ def settle(
 
     choose: returns both; it is called on process 0. saved: the state to go on from, whose value stays.
     """
-    former = None if saved is None else saved.options.get(name)
-    if isinstance(former, float | int):
-        return float(former), {}
+    value = saved_value(saved, name)
+    if value is not None:
+        return value, {}
     return distributed.from_process_0(choose() if distributed.rank() == 0 else None)
 
 

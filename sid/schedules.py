@@ -5,13 +5,14 @@ torch is imported only where it is needed, so that command lines can check optio
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from dnnlib import UserError, format_number
 
 if TYPE_CHECKING:
     import torch
 
+Time = TypeVar("Time", float, "torch.Tensor")
 P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in EDM's training (arXiv:2206.00364, Table 1)
 TMAX = 800.0  # SiD's value
 
@@ -25,7 +26,7 @@ class Karras:
     sigma_max: float = 80.0
     rho: float = 7.0
 
-    def sigma(self, t: "torch.Tensor") -> "torch.Tensor":
+    def sigma(self, t: Time) -> Time:
         """The noise level at time t in [0, 1]."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (high + (1 - t) * (low - high)) ** self.rho
@@ -33,13 +34,12 @@ class Karras:
     def time(self, sigma: float) -> float:
         """The time in [0, 1] whose noise level is `sigma`."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return 1 - (high - sigma ** (1 / self.rho)) / (high - low)
+        return (sigma ** (1 / self.rho) - low) / (high - low)
 
     @property
     def highest(self) -> float:
         """The highest noise level that is drawn."""
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + (high - low) * self.tmax / 1000) ** self.rho
+        return self.sigma(self.tmax / 1000)
 
     def draw(self, n: int, device: "torch.device | str" = "cpu") -> "torch.Tensor":
         """n noise levels, [n, 1, 1, 1]."""

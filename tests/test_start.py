@@ -105,7 +105,7 @@ def test_the_distance_covers_the_whole_and_the_detail():
     assert noisy.detail > 0.3
 
 
-def test_a_run_with_a_measured_start_and_measured_noise_levels(tmp_path):
+def test_a_run_with_a_measured_start_and_measured_noise_levels(tmp_path, monkeypatch):
     teacher, out = tiny_teacher(label_dim=0, augment_dim=0), tmp_path / "run"
     config = tiny_config(augment=0, init_sigma=None, tmax=None)
     net = sid.distil(teacher, config, out, device="cpu").net
@@ -121,7 +121,12 @@ def test_a_run_with_a_measured_start_and_measured_noise_levels(tmp_path):
     lines = (out / "teacher-distance.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["kimg"] == 0
     longer = tiny_config(augment=0, init_sigma=None, tmax=None, total_kimg=2 * config.total_kimg)
+    measured_at = []
+    monkeypatch.setattr(
+        "sid.teacher_distance.measure_answers", lambda net, made, seeds, levels: measured_at.extend(levels)
+    )
     again = sid.distil(teacher, longer, out, device="cpu").net  # goes on with the same start and levels
+    assert measured_at == []
     assert again.metadata["init_sigma"] == level
     assert checkpoint.load_state(checkpoint.states(out)[-1])["options"]["tmax"] == options["tmax"]
     assert (out / "teacher-distance.jsonl").read_text().splitlines()[: len(lines)] == lines
