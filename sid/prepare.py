@@ -1,22 +1,58 @@
-"""Builds a distillation from a teacher and a config, ready for its next iteration."""
+"""Builds a distillation from a teacher and a config, ready for its next iteration; compares them with a saved state."""
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dnnlib import UserError
-from torch_utils import checkpoint, distributed, misc, precision
+from torch_utils import checkpoint, distributed, misc, precision, run_folder
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.denoiser import DenoiserModule
 
 from . import memory
 from .adversarial import RealImages, make_loss
-from .config import DistillationConfig, resolve
+from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation, Networks
 from .guidance import check_guidance
 from .inputs import Inputs
 from .state import DistillationState, SavedState
+
+
+def build(
+    inputs: Inputs, config: DistillationConfig, device: torch.device, saved: SavedState | None, override: bool
+) -> Distillation:
+    """The distillation of a run, new or resumed: as `prepare`, with its options compared to those of the state.
+
+    saved: the state that it goes on from. override: whether options of the method may differ from the state's.
+
+    Errors: UserError when the options don't fit the teacher, the processes or the run that saved the state.
+    """
+    config = resolve(config, inputs.teacher, device)
+    rules = resume_rules(config, override)
+    former: dict[str, Any] = {} if saved is None else saved_options(saved.options, inputs.teacher, device)
+    if saved is not None:
+        asked = config.options()
+        del asked["batch_gpu"]  # a run that doesn't give it takes the state's
+        run_folder.refuse_changes(saved.path, former, asked, rules)
+    distillation = prepare(inputs, config, device, saved)
+    if saved is not None:
+        current = checkpoint.setting(distillation.config.options(), device)
+        there = {"options": former, "surroundings": saved.surroundings}
+        run_folder.check_setting(saved.path, there, current, rules)
+    return distillation
+
+
+def resume_rules(config: DistillationConfig, override: bool = False) -> run_folder.ResumeRules:
+    """What a resumed distillation may change."""
+    free = FREE_ON_RESUME
+    if config.lr_decay == "none":  # without a decay the end changes nothing before it
+        free = free | {"total_kimg"}
+    rounding = ROUNDING
+    if config.gan:  # its loss is a mean over --batch-gpu
+        rounding = rounding - {"batch_gpu"}
+    return run_folder.ResumeRules(free, rounding, override, COMMAND_LINE)
 
 
 def prepare(

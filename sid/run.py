@@ -1,17 +1,15 @@
-"""A distillation from its checked options to its end: loads its inputs, resumes, trains."""
+"""A distillation from its checked options to its end: loads its inputs, makes its folder, runs its trials, trains."""
 
 import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from dnnlib import UserError, without_passwords
-from dnnlib.options import AS_JSON
 from edm import zoo
 from torch_utils import checkpoint, distributed, misc, run_folder
 from torch_utils.interruption import Interruption
@@ -22,44 +20,35 @@ from torch_utils.updates import DivergenceError
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
 
-from . import __version__, memory
-from .calibration import choose_tmax, levels_to_measure
-from .config import COMMAND_LINE, FREE_ON_RESUME, MEASURED, ROUNDING, DistillationConfig, resolve, saved_options
+from . import __version__
+from .config import DistillationConfig
 from .distillation import Distillation
+from .dry_run import dry_run
 from .generator import OneStepGenerator
 from .guidance import check_weight
 from .inputs import (
     GUIDE_FILE,
     TEACHER_FILE,
     Inputs,
-    checked_guide,
-    checked_teacher,
     choose_metrics,
     choose_snapshots,
     first_images,
-    guided_teacher,
     load_inputs,
-    load_start,
     prompts_hash,
     published_reference,
     teacher_fid,
 )
 from .options import other_options
-from .prepare import prepare
-from .report.opening import describe_plan, describe_run
+from .plan import RunPlan, make_plan
+from .prepare import build
+from .report.opening import describe_run
 from .report.page import RunPage
 from .report.progress import Report, track
 from .returns import Returns
-from .start import choose_start
 from .state import SavedState
-from .teacher_distance import TeacherDistance
 from .training_loop import training_loop
-from .trials import Plan, has_begun, plan_trials, run_trials
+from .trials import run_trials
 
-GPUS = (24, 80)  # sizes of memory in GB, for which --dry-run tells what fits
-# Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
-# takes as long as half a kimg of training.
-WORTH_SAMPLES_KIMG = 10
 COMMAND = ("recipe", "arguments")  # of the options: how sid_train.py was called, which the run's folder records
 
 
@@ -146,9 +135,7 @@ def run(
         copies = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start, guide)]
         networks = cast(list[DenoiserModule | None], copies)
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
-        config = dataclasses.replace(config, prompts_sha256=prompts_hash(inputs.teacher))
-        if config.gan and inputs.dataset is not None:
-            config = dataclasses.replace(config, real_images=len(inputs.dataset))
+        config = identify_inputs(config, inputs)
         goal = teacher_fid(inputs, options["edm_model"])
         if goal is not None:
             summary["teacher_fid"] = dataclasses.asdict(goal)
@@ -165,10 +152,8 @@ def run(
                 settled = (config.total_kimg, plan.trials, plan.starts, plan.answers, goal)
                 about = describe_run(inputs, distillation, options, reference, run_dir, *settled)
                 print(start_block(about), flush=True)
-            if teacher is not None and distributed.rank() == 0:
-                zoo.save_network(teacher, run_dir / TEACHER_FILE, **getattr(teacher, "metadata", {}))
-                if guide is not None:
-                    zoo.save_network(guide, run_dir / GUIDE_FILE, **getattr(guide, "metadata", {}))
+            if distributed.rank() == 0:
+                keep_networks(run_dir, {TEACHER_FILE: teacher, GUIDE_FILE: guide})
             training_begins.set()
             page.write()
             if plan.trials is not None:
@@ -186,25 +171,6 @@ def run(
                 distributed.print0(f"Finished: {path_text(snapshot)}")
     distributed.shutdown()
     return OneStepGenerator(net)
-
-
-def train(
-    distillation: Distillation, run_dir: Path, report: Report, trackers: list[str], dropped: int
-) -> torch.nn.Module:
-    """Trains to the end and returns the generator; goes back to earlier states as often as --returns allows.
-
-    trackers: names of those that show the run. dropped: images of the trials that don't go on.
-    Errors: as for `training_loop`.
-    """
-    config, returns = distillation.config, Returns(distillation, run_dir)
-    with Interruption(distillation.device, config.save_minutes) as interruption:
-        while True:
-            try:
-                with track(run_dir, trackers, distillation.state.nimg, config.batch) as tracking:
-                    shared = {"track": tracking.update, "returns": returns, "interruption": interruption}
-                    return training_loop(distillation, run_dir, report, dropped=dropped, before=dropped, **shared)
-            except DivergenceError as error:
-                returns.go_back(error)
 
 
 def check_required(options: dict[str, Any], config: DistillationConfig) -> None:
@@ -229,73 +195,19 @@ def summarise(
     return without_passwords(json.loads(json.dumps(summary)))
 
 
-# --- everything that is settled before there is a run folder
+def identify_inputs(config: DistillationConfig, inputs: Inputs) -> DistillationConfig:
+    """The config, with what identifies the prompts and the real images, which a resumed run must have again."""
+    config = dataclasses.replace(config, prompts_sha256=prompts_hash(inputs.teacher))
+    if config.gan and inputs.dataset is not None:
+        config = dataclasses.replace(config, real_images=len(inputs.dataset))
+    return config
 
 
-@dataclasses.dataclass(frozen=True)
-class RunPlan:
-    """How a run begins.
-
-    config      its settings with the start chosen; with trials, the settings of the first candidate
-    place       outdir, description and nosubdir of the run folder
-    saved       the state to go on from; None at the beginning of a run
-    trials      the trials that are still to be run, if any
-    distance    measures how far images are from the teacher's, on process 0; None if the run doesn't
-    starts      {noise level: distance from the teacher} of the starts that were measured; None if none was to be
-    answers     {noise level: what the teacher's answers vary by} (`sid.calibration`); None if none were measured
-    dropped     images of the trials that don't go on, whether they are still to be run or not
-    """
-
-    config: DistillationConfig
-    place: tuple[str, str, bool]
-    saved: SavedState | None
-    trials: Plan | None
-    distance: TeacherDistance | None
-    starts: dict[str, float] | None
-    answers: dict[str, dict[str, float]] | None
-    dropped: int
-
-    def summary(self) -> dict[str, Any]:
-        """What the plan adds to the record of the run."""
-        measured = {"starts": self.starts, "answers": self.answers}
-        return self.config.options() | {name: value for name, value in measured.items() if value is not None}
-
-
-def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any], device: torch.device) -> RunPlan:
-    """Finds the state to go on from, measures the teacher, and chooses the start and the trials.
-
-    config: what the user asked for. Errors: UserError when an option doesn't fit the teacher or the state.
-    """
-    with_trials = options["trials"] > 0
-    place, file = find_place(options, describe(inputs.teacher, config, with_trials))
-    saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
-    distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
-    starts, answers, trials, dropped = None, None, None, 0
-    if config.init_sigma is None:
-        level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance), saved)
-        config = dataclasses.replace(config, init_sigma=level)
-    if config.tmax is None:
-        tmax, answers = settle("tmax", lambda: choose_tmax({} if distance is None else distance.answers), saved)
-        config = dataclasses.replace(config, tmax=tmax)
-    if with_trials:
-        trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
-        config = trials.fitting(saved and saved.options, options["given"])
-        dropped = trials.dropped_images
-        if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
-            trials = None
-    return RunPlan(config, place, saved, trials, distance, starts, answers, dropped)
-
-
-def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
-    """(outdir, description, nosubdir) of the run folder and the state to go on from, None at the beginning of a run.
-
-    A run that ended during its trials goes on in its folder, without a state of its own.
-    """
-    place = (options["outdir"], options["desc"] or description, options["nosubdir"])
-    former = run_folder.find_run(options["resume"], *place, has_begun if options["trials"] else lambda folder: False)
-    if former is None:
-        return place, None
-    return place if former.state is not None else (str(former.folder), "", True), former.state
+def keep_networks(run_dir: Path, networks: dict[str, torch.nn.Module | None]) -> None:
+    """Saves networks that were given as modules in the run folder. networks: by file name, None for one that wasn't."""
+    for name, net in networks.items():
+        if net is not None:
+            zoo.save_network(net, run_dir / name, **getattr(net, "metadata", {}))
 
 
 def after_trials(
@@ -324,121 +236,20 @@ def after_trials(
     return dataclasses.replace(plan, config=config, saved=saved, trials=None)
 
 
-def measure_teacher(
-    inputs: Inputs, config: DistillationConfig, with_trials: bool, device: torch.device, chooses_tmax: bool
-) -> TeacherDistance | None:
-    """The distance from the teacher's samples, on process 0, if the run wants it and the teacher makes any.
+def train(
+    distillation: Distillation, run_dir: Path, report: Report, trackers: list[str], dropped: int
+) -> torch.nn.Module:
+    """Trains to the end and returns the generator; goes back to earlier states as often as --returns allows.
 
-    A guided teacher makes guided samples. chooses_tmax: whether --tmax=auto has no value from a saved state.
-
-    Errors: UserError when trials need it and the teacher makes no samples.
+    trackers: names of those that show the run. dropped: images of the trials that don't go on.
+    Errors: as for `training_loop`.
     """
-    teacher: Any = inputs.teacher
-    if getattr(teacher, "metadata", {}).get("sigma") is not None:
-        if with_trials:
-            raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
-        return None
-    wanted = with_trials or config.returns or None in [getattr(config, name) for name in MEASURED]
-    if not (wanted or config.total_kimg >= WORTH_SAMPLES_KIMG):
-        return None
-    with distributed.shared_errors():  # such as samples that aren't finite
-        if distributed.rank() != 0:
-            return None
-        teacher = guided_teacher(teacher, inputs.guide, config.guidance)
-        changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
-        levels = levels_to_measure(teacher) if chooses_tmax and config.tmax is None and config.has_karras_levels else []
-        return TeacherDistance(teacher.to(device).eval(), keep=changes, levels=levels)
-
-
-def saved_value(saved: SavedState | None, name: str) -> float | None:
-    """The value that an option to be measured has in the state to go on from; None if there is none."""
-    value = None if saved is None else saved.options.get(name)
-    return float(value) if isinstance(value, float | int) else None
-
-
-def settle(
-    name: str, choose: Callable[[], tuple[float, dict[str, Any]]], saved: SavedState | None
-) -> tuple[float, dict[str, Any]]:
-    """(the value of an option that is to be measured, what was measured, by noise level).
-
-    choose: returns both; it is called on process 0. saved: the state to go on from, whose value stays.
-    """
-    value = saved_value(saved, name)
-    if value is not None:
-        return value, {}
-    return distributed.from_process_0(choose() if distributed.rank() == 0 else None)
-
-
-def dry_run(options: dict[str, Any], config: DistillationConfig, summary: dict[str, Any], device: torch.device) -> str:
-    """What --dry-run prints, after checks of the networks that the options name, where they are on this machine.
-
-    summary: what the run would record; gets the memory that it needs (`memory_estimate`).
-    """
-    teacher = None
-    if zoo.is_here(options["edm_model"]):
-        teacher = checked_teacher(config, options, zoo.load_shapes(options["edm_model"]))
-        if options["transfer"] and zoo.is_here(options["transfer"]):
-            load_start(options["transfer"], teacher, options["classes"])
-        guide = checked_guide(teacher, options) if options["guide"] and zoo.is_here(options["guide"]) else None
-        summary["memory_GB"] = memory_estimate(teacher, config, device, guide)
-    if options["dry_run"] == AS_JSON:
-        return json.dumps(summary, indent=2)
-    return start_block(describe_plan(options, config, device, summary, teacher))
-
-
-def memory_estimate(
-    teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None = None
-) -> dict[str, Any]:
-    """GB per process by purpose, at --batch-gpu or the largest that fits, and the largest that fits each of GPUS."""
-    config = resolve(config, teacher, device)
-    share = misc.split_batch(config.batch, None, distributed.world_size())[0]
-    fitting = memory.Fitting(teacher, config, share, device, guide)
-    batch_gpu = config.batch_gpu or fitting.largest_here()[0]
-    found = fitting.estimate(batch_gpu).rounded()
-    fits = {f"{size} GB": images for size in GPUS for images, peak in [fitting.largest(size)] if peak is not None}
-    return {"batch_gpu": batch_gpu, **found, "batch_gpu_that_fits": fits}
-
-
-def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: bool = False) -> str:
-    """The run folder's description when --desc isn't given. with_trials: alpha and rates aren't chosen yet."""
-    cond = "cond" if teacher.label_dim else "text" if getattr(teacher, "prompt_dim", 0) else "uncond"
-    size = f"{teacher.img_resolution}x{teacher.img_resolution}"
-    chosen = "auto" if with_trials else f"alpha{config.alpha:g}-glr{config.glr:g}"
-    steps = f"-{config.steps}steps" if config.steps > 1 else ""
-    return f"sid-{size}-{cond}-{chosen}-batch{config.batch}{steps}"
-
-
-# --- resume: compare the state's options with this run's, then build the distillation
-
-
-def build(
-    inputs: Inputs, config: DistillationConfig, device: torch.device, saved: SavedState | None, override: bool
-) -> Distillation:
-    """The distillation, ready for its next iteration. saved: the state that it goes on from.
-
-    Errors: UserError when the options don't fit the teacher, the processes or the run that saved the state.
-    """
-    config = resolve(config, inputs.teacher, device)
-    rules = resume_rules(config, override)
-    former: dict[str, Any] = {} if saved is None else saved_options(saved.options, inputs.teacher, device)
-    if saved is not None:
-        asked = config.options()
-        del asked["batch_gpu"]  # a run that doesn't give it takes the state's
-        run_folder.refuse_changes(saved.path, former, asked, rules)
-    distillation = prepare(inputs, config, device, saved)
-    if saved is not None:
-        current = checkpoint.setting(distillation.config.options(), device)
-        there = {"options": former, "surroundings": saved.surroundings}
-        run_folder.check_setting(saved.path, there, current, rules)
-    return distillation
-
-
-def resume_rules(config: DistillationConfig, override: bool = False) -> run_folder.ResumeRules:
-    """What a resumed distillation may change."""
-    free = FREE_ON_RESUME
-    if config.lr_decay == "none":  # without a decay the end changes nothing before it
-        free = free | {"total_kimg"}
-    rounding = ROUNDING
-    if config.gan:  # its loss is a mean over --batch-gpu
-        rounding = rounding - {"batch_gpu"}
-    return run_folder.ResumeRules(free, rounding, override, COMMAND_LINE)
+    config, returns = distillation.config, Returns(distillation, run_dir)
+    with Interruption(distillation.device, config.save_minutes) as interruption:
+        while True:
+            try:
+                with track(run_dir, trackers, distillation.state.nimg, config.batch) as tracking:
+                    shared = {"track": tracking.update, "returns": returns, "interruption": interruption}
+                    return training_loop(distillation, run_dir, report, dropped=dropped, before=dropped, **shared)
+            except DivergenceError as error:
+                returns.go_back(error)

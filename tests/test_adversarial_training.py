@@ -30,8 +30,7 @@ from dnnlib import UserError
 from edm import zoo
 from sid import adversarial, doctor, lora, memory
 from sid.inputs import Inputs
-from sid.prepare import prepare
-from sid.run import resume_rules
+from sid.prepare import prepare, resume_rules
 from sid.training_loop import training_loop
 from torch_utils import checkpoint, misc, run_folder
 

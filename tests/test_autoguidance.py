@@ -227,7 +227,7 @@ def test_a_run_keeps_its_guide_and_measures_the_guided_teacher(tmp_path, monkeyp
     monkeypatch.setattr("sid.teacher_distance.NUM_IMAGES", 4)
     seen = []
     monkeypatch.setattr(
-        "sid.run.TeacherDistance", lambda net, **options: seen.append(net) or TeacherDistance(net, **options)
+        "sid.plan.TeacherDistance", lambda net, **options: seen.append(net) or TeacherDistance(net, **options)
     )
     config = {"total_kimg": 0.016, "augment": 0, "guidance": "1.7", "init_sigma": None}
     one = distil(tiny_teacher(augment_dim=0), tiny_config(**config), run, guide=weaker(), device="cpu")

@@ -24,8 +24,7 @@ from sid.config import DistillationConfig
 from sid.guidance import LABEL_DROPOUT, Guidance, parse_guidance
 from sid.inputs import Inputs, guided_teacher
 from sid.loss import SiDLoss, omega
-from sid.prepare import prepare
-from sid.run import resume_rules
+from sid.prepare import prepare, resume_rules
 from sid.training_loop import training_loop
 from torch_utils import checkpoint, run_folder
 from training.conditions import Classes

@@ -7,7 +7,7 @@ import torch
 from tiny import CPU, equal, save, smoothed, tiny_config, tiny_distillation, tiny_teacher, weights
 
 from dnnlib import UserError
-from sid import run
+from sid import prepare
 from sid.distillation import Distillation
 from sid.inputs import Inputs
 from sid.state import SavedState, WeightHashes
@@ -56,10 +56,10 @@ def test_options_are_compared_before_anything_is_built(tmp_path, monkeypatch):
     inputs = Inputs(teacher, start=None, dataset=None, evaluator=None, hashes=hashes)
     state = SavedState(checkpoint.StateFile(save(distillation, tmp_path)), hashes)
     with monkeypatch.context() as patches:
-        patches.setattr(run, "prepare", lambda *_: pytest.fail("was built"))
+        patches.setattr(prepare, "prepare", lambda *_: pytest.fail("was built"))
         with pytest.raises(UserError, match=r"--alpha=0.5: the run in .* has --alpha=1.2; give that, or --override"):
-            run.build(inputs, asked, CPU, state, override=False)
-    assert run.build(inputs, asked, CPU, state, override=True).state.nimg == distillation.state.nimg
+            prepare.build(inputs, asked, CPU, state, override=False)
+    assert prepare.build(inputs, asked, CPU, state, override=True).state.nimg == distillation.state.nimg
 
 
 def test_images_at_once_that_were_tried_fit_the_chunks(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_teacher
 
-import sid
+import sid.plan
 from dnnlib import UserError
 from edm import zoo
 from sid import teacher_distance, trials
@@ -270,9 +270,9 @@ def test_a_begun_run_is_found_again(tmp_path):
     (folder / "trials").mkdir(parents=True)
     for resume in ("auto", str(folder)):
         options = {**parse([f"--outdir={tmp_path}", f"--resume={resume}", f"--trials={SHARE}"])[1]}
-        place, state = sid.run.find_place(options, sid.run.describe(teacher, config, True))
+        place, state = sid.plan.find_place(options, sid.plan.describe(teacher, config, True))
         assert place == (str(folder), "", True)
         assert state is None
     options["outdir"] = str(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"has no training state yet.* give --outdir={tmp_path}"):
-        sid.run.find_place(options, "x")
+        sid.plan.find_place(options, "x")

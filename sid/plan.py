@@ -1,0 +1,143 @@
+"""Plans a run before it has a folder: finds the state to go on from, measures the teacher, chooses start and trials."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from torch_utils import checkpoint, distributed, run_folder
+from training.denoiser import DenoiserModule
+
+from .calibration import choose_tmax, levels_to_measure
+from .config import MEASURED, DistillationConfig, resolve
+from .inputs import Inputs, guided_teacher
+from .start import choose_start
+from .state import SavedState
+from .teacher_distance import TeacherDistance
+from .trials import Plan, has_begun, plan_trials
+
+# Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
+# takes as long as half a kimg of training.
+WORTH_SAMPLES_KIMG = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """How a run begins.
+
+    config      its settings with the start chosen; with trials, the settings of the first candidate
+    place       outdir, description and nosubdir of the run folder
+    saved       the state to go on from; None at the beginning of a run
+    trials      the trials that are still to be run, if any
+    distance    measures how far images are from the teacher's, on process 0; None if the run doesn't
+    starts      {noise level: distance from the teacher} of the starts that were measured; None if none was to be
+    answers     {noise level: what the teacher's answers vary by} (`sid.calibration`); None if none were measured
+    dropped     images of the trials that don't go on, whether they are still to be run or not
+    """
+
+    config: DistillationConfig
+    place: tuple[str, str, bool]
+    saved: SavedState | None
+    trials: Plan | None
+    distance: TeacherDistance | None
+    starts: dict[str, float] | None
+    answers: dict[str, dict[str, float]] | None
+    dropped: int
+
+    def summary(self) -> dict[str, Any]:
+        """What the plan adds to the record of the run."""
+        measured = {"starts": self.starts, "answers": self.answers}
+        return self.config.options() | {name: value for name, value in measured.items() if value is not None}
+
+
+def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any], device: torch.device) -> RunPlan:
+    """Finds the state to go on from, measures the teacher, and chooses the start and the trials.
+
+    config: what the user asked for. Errors: UserError when an option doesn't fit the teacher or the state.
+    """
+    with_trials = options["trials"] > 0
+    place, file = find_place(options, describe(inputs.teacher, config, with_trials))
+    saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
+    distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
+    starts, answers, trials, dropped = None, None, None, 0
+    if config.init_sigma is None:
+        level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance), saved)
+        config = dataclasses.replace(config, init_sigma=level)
+    if config.tmax is None:
+        tmax, answers = settle("tmax", lambda: choose_tmax({} if distance is None else distance.answers), saved)
+        config = dataclasses.replace(config, tmax=tmax)
+    if with_trials:
+        trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
+        config = trials.fitting(saved and saved.options, options["given"])
+        dropped = trials.dropped_images
+        if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
+            trials = None
+    return RunPlan(config, place, saved, trials, distance, starts, answers, dropped)
+
+
+def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
+    """(outdir, description, nosubdir) of the run folder and the state to go on from, None at the beginning of a run.
+
+    A run that ended during its trials goes on in its folder, without a state of its own.
+    """
+    place = (options["outdir"], options["desc"] or description, options["nosubdir"])
+    former = run_folder.find_run(options["resume"], *place, has_begun if options["trials"] else lambda folder: False)
+    if former is None:
+        return place, None
+    return place if former.state is not None else (str(former.folder), "", True), former.state
+
+
+def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: bool = False) -> str:
+    """The run folder's description when --desc isn't given. with_trials: alpha and rates aren't chosen yet."""
+    cond = "cond" if teacher.label_dim else "text" if getattr(teacher, "prompt_dim", 0) else "uncond"
+    size = f"{teacher.img_resolution}x{teacher.img_resolution}"
+    chosen = "auto" if with_trials else f"alpha{config.alpha:g}-glr{config.glr:g}"
+    steps = f"-{config.steps}steps" if config.steps > 1 else ""
+    return f"sid-{size}-{cond}-{chosen}-batch{config.batch}{steps}"
+
+
+def measure_teacher(
+    inputs: Inputs, config: DistillationConfig, with_trials: bool, device: torch.device, chooses_tmax: bool
+) -> TeacherDistance | None:
+    """The distance from the teacher's samples, on process 0, if the run wants it and the teacher makes any.
+
+    A guided teacher makes guided samples. chooses_tmax: whether --tmax=auto has no value from a saved state.
+
+    Errors: UserError when trials need it and the teacher makes no samples.
+    """
+    teacher: Any = inputs.teacher
+    if getattr(teacher, "metadata", {}).get("sigma") is not None:
+        if with_trials:
+            raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
+        return None
+    wanted = with_trials or config.returns or None in [getattr(config, name) for name in MEASURED]
+    if not (wanted or config.total_kimg >= WORTH_SAMPLES_KIMG):
+        return None
+    with distributed.shared_errors():  # such as samples that aren't finite
+        if distributed.rank() != 0:
+            return None
+        teacher = guided_teacher(teacher, inputs.guide, config.guidance)
+        changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
+        levels = levels_to_measure(teacher) if chooses_tmax and config.tmax is None and config.has_karras_levels else []
+        return TeacherDistance(teacher.to(device).eval(), keep=changes, levels=levels)
+
+
+def saved_value(saved: SavedState | None, name: str) -> float | None:
+    """The value that an option to be measured has in the state to go on from; None if there is none."""
+    value = None if saved is None else saved.options.get(name)
+    return float(value) if isinstance(value, float | int) else None
+
+
+def settle(
+    name: str, choose: Callable[[], tuple[float, dict[str, Any]]], saved: SavedState | None
+) -> tuple[float, dict[str, Any]]:
+    """(the value of an option that is to be measured, what was measured, by noise level).
+
+    choose: returns both; it is called on process 0. saved: the state to go on from, whose value stays.
+    """
+    value = saved_value(saved, name)
+    if value is not None:
+        return value, {}
+    return distributed.from_process_0(choose() if distributed.rank() == 0 else None)
