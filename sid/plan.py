@@ -21,6 +21,7 @@ from .trials import Plan, has_begun, plan_trials
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
 # takes as long as half a kimg of training.
 WORTH_SAMPLES_KIMG = 10
+RECORDS = {"init_sigma": "starts", "tmax": "answers"}  # under which a run's folder records what an option was chosen by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,9 @@ class RunPlan:
     saved       the state to go on from; None at the beginning of a run
     trials      the trials that are still to be run, if any
     distance    measures how far images are from the teacher's, on process 0; None if the run doesn't
-    starts      {noise level: distance from the teacher} of the starts that were measured; None if none was to be
-    answers     {noise level: what the teacher's answers vary by} (`sid.calibration`); None if none were measured
+    starts      {noise level: distance from the teacher} of the starts that were measured now; None if none was to be
+    answers     {noise level: what the teacher's answers vary by} (`sid.calibration`); None if none were measured now
+    kept        what the run that goes on had recorded of both
     dropped     images of the trials that don't go on, whether they are still to be run or not
     """
 
@@ -44,12 +46,14 @@ class RunPlan:
     distance: TeacherDistance | None
     starts: dict[str, float] | None
     answers: dict[str, dict[str, float]] | None
+    kept: dict[str, Any]
     dropped: int
 
     def summary(self) -> dict[str, Any]:
         """What the plan adds to the record of the run."""
         measured = {"starts": self.starts, "answers": self.answers}
-        return self.config.options() | {name: value for name, value in measured.items() if value is not None}
+        now = {name: value for name, value in measured.items() if value is not None}
+        return {**self.config.options(), **self.kept, **now}
 
 
 def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any], device: torch.device) -> RunPlan:
@@ -61,7 +65,10 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
     place, file = find_place(options, describe(inputs.teacher, config, with_trials))
     saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
     distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
-    starts, answers, trials, dropped = None, None, None, 0
+    starts, answers, trials, dropped, kept = None, None, None, 0, {}
+    if saved is not None:
+        names = [name for option, name in RECORDS.items() if getattr(config, option) is None]
+        kept = {name: value for name in names for value in run_folder.recorded(saved.path.parent, name)}
     if config.init_sigma is None:
         level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance), saved)
         config = dataclasses.replace(config, init_sigma=level)
@@ -74,7 +81,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
         dropped = trials.dropped_images
         if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
             trials = None
-    return RunPlan(config, place, saved, trials, distance, starts, answers, dropped)
+    return RunPlan(config, place, saved, trials, distance, starts, answers, kept, dropped)
 
 
 def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
@@ -132,12 +139,12 @@ def saved_value(saved: SavedState | None, name: str) -> float | None:
 
 def settle(
     name: str, choose: Callable[[], tuple[float, dict[str, Any]]], saved: SavedState | None
-) -> tuple[float, dict[str, Any]]:
-    """(the value of an option that is to be measured, what was measured, by noise level).
+) -> tuple[float, dict[str, Any] | None]:
+    """(the value of an option that is to be measured, what was measured now, by noise level).
 
     choose: returns both; it is called on process 0. saved: the state to go on from, whose value stays.
     """
     value = saved_value(saved, name)
     if value is not None:
-        return value, {}
+        return value, None
     return distributed.from_process_0(choose() if distributed.rank() == 0 else None)

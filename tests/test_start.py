@@ -129,6 +129,8 @@ def test_a_run_with_a_measured_start_and_measured_noise_levels(tmp_path, monkeyp
     assert measured_at == []
     assert again.metadata["init_sigma"] == level
     assert checkpoint.load_state(checkpoint.states(out)[-1])["options"]["tmax"] == options["tmax"]
+    resumed = json.loads((out / "training_options.json").read_text())
+    assert [resumed[name] for name in ("starts", "answers")] == [options[name] for name in ("starts", "answers")]
     assert (out / "teacher-distance.jsonl").read_text().splitlines()[: len(lines)] == lines
     assert zoo.network_hash(again) != zoo.network_hash(net)
     (out / "teacher-distance.jsonl").write_text('{"kimg": 0, "value": 0.2}\n{"kimg": 1, "value": 0.9}\n')

@@ -158,7 +158,7 @@ def _own_folder(
     folders = [outdir] if nosubdir else _folders(outdir, description)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         candidates = folders if given_folder is None or is_elsewhere else [given_folder]
-        launched = next((folder for folder in candidates if _recorded(folder, LAUNCH) == (_launch(),)), None)
+        launched = next((folder for folder in candidates if recorded(folder, LAUNCH) == (_launch(),)), None)
         if launched is not None:
             return launched
     if resume != "auto" and not (nosubdir and (given is None or is_elsewhere)):
@@ -168,7 +168,7 @@ def _own_folder(
         return None
     has_states, has_snapshots = bool(checkpoint.states(folder)), bool(checkpoint.snapshots(folder))
     is_begun = has_states or has_snapshots or goes_on_without_state(folder)
-    if given is not None and is_begun and _recorded(folder, "resume") != (resume,):
+    if given is not None and is_begun and recorded(folder, "resume") != (resume,):
         raise UserError(
             f"--resume={resume}: --outdir={folder} holds another run; name another folder, or --resume={folder} to go"
             " on with that one"
@@ -292,7 +292,7 @@ def _launch() -> str | None:
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
 
-def _recorded(folder: Path, name: str) -> tuple[Any, ...]:
+def recorded(folder: Path, name: str) -> tuple[Any, ...]:
     """(value,) of an option that the run in `folder` recorded; () if it recorded none."""
     try:
         return (json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))[name],)
