@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-from .util import UserError, user_path
+from .errors import UserError
+from .files import user_path
 
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 MAX_NAME = 150  # characters of one name; most systems take 255, and locks and records have longer names

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .util import UserError, without_password, write_atomically
+from .errors import UserError
+from .files import write_atomically
+from .passwords import without_password
 
 try:
     import fcntl

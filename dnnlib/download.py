@@ -31,7 +31,8 @@ from .addresses import (
     split_file_address,
 )
 from .cached_files import check, hash_file, is_own, locked, open_own, read_record, record_path
-from .util import UserError, user_path
+from .errors import UserError
+from .files import user_path
 
 __all__ = ["cache_folder", "cache_path", "download", "hash_file", "is_url", "local_path", "open_url", "verify"]
 

@@ -1,13 +1,64 @@
-"""Options of a command line as a table: name, help text, type and default in one line each."""
+"""Options of a command line: their types, and name, help text, type and default of each in one line."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from .util import FiniteRange, UserError, WholeRange
+from .errors import UserError
+
+MAX_NUMBER = 1e30  # of options: its products with the thousand images of a kimg are finite too
+MAX_WHOLE_NUMBER = 2**31 - 1
+
+
+class IntList(click.ParamType):
+    """Comma-separated whole numbers, `1,2,2`, or one of `words`, which stay as they are."""
+
+    name = "list"
+
+    def __init__(self, *words: str):
+        self.words = words
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> "list[int] | str":
+        if isinstance(value, list) or value in self.words:
+            return value
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", value):
+            words = "".join(f" or {word}" for word in self.words)
+            self.fail(f"{value!r} is not a comma-separated list of whole numbers, such as 2,2,2{words}", param, ctx)
+        return [int(v) for v in value.split(",")]
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds that is neither nan nor beyond MAX_NUMBER, with `or_inf` perhaps infinite."""
+
+    def __init__(self, *args: Any, or_inf: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.or_inf = or_inf
+
+    def _describe_range(self) -> str:
+        """For --help; click would call a range without bounds `x<=None`."""
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not abs(number) <= MAX_NUMBER and not (self.or_inf and number == math.inf):
+            self.fail(f"{value!r} is not a finite number of at most {MAX_NUMBER:g}", param, ctx)
+        return number
+
+
+class WholeRange(click.IntRange):
+    """A whole number within bounds, of at most MAX_WHOLE_NUMBER."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        number = super().convert(value, param, ctx)
+        if number > MAX_WHOLE_NUMBER:
+            self.fail(f"{value!r} is more than {MAX_WHOLE_NUMBER}", param, ctx)
+        return number
+
 
 POSITIVE = FiniteRange(0, min_open=True)
 NOT_NEGATIVE = FiniteRange(0)

@@ -14,7 +14,8 @@ from urllib.parse import urljoin, urlsplit
 
 from .addresses import check_redirect, is_this_machine
 from .cached_files import is_own, open_own
-from .util import UserError, without_password
+from .errors import UserError
+from .passwords import without_password
 
 CHUNK_BYTES = 1 << 13  # what has arrived of a broken chunk is lost
 CONNECT_SEC, READ_SEC = 10, 30

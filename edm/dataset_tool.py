@@ -16,8 +16,8 @@ import click
 from PIL import Image
 
 from dnnlib import LongCommand, UserError, WholeRange
+from dnnlib.errors import printable
 from dnnlib.progress import ProgressBar
-from dnnlib.util import printable
 
 from .dataset_sources import open_source
 

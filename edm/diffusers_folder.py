@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from torch_utils import distributed
 from torch_utils.untrusted.bounds import read_json
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dnnlib import UserError, user_path, without_password
 from dnnlib.download import is_url
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from torch_utils import persistence
 
 INSTALL = "pip install huggingface_hub"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from torch_utils.records import is_figure
 from training.steps import Steps
 

@@ -6,9 +6,8 @@ import re
 
 import pytest
 
-from dnnlib import UserError, cached_files, download
+from dnnlib import UserError, cached_files, download, without_password, without_passwords
 from dnnlib.addresses import cache_path
-from dnnlib.util import without_password, without_passwords
 
 HOST = "https://host.example"
 LONG = "x" * 300

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dnnlib import UserError
-from dnnlib.util import MAX_NUMBER
+from dnnlib.options import MAX_NUMBER
 
 MAX_BYTES = 256 << 20
 STATS_FILE = "stats.jsonl"  # in a run folder: one record per tick

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dnnlib import format_count
-from dnnlib.util import printable
+from dnnlib.errors import printable
 
 from . import distributed
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from dnnlib import UserError, write_atomically
-from dnnlib.util import printable
+from dnnlib.errors import printable
 
 MAX_PIXELS = 2048  # width and height of a picture; larger ones are shrunk
 WANDB_FILE = "wandb.json"  # in a run folder: the run's id at W&B, and up to which image W&B has it

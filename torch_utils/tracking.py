@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from dnnlib import kimg_name
-from dnnlib.util import printable
+from dnnlib.errors import printable
 
 from . import distributed
 from .records import METRIC_FILE, STATS_FILE, is_figure, parse_line

@@ -17,7 +17,7 @@ import torch
 
 import dnnlib
 from dnnlib.download import hash_file
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from torch_utils import distributed, persistence
 from torch_utils.checkpoint import CHECKSUM
 from torch_utils.untrusted import edm_pickle

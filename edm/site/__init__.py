@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError, open_plain, user_path
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from edm import hub, latents, network_files, onnx_file, zoo
 from torch_utils.untrusted.bounds import read_json
 from training.conditions import learnt_classes

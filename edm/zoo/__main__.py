@@ -19,7 +19,7 @@ import click
 
 from dnnlib import Group, UserError, check_new_file, user_path
 from dnnlib.download import cache_path, verify
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from edm import diffusers_pipelines, lora_files, network_files, site, text_encoders
 from edm.own_classes import classes_option, own_classes
 from edm.published import FILES, NETWORK_KINDS, SID_NAMES, find

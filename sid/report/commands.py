@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dnnlib import UserError, format_number
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from torch_utils.records import is_figure
 
 from ..config import COMMAND_LINE, MEASURED

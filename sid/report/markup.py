@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dnnlib.util import CONTROL
+from dnnlib.errors import CONTROL
 
 STATIC = Path(__file__).parent / "static"
 BASE_STYLE = resources.files("edm") / "site/static/base.css"  # by its path, because importing edm.site loads torch

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from dnnlib import UserError, write_atomically
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from edm.published import FILES
 from torch_utils.records import is_figure, measured_value
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from dnnlib import format_number, format_time
-from dnnlib.util import printable
+from dnnlib.errors import printable
 
 from .. import __version__
 from .commands import typed_text

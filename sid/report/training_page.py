@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from dnnlib import Command, format_count, format_figure, format_number
-from dnnlib.util import printable
+from dnnlib.errors import printable
 from edm import next_steps
 from edm.train_options import CHECKS, SECTIONS
 from edm.train_presets import PRESETS

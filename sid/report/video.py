@@ -14,7 +14,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from dnnlib import UserError, check_new_file, user_path, write_atomically
-from dnnlib.util import printable
+from dnnlib.errors import printable
 
 from .embedded import GRID_COLUMNS, first_columns, frame_names, is_inside, open_picture
 
