@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_teacher
 
-from edm import zoo
+from edm import latents, zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,23 +31,49 @@ def test_own_denoiser(tmp_path):
     assert PIL.Image.open(tmp_path / "RUN" / "generated.png").size == (512, 512)
 
 
+def diffusers_teacher(folder, monkeypatch, *options):
+    """Runs the example on four gray images, 8x8, of two classes, in this process, where the library is loaded once."""
+    pytest.importorskip("diffusers")
+    (folder / "images").mkdir()
+    for i in range(4):
+        PIL.Image.new("L", (8, 8), 60 * i).save(folder / "images" / f"{i}.png")
+    labels = [[f"{i}.png", i % 2] for i in range(4)]
+    (folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    monkeypatch.chdir(folder)
+    always = ["--data=images", "--kimg=0.128", "--width=8", "--out=TEACHER"]
+    monkeypatch.setattr("sys.argv", ["diffusers_teacher.py", *always, *options])
+    load("diffusers_teacher").main()
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 def test_a_teacher_of_the_diffusers_library(prediction, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("diffusers")
-    (tmp_path / "images").mkdir()
-    for i in range(4):
-        PIL.Image.new("L", (8, 8), 60 * i).save(tmp_path / "images" / f"{i}.png")
-    labels = [[f"{i}.png", i % 2] for i in range(4)]
-    (tmp_path / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
     classes = ["--classes"] if prediction == "flow" else []
-    options = [*classes, "--data=images", f"--prediction={prediction}", "--kimg=0.128", "--width=8", "--out=TEACHER"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["diffusers_teacher.py", *options])
-    load("diffusers_teacher").main()  # here, where the library is loaded once
+    diffusers_teacher(tmp_path, monkeypatch, *classes, f"--prediction={prediction}")
     assert "2 steps of 64" in capsys.readouterr().out
     net = zoo.load_denoiser(tmp_path / "TEACHER")
     assert net.prediction == prediction.removesuffix("_prediction")
     assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 1, 2 if classes else 0)
+
+
+def test_a_transformer_of_latents_of_the_diffusers_library(tmp_path, monkeypatch, capsys):
+    options = ["--architecture=dit", "--classes", "--prediction=flow", "--vae=VAE", "--vae-kimg=0.128"]
+    diffusers_teacher(tmp_path, monkeypatch, *options)
+    said = capsys.readouterr().out
+    assert "AutoencoderKL" in said
+    assert "DiTTransformer2DModel" in said
+    net = zoo.load_denoiser(tmp_path / "TEACHER")
+    assert (type(net.net).__name__, net.prediction, net.null_class) == ("DiTTransformer2DModel", "flow", 2)
+    assert (net.img_channels, net.img_resolution) == (4, 4)
+    assert latents.image_shape(net) == (1, 8)
+
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "VAE")
+    pictures = torch.stack([torch.full([1, 8, 8], 60 * i / 127.5 - 1) for i in range(4)])
+    with torch.no_grad():
+        scaled = vae.encode(pictures).latent_dist
+        scaled = vae.config.scaling_factor * (scaled.mean + scaled.std * torch.randn(1000, 4, 4, 4, 4))
+    assert abs(scaled.std().item() - 1) < 0.02
 
 
 def load(name):
