@@ -107,7 +107,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--fake-sigma-schedule", "Noise levels of the fake score's loss", str, str(D.fake_sigma_schedule)),
         option(
             "--tmax",
-            "Highest time of karras schedules, of 1000; auto measures on the teacher which levels are of use",
+            "Highest time of karras schedules, of 1000; auto measures on the teacher's samples which levels are of use",
             Measured(0, 1000),
             D.tmax,
         ),

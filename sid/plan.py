@@ -10,7 +10,7 @@ from dnnlib import UserError
 from torch_utils import checkpoint, distributed, run_folder
 from training.denoiser import DenoiserModule
 
-from .calibration import choose_tmax, levels_to_measure
+from .calibration import choose_tmax
 from .config import MEASURED, DistillationConfig, resolve
 from .inputs import Inputs, guided_teacher
 from .start import choose_start
@@ -21,7 +21,7 @@ from .trials import Plan, has_begun, plan_trials
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
 # takes as long as half a kimg of training.
 WORTH_SAMPLES_KIMG = 10
-RECORDS = {"init_sigma": "starts", "tmax": "answers"}  # under which a run's folder records what an option was chosen by
+RECORDS = {"init_sigma": "starts", "tmax": "calibration"}  # what a folder records of how an option was chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RunPlan:
     trials      the trials that are still to be run, if any
     distance    measures how far images are from the teacher's, on process 0; None if the run doesn't
     starts      {noise level: distance from the teacher} of the starts that were measured now; None if none was to be
-    answers     {noise level: what the teacher's answers vary by} (`sid.calibration`); None if none were measured now
+    calibration what the highest noise level follows from (`sid.calibration`); None if it wasn't measured now
     kept        what the run that goes on had recorded of both
     dropped     images of the trials that don't go on, whether they are still to be run or not
     """
@@ -45,13 +45,13 @@ class RunPlan:
     trials: Plan | None
     distance: TeacherDistance | None
     starts: dict[str, float] | None
-    answers: dict[str, dict[str, float]] | None
+    calibration: dict[str, Any] | None
     kept: dict[str, Any]
     dropped: int
 
     def summary(self) -> dict[str, Any]:
         """What the plan adds to the record of the run."""
-        measured = {"starts": self.starts, "answers": self.answers}
+        measured = {"starts": self.starts, "calibration": self.calibration}
         now = {name: value for name, value in measured.items() if value is not None}
         return {**self.config.options(), **self.kept, **now}
 
@@ -65,7 +65,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
     place, file = find_place(options, describe(inputs.teacher, config, with_trials))
     saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
     distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
-    starts, answers, trials, dropped, kept = None, None, None, 0, {}
+    starts, calibration, trials, dropped, kept = None, None, None, 0, {}
     if saved is not None:
         names = [name for option, name in RECORDS.items() if getattr(config, option) is None]
         kept = {name: value for name in names for value in run_folder.recorded(saved.path.parent, name)}
@@ -73,7 +73,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
         level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance), saved)
         config = dataclasses.replace(config, init_sigma=level)
     if config.tmax is None:
-        tmax, answers = settle("tmax", lambda: choose_tmax({} if distance is None else distance.answers), saved)
+        tmax, calibration = settle("tmax", lambda: choose_tmax(distance and distance.calibration), saved)
         config = dataclasses.replace(config, tmax=tmax)
     if with_trials:
         trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
@@ -81,7 +81,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
         dropped = trials.dropped_images
         if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
             trials = None
-    return RunPlan(config, place, saved, trials, distance, starts, answers, kept, dropped)
+    return RunPlan(config, place, saved, trials, distance, starts, calibration, kept, dropped)
 
 
 def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
@@ -127,8 +127,8 @@ def measure_teacher(
             return None
         teacher = guided_teacher(teacher, inputs.guide, config.guidance)
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
-        levels = levels_to_measure(teacher) if chooses_tmax and config.tmax is None and config.has_karras_levels else []
-        return TeacherDistance(teacher.to(device).eval(), keep=changes, levels=levels)
+        calibrates = chooses_tmax and config.tmax is None and config.has_karras_levels
+        return TeacherDistance(teacher.to(device).eval(), keep=changes, calibrates=calibrates)
 
 
 def saved_value(saved: SavedState | None, name: str) -> float | None:
@@ -138,9 +138,9 @@ def saved_value(saved: SavedState | None, name: str) -> float | None:
 
 
 def settle(
-    name: str, choose: Callable[[], tuple[float, dict[str, Any]]], saved: SavedState | None
+    name: str, choose: Callable[[], tuple[float, dict[str, Any] | None]], saved: SavedState | None
 ) -> tuple[float, dict[str, Any] | None]:
-    """(the value of an option that is to be measured, what was measured now, by noise level).
+    """(the value of an option that is to be measured, what was measured now).
 
     choose: returns both; it is called on process 0. saved: the state to go on from, whose value stays.
     """

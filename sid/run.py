@@ -149,7 +149,7 @@ def run(
         folder = run_folder.create(*plan.place, summary, plan.saved and plan.saved.path)
         with folder as run_dir, RunPage(run_dir, distributed.rank() == 0) as page:
             if distributed.rank() == 0:
-                settled = (config.total_kimg, plan.trials, plan.starts, plan.answers, goal)
+                settled = (config.total_kimg, plan.trials, plan.starts, plan.calibration, goal)
                 about = describe_run(inputs, distillation, options, reference, run_dir, *settled)
                 print(start_block(about), flush=True)
             if distributed.rank() == 0:

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from edm.sampler import check_finite, generate_all, sample
 from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
-from .calibration import measure_answers
+from .calibration import calibrate
 from .teacher_features import BlockFeatures, FeatureDistance
 
 NUM_IMAGES = 256
@@ -57,16 +57,16 @@ class TeacherDistance:
 
     teacher: a denoiser, on its device and in eval mode; it isn't changed. It stays in use here.
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
-    levels: noise levels at which `answers` tells what its answers vary by (`sid.calibration`).
+    calibrates: whether to measure up to which noise level to train; `calibration` is None otherwise.
     """
 
-    def __init__(self, teacher: DenoiserModule, keep: bool = False, levels: Sequence[float] = ()):
+    def __init__(self, teacher: DenoiserModule, keep: bool = False, calibrates: bool = False):
         self._device = next(teacher.parameters()).device
         self._moves = keep and self._device.type != "cpu"
         self._teacher = copy.deepcopy(teacher) if keep else teacher
         with self._teacher_at_hand():
             made, self.samples = self._sample()
-            self.answers = measure_answers(self._teacher, made, range(NUM_IMAGES), levels)
+            self.calibration = calibrate(self._teacher, made, range(NUM_IMAGES)) if calibrates else None
             clean = decoder_of(self._teacher).from_images(self.samples)
             self._corrections = self._correct(clean)
             self._blocks = self._find_blocks(clean[:2])

@@ -13,7 +13,7 @@ import sid
 from edm import zoo
 from edm.metrics.energy import energy_distance
 from sid import doctor, start
-from sid.calibration import choose_tmax, levels_to_measure
+from sid.calibration import choose_tmax
 from sid.monitor.closeness import judge_distance
 from sid.start import choose_start, measure_starts
 from sid.teacher_distance import NUM_IMAGES, TeacherDistance
@@ -113,24 +113,21 @@ def test_a_run_with_a_measured_start_and_measured_noise_levels(tmp_path, monkeyp
     level = options["init_sigma"]
     assert options["starts"][f"{level:g}"] <= 3 * min(options["starts"].values())
     assert net.metadata["init_sigma"] == level
-    measured = TeacherDistance(teacher.eval(), levels=levels_to_measure(teacher)).answers
-    assert (options["tmax"], options["answers"]) == choose_tmax(measured)
+    measured = TeacherDistance(teacher.eval(), calibrates=True).calibration
+    assert (options["tmax"], options["calibration"]) == choose_tmax(measured)
     assert options["tmax"] < 800  # the network is random
     state = checkpoint.load_state(checkpoint.states(out)[-1])
     assert (state["options"]["init_sigma"], state["options"]["tmax"]) == (level, options["tmax"])
     lines = (out / "teacher-distance.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["kimg"] == 0
     longer = tiny_config(augment=0, init_sigma=None, tmax=None, total_kimg=2 * config.total_kimg)
-    measured_at = []
-    monkeypatch.setattr(
-        "sid.teacher_distance.measure_answers", lambda net, made, seeds, levels: measured_at.extend(levels)
-    )
+    monkeypatch.setattr("sid.teacher_distance.calibrate", None)  # it isn't measured again
     again = sid.distil(teacher, longer, out, device="cpu").net  # goes on with the same start and levels
-    assert measured_at == []
     assert again.metadata["init_sigma"] == level
     assert checkpoint.load_state(checkpoint.states(out)[-1])["options"]["tmax"] == options["tmax"]
     resumed = json.loads((out / "training_options.json").read_text())
-    assert [resumed[name] for name in ("starts", "answers")] == [options[name] for name in ("starts", "answers")]
+    for name in ("starts", "calibration"):
+        assert resumed[name] == options[name]
     assert (out / "teacher-distance.jsonl").read_text().splitlines()[: len(lines)] == lines
     assert zoo.network_hash(again) != zoo.network_hash(net)
     (out / "teacher-distance.jsonl").write_text('{"kimg": 0, "value": 0.2}\n{"kimg": 1, "value": 0.9}\n')

@@ -13,11 +13,10 @@ from torch_utils import distributed, misc
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 
 from .. import memory
-from ..calibration import MOST_EXCESS
 from ..config import DistillationConfig, resolve
 from ..distillation import Distillation
 from ..inputs import Inputs
-from ..schedules import TMAX, Karras
+from ..schedules import Karras
 from ..trials import Plan, plan_trials
 from .commands import changed_options
 from .page import PAGE_FILE
@@ -34,7 +33,7 @@ def describe_run(
     total_kimg: float,
     trials: Plan | None,
     starts: dict[str, float] | None,
-    answers: dict[str, dict[str, float]] | None,
+    calibration: dict[str, Any] | None,
     goal: MultiStepFid | None,
 ) -> dict[str, str | None]:
     """{name: text} for `start_block`.
@@ -42,8 +41,8 @@ def describe_run(
     distillation: ready for its next iteration. options: of sid_train.py that aren't part of the config, by name.
     reference: where the reference statistics come from, if there are any.
     total_kimg: the length of the whole run. trials: those that are still to be run. starts: measured distances from
-    the teacher by start level. answers: what the teacher's vary by, by noise level (`sid.calibration`). goal: the
-    teacher's FID, if known.
+    the teacher by start level. calibration: as `sid.calibration` records it.
+    goal: the teacher's FID, if known.
     """
     config, device = distillation.config, distillation.device
     return {
@@ -51,7 +50,7 @@ def describe_run(
         "Data": _data_text(options, config, None if inputs.dataset is None else len(inputs.dataset)),
         "Method": _method_text(config, distillation.state.steps.levels, trials is None),
         "Start": _start_text(distillation.state.steps.levels[0], starts),
-        "Levels": _levels_text(config.tmax, answers),
+        "Levels": _levels_text(config.tmax, calibration),
         "Trials": trials and _trials_text(trials),
         "Device": _device_text(config, device),
         "Batch": batch_text(config.batch, distillation.batch_gpu),
@@ -171,15 +170,14 @@ def _start_text(level: float, starts: dict[str, float] | None) -> str | None:
     return text if starts[nearest] == own else f"{text} ({starts[nearest]:.3f} at {nearest}, not clearly nearer)"
 
 
-def _levels_text(tmax: float | None, answers: dict[str, dict[str, float]] | None) -> str | None:
-    """answers: as for `describe_run`. None if SiD's levels are taken."""
-    if not answers or tmax is None or tmax == TMAX:
+def _levels_text(tmax: float | None, calibration: dict[str, Any] | None) -> str | None:
+    """calibration: as for `describe_run`."""
+    if tmax is None or not calibration:
         return None
     highest = Karras(tmax).highest
-    above = next((found for level, found in answers.items() if float(level) >= highest), {"excess": 0.0})
-    wrong = above["excess"] > MOST_EXCESS
-    reason = "vary more than a denoiser's" if wrong else "tell little, since noise hides the images"
-    return f"up to sigma {highest:.3g} (--tmax={tmax:g}): above, the teacher's answers {reason}"
+    hidden = highest > 0.95 * calibration["hiding"]  # but for the rounding of tmax
+    reason = "noise hides the images" if hidden else "the teacher's answers vary more than a denoiser's"
+    return f"up to sigma {highest:.3g} (--tmax={tmax:g}): above, {reason}"
 
 
 def _trials_text(trials: Plan) -> str:
