@@ -86,20 +86,25 @@ def distil(
     check_denoiser(teacher, "teacher")
     if guide is not None:
         check_denoiser(guide, "guide")
-    given = {
+    options: dict[str, Any] = {
+        "outdir": os.fspath(out),
+        "nosubdir": True,
+        "edm_model": str(Path(out) / TEACHER_FILE),
         "prompts": prompts,
         "data": data,
         "data_stat": data_stat,
         "detector": detector,
         "metrics": metrics,
         "resume": resume,
+        "override": override,
+        "device": device,
+        "log": log,
+        "trials": trials,
     }
-    settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    given |= {"trials": trials, "override": override, "device": device, "log": log}
-    given |= {"nosubdir": True, "outdir": os.fspath(out), "edm_model": str(Path(out) / TEACHER_FILE)}
     if guide is not None:
-        given["guide"] = str(Path(out) / GUIDE_FILE)
-    generator = run({**other_options(given), "given": settled}, config, teacher, start, guide)
+        options["guide"] = str(Path(out) / GUIDE_FILE)
+    settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    generator = run({**other_options(options), "given": settled}, config, teacher, start, guide)
     assert generator is not None  # only --dry-run makes none
     return generator
 
@@ -149,8 +154,8 @@ def run(
         folder = run_folder.create(*plan.place, summary, plan.saved and plan.saved.path)
         with folder as run_dir, RunPage(run_dir, distributed.rank() == 0) as page:
             if distributed.rank() == 0:
-                settled = (config.total_kimg, plan.trials, plan.starts, plan.calibration, goal)
-                about = describe_run(inputs, distillation, options, reference, run_dir, *settled)
+                length = config.total_kimg
+                about = describe_run(plan, distillation, inputs, options, reference, run_dir, length, goal)
                 print(start_block(about), flush=True)
             if distributed.rank() == 0:
                 keep_networks(run_dir, {TEACHER_FILE: teacher, GUIDE_FILE: guide})

@@ -42,18 +42,71 @@ def generator_steps(teacher: DenoiserModule, config: DistillationConfig) -> Step
         ) from None
 
 
-def teacher_record(teacher: DenoiserModule, sha256: str) -> dict[str, Any]:
-    """What a generator's metadata say about its teacher: the hash of its weights, and its name if it has one."""
-    name = getattr(teacher, "metadata", {}).get("name")
-    return {"teacher_sha256": sha256} | ({} if name is None else {"teacher": name})
+def trained_copies(
+    teacher: DenoiserModule, start: DenoiserModule | None, config: DistillationConfig, device: torch.device
+) -> tuple[DenoiserModule, DenoiserModule]:
+    """(theta, psi) as they start: copies of phi, theta with the weights of `start` if given. Only what is to learn
+    requires a gradient.
+
+    Errors: UserError when the teacher's weights are in half precision.
+    """
+    if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in teacher.parameters()):
+        raise UserError("the teacher's weights are in half precision, perhaps from another run; load it in float32")
+    overrides = config.network_overrides(teacher)
+    generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
+    fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
+    if start is not None:
+        generator.load_state_dict(start.state_dict())
+    freeze_augment_mapping(generator)
+    freeze_logvar(generator)
+    if not config.augment:
+        freeze_augment_mapping(fake_score)
+    if not config.uncertainty:
+        freeze_logvar(fake_score)
+    if config.lora_rank:
+        bases = [(generator, teacher if start is None else None), (fake_score, teacher)]
+        for i, (net, base) in enumerate(bases):
+            misc.seed_at(config.seed, FACTORS_PHASE, i)
+            lora.adapt(net, config.lora_rank, base, matrices_only=net is generator and not config.lora_vectors)
+    else:
+        for net in (generator, fake_score):
+            normalize_weights(net)
+    return generator, fake_score
+
+
+def updaters(
+    generator: DenoiserModule, fake_score: DenoiserModule, config: DistillationConfig
+) -> tuple[Updater, Updater]:
+    """What applies the gradients of theta, and of psi."""
+    fp16 = config.precision == "fp16"
+    shared: dict[str, Any] = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
+    shared["optimizer"] = config.optimizer
+    seeds = [(config.seed, ROUNDING_PHASE, i) if config.adam_state == "bf16" else None for i in range(2)]
+    limit = GAN_LIMIT if config.gan else GRADIENT_LIMIT
+    return (
+        Updater.of("generator", generator, config.glr, config.g_beta1, rounding_seed=seeds[0], **shared),
+        Updater.of("fake score", fake_score, config.lr, beta1=0, rounding_seed=seeds[1], limit=limit, **shared),
+    )
+
+
+def generator_record(teacher: DenoiserModule, steps: Steps, hashes: "WeightHashes") -> dict[str, Any]:
+    """The metadata of a generator: its steps, what it inherits from its teacher, and what it was made from."""
+    known = getattr(teacher, "metadata", {})
+    inherited = {name: value for name, value in known.items() if name in INHERITED}
+    record = {"kind": "sid-generator", **steps.record(), **inherited, "teacher_sha256": hashes.teacher}
+    if known.get("name") is not None:
+        record["teacher"] = known["name"]
+    if hashes.guide:
+        record["guide_sha256"] = hashes.guide
+    return record
 
 
 class DistillationState:
     """Generator theta, fake score psi and theta's moving average, all starting as copies of the teacher phi.
 
     teacher: the denoiser to distil, already on `device`. start: another denoiser whose weights theta starts from, if
-    given. hashes: of the weights of both, if they are known already. With config.lora_rank the networks share the
-    teacher's weights (theta shares those of `start`, if given), and states hold only what is trained.
+    given. hashes: of the weights of both. With config.lora_rank the networks share the teacher's weights (theta shares
+    those of `start`, if given), and states hold only what is trained.
     Errors: UserError when the teacher's weights are in half precision.
     """
 
@@ -62,11 +115,9 @@ class DistillationState:
         teacher: DenoiserModule,
         config: DistillationConfig,
         device: torch.device,
-        start: DenoiserModule | None = None,
-        hashes: "WeightHashes | None" = None,
+        start: DenoiserModule | None,
+        hashes: "WeightHashes",
     ):
-        if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in teacher.parameters()):
-            raise UserError("the teacher's weights are in half precision, perhaps from another run; load it in float32")
         self.nimg = 0
         self.tick = 0
         self.elapsed_sec = 0.0
@@ -75,48 +126,15 @@ class DistillationState:
         self.good: dict[str, Any] | None = None  # the last good snapshot, to which the run would return
         self.statistics = {}  # what a loaded state had collected since its last tick
         self.setting = {}  # the options and surroundings of a loaded state
-        self._hashes = hashes or WeightHashes.of(teacher, start, config)
-        overrides = config.network_overrides(teacher)
-        self.generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
-        self.fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
-        if start is not None:
-            self.generator.load_state_dict(start.state_dict())
-        freeze_augment_mapping(self.generator)
-        freeze_logvar(self.generator)
-        if not config.augment:
-            freeze_augment_mapping(self.fake_score)
-        if not config.uncertainty:
-            freeze_logvar(self.fake_score)
-        if config.lora_rank:
-            bases = [(self.generator, teacher if start is None else None), (self.fake_score, teacher)]
-            for i, (net, base) in enumerate(bases):
-                misc.seed_at(config.seed, FACTORS_PHASE, i)
-                lora.adapt(net, config.lora_rank, base, matrices_only=net is self.generator and not config.lora_vectors)
-        else:
-            for net in (self.generator, self.fake_score):
-                normalize_weights(net)
+        self._hashes = hashes
+        self.generator, self.fake_score = trained_copies(teacher, start, config, device)
         self.steps = generator_steps(teacher, config)
         self.served = step_vectors.split(self.fake_score, len(self.steps)) if len(self.steps) > 1 else None
         for net in (self.generator, self.fake_score):
             distributed.broadcast_module(net)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        inherited = {name: v for name, v in getattr(teacher, "metadata", {}).items() if name in INHERITED}
-        self.ema.metadata = {"kind": "sid-generator", **self.steps.record(), **inherited}
-        self.ema.metadata |= teacher_record(teacher, self._hashes.teacher)
-        if self._hashes.guide:
-            self.ema.metadata["guide_sha256"] = self._hashes.guide
-
-        fp16 = config.precision == "fp16"
-        shared: dict[str, Any] = {"eps": EPSILON[fp16], "loss_scaling": fp16, "spike_guard": config.spike_guard}
-        shared["optimizer"] = config.optimizer
-        seeds = [(config.seed, ROUNDING_PHASE, i) if config.adam_state == "bf16" else None for i in range(2)]
-        self.generator_updater = Updater.of(
-            "generator", self.generator, config.glr, config.g_beta1, rounding_seed=seeds[0], **shared
-        )
-        shared["limit"] = GAN_LIMIT if config.gan else GRADIENT_LIMIT
-        self.fake_score_updater = Updater.of(
-            "fake score", self.fake_score, config.lr, beta1=0, rounding_seed=seeds[1], **shared
-        )
+        self.ema.metadata = generator_record(teacher, self.steps, hashes)
+        self.generator_updater, self.fake_score_updater = updaters(self.generator, self.fake_score, config)
 
     def serve(self, step: int) -> None:
         """Makes psi the fake score of one step's images."""

@@ -89,8 +89,18 @@ def training_loop(
     with advised(run_dir, state, config.batch, "--lr and --glr", levels):
         length = config if end is None else dataclasses.replace(config, total_kimg=end / 1000)
         whole = int(config.total_kimg * 1000) + dropped
-        places = (run_dir, resume_dir, whole, before, interruption)
-        run_to_end(steps, state, state.networks, length, distillation.device, *places)
+        run_to_end(
+            steps,
+            state,
+            state.networks,
+            length,
+            distillation.device,
+            run_dir,
+            resume_dir,
+            total_img=whole,
+            before_img=before,
+            interruption=interruption,
+        )
     return lora.merge(state.ema)
 
 

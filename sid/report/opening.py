@@ -16,6 +16,7 @@ from .. import memory
 from ..config import DistillationConfig, resolve
 from ..distillation import Distillation
 from ..inputs import Inputs
+from ..plan import RunPlan
 from ..schedules import Karras
 from ..trials import Plan, plan_trials
 from .commands import changed_options
@@ -25,33 +26,29 @@ TOLD = ("--edm_model", "--data", "--data_stat", "--metrics")  # options that hav
 
 
 def describe_run(
-    inputs: Inputs,
+    plan: RunPlan,
     distillation: Distillation,
+    inputs: Inputs,
     options: dict[str, Any],
     reference: str | None,
     run_dir: Path,
     total_kimg: float,
-    trials: Plan | None,
-    starts: dict[str, float] | None,
-    calibration: dict[str, Any] | None,
     goal: MultiStepFid | None,
 ) -> dict[str, str | None]:
     """{name: text} for `start_block`.
 
     distillation: ready for its next iteration. options: of sid_train.py that aren't part of the config, by name.
     reference: where the reference statistics come from, if there are any.
-    total_kimg: the length of the whole run. trials: those that are still to be run. starts: measured distances from
-    the teacher by start level. calibration: as `sid.calibration` records it.
-    goal: the teacher's FID, if known.
+    total_kimg: the length of the whole run, trials included. goal: the teacher's FID, if known.
     """
     config, device = distillation.config, distillation.device
     return {
         "Teacher": f"{path_text(options['edm_model'])} ({_teacher_text(inputs.teacher, inputs.guide is not None)})",
         "Data": _data_text(options, config, None if inputs.dataset is None else len(inputs.dataset)),
-        "Method": _method_text(config, distillation.state.steps.levels, trials is None),
-        "Start": _start_text(distillation.state.steps.levels[0], starts),
-        "Levels": _levels_text(config.tmax, calibration),
-        "Trials": trials and _trials_text(trials),
+        "Method": _method_text(config, distillation.state.steps.levels, plan.trials is None),
+        "Start": _start_text(distillation.state.steps.levels[0], plan.starts),
+        "Levels": _levels_text(config.tmax, plan.calibration),
+        "Trials": plan.trials and _trials_text(plan.trials),
         "Device": _device_text(config, device),
         "Batch": batch_text(config.batch, distillation.batch_gpu),
         "Memory": _memory_text(distillation),
@@ -161,7 +158,7 @@ def _method_text(config: DistillationConfig, levels: Sequence[float] | None, wit
 
 
 def _start_text(level: float, starts: dict[str, float] | None) -> str | None:
-    """starts: as for `describe_run`."""
+    """starts: as in `RunPlan`."""
     own = None if starts is None else starts.get(f"{level:g}")
     if starts is None or own is None:
         return None
@@ -171,11 +168,11 @@ def _start_text(level: float, starts: dict[str, float] | None) -> str | None:
 
 
 def _levels_text(tmax: float | None, calibration: dict[str, Any] | None) -> str | None:
-    """calibration: as for `describe_run`."""
+    """calibration: as in `RunPlan`."""
     if tmax is None or not calibration:
         return None
     highest = Karras(tmax).highest
-    hidden = highest > 0.95 * calibration["hiding"]  # but for the rounding of tmax
+    hidden = highest > 0.95 * calibration["hiding"]  # up to the rounding of tmax
     reason = "noise hides the images" if hidden else "the teacher's answers vary more than a denoiser's"
     return f"up to sigma {highest:.3g} (--tmax={tmax:g}): above, {reason}"
 
