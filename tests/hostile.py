@@ -142,6 +142,8 @@ def running(mark: Path) -> dict[str, bytes]:
         "source is an object": module({"weight": torch.ones(2, 3)}, source=evil),
         "state of a dict": Call(dict, state={"__reduce__": evil}),
         "a class of torch": Call(torch.nn.Linear, 2, 2, state={"__setstate__": evil}),
+        "object array": np.array([evil], dtype=object),
+        "object scalar": Call(np.float64(0).__reduce__()[0], np.dtype("O"), evil),
     }
     files = {what: pickle.dumps(value, protocol=4) for what, value in values.items()}
     files |= {f"eval in protocol {p}": pickle.dumps({"ema": evil}, protocol=p) for p in range(6)}
@@ -167,6 +169,45 @@ def running(mark: Path) -> dict[str, bytes]:
         "build on a name": raw(ask("collections", "OrderedDict"), b"}", text("build"), text(touch), b"sb"),
     }
     return files
+
+
+def malformed() -> dict[str, bytes]:
+    """{name: pickle}: each is no network, or no pickle that EDM's tools would write."""
+    ordered = ask("collections", "OrderedDict")
+    values = {
+        "no module": {"ema": 3},
+        "an array": np.zeros(3),
+        "unknown class": {"ema": module(class_name="Evil")},
+        "unknown class inside": {"ema": module(init=((2,), {"x": module(class_name="Evil")}))},
+        "child is a tensor": {"ema": module(modules={"a": torch.zeros(1)})},
+        "weight is a module": {"ema": module({"weight": module()})},
+        "wrong shape": {"ema": module({"weight": torch.zeros(2, 4)})},
+        "wider than its weights": {"ema": module({"weight": torch.zeros(2, 3)}, init=((1 << 40,), {}))},
+        "no such argument": {"ema": module({"weight": torch.zeros(2, 3)}, init=((2,), {"colour": 3}))},
+    }
+    for what, (size, stride, offset) in {
+        "expanded": ((1 << 20, 1 << 20), (0, 0), 0),
+        "outside": ((4,), (2,), 0),
+        "before": ((2,), (1,), -1),
+        "behind": ((2,), (1,), 3),
+    }.items():
+        tensor = Call(torch.storage._load_from_bytes, storage(torch.zeros(4))), offset, size, stride, False, {}
+        values[what] = Call(torch._utils._rebuild_tensor_v2, *tensor)
+    files = {what: pickle.dumps(value, protocol=4) for what, value in values.items()}
+    return files | {
+        "name with a line break": raw(b"cos\nsystem\n"),
+        "obj": raw(b"(", ordered, b"o"),
+        "state of a list": raw(b"]}b"),
+        "call of a list": raw(b"])R"),
+        "state without a dtype": raw(ask("numpy", "dtype"), text("O"), b"\x85R"),
+        "missing memo": raw(b"h\x05"),
+        "underflow": raw(b"R"),
+        "below a mark": raw(b"](\x85"),
+        "odd items": raw(b"}(K\x01u"),
+        "two values": raw(b"]]"),
+        "deep key": raw(b"}", b")" + b"\x85" * 200_000, b"K\x01s"),
+        "a web page": b"<!DOCTYPE html>",
+    }
 
 
 def heavy() -> dict[str, bytes]:
@@ -206,6 +247,8 @@ def heavy() -> dict[str, bytes]:
         "size of a tensor": pickle.dumps(Call(rebuild, Call(load, good), 0, (GIGA,), (0,), False, {})),
         "count of a storage": pickle.dumps(Call(load, good.replace(struct.pack("<q", 4), struct.pack("<q", GIGA)))),
         "bytes": raw(b"\x8e", struct.pack("<Q", GIGA), b"x"),
+        "bytes of 32 bits": raw(b"B", struct.pack("<I", 0xFFFFFFFF), b"x"),
+        "bytes of 2^62": raw(b"\x8e", struct.pack("<Q", 1 << 62), b"x"),
         "text": raw(b"\x8d", struct.pack("<Q", GIGA), b"x"),
         "text of 2^62": raw(b"\x8d", struct.pack("<Q", 1 << 62), b"x"),
         "bytearray": raw(b"\x96", struct.pack("<Q", GIGA), b"x", protocol=5),

@@ -74,8 +74,7 @@ def run(main, *arguments):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("place", [0, 5, -1])
+@pytest.mark.parametrize(("value", "place"), [(NAN, 0), (INF, 5), (-INF, -1)])
 def test_a_network_with_one_bad_weight_is_refused(tmp_path, suffix, value, place):
     path = tmp_path / f"net{suffix}"
     zoo.save_network(with_value(teacher(), value, place), path, kind="sid-generator", init_sigma=2.5)
