@@ -18,6 +18,8 @@ from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 
 from .calibration import calibrate
+from .monitor.clusters import shares
+from .teacher_clusters import ClusterCounts, SampleClusters, points_of
 from .teacher_features import BlockFeatures, FeatureDistance
 
 NUM_IMAGES = 256
@@ -27,6 +29,7 @@ DETAIL_LEVEL = 0.1  # noise level of the corrections, in units of the data's sta
 FEATURE_LEVEL = 0.2  # of the features, likewise
 LEAST_VISIBLE = 2 / 255  # corrections of less than an 8-bit step per pixel are rounding
 BATCH = 64
+SHOWN_CLUSTERS, SHOWN_IMAGES = 3, 16  # examples of what the images lack most, and as many of the teacher's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +38,16 @@ class Distance:
 
     pixels: energy distance of the images. detail: that of the teacher's corrections. Each near 0 for its samples.
     features: Fréchet distance in the teacher's own features, near 1 for its samples; None if its blocks can't be read.
+    clusters: images in each cluster of the teacher's samples.
+    examples: {cluster: uint8 [2, N, C, H, W]} for those that the images lack most surely: the teacher's samples and the
+    images that are nearest to its centre.
     """
 
     pixels: float
     detail: float
     features: float | None = None
+    clusters: ClusterCounts | None = None
+    examples: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def value(self) -> float:
@@ -53,7 +61,8 @@ class TeacherDistance:
     That of the teacher's corrections D(x + sigma n; sigma) - x, at a low sigma, sees fine detail: it is what told the
     better of two settings apart on letters, where pixels chose the worse one (docs/ablations.md).
     Both are blind to the last steps towards the teacher, where the Fréchet distance in the teacher's own features
-    still follows FID (`sid.teacher_features`).
+    still follows FID (`sid.teacher_features`). What kinds of images are missing is counted in clusters of the samples
+    (`sid.teacher_clusters`).
 
     teacher: a denoiser, on its device and in eval mode; it isn't changed. It stays in use here.
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
@@ -71,6 +80,7 @@ class TeacherDistance:
             self._corrections = self._correct(clean)
             self._blocks = self._find_blocks(clean[:2])
             self._feature_distance = self._blocks and FeatureDistance(self._features(clean))
+        self._clusters = SampleClusters(points_of(self.samples))
 
     def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's samples, float32 [N, C, H, W] as it makes them and uint8 images, on the CPU.
@@ -97,11 +107,20 @@ class TeacherDistance:
             features = self._feature_distance and self._feature_distance(self._features(clean))
         visible = LEAST_VISIBLE * math.sqrt(corrections[0].numel())
         detail = energy_distance_of_vectors(corrections, self._corrections, floor=visible)
-        return Distance(energy_distance(images, self.samples), detail, features)
+        found = Distance(energy_distance(images, self.samples), detail, features)
+        return self._sorted_into_clusters(found, images)
 
     def of_pixels(self, net: Any, **options: Any) -> float:
         """The first part of the distance alone."""
         return energy_distance(self._images(net, **options), self.samples)
+
+    def _sorted_into_clusters(self, distance: Distance, images: torch.Tensor) -> Distance:
+        clusters, points = self._clusters, points_of(images)
+        counts, examples = clusters(points), {}
+        for cluster in [share.cluster for share in shares(dataclasses.asdict(counts))[:SHOWN_CLUSTERS]]:
+            known, made = (clusters.nearest(x, cluster, SHOWN_IMAGES) for x in (clusters.samples, points))
+            examples[cluster] = torch.stack([self.samples[known], images[made]])
+        return dataclasses.replace(distance, clusters=counts, examples=examples)
 
     def _images(self, net: Any, **options: Any) -> torch.Tensor:
         return generate_all(net, range(FIRST_SEED, FIRST_SEED + len(self.samples)), **{"batch": BATCH, **options})

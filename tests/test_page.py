@@ -60,6 +60,26 @@ def test_it_shows_the_run(tmp_path):
     assert found["memory"]["labels"] == ["CPU"]
 
 
+def test_it_shows_which_kinds_of_images_are_missing(tmp_path):
+    run = make_run(tmp_path / "run")
+    Image.new("RGB", (64, 32)).save(run / "clusters.png")
+    counts = {"teacher": [30, 100, 126], "generator": [60, 2, 194]}
+    first = {"kimg": 0.0, "value": 0.1, "lost_share": 0.0}
+    write_lines(run / "teacher-distance.jsonl", [first, {"kimg": 20.0, "value": 0.01, "lost_share": 0.39}])
+    assert "Kinds of images" not in Page(write_page(run)).text  # as earlier versions recorded it
+    last = {"kimg": 20.0, "value": 0.01, "lost_share": 0.39, "clusters": counts}
+    write_lines(run / "teacher-distance.jsonl", [first, last])
+    page = Page(write_page(run))
+    assert page.text.index("139.1%0.8%lost") < page.text.index("011.7%23.4%") < page.text.index("249.2%75.8%")
+    assert "lost-cluster Cluster 1 of the teacher's samples is lost" in page.text
+    assert [image["alt"] for image in images_of(page)][-1].endswith("in three clusters")
+    (chart,) = [chart for chart in page.data["charts"] if chart["name"] == "lost"]
+    assert chart["values"] == [[0.0, 0.39]]
+    for wrong in (HOSTILE, {"teacher": [HOSTILE], "generator": [1]}, {"teacher": [1] * 99, "generator": [1] * 99}):
+        write_lines(run / "teacher-distance.jsonl", [first, {**last, "clusters": wrong}])
+        assert "Kinds of images" not in Page(write_page(run)).text
+
+
 def test_it_needs_no_network_and_runs_its_own_scripts_only(tmp_path):
     page = Page(write_page(make_run(tmp_path / "run")))
     places = [a[name] for _, a in page.elements for name in ("src", "href", "action", "srcset") if name in a]

@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from .clusters import k_means, thumbnails
+
 TURNS = 4  # quarter turns
 DAMAGES = 4  # none, blurred, noisy, made of parts of several images
 BLUR_PIXELS = (0.5, 1.1)  # standard deviation of the blur, lowest and highest
@@ -11,7 +13,6 @@ PARTS = (2, 4)  # per side
 CLUSTERS = 16
 CLUSTER_IMAGES = 10  # on average at least
 THUMBNAIL_PIXELS = 4
-ROUNDS = 20  # of k-means
 
 
 class Pretext:
@@ -30,7 +31,7 @@ class Pretext:
 
     def clusters(self, images: torch.Tensor) -> torch.Tensor:
         """int64 [N]: the cluster of each image, uint8 [N, C, H, W]."""
-        return torch.cdist(_thumbnails(images), self._centres).argmin(1)
+        return torch.cdist(thumbnails(images, THUMBNAIL_PIXELS), self._centres).argmin(1)
 
     def ask(self, images: torch.Tensor, clusters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(uint8 images, rotated and damaged at random; answers, int64 [N, 3]).
@@ -88,30 +89,8 @@ def _mixed(images: torch.Tensor) -> torch.Tensor:
 
 
 def find_clusters(images: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
-    """Centres [count, C * THUMBNAIL_PIXELS²] of clusters of uint8 images [N, C, H, W], N >= count, by k-means.
+    """Centres [count, C * THUMBNAIL_PIXELS²] of clusters of uint8 images [N, C, H, W], N >= count.
 
     Images are compared by their thumbnails, that is by the places and colours of bright regions.
     """
-    points = _thumbnails(images)
-    centres = _first_centres(points, count, torch.Generator().manual_seed(seed))
-    for _ in range(ROUNDS):
-        nearest = torch.cdist(points, centres).argmin(1)
-        sizes = torch.bincount(nearest, minlength=count)[:, None]
-        means = torch.zeros_like(centres).index_add_(0, nearest, points) / sizes.clamp(min=1)
-        centres = torch.where(sizes > 0, means, centres)
-    return centres
-
-
-def _first_centres(points: torch.Tensor, count: int, draws: torch.Generator) -> torch.Tensor:
-    """Points far from each other, drawn as in k-means++ (Arthur and Vassilvitskii 2007)."""
-    chosen = [int(torch.randint(len(points), [1], generator=draws))]
-    squared = torch.full([len(points)], torch.inf)
-    while len(chosen) < count:
-        squared = torch.minimum(squared, (points - points[chosen[-1]]).square().sum(1))
-        chosen.append(int(torch.multinomial(squared + 1e-12, 1, generator=draws)))  # also where all points are equal
-    return points[chosen]
-
-
-def _thumbnails(images: torch.Tensor) -> torch.Tensor:
-    parts = [F.adaptive_avg_pool2d(part.to(torch.float32) / 127.5 - 1, THUMBNAIL_PIXELS) for part in images.split(4096)]
-    return torch.cat(parts).flatten(1)
+    return k_means(thumbnails(images, THUMBNAIL_PIXELS), count, seed)

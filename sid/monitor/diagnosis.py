@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .closeness import closeness, judge_distance, judge_fid
+from .clusters import judge_clusters
 from .evidence import Records, Run, since_last_change
 from .records import MeasuredFid
 from .rules import PROBLEMS, STATES, Finding, first_finding, frozen, progress, unknown
@@ -26,15 +27,18 @@ def diagnose(
     `evidence.LATER_OPTIONS`. distances: of teacher-distance.jsonl, with kimg and value, the first of the start.
     fid: what the run measured.
     """
-    away = judge_distance(distances) or judge_fid(fid)
+    far = judge_distance(distances)
+    away = far or judge_fid(fid)
+    lost = None if far else judge_clusters(distances)  # images far from the teacher are of no kind that it knows
+    compared = [finding for finding in (away, lost) if finding is not None]
     phase, since = since_last_change(records, options)
     if len(phase) < MIN_TICKS:
         early = Finding("too-early", f"{len(phase)} ticks{since} are too few to judge; it takes {MIN_TICKS}", False)
-        return [away or early]
+        return compared or [early]
     run = Run(records, options)
-    problems = [finding for alternatives in PROBLEMS if (finding := first_finding(alternatives, run))]
+    problems = compared + [finding for alternatives in PROBLEMS if (finding := first_finding(alternatives, run))]
     if away is not None:  # then figures of the loss, which only compare with the fake score, can't say that all is well
-        return [away, *problems]
+        return problems
     measured = closeness(distances, fid)
     if measured is None:
         return problems or [first_finding(STATES, run) or unknown(run)]

@@ -145,9 +145,11 @@ def _distance_charts(record: RunRecord) -> list[Chart | None]:
     note = "Fréchet distance in the teacher's own features, over that of two sets of its own samples"
     goal, parts = ("teacher", 1.0), {"features": "generator"}
     features = _chart("features", "Distance in the teacher's features", note, record.distances, parts, "kimg", goal)
+    note = "Share of the teacher's images in clusters of its samples that the generator's images hardly fall into"
+    lost = _chart("lost", "Lost kinds of images", note, record.distances, {"lost_share": "lost"}, "kimg")
     note = "Between teacher and fake score on generated images; rises at first, while the fake score learns"
     figures = {"Health/divergence": "all noise levels", **_bands(record.ticks)}
-    return [distance, features, _chart("divergence", "Divergence from the teacher", note, record.ticks, figures)]
+    return [distance, features, lost, _chart("divergence", "Divergence from the teacher", note, record.ticks, figures)]
 
 
 def _bands(ticks: Figures) -> dict[str, str]:

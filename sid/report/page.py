@@ -14,11 +14,19 @@ from dnnlib.errors import printable
 from edm.published import FILES
 from torch_utils.records import is_figure, measured_value
 
+from ..monitor.clusters import shares
 from ..monitor.records import returns_text
 from ..objectives import OBJECTIVES
 from . import commands, sections
 from .curves import charts
-from .embedded import COMPARISON_PICTURE, GRID_COLUMNS, NEAREST_PICTURE, TEACHER_PICTURE, PictureCache
+from .embedded import (
+    CLUSTERS_PICTURE,
+    COMPARISON_PICTURE,
+    GRID_COLUMNS,
+    NEAREST_PICTURE,
+    TEACHER_PICTURE,
+    PictureCache,
+)
 from .markup import code, document, escaped, section, table
 from .run_record import RunRecord, read_run
 from .training_page import training_page
@@ -92,6 +100,7 @@ def page(record: RunRecord, pictures: PictureCache) -> str:
         _trials(record),
         _pictures(record, pictures),
         sections.curves(shown, "generated images"),
+        _clusters(record, pictures),
         _classes(record),
         _options(record),
         sections.environment(record),
@@ -202,6 +211,26 @@ def _by_kimg(record: RunRecord) -> dict[str, dict[float, float]]:
     if (fid := record.fid) is not None:
         found[fid.name] = {line["kimg"]: line["value"] for line in fid.records}
     return found
+
+
+def _clusters(record: RunRecord, pictures: PictureCache) -> str:
+    """How much of the last snapshot's images each kind of the teacher's images has, and what the worst look like."""
+    found = shares(record.distances[-1].get("clusters")) if record.distances else []
+    if not found:
+        return ""
+    rows = [(s.cluster, f"{s.teacher:.1%}", f"{s.generator:.1%}", "lost" if s.is_lost else "") for s in found]
+    headings = ("Cluster", "of the teacher's images", "of the generator's", "")
+    shown = table(headings, rows, "Kinds of images")
+    note = (
+        "Clusters of the teacher's samples that look alike, those that the generator lacks most surely first. Shares"
+        " of so few images differ by chance; a cluster is lost when chance can't explain what is missing."
+    )
+    picture = pictures.picture(CLUSTERS_PICTURE)
+    if picture is not None:
+        image = sections.image(picture, "Images of the teacher and of the generator in three clusters")
+        caption = "The first three: images of the teacher, and below them the generator's that come nearest"
+        shown += f'<figure class="natural">{image}<figcaption>{caption}</figcaption></figure>'
+    return section("clusters", "Kinds of images", f'<p class="quiet">{note}</p><div class="pair">{shown}</div>')
 
 
 def _classes(record: RunRecord) -> str:

@@ -1,5 +1,6 @@
 """Grids of images, and the comparison of a generator with its teacher."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from edm.sampler import generate_all
 from training.conditions import Prompts, conditions_of
 from training.denoiser import DenoiserModule
 from training.steps import Steps
+
+from ..monitor.clusters import shares
+from ..teacher_distance import SHOWN_IMAGES, Distance
 
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
@@ -56,6 +60,20 @@ def save_nearest(images: torch.Tensor, samples: torch.Tensor, path: Path) -> Non
     found = samples[nearest(shown, samples)]
     bands = {"Generator": shown, f"Nearest of {len(samples)} samples of the teacher, in pixels": found}
     save_titled_grids(bands, path, COMPARISON_COLUMNS)
+
+
+def save_clusters(distance: Distance, path: Path) -> None:
+    """Saves what the generator lacks most: for each such cluster some of the teacher's images above the generator's.
+
+    Errors: OSError when `path` can't be written.
+    """
+    assert distance.clusters is not None
+    bands = {}
+    for share in shares(dataclasses.asdict(distance.clusters)):
+        if share.cluster in distance.examples:
+            words = f"{share.teacher:.1%} of the teacher's images (above), {share.generator:.1%} of the generator's"
+            bands[f"Cluster {share.cluster}: {words}"] = distance.examples[share.cluster].flatten(0, 1)
+    save_titled_grids(bands, path, SHOWN_IMAGES)
 
 
 def nearest(images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,12 @@ from torch_utils.records import measured_value, sound_records
 from torch_utils.tracking import GENERATED, Tracking
 from torch_utils.training_stats import append_line
 
+from ..monitor.clusters import lost_share
 from ..monitor.records import DISTANCES_FILE
-from ..teacher_distance import TeacherDistance
-from .embedded import NEAREST_PICTURE, TEACHER_PICTURE
+from ..teacher_distance import Distance, TeacherDistance
+from .embedded import CLUSTERS_PICTURE, NEAREST_PICTURE, TEACHER_PICTURE
 from .page import RunPage
-from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_nearest
+from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_clusters, save_nearest
 
 FIRST_PICTURE = "fakes_init.png"
 DISTANCE_CURVES = {
@@ -33,6 +34,7 @@ DISTANCE_CURVES = {
     "pixels": "Distance/pixels",
     "detail": "Distance/detail",
     "features": "Distance/features",
+    "lost_share": "Distance/lost_share",
 }
 
 
@@ -51,7 +53,8 @@ class Report:
     evaluator: computes the metrics, or None for pictures only. reals: uint8 images [N, C, H, W] for `reals.png`.
     batch: images per iteration, which file names depend on (`dnnlib.kimg_name`).
     distance: measures how far the images are from the teacher's, for the record; None: nobody does. With it, the
-    teacher's own images of the same seeds are in `teacher.png`, and those nearest to the generator's in `nearest.png`.
+    teacher's own images of the same seeds are in `teacher.png`, those nearest to the generator's in `nearest.png`, and
+    the kinds of them that the generator lacks most in `clusters.png`.
     page: shows all that on process 0, in `index.html`.
     Files that can't be written, to a full disk for instance, are reported and skipped.
     """
@@ -129,8 +132,11 @@ class Report:
         if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
             return {}  # resumed at this snapshot
         found = distance(ema)
-        parts = {name: value for name, value in dataclasses.asdict(found).items() if value is not None}
-        append_line(path, json.dumps({"kimg": nimg / 1e3, "value": found.value, **parts, "network_sha256": sha256}))
+        line = {"kimg": nimg / 1e3, **_figures(found), "network_sha256": sha256}
+        append_line(path, json.dumps(line))
+        if found.clusters is not None:
+            picture = self._run_dir / CLUSTERS_PICTURE
+            attempt(f"saving {picture.name}", lambda: save_clusters(found, picture))
         return {"distance": found.value} if found.features is None else {"features": found.features}
 
     def _remember_best(self) -> None:
@@ -152,6 +158,17 @@ class Report:
         with write_atomically(self._run_dir / BEST_FILE) as written:
             written.write(json.dumps(content, indent=2).encode())
         _link(self._run_dir / BEST_LINK, snapshot)
+
+
+def _figures(distance: Distance) -> dict[str, Any]:
+    """What is recorded of a distance."""
+    found: dict[str, Any] = {"value": distance.value, "pixels": distance.pixels, "detail": distance.detail}
+    if distance.features is not None:
+        found["features"] = distance.features
+    if distance.clusters is not None:
+        clusters = dataclasses.asdict(distance.clusters)
+        found |= {"lost_share": lost_share(clusters), "clusters": clusters}
+    return found
 
 
 def _link(path: Path, target: str) -> None:

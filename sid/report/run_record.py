@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError, open_plain
 from torch_utils.records import MAX_BYTES, METRIC_FILE, is_figure, parse_line
 
+from ..monitor.clusters import is_sound
 from ..monitor.diagnosis import diagnose
 from ..monitor.records import (
     DISTANCES_FILE,
@@ -33,12 +35,15 @@ Figures = list[dict[str, float]]  # records, by kimg
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run recorded: options as plain values; ticks, distances and metrics as figures by name, oldest first."""
+    """What a run recorded: options as plain values; ticks, distances and metrics as figures by name, oldest first.
+
+    Distances may also have counts of images (`clusters`).
+    """
 
     run_dir: Path
     options: dict[str, Any]
     ticks: Figures
-    distances: Figures
+    distances: list[dict[str, Any]]
     metrics: dict[str, Figures]
     trials: dict[str, dict[str, Any]]
     returns: list[dict[str, Any]]
@@ -102,7 +107,7 @@ def read_run(run_dir: Path, is_running: bool | None = None) -> RunRecord:
         run_dir,
         _read_object(run_dir / OPTIONS_FILE),
         ticks,
-        read_figures(run_dir / DISTANCES_FILE, "kimg", "value"),
+        read_figures(run_dir / DISTANCES_FILE, "kimg", "value", also=_clusters),
         metrics,
         {n: r for n, r in _read_object(run_dir / TRIAL_RESULTS).items() if isinstance(r, dict)},
         read_returns(run_dir),
@@ -110,12 +115,15 @@ def read_run(run_dir: Path, is_running: bool | None = None) -> RunRecord:
     )
 
 
-def read_figures(path: Path, kimg: str, *needed: str) -> Figures:
+def read_figures(
+    path: Path, kimg: str, *needed: str, also: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: {}
+) -> list[dict[str, Any]]:
     """The figures in the records of a file, sorted by `kimg`; of records with equal kimg, the last one.
 
     Damaged lines are left out, and so are values that aren't finite unless they are `needed`: those become NaN.
+    also: what else to keep of a record.
     """
-    found: dict[float, dict[str, float]] = {}
+    found: dict[float, dict[str, Any]] = {}
     stride = 1
     try:
         with open_plain(path, MAX_BYTES) as file:
@@ -127,12 +135,18 @@ def read_figures(path: Path, kimg: str, *needed: str) -> Figures:
                     continue
                 figures = {n: v for n, v in list(record.items())[:MAX_NAMES] if is_figure(v)}
                 if all(isinstance(record.get(name), int | float) for name in needed):
-                    found[record[kimg]] = figures | {name: figures.get(name, math.nan) for name in needed}
+                    found[record[kimg]] = (
+                        figures | {name: figures.get(name, math.nan) for name in needed} | also(record)
+                    )
                 if len(found) > MAX_RECORDS:
                     found, stride = dict(list(found.items())[::2]), 2 * stride
     except OSError:
         return []
     return [found[key] for key in sorted(found)]
+
+
+def _clusters(record: dict[str, Any]) -> dict[str, Any]:
+    return {"clusters": record["clusters"]} if is_sound(record.get("clusters")) else {}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
