@@ -13,7 +13,7 @@ from edm import generate
 from edm.own_classes import own_classes
 
 WHOLE, POSITIVE, COUNT = (dnnlib.WholeRange(least) for least in range(3))
-NOT_SAMPLING = ("network", "outdir", "grid", "seeds", "batch", "device")  # the options of edm.generate beside these are
+NOT_SAMPLING = ("network", "outdir", "grid", "seeds", "batch", "device")  # the other options of edm.generate are
 
 
 def shared(*names):

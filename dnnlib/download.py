@@ -45,7 +45,7 @@ def open_url(
 ) -> BinaryIO:
     """Opens a path, a file:// or an http(s) address for reading bytes; the latter is downloaded first.
 
-    Errors: UserError when it can't be had.
+    Errors: UserError when it isn't available.
     """
     path = local_path(source, sha256, cache_dir)
     try:
@@ -59,7 +59,7 @@ def local_path(
 ) -> Path:
     """The local file behind a path, a file:// or an http(s) address; the latter is downloaded first.
 
-    Errors: UserError when it can't be had.
+    Errors: UserError when it isn't available.
     """
     if is_url(source):
         if split(source).scheme != "file":

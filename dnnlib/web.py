@@ -222,7 +222,7 @@ class _Attempt:
 
     def _check_status(self, response: Any) -> None:
         status = response.status_code
-        if status == 416:  # nothing after what is there: whole, or nonsense; nobody can tell which, so start anew
+        if status == 416:  # nothing after what is there: whole, or nonsense; nobody can tell which, so start again
             self._discard()
             raise _Broken("the server can't continue the transfer")
         if status in RETRY_STATUS:

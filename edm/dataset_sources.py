@@ -105,7 +105,7 @@ def _open_mnist(path: Path) -> Source:
     source = Source(lambda i: Image.fromarray(images[i]), len(images))
     labels_path = _labels_of_mnist(path)
     if labels_path is None:
-        source.notes.append("no file beside the images has their name with labels-idx1 for images-idx3")
+        source.notes.append("no file next to the images has their name with labels-idx1 for images-idx3")
         return source
     labels: list[int] = _read_idx(labels_path, dimensions=1).tolist()
     if len(labels) != len(images):

@@ -177,9 +177,9 @@ def _parse_resolution(_context: Any, _parameter: Any, value: str | None) -> tupl
 @click.option(
     "--dest", required=True, metavar="PATH", help="Data set to write: a zip if the name ends in .zip, else a folder."
 )
-@click.option("--max-images", type=WholeRange(min=1), help="Take the first so many images.  [default: all]")
+@click.option("--max-images", type=WholeRange(min=1), help="Take only the first N images.  [default: all]")
 @click.option(
-    "--resolution", callback=_parse_resolution, metavar="WxH", help="Resize to so many pixels.  [default: keep]"
+    "--resolution", callback=_parse_resolution, metavar="WxH", help="Resize to this many pixels.  [default: keep]"
 )
 @click.option(
     "--transform",

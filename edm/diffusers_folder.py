@@ -47,7 +47,7 @@ class _Library:
 
 
 def library() -> Any:
-    """The diffusers library. Errors: UserError when it isn't installed, or doesn't fit what is."""
+    """The diffusers library. Errors: UserError when it isn't installed, or doesn't work with what is."""
     try:
         import diffusers  # pyright: ignore[reportMissingImports]  an optional package
     except ModuleNotFoundError:
@@ -88,7 +88,7 @@ def fetch(name: str) -> Path:
 
     Only configurations, vocabularies, safetensors and the model card are downloaded: no pickles, no code. For a
     pipeline, only the weights in PARTS are downloaded, and a variant such as fp16 only if there are no others.
-    Errors: UserError when it can't be had.
+    Errors: UserError when it can't be downloaded.
     """
     small = ["*.json", "*.txt", "*.model", "README.md"]  # in a pattern, "*" stands for slashes, too
     folder = hub.download(name, small)
@@ -106,7 +106,7 @@ def fetch_part(name: str, part: str, classes: Sequence[str], why: str) -> Path:
     Its configuration is downloaded first, and its safetensors only if that is of one of `classes`: no other part of a
     pipeline, no pickles, no code. What the library's cache holds isn't downloaded.
     why: what it is and why it is wanted, for the line that says what is downloaded.
-    Errors: UserError when it can't be had, or is a model of another class.
+    Errors: UserError when it can't be downloaded, or is a model of another class.
     """
     configs = [network_files.CONFIG_FILE, f"{part}/{network_files.CONFIG_FILE}"]
     weights = [f"{WEIGHTS_NAME}*.safetensors", f"{WEIGHTS_NAME}*.json"]

@@ -80,7 +80,7 @@ class SeedRanges(click.ParamType):
 @click.option(
     "--guidance",
     type=FiniteRange(0),
-    help="How strongly to guide a diffusion model; 1: not. By --guide, or without it by its classes",
+    help="How strongly --guide, or without it the classes, guide a diffusion model; 1: not at all",
 )
 @click.option("--guide", help="A weaker network that guides --network away from its own images (autoguidance)")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first there]")
@@ -188,11 +188,11 @@ def sampler_options(net: Any, options: dict[str, Any]) -> dict[str, Any]:
 def prompted(
     net: Any, options: dict[str, Any], device: Any, num: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the options but --prompt and --prompts, which the network gets; what a metric's record says of the prompts).
+    """(the options without --prompt and --prompts, which the network gets; what a metric's record says about them).
 
-    num: of the images of a metric. Unless they have each prompt equally often, they have them shuffled, so that those
-    of a sorted file speak for all of it. None: seeds meet the prompts in the order of the file.
-    Errors: UserError when a text-to-image network has none, or another network some.
+    num: how many images a metric takes. Unless every prompt gets the same number of them, the prompts are shuffled, so
+    that the first ones of a sorted file aren't preferred. None: the seeds take the prompts in the order of the file.
+    Errors: UserError when a text-to-image network has no prompts, or another network has some.
     """
     from edm.text_encoders import prompts_for, read_prompts
 
@@ -214,7 +214,7 @@ def prompted(
 
 
 def guided(net: Any, options: dict[str, Any], classes: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """(the network that --guidance and --guide ask for, the other options, the former for a metric's record).
+    """(the network guided as --guidance and --guide say, the other options, what a metric's record says about it).
 
     Errors: UserError when the network can't be guided so.
     """

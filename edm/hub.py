@@ -34,7 +34,7 @@ def library(why: str) -> Any:
 def download(name: str, patterns: Sequence[str], **options: Any) -> Path:
     """The local folder with the files of a repository that match the patterns, which the library's cache keeps.
 
-    options: as `huggingface_hub.snapshot_download` takes them. Errors: UserError when they can't be had.
+    options: as `huggingface_hub.snapshot_download` takes them. Errors: UserError when they can't be downloaded.
     """
     hub = library(f"{name}: no such file or folder here; looking for it on the Hugging Face Hub")
     try:
@@ -42,7 +42,7 @@ def download(name: str, patterns: Sequence[str], **options: Any) -> Path:
     except Exception as error:  # of many kinds: offline, absent, gated, no space
         reason = persistence.one_line(error, 200)
         raise UserError(
-            f"{name}: no such file or folder here, and it can't be had from the Hugging Face Hub"
+            f"{name}: no such file or folder here, and it can't be downloaded from the Hugging Face Hub"
             f" ({type(error).__name__}: {reason}); check the name; without internet, name a folder, or fill the"
             " library's cache (HF_HOME)"
         ) from None
@@ -137,7 +137,7 @@ def _refused(name: str, error: Exception, consequence: str = "") -> UserError:
     """What to say of an error that the Hub's library raised."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = {
-        401: "the Hugging Face Hub doesn't accept the token; run hf auth login again, or set HF_TOKEN anew",
+        401: "the Hugging Face Hub doesn't accept the token; run hf auth login again, or set a new HF_TOKEN",
         403: f"the token may not write there; check the owner, {name.partition('/')[0]}, and the token's permissions",
         409: "a repository of that name is there already; try again",
         412: "somebody has changed it meanwhile; try again",
@@ -159,7 +159,7 @@ def is_name(source: str | os.PathLike) -> bool:
 
 
 def title(source: str) -> str:
-    """What to call a network in public: the last name of its place, or its folder's where its file has a usual one."""
+    """What to call a network in public: the name of its file, or of the folder where the file has a USUAL name."""
     name = public(source)
     if not is_url(source):
         path = user_path(source).absolute()

@@ -88,7 +88,7 @@ def write(
 
 
 def warnings(source: str, licence: str | None, own_layout: bool) -> Iterator[str]:
-    """Lines about what whoever publishes a network should know."""
+    """What a publisher of the network should know, in lines."""
     if licence is None:
         yield f"{source}: its licence isn't recorded; give --licence=NAME, or fill it in on the model card"
     elif model_card.forbids_commerce(licence):
@@ -98,7 +98,7 @@ def warnings(source: str, licence: str | None, own_layout: bool) -> Iterator[str
 
 
 def _bare(net: DenoiserModule) -> torch.nn.Module:
-    """A copy without what isn't written."""
+    """A copy without the attributes that no file holds."""
     copy = zoo.clone_network(net)
     for name in zoo.ATTACHED:
         vars(copy).pop(name, None)

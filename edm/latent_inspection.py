@@ -30,7 +30,7 @@ MAX_RATIO = 3.0  # of the samples' standard deviation to sigma_data, and the oth
 def latents_misfit(net: Any, seed: int = 0) -> str | None:
     """What is wrong with the scale of a network's latents; None if nothing is, or it makes images.
 
-    Errors: UserError when its VAE can't be had.
+    Errors: UserError when its VAE isn't available.
     """
     decoder = decoder_of(net)
     if not isinstance(decoder, LatentDecoder):

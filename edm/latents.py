@@ -27,7 +27,7 @@ MAX_CHANNELS = 1024
 
 
 def decoder_of(net: Any) -> PixelDecoder | LatentDecoder:
-    """What turns a network's samples into images. Errors: UserError when its VAE can't be had, or isn't its own."""
+    """What turns a network's samples into images. Errors: UserError when its VAE isn't available, or isn't its own."""
     return decoder_by(getattr(net, "metadata", {}), net) or PixelDecoder()
 
 
@@ -111,7 +111,7 @@ def load_vae(source: str | Path, why: str = "the VAE") -> tuple[Any, str, Path]:
     """(VAE, hash of its weights, folder) of a folder of the diffusers library or a name on the Hub.
 
     source: the VAE's own folder, or that of a pipeline with one. why: as `diffusers_folder.fetch_part`.
-    Errors: UserError when it can't be had or isn't of one of `VAES`.
+    Errors: UserError when it isn't available, or isn't of one of `VAES`.
     """
     path = user_path(str(source))
     if not path.exists() and diffusers_folder.is_hub_name(source):
@@ -158,7 +158,7 @@ def _decoder(text: str) -> LatentDecoder:
     try:
         vae, sha256, _ = load_vae(record["source"], "the VAE that the network's file names")
     except UserError as error:
-        raise UserError(f"the VAE of these latents can't be had ({error.message}); {advice}") from None
+        raise UserError(f"the VAE of these latents isn't available ({error.message}); {advice}") from None
     if record["sha256"] not in ("", sha256):
         raise UserError(f"{record['source']}: isn't the VAE that the network was trained with; {advice}")
     return LatentDecoder(vae, record["scale"], record["shift"])

@@ -67,7 +67,7 @@ def write(net: Any, base: Any, path: Path) -> str:
 
 
 def _scheduler(net: TextDenoiser, level: float) -> Any:
-    """Of a diffusion. Errors: UserError when the generator starts at a time that isn't whole."""
+    """The scheduler of a diffusion. Errors: UserError when the generator starts at a time that isn't whole."""
     t = OneStep(net, level).t
     if abs(t - round(t)) > WHOLE:
         start = net.times.sigma(torch.tensor([float(round(t))], dtype=torch.float64)).item()
@@ -79,7 +79,7 @@ def _scheduler(net: TextDenoiser, level: float) -> Any:
 
 
 def _flow_scheduler(net: TextDenoiser, steps: Steps) -> Any:
-    """Of a flow, whose pipelines start at time 1. Errors: UserError when the generator starts clearly below."""
+    """The scheduler of a flow, which starts at time 1. Errors: UserError when the generator starts clearly below."""
     level = steps.levels[0]
     if level / (1 + level) < LATEST:
         raise UserError(

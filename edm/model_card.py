@@ -100,12 +100,12 @@ class Card:
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """The network's metadata, as they may be said in public."""
+        """The network's metadata, as they may be published."""
         return hub.public(getattr(self.net, "metadata", {}))
 
     @property
     def licence(self) -> str | None:
-        """As the metadata name it; None if they name none."""
+        """The licence that the metadata name; None if they name none."""
         found = self.metadata.get("licence")
         return None if found is None else str(found)
 

@@ -169,7 +169,7 @@ def checksum(header: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
 
 @contextlib.contextmanager
 def verified(header: dict[str, Any], state: dict[str, torch.Tensor], source: Any) -> Iterator[None]:
-    """Raises UserError if the checksum in the header is wrong, on leaving or in place of an error raised inside.
+    """Raises UserError if the checksum in the header is wrong: at the end, or in place of an error raised inside.
 
     Files from other programs, and older ones, have no checksum.
     """

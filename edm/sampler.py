@@ -126,8 +126,8 @@ def generate_images(
 ) -> Iterator[Tensor]:
     """uint8 batches [n, C, H, W] on the CPU, one image per seed in order. Other arguments are those of `sample`.
 
-    steps: how many the Heun or ablation sampler takes; 1 without a sampler means the one-step sampler, and as many as a
-    generator has its own.
+    steps: how many steps the Heun or the ablation sampler takes. Without a sampler, 1 means the one-step sampler, and a
+    generator's own number means its own steps.
     Latents are decoded (`edm.latents`).
     Errors: UserError when the network has no such class, or hasn't learnt it, a seed is out of range, or its VAE can't
     be had; NonFiniteImagesError.

@@ -45,7 +45,7 @@ class SnapshotMetrics:
     def measure(self, net: torch.nn.Module, nimg: int) -> dict[str, float]:
         """Measures the snapshot after `nimg` images. Every process must call it, with equal weights.
 
-        Returns the new values by a short name, on process 0; the first FID is called so.
+        Returns the new values by short names, on process 0, the first FID as `FID`.
         Errors: UserError on every process when the images fit no metric.
         """
         sha256 = network_hash(net)

@@ -159,7 +159,7 @@ def prompts_for(net: Any, texts: Sequence[str], device: torch.device | str = "cp
     """The conditions that a network's text encoders make of prompts, from the cache if they are there.
 
     in_order: as for `training.conditions.Prompts`. Every process must call it; one of them encodes.
-    Errors: UserError when the encoders can't be had, or aren't the ones that the network was trained with.
+    Errors: UserError when the encoders aren't available, or aren't the ones that the network was trained with.
     """
     if not getattr(net, "prompt_dim", 0):
         raise UserError("--prompts: this network makes no images of prompts; leave the option out")
@@ -218,7 +218,7 @@ def _encoded(record: dict[str, Any], texts: Sequence[str], prompt_dim: int, devi
 class TextEncoder:
     """The tokenizers and text encoders of a pipeline.
 
-    record: as the module describes it. Errors: UserError when they can't be had, or differ from the record.
+    record: as the module describes it. Errors: UserError when they aren't available, or differ from the record.
     """
 
     def __init__(self, record: dict[str, Any], device: torch.device | str = "cpu"):
@@ -290,7 +290,7 @@ def _scheduler(diffusers: Any, family: Family) -> Any:
 
 
 def folder_of(record: dict[str, Any]) -> Path:
-    """The folder of a record's pipeline, downloaded if need be. Errors: UserError when it can't be had."""
+    """The folder of a record's pipeline, downloaded if need be. Errors: UserError when it isn't available."""
     source = str(record["source"])
     path = user_path(source)
     if (path / INDEX_FILE).is_file():

@@ -126,7 +126,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         ),
         option(
             "--steps-noise",
-            "Noise between steps: drawn anew, the first again, or what the last step took away",
+            "Noise between steps: newly drawn, the first noise again, or what the last step removed",
             STEPS_NOISES,
             D.steps_noise,
         ),

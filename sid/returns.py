@@ -2,7 +2,7 @@
 
 Each return lowers both learning rates. It is part of the training state, and what it depends on is a function of the
 steps so far, so a run that is killed and resumed at any moment, before, during or after a return, ends with the same
-weights. What the run had made after the state is removed: it makes it anew.
+weights. What the run had made after that state is removed, and made again.
 """
 
 import json

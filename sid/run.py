@@ -157,7 +157,6 @@ def run(
                 length = config.total_kimg
                 about = describe_run(plan, distillation, inputs, options, reference, run_dir, length, goal)
                 print(start_block(about), flush=True)
-            if distributed.rank() == 0:
                 keep_networks(run_dir, {TEACHER_FILE: teacher, GUIDE_FILE: guide})
             training_begins.set()
             page.write()

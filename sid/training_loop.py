@@ -48,7 +48,7 @@ def training_loop(
     resume_dir: what --resume names to go on with this run, by default `run_dir`.
     dropped: images of the run's trials that don't go on. before: those of its trials that come before this training.
     track: called when all of a tick, and of its snapshot, has been recorded.
-    returns: judges every snapshot; None: nobody does. interruption: as for `run_to_end`.
+    returns: judges every snapshot; None: snapshots aren't judged. interruption: as for `run_to_end`.
     Errors: DivergenceError when gradients stay non-finite, or `returns` finds that the run has left the teacher;
     SystemExit (EXIT_CODE) when a signal asked to stop.
     """

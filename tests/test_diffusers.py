@@ -246,7 +246,8 @@ def test_a_name_on_the_hub_is_read_from_the_cache(teacher, tmp_path, monkeypatch
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     with pytest.raises(
-        UserError, match=r"^someone/digits: no such file or folder here, and it can't be had from the Hugging Face Hub"
+        UserError,
+        match=r"^someone/digits: no such file or folder here, and it can't be downloaded from the Hugging Face",
     ):
         zoo.load_denoiser("someone/digits")
     shutil.copytree(teacher, repository / "snapshots" / ("0" * 40))

@@ -292,7 +292,7 @@ def test_a_class_of_ones_own_is_said(tmp_path):
 
 
 def test_a_name_that_isnt_there_is_one_line(server):
-    with pytest.raises(UserError, match="can't be had from the Hugging Face Hub") as error:
+    with pytest.raises(UserError, match="can't be downloaded from the Hugging Face Hub") as error:
         zoo.load_network("someone/nothing")
     assert "\n" not in str(error.value)
 

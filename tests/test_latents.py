@@ -373,7 +373,7 @@ def test_latents_of_edm2(tmp_path):
     shutil.rmtree(tmp_path / "vae")
     alone = zoo.load_network(tmp_path / "teacher.pkl")
     alone.metadata["vae"]["source"] = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="the VAE of these latents can't be had"):
+    with pytest.raises(UserError, match="the VAE of these latents isn't available"):
         latents.decoder_of(alone)
 
 

@@ -345,7 +345,7 @@ def test_divergence_speaks_of_states_that_are_there(tmp_path):
         assert "noise levels" in error.value.message
         return error.value.message
 
-    assert "there is no earlier training state, so start anew, with lower --lr and --glr" in diverge(
+    assert "there is no earlier training state: start again, with lower --lr and --glr" in diverge(
         tiny_distillation(total_kimg=1, batch=2, batch_gpu=2)
     )
     distillation = tiny_distillation(total_kimg=1, batch=2, batch_gpu=2)

@@ -264,7 +264,7 @@ def test_a_damaged_state_is_reported_and_the_one_before_taken(tmp_path, options)
     newest.write_bytes(content)
     resumed = distil(run, "--duration=0.000016")
     assert resumed.exit_code == 0, resumed.output
-    assert f"{newest}: damaged, its checksum is another" in resumed.output
+    assert f"{newest}: damaged, its contents don't have their checksum" in resumed.output
     assert "Resumed at 0.008 kimg" in resumed.output
     assert before in checkpoint.states(tmp_path)
     again = checkpoint.load_state(newest)

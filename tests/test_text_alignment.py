@@ -212,7 +212,7 @@ def test_one_line_for_what_users_get_wrong(folder, tmp_path, monkeypatch):
         ([clip, "--table=x.txt"], "must end in .csv or .jsonl"),
         ([clip, f"--table={tmp_path}/no/x.csv"], "there is no folder"),
         ([f"--clip={tmp_path}/none"], "is no folder"),
-        (["--clip=owner/name"], "can't be had from the Hugging Face Hub"),
+        (["--clip=owner/name"], "can't be downloaded from the Hugging Face Hub"),
         ([f"--clip={tmp_path}/empty"], "holds no config.json"),
         ([damaged("type", model_type="bert")], "is a model of type bert, not clip"),
         ([pickled], "holds no weights in safetensors (model.safetensors)"),

@@ -100,7 +100,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError, RuntimeError):  # of what no state holds
         sound = False
     if not sound:
-        raise UserError(f"--resume={path}: damaged, its checksum is another; try an earlier one")
+        raise UserError(f"--resume={path}: damaged, its contents don't have their checksum; try an earlier one")
     return state
 
 
@@ -289,14 +289,14 @@ def newest_good_state(run_dir: str | os.PathLike) -> StateFile | None:
         else:
             return file
     if found:
-        raise UserError(f"--resume={run_dir}: all training states in it are damaged; start anew in another folder")
+        raise UserError(f"--resume={run_dir}: all training states in it are damaged; start again in another folder")
     return None
 
 
 def remove_later(run_dir: str | os.PathLike, nimg: int, batch: int) -> None:
     """Removes the states, snapshots and pictures of a run after `nimg` images, and what says which snapshot is best.
 
-    A run that went back to that point makes them anew. A file that can't be removed is reported.
+    A run that went back to that point makes them again. A file that can't be removed is reported.
     """
     own = _images_in_name(state_path(run_dir, nimg, batch))
     files = _numbered(run_dir, f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}|{PICTURE_PATTERN}")
@@ -306,7 +306,7 @@ def remove_later(run_dir: str | os.PathLike, nimg: int, batch: int) -> None:
 
 
 def set_aside_later(state: Path) -> None:
-    """Renames the newer states in the folder of `state`, since the run goes on from `state` and saves them anew."""
+    """Renames the newer states in the folder of `state`, since the run goes on from `state` and saves them again."""
     everything = states(state.parent)
     for later in everything[: everything.index(state)] if state in everything else ():
         aside = later.with_name(f"{later.name}.unused")

@@ -26,7 +26,7 @@ def init(device: str | None = None, timeout_sec: float = 1800, keep_memory: bool
     """Joins torchrun's process group (nccl on CUDA, else gloo) and returns this process's device.
 
     device: 'cuda', 'mps' or 'cpu'; None takes the first of cuda, mps, cpu that is there.
-    keep_memory: whether a CPU's freed memory is kept (`misc.keep_freed_memory`); all else does so by itself.
+    keep_memory: whether a CPU's freed memory is kept (`misc.keep_freed_memory`); other devices keep theirs anyway.
     Errors: UserError when the device isn't there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -55,7 +55,7 @@ class Interruption:
             raise KeyboardInterrupt
         if not self._signal:
             self._signal, self._signal_time = number, now
-            if distributed.rank() == 0:  # not print: the signal may have come amid one
+            if distributed.rank() == 0:  # not print: the signal may have come within one
                 with contextlib.suppress(OSError):  # a closed terminal sends SIGHUP and takes no text
                     os.write(2, f"\n{signal.Signals(number).name}: saving after this iteration\n".encode())
 
@@ -80,7 +80,7 @@ class Interruption:
         self._iterations_left = self._interval
 
     def saved(self) -> None:
-        """A state was saved, or tried to: the next is due `save_minutes` from now."""
+        """To be called when a state was saved, or couldn't be: the next is due `save_minutes` from now."""
         self._save_time = time.monotonic()
 
     def leave(self, run_dir: Path, state: Path | None) -> NoReturn:

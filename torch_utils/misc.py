@@ -83,7 +83,7 @@ MALLOC_VARIABLES = re.compile("MALLOC_(TRIM_THRESHOLD|MMAP_MAX|MMAP_THRESHOLD|TO
 def keep_freed_memory() -> None:
     """Has the C library keep what a step frees for the next one, which asks for as much again.
 
-    By default glibc gives large blocks back to the system, which clears each page anew: a tenth of a step's time on a
+    By default glibc gives large blocks back to the system, which clears each page again: a tenth of a step's time on a
     CPU. The highest memory stays as it is. Nothing happens with other libraries, or where the environment has settings.
     """
     if any(map(MALLOC_VARIABLES.fullmatch, os.environ)):
@@ -102,7 +102,7 @@ def sum_float16_in_float32() -> None:
 
 
 class InfiniteSampler(torch.utils.data.Sampler):
-    """Endless shuffled indices of a data set; process `rank` of `processes` gets every processes-th.
+    """Endless shuffled indices of a data set; process `rank` takes every `processes`-th of them.
 
     start: how many indices (over all processes) were taken already, so that a resumed run goes on where it was.
     """

@@ -22,7 +22,7 @@ class SpikeGuard:
     def check(self, norm: torch.Tensor) -> torch.Tensor:
         """1 if the norm, a scalar on the device, is a spike, else 0: a scalar. Call it once an update."""
         spike = norm > self.factor * self._norms.median()  # no median, hence no spike, while one of them is NaN
-        spike = (spike & norm.isfinite()).float()  # others are the updater's to skip
+        spike = (spike & norm.isfinite()).float()  # the updater itself skips the others
         self._count = self._count + spike
         self._norms = torch.where(norm.isfinite(), torch.cat([self._norms[1:], norm[None]]), self._norms)
         return spike

@@ -43,7 +43,7 @@ class Moment:
 
 
 class Tracker(Protocol):
-    """Shows a run somewhere. Any of these may raise whatever it likes.
+    """Shows a run somewhere. Its methods may raise any error.
 
     Made as Tracker(run_dir, nimg, options): nimg, the images of the state that the run goes on from; options, as the
     run recorded them.
@@ -100,7 +100,7 @@ class WeightsAndBiases:
 
         self._file = run_dir / WANDB_FILE
         known = {"id": secrets.token_hex(4), "nimg": -1}
-        if nimg and self._file.exists():  # a run that begins anew is another one there
+        if nimg and self._file.exists():  # a run that begins again is another one there
             known = json.loads(self._file.read_text())
         self._id, self.first_nimg = str(known["id"]), int(known["nimg"]) + 1
         settings = wandb.Settings(

@@ -69,7 +69,7 @@ class Collector:
     def collect_groups(self, least: int) -> dict[str, torch.Tensor]:
         """{name: [groups, 3], count, sum and sum of squares on the CPU} of what has `least` values in every group.
 
-        What has fewer goes on collecting, the rest begins anew.
+        Statistics with fewer values go on collecting; the others begin again.
         """
         groups = {name: distributed.all_reduce_sum(self._groups[name].clone()).cpu() for name in sorted(self._groups)}
         complete = {name: moments for name, moments in groups.items() if moments[:, 0].min() >= least}
@@ -118,7 +118,7 @@ def drop_later_records(run_dir: Path, nimg: int) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line and brings it to the disk. A disk that can't take it is reported and costs the line only."""
+    """Appends a line and flushes it to the disk. If that fails, a warning says so, and only the line is lost."""
 
     def write() -> None:
         data = f"{line}\n".encode()
@@ -180,7 +180,7 @@ class TickLog:
         return time.time() - self._start
 
     def begin_tick(self, nimg: int) -> None:
-        """Training goes on: what happened since `tick` (snapshots, metrics) is no training time."""
+        """Starts the time of a tick: what happened since `tick` (snapshots, metrics) doesn't count as training."""
         self._tick_start, self._tick_nimg = time.time(), nimg
         if nimg < self._end_img:
             done = min(self._before_img + nimg, self._total_img)

@@ -17,7 +17,7 @@ from dnnlib import UserError
 from . import distributed
 
 HANG_EXIT_CODE = 5
-SPARE_SEC = 60.0  # how much longer messages wait, so that who keeps them waiting is named first
+SPARE_SEC = 60.0  # how much longer messages wait, so that the process that keeps them waiting is named first
 START_SPARE_SEC = SPARE_SEC / 2  # the same until training begins, since processes start at different speeds
 PREPARING, WAITING, TRAINING = range(3)  # a process works by itself, waits in a message for others, trains
 PERIOD_SEC = 5.0  # how often a process shows that it is alive and looks at the others
@@ -61,7 +61,7 @@ def fingerprint(net: torch.nn.Module) -> torch.Tensor:
 
 @contextlib.contextmanager
 def watching(timeout_sec: float) -> Iterator[threading.Event]:
-    """While open, ends all processes of the run when none has got on for `timeout_sec`, and names who is behind.
+    """While open, ends all processes of the run when none has made progress for `timeout_sec`; names those behind.
 
     Open it as soon as the process group is there; gives the event to set when training begins. Until then processes
     load and compile for as long as they need, and only one that keeps another waiting in a message is behind.

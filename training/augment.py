@@ -132,7 +132,7 @@ def _warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     n, channels, height, width = images.shape
     one = images.new_ones(n)
 
-    # As far as mirroring goes, whatever is drawn: to ask for the farthest reach would make the host wait for a GPU.
+    # As far as mirroring allows, whatever is drawn: asking how far is needed would make the host wait for a GPU.
     images = F.pad(images, (width - 1, width - 1, height - 1, height - 1), mode="reflect")
 
     # Twice the resolution: a pixel's centre moves from x to 2x, and the whole by half a pixel of the new ones.

@@ -124,7 +124,7 @@ class Prompts:
     def of_seeds(
         self, seeds: Sequence[int], device: torch.device | str, _randint: Callable[[int], torch.Tensor]
     ) -> torch.Tensor:
-        """The conditions of the images of these seeds. As many seeds in a row as there are prompts have each once."""
+        """The conditions of the images of these seeds. P seeds in a row have each of P prompts once."""
         return self._rows(torch.tensor(self.numbers_of_seeds(seeds)), device)
 
     def numbers_of_seeds(self, seeds: Sequence[int]) -> list[int]:

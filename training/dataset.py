@@ -97,7 +97,7 @@ def read_image(tree: FileTree, name: str) -> Image.Image:
 class ImageFolderDataset(torch.utils.data.Dataset):
     """Square images of one size from a folder or zip; items are (uint8 [C, H, W], float32 one-hot [label_dim]).
 
-    max_size: keep so many images, a subset drawn with `seed`.
+    max_size: keep this many images, a subset drawn with `seed`.
     use_labels: read classes from dataset.json; without, label_dim is 0.
     xflip: append a mirrored copy of every image, which doubles the length.
     cache: keep the decoded images in memory if they take at most MAX_CACHE_BYTES; workers share them.

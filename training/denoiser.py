@@ -40,7 +40,7 @@ class Denoiser(Protocol):
 class DenoiserModule(torch.nn.Module):
     """A denoiser that is a torch module, for annotations: any module with these attributes will do.
 
-    metadata   plain values that travel with its weights (`edm.zoo.load_network`); a network of one's own may lack it
+    metadata   plain values that travel with its weights (`edm.zoo.load_network`); a user's own network may lack it
     prompts    what it is asked to make, set by whoever gives some to a text-to-image network
     """
 

@@ -19,7 +19,7 @@ def spaced_levels(net: Any, init_sigma: float, steps: int, shift: float = 1.0) -
     Time is the network's own where it has one (`training.parameterisations`: whole times of a diffusion, t of a flow),
     and otherwise sigma / (sigma + sigma_data), that of a flow of data with standard deviation 1.
     shift: s in u -> s u / (1 + (s - 1) u), where u falls from 1 to 0: above 1 the levels are higher.
-    The levels are such as the network knows; the first is `init_sigma` itself.
+    The levels are rounded to those that the network knows; the first is `init_sigma` itself.
     """
     shares = [1 - k / steps for k in range(1, steps)]
     shares = [shift * u / (1 + (shift - 1) * u) for u in shares]

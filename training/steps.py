@@ -15,8 +15,8 @@ class Steps:
 
     levels: falling. The first evaluation sees noise alone; each further one sees the images of the one before, noised
             to its level. One step, as in SiD, is one level.
-    noise:  fresh: drawn anew. fixed: the generator's first noise again. ddim: the noise that, by the evaluation before,
-            was in its input.
+    noise:  fresh: newly drawn. fixed: the generator's first noise again. ddim: the noise that was in the input of the
+            evaluation before, according to its answer.
     """
 
     levels: tuple[float, ...] = (INIT_SIGMA,)

@@ -273,7 +273,7 @@ def advised(run_dir: Path, progress: Any, batch: int, rates: str, details: str =
         if earlier:
             advice = f"go on from a state before, such as --resume={earlier[0]}, with lower {rates} and --override"
         else:
-            advice = f"there is no earlier training state, so start anew, with lower {rates} if the rates are the cause"
+            advice = f"there is no earlier training state: start again, with lower {rates} if the rates are the cause"
         raise DivergenceError(error.reason, advice + (f" ({details})" if details else "")) from None
 
 

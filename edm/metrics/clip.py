@@ -20,7 +20,7 @@ from edm.text_encoders import fingerprint
 from torch_utils import persistence
 
 MODEL_TYPE, MODEL = "clip", "CLIPModel"
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the library writes the one or the other
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the library writes one or the other
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 MAX_IMAGE_SIZE = 4096
@@ -31,7 +31,7 @@ class ClipEncoder:
     """Embeds images and texts by a CLIPModel, in float32; a `text_alignment.TextImageEncoder`.
 
     source: a folder or the name of a repository on the Hub.
-    Errors: UserError when it can't be had or isn't such a model.
+    Errors: UserError when it isn't available, or isn't such a model.
     """
 
     def __init__(self, source: str | os.PathLike, device: torch.device | str = "cpu"):

@@ -163,7 +163,7 @@ def save_detector(
 ) -> None:
     """Writes a module of one of DETECTOR_CLASSES as `.safetensors`.
 
-    init_kwargs: the arguments its constructor got; metadata: plain values recorded beside them.
+    init_kwargs: the arguments its constructor got; metadata: plain values recorded with them.
     Errors: UserError when a weight isn't finite in `dtype`.
     """
     from safetensors.torch import save

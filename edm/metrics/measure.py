@@ -59,7 +59,7 @@ def measure(
     num_images = max([*moments, *scored, features, embeddings])
     if source.size is not None and source.size < num_images:
         raise dnnlib.UserError(
-            f"{num_images} images are asked for but there are only {source.size}; ask for at most so many by --num"
+            f"{num_images} images are asked for but there are only {source.size}; ask for at most that many by --num"
             " or in the name of the metric"
         )
     if detector is not None and source.channels is not None and source.resolution is not None:

@@ -74,7 +74,7 @@ class Reference:
     def load_detector(self, device: torch.device | str = "cpu", override: str | os.PathLike | None = None) -> Detector:
         """The detector that made these statistics: `override`, else the file recorded, else the name recorded.
 
-        Errors: UserError when it isn't there or is another one.
+        Errors: UserError when it isn't there, or is a different one.
         """
         # Names only: a reference from elsewhere must not choose a URL or a path on this machine.
         name = Path(self.record.get("detector", DEFAULT_DETECTOR)).name

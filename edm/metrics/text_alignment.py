@@ -59,7 +59,7 @@ class Alignment:
     matches: torch.Tensor
 
     def first(self, n: int) -> "Alignment":
-        """Of the first n images."""
+        """The alignment of the first n images."""
         return Alignment(self.prompts, self.numbers[:n], self.scores[:n], self.ranks[:n], self.matches[:n])
 
     def values(self) -> dict[str, float]:
@@ -71,7 +71,7 @@ class Alignment:
         return found
 
     def _standard_error(self) -> float:
-        """Of the mean score. Images of one prompt resemble each other, so it is the prompts that vary."""
+        """The standard error of the mean score over the prompts, since images of one prompt resemble each other."""
         units = self.numbers.unique(return_inverse=True)[1]
         units = units if units.max() > 0 else torch.arange(len(units))
         count = int(units.max()) + 1

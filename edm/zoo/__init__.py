@@ -118,7 +118,7 @@ def load_network(source: str | os.PathLike, classes: Mapping[str, Callable[..., 
               doesn't record (`save_network`), a function of no arguments that builds the network.
     returns:  the network; its `metadata` dict holds what the file or the list of published files says about it, for
               instance {'kind': 'sid-generator', 'init_sigma': 2.5}.
-    Errors:   UserError when it can't be had, is damaged, or names an unknown class.
+    Errors:   UserError when it isn't available, is damaged, or names an unknown class.
     """
     path = resolve(source)
     transformer = transformer_files.weights_of(path) if path.suffix in network_files.FOREIGN_SUFFIXES else None
@@ -209,7 +209,7 @@ def clone_network(net: Network, **overrides: Any) -> Network:
         return copy.deepcopy(net)
     name = type(net).__name__
     if not persistence.is_persistent(net):
-        raise UserError(f"{name} can't be built anew with {', '.join(overrides)}: decorate it with persistent_class")
+        raise UserError(f"{name} can't be rebuilt with {', '.join(overrides)}: decorate it with persistent_class")
     kwargs = {**_named_arguments(net), **overrides}
     clone = persistence.construct(type(net), (), kwargs, net.state_dict(), f"{name} with {_text(overrides)}")
     reference = next(iter(net.state_dict().values()), torch.empty(0))

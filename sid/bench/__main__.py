@@ -45,12 +45,12 @@ CHECKS = (
     default=f"{PUBLISHED},fp32",
     help=f"{PUBLISHED}, {', '.join(MODES)}, or settings of DistillationConfig, joined by +",
 )
-@click.option("--rounds", help="Turns of each mode, in alternation", type=WholeRange(1), default=3)
+@click.option("--rounds", help="How many turns each mode takes; they alternate", type=WholeRange(1), default=3)
 @click.option("--seconds", help="Length of a turn, at least one step", type=FiniteRange(0, min_open=True), default=10.0)
 @click.option("--steps", help="Steps of a turn, instead of --seconds", type=WholeRange(1))
 @click.option("--batch", help="Images per step  [default: one GPU's share in the recipe]", type=WholeRange(1))
 @click.option("--batch-gpu", help="Images at once  [default: the recipe's]", type=WholeRange(1))
-@click.option("--eval-batch", help="Images at once of sampling and metrics", type=WholeRange(1), default=64)
+@click.option("--eval-batch", help="Images at once in sampling and metrics", type=WholeRange(1), default=64)
 @click.option("--detector", help="For metrics  [default: the demo's for the demo, else a small one of random weights]")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first available]")
 @click.option("--json", "json_file", help="New file for all results, with machine and versions")

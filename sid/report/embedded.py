@@ -113,7 +113,7 @@ def open_picture(path: Path) -> PIL.Image.Image | None:
 
 
 def first_columns(grid: PIL.Image.Image, columns: int) -> PIL.Image.Image:
-    """A grid of square images in so many columns, cut to as many as fit into MAX_WIDTH and as much lower."""
+    """A grid of square images, cut to the columns that fit into MAX_WIDTH, and to rows in proportion."""
     if grid.width <= MAX_WIDTH or grid.width % columns:
         return grid
     cell = grid.width // columns

@@ -1,7 +1,7 @@
 """The bounds that every reader of foreign files keeps, in one place. Free of torch.
 
 A file is either read, or refused within ten seconds and one gigabyte beyond what the file itself holds. Counts of what
-a file asks for are checked before anything is built; where only running tells, a `Budget` ends it.
+a file asks for are checked before anything is built; where that can't be known in advance, a `Budget` ends the reading.
 """
 
 import json
