@@ -215,7 +215,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
         if "features" in result:
             distance += f", features {result['features']:.2f}"
         goes_on = "  <- goes on" if result["best"] else ""
-        lines.append(f"{name:>15} after {result['kimg']:g} kimg: distance from the teacher {distance}{goes_on}")
+        lines.append(f"{name:>15} after {result['kimg']:g} kimg: distance {distance}{goes_on}")
     return lines
 
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from browser import IS_HERE, browser
 from pages import HOSTILE, Page, images_of, write_lines
 from PIL import Image
 
@@ -156,6 +157,26 @@ def test_thinned_curves_keep_ends_and_extremes():
     assert len(keep) * 3 <= MAX_VALUES + 6
     assert {0, 4321, 6000, kimg - 1} <= set(keep)
     assert thinned([low[:100]], 100) == list(range(100))
+
+
+@pytest.mark.skipif(not IS_HERE, reason="needs Chromium and chromedriver")
+@pytest.mark.parametrize("way", ["scrolled", "printed"])
+def test_charts_are_drawn_when_they_come_near_the_screen(tmp_path, way):
+    address = write_page(make_run(tmp_path / "run")).as_uri()
+    drawn = "return [...document.querySelectorAll('.plot')].map((place) => place.querySelector('canvas') !== null)"
+    with browser(tmp_path / "profile") as window:
+        size = {"width": 360, "height": 300, "deviceScaleFactor": 1, "mobile": False}
+        window.command("Emulation.setDeviceMetricsOverride", size)
+        window.open(address)
+        assert window.run(drawn) == [False] * 6  # below the pictures
+        if way == "printed":
+            window.command("Page.printToPDF", {})
+        else:
+            window.run("document.getElementById('chart-divergence').scrollIntoView()")
+            window.wait("document.querySelector('#chart-divergence canvas') !== null")
+            assert not window.run(drawn)[-1]
+            window.run("document.getElementById('chart-memory').scrollIntoView()")
+        window.wait(f"(() => {{ {drawn} }})().every(Boolean)")
 
 
 def test_long_runs_have_small_pages(tmp_path, monkeypatch):

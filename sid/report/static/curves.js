@@ -3,6 +3,7 @@
 // Draws charts of `Chart.plain` (sid/report/curves.py) with uPlot.
 
 const HEIGHT = 240;
+const NEARBY = "600px 0px"; // how far above and below the screen a chart counts as about to be seen
 const COLOURS = 9; // --c0 to --c8 in page.css
 
 function colour(name) {
@@ -82,9 +83,15 @@ function sameCurves(one, other) {
 }
 
 // Keeps a chart for each place drawn: when the width or the colour scheme changes, and when it has new data.
+// A chart is drawn when its place is about to be seen, so that long pages open quickly.
 class Plots {
   constructor() {
     this.plots = new Map();
+    this.waiting = new Map(); // charts that aren't drawn yet, by their places
+    this.nearby = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) if (isIntersecting) this.begin(target);
+    }, { rootMargin: NEARBY });
+    addEventListener("beforeprint", () => { for (const place of [...this.waiting.keys()]) this.begin(place); });
     this.observer = new ResizeObserver((entries) => {
       for (const { target, contentRect } of entries) {
         const plot = this.plots.get(target)?.plot;
@@ -101,16 +108,27 @@ class Plots {
   // Keeps the stretch that the reader has zoomed to when a chart gets more data.
   show(place, chart) {
     const known = this.plots.get(place);
-    if (known && known.chart !== chart && sameCurves(known.chart, chart)) {
+    if (!known) {
+      this.waiting.set(place, chart);
+      this.nearby.observe(place);
+      return;
+    }
+    if (known.chart !== chart && sameCurves(known.chart, chart)) {
       const { min, max } = known.plot.scales.x;
       const isWhole = min <= known.chart.kimg[0] && max >= known.chart.kimg.at(-1);
       this.plots.set(place, { chart, plot: known.plot });
       known.plot.setData(columns(chart), isWhole);
       return;
     }
-    known?.plot.destroy();
+    known.plot.destroy();
     this.plots.set(place, { chart, plot: draw(place, chart) });
-    if (known) return;
+  }
+
+  begin(place) {
+    this.nearby.unobserve(place);
+    const chart = this.waiting.get(place);
+    if (!this.waiting.delete(place)) return;
+    this.plots.set(place, { chart, plot: draw(place, chart) });
     this.observer.observe(place);
     place.addEventListener("keydown", (event) => {
       if (moveCursor(this.plots.get(place).plot, event.key)) event.preventDefault();
@@ -118,6 +136,8 @@ class Plots {
   }
 
   remove(place) {
+    this.waiting.delete(place);
+    this.nearby.unobserve(place);
     this.observer.unobserve(place);
     this.plots.get(place)?.plot.destroy();
     this.plots.delete(place);
