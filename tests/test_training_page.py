@@ -167,7 +167,7 @@ def test_pages_fit_a_narrow_screen(tmp_path):
             PIL.Image.new("RGB", (1024, 512)).save(run / name)
     (tmp_path / "profile").mkdir()
     with browser.browser(tmp_path / "profile") as window:
-        size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        size = {"width": 360, "height": 8000, "deviceScaleFactor": 1, "mobile": True}  # high enough for all charts
         window.command("Emulation.setDeviceMetricsOverride", size)
         for run, curves in ((training, 5), (distillation, 3)):
             window.open(write_page(run).as_uri())
