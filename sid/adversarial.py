@@ -6,6 +6,7 @@ then the loss around the networks.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from training.latent_dataset import LatentDataset
 
 from .config import DistillationConfig
 from .loss import SiDLoss, divergence
-from .schedules import Times
+from .schedules import Schedule, Times
 
 LOGIT_LIMIT = 10.0  # the generator's logits are clamped to it (SiDA's value)
 SHARE = 0.5  # weight of each of theta's two losses
@@ -185,33 +186,58 @@ def make_loss(
 ) -> SiDLoss:
     """The losses of a config. guide: the network of --guide, as training calls it.
 
-    Errors: UserError when --gan has no real images or doesn't work with the network.
+    Errors: UserError when --gan has no real images, or an option doesn't work with the network.
     """
-    names = ["alpha", "tmax", "objective", "weighting", "huber", "sigma_schedule", "fake_sigma_schedule", "guidance"]
-    options = {name: getattr(config, name) for name in [*names, "uncertainty"]}
     if config.uncertainty and not hasattr(teacher, "logvar"):
         raise UserError(
             f"--uncertainty: {type(teacher).__name__} has no u(sigma), which EDM2's networks have; leave the option out"
         )
-    options |= {"sigma_data": sigma_data(teacher), "conditions": conditions_of(teacher), "guide": guide}
-    for name in ("sigma_schedule", "fake_sigma_schedule"):
-        if isinstance(options[name], Times):
-            try:
-                options[name] = options[name].of(teacher)
-            except UserError as error:
-                raise UserError(f"--{name.replace('_', '-')}={error.message}") from None
-    if config.fake_score_weighting != "edm":
-        own = getattr(teacher, "loss_weight", None)
-        options["fake_score_weight"] = own if config.fake_score_weighting == "prediction" else noise_weight
-        if options["fake_score_weight"] is None or config.uncertainty:
-            raise UserError(
-                f"--fake-score-weighting={config.fake_score_weighting}: is for teachers that predict noise, v or a"
-                f" flow, and a {type(teacher).__name__} predicts the image, or learns its own weights; leave the option"
-                " out"
-            )
-    if not config.gan:
-        return SiDLoss(**options)
-    if reals is None:
-        raise UserError("--gan learns from real images; name them with --data")
-    last_encoder_block(teacher)
-    return SiDALoss(reals, config.lsd / config.ls, config.lsg_gan / config.lsg, **options)
+    loss: Callable[..., SiDLoss] = SiDLoss
+    if config.gan:
+        if reals is None:
+            raise UserError("--gan learns from real images; name them with --data")
+        last_encoder_block(teacher)
+        loss = functools.partial(SiDALoss, reals, config.lsd / config.ls, config.lsg_gan / config.lsg)
+    assert config.tmax is not None  # as `resolve` made sure
+    return loss(
+        alpha=config.alpha,
+        tmax=config.tmax,
+        sigma_data=sigma_data(teacher),
+        objective=config.objective,
+        weighting=config.weighting,
+        huber=config.huber,
+        sigma_schedule=schedule_of(teacher, config.sigma_schedule, "--sigma-schedule"),
+        fake_sigma_schedule=schedule_of(teacher, config.fake_sigma_schedule, "--fake-sigma-schedule"),
+        guidance=config.guidance,
+        guide=guide,
+        conditions=conditions_of(teacher),
+        uncertainty=config.uncertainty,
+        fake_score_weight=fake_score_weight(config, teacher),
+    )
+
+
+def schedule_of(teacher: torch.nn.Module, schedule: Schedule, option: str) -> Schedule:
+    """A schedule in noise levels, where it was given in the teacher's times. Errors: UserError naming the option."""
+    if not isinstance(schedule, Times):
+        return schedule
+    try:
+        return schedule.of(teacher)
+    except UserError as error:
+        raise UserError(f"{option}={error.message}") from None
+
+
+def fake_score_weight(config: DistillationConfig, teacher: torch.nn.Module) -> Callable | None:
+    """The weight of psi's squared error by noise level; None for EDM's.
+
+    Errors: UserError naming --fake-score-weighting when the teacher has no such weight.
+    """
+    if config.fake_score_weighting == "edm":
+        return None
+    own = getattr(teacher, "loss_weight", None)
+    weight = own if config.fake_score_weighting == "prediction" else noise_weight
+    if weight is None or config.uncertainty:
+        raise UserError(
+            f"--fake-score-weighting={config.fake_score_weighting}: is for teachers that predict noise, v or a flow,"
+            f" and a {type(teacher).__name__} predicts the image, or learns its own weights; leave the option out"
+        )
+    return weight
