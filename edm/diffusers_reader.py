@@ -91,6 +91,12 @@ def _check_vae(net: WrappedDenoiser, vae_folder: Path | None) -> None:
         )
 
 
+def _makes_images(folder: Path, vae: Path) -> bool:
+    """Whether a model makes images by itself, and a VAE's folder that lies near its own is another model's."""
+    channels = read_config(folder / CONFIG_FILE).get("in_channels")
+    return channels in (1, 3) and channels != read_config(vae / CONFIG_FILE).get("latent_channels")
+
+
 def _is_text(model: dict[str, Any]) -> bool:
     """Whether a model is text-to-image, by its configuration. Errors: UserError when it isn't a supported one."""
     is_text = model.get("_class_name") in MODEL_FOLDERS
@@ -140,6 +146,8 @@ def _parts(path: Path) -> tuple[Path, Path, Path | None]:
             raise UserError(f"{path}: {INDEX_FILE} names neither a unet nor a transformer, or names both")
         folder = path / found[0] if (path / found[0] / CONFIG_FILE).is_file() else path
     vae = next((vae for vae in vaes if (vae / CONFIG_FILE).is_file()), None)
+    if vae is not None and vae not in named and vae.parent != path and _makes_images(folder, vae):
+        vae = None
     if named and vae is None:
         raise UserError(f"{path}: {INDEX_FILE} names a VAE, but there is no {named[0].name}/{CONFIG_FILE}")
     places = [folder, folder / "scheduler", path / "scheduler", folder.resolve().parent / "scheduler"]

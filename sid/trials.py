@@ -137,12 +137,17 @@ def choose(results: dict[str, dict[str, Any]]) -> str:
     early and the closer at the end, unless they are too high. Distances in the teacher's features, of which 1 is as
     close as its own samples are, decide where they are known.
     """
+    kind, away = _away(results)
+    first, closest = next(iter(away)), min(away, key=away.__getitem__)
+    return first if away[first] <= CLEARLY * max(away[closest], 0) + NOISE[kind] else closest
+
+
+def _away(results: dict[str, dict[str, Any]]) -> tuple[str, dict[str, float]]:
+    """(the distance that decides, {name: by how much it is above the smallest possible one})."""
     finite = [result for result in results.values() if result["distance"] < math.inf]
     kind = "features" if all("features" in result for result in finite) else "distance"
     closest_possible = 1.0 if kind == "features" else 0.0
-    away = {name: result.get(kind, math.inf) - closest_possible for name, result in results.items()}
-    first, closest = next(iter(away)), min(away, key=away.__getitem__)
-    return first if away[first] <= CLEARLY * max(away[closest], 0) + NOISE[kind] else closest
+    return kind, {name: result.get(kind, math.inf) - closest_possible for name, result in results.items()}
 
 
 def _trial(
@@ -216,6 +221,9 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
             distance += f", features {result['features']:.2f}"
         goes_on = "  <- goes on" if result["best"] else ""
         lines.append(f"{name:>15} after {result['kimg']:g} kimg: distance {distance}{goes_on}")
+    _, away = _away(results)
+    if any(away[name] > min(away.values()) for name, result in results.items() if result["best"]):
+        lines.append(f"{'':>15} The other isn't clearly closer, and higher rates are mostly closer in the end.")
     return lines
 
 

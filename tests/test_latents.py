@@ -321,6 +321,17 @@ def test_a_vae_that_does_not_fit(pipeline, tmp_path, change, words):
     assert "\n" not in error.value.message
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_vae_next_to_a_models_folder_is_its_own_only_if_it_makes_latents(vae, tmp_path, channels):
+    shutil.copytree(vae, tmp_path / "vae")
+    config = {**DIT, "in_channels": channels, "out_channels": channels, "norm_num_groups": 1}
+    randomised(diffusers.DiTTransformer2DModel.from_config(config)).save_pretrained(tmp_path / "model")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "model")
+    net = zoo.load_denoiser(tmp_path / "model")
+    assert ("vae" in net.metadata, net.sigma_data) == ((True, 1.0) if channels == 2 else (False, 0.5))
+    assert latents.image_shape(net) == ((1, 16) if channels == 2 else (1, 8))
+
+
 def test_a_snapshot_without_its_vae(pipeline, tmp_path):
     net = zoo.load_denoiser(broken(lambda folder: None)(pipeline, tmp_path))
     zoo.save_network(net, tmp_path / "net.safetensors", **{**net.metadata, "init_sigma": 2.5})

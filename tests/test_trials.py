@@ -131,6 +131,19 @@ def test_features_decide_where_they_are_known(fast, slow, chosen):
     assert trials.choose({"fast": known, "slow": {"distance": 0.027, "features": slow}}) == chosen
 
 
+@pytest.mark.parametrize(("slow", "lines"), [(2.95, 3), (3.5, 2), (1.5, 2)])
+def test_it_is_said_when_the_farther_one_goes_on(slow, lines):
+    results = {
+        "fast": {"distance": 0.051, "features": 3.03, "kimg": 2.0},
+        "slow": {"distance": 0.027, "features": slow, "kimg": 2.0},
+    }
+    for name, result in results.items():
+        result["best"] = name == trials.choose(results)
+    found = trials.table(results)
+    assert len(found) == lines
+    assert ("isn't clearly closer" in found[-1]) == (lines == 3)
+
+
 def test_energy_distances_decide_if_one_has_no_features():
     assert trials.choose({"fast": {"distance": 0.19}, "slow": {"distance": 0.03, "features": 9.0}}) == "slow"
 
