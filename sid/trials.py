@@ -223,7 +223,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(f"{name:>15} after {result['kimg']:g} kimg: distance {distance}{goes_on}")
     _, away = _away(results)
     if any(away[name] > min(away.values()) for name, result in results.items() if result["best"]):
-        lines.append(f"{'':>15} The other isn't clearly closer, and higher rates are mostly closer in the end.")
+        lines.append(f"{'':>15} Not clearly farther away, and higher rates mostly end closer.")
     return lines
 
 

@@ -141,7 +141,8 @@ def test_it_is_said_when_the_farther_one_goes_on(slow, lines):
         result["best"] = name == trials.choose(results)
     found = trials.table(results)
     assert len(found) == lines
-    assert ("isn't clearly closer" in found[-1]) == (lines == 3)
+    assert ("Not clearly farther away" in found[-1]) == (lines == 3)
+    assert max(map(len, found)) <= 80
 
 
 def test_energy_distances_decide_if_one_has_no_features():
