@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError, open_plain, write_atomically
-from torch_utils import checkpoint, misc, persistence
+from torch_utils import checkpoint, finiteness, persistence
 from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json, read_json
 from training.decoder import LatentDecoder
@@ -247,7 +247,7 @@ def checked(net: M, path: Path) -> M:
     for part in net.modules():
         if persistence.is_persistent(part) and type(part).__module__.startswith("training."):
             _check_numbers(part, path)
-    weight = misc.first_non_finite(net.float())
+    weight = finiteness.first_non_finite(net.float())
     if weight is not None:
         raise UserError(
             f"{path}: its {weight} holds NaN or infinity: the training that made it has diverged, or the file is"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from torch_utils.misc import first_non_finite
+from torch_utils.finiteness import first_non_finite
 from torch_utils.persistence import one_line
 from training.decoder import LatentDecoder, PixelDecoder
 from training.generator import Generator

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
     """Train a diffusion model (EDM, EDM2, VP or VE) on a folder or zip of images."""
-    from torch_utils import distributed, misc
+    from torch_utils import batches, distributed
     from torch_utils.tracking import trackers_of
     from torch_utils.watchdog import SPARE_SEC, watching
     from training import augment
@@ -52,7 +52,7 @@ def main(context: click.Context, **options: Any) -> None:
     summary = without_passwords({**summary, **metadata_of(dataset.classes, dataset.label_dim)})
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
-        misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        batches.split_batch(config.batch, config.batch_gpu, distributed.world_size())
         summary["processes"] = distributed.world_size()
         trackers = trackers_of(options["log"])
         if options["dry_run"]:
@@ -99,14 +99,14 @@ def train(
     import torch
 
     from edm import training_report
-    from torch_utils import checkpoint, distributed, misc, run_folder
+    from torch_utils import checkpoint, distributed, run_folder, seeding
     from torch_utils.run_lines import environment, start_block
     from torch_utils.tracking import Tracking
     from training import loss
     from training.training_loop import Training, training_loop
 
     torch.backends.cudnn.benchmark = options["bench"]
-    misc.seed_at(config.seed)
+    seeding.seed_at(config.seed)
     precond, loss_name, loss_kwargs = network_and_loss(options)
     loss_fn = getattr(loss, loss_name)(**loss_kwargs)
     net = build_network(precond, network_kwargs, options["transfer"])

@@ -13,8 +13,8 @@ from edm.next_steps import METRICS_STEPS, report
 from edm.sampler import generate_all
 from edm.snapshot_metrics import SnapshotMetrics, metrics_text
 from torch_utils import distributed
+from torch_utils.batches import split_batch
 from torch_utils.checkpoint import attempt
-from torch_utils.misc import split_batch
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 from training.training_loop import Training, TrainingConfig
 

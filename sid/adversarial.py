@@ -70,7 +70,7 @@ def logits_of(net: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 class RealImages:
-    """Draws real images at random from torch's default generator, so that `misc.seed_at` determines them.
+    """Draws real images at random from torch's default generator, so that `seeding.seed_at` determines them.
 
     dataset:    square images, or latents; with labels if `label_dim` isn't 0
     label_dim:  number of classes of the networks; classes that the data set lacks get columns of zeros

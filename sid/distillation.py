@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from dnnlib import UserError
-from torch_utils import distributed, misc, precision
+from torch_utils import batches, distributed, precision, seeding
 from torch_utils.training_stats import Collector
 from torch_utils.updates import ema_beta, lr_factor, update_ema
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
@@ -59,7 +59,7 @@ class Distillation:
     ):
         self.peak_GB = peak_GB
         self.teacher, self.device, self.loss, self.state, self.networks = teacher, device, loss, state, networks
-        self.batch_gpu, self.rounds = misc.split_batch(config.batch, batch_gpu, distributed.world_size())
+        self.batch_gpu, self.rounds = batches.split_batch(config.batch, batch_gpu, distributed.world_size())
         if config.chunk and self.batch_gpu % config.chunk:
             raise UserError(f"--chunk={config.chunk} must divide the {self.batch_gpu} images of --batch-gpu")
         self.config = dataclasses.replace(config, batch_gpu=self.batch_gpu)
@@ -135,7 +135,7 @@ class Distillation:
 
     def _step(self) -> int:
         """The step that this iteration trains, uniform (arXiv:2505.12674), the same in both phases and processes."""
-        place = misc.seed_from(self.config.seed, STEP_PHASE, self.state.nimg)
+        place = seeding.seed_from(self.config.seed, STEP_PHASE, self.state.nimg)
         return random.Random(place).randrange(len(self.state.steps))
 
     def image_gradient(self, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -235,7 +235,7 @@ class Distillation:
         """
         for r in range(self.rounds):
             first_image = self.state.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
-            misc.seed_at(self.config.seed, phase, first_image, *([repeat] if repeat else []))
+            seeding.seed_at(self.config.seed, phase, first_image, *([repeat] if repeat else []))
             yield self.draw_conditions(self.batch_gpu)
 
     def draw_conditions(self, n: int) -> torch.Tensor | None:

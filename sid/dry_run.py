@@ -7,7 +7,7 @@ import torch
 
 from dnnlib.options import AS_JSON
 from edm import zoo
-from torch_utils import distributed, misc
+from torch_utils import batches, distributed
 from torch_utils.run_lines import start_block
 from training.denoiser import DenoiserModule
 
@@ -41,7 +41,7 @@ def memory_estimate(
 ) -> dict[str, Any]:
     """GB per process by purpose, at --batch-gpu or the largest that fits, and the largest that fits each of GPUS."""
     config = resolve(config, teacher, device)
-    share = misc.split_batch(config.batch, None, distributed.world_size())[0]
+    share = batches.split_batch(config.batch, None, distributed.world_size())[0]
     fitting = memory.Fitting(teacher, config, share, device, guide)
     batch_gpu = config.batch_gpu or fitting.largest_here()[0]
     found = fitting.estimate(batch_gpu).rounded()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from torch_utils import checkpoint, distributed, misc, precision, run_folder
+from torch_utils import batches, checkpoint, devices, distributed, precision, run_folder
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.denoiser import DenoiserModule
 
@@ -122,7 +122,7 @@ def set_up_networks(
     autocast_dtype = precision.compute_in(dtype, networks.values())
     for net in networks.values():
         if config.channels_last:
-            misc.to_channels_last(net)
+            devices.to_channels_last(net)
         if config.checkpoint:
             precision.checkpoint_blocks(net)
     if dtype != torch.float32 and not config.lora_rank:  # LoRA's updates need the weights in full precision
@@ -147,5 +147,5 @@ def estimated_batch_gpu(
     teacher: DenoiserModule, config: DistillationConfig, device: torch.device, guide: DenoiserModule | None
 ) -> tuple[int, float | None]:
     """`memory.fitting_batch_gpu` of process 0, for all processes, which must agree."""
-    share = misc.split_batch(config.batch, None, distributed.world_size())[0]
+    share = batches.split_batch(config.batch, None, distributed.world_size())[0]
     return distributed.from_process_0(memory.fitting_batch_gpu(teacher, config, share, device, guide))

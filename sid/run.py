@@ -11,7 +11,7 @@ import torch
 
 from dnnlib import UserError, without_passwords
 from edm import zoo
-from torch_utils import checkpoint, distributed, misc, run_folder
+from torch_utils import batches, checkpoint, distributed, run_folder
 from torch_utils.interruption import Interruption
 from torch_utils.run_lines import environment, path_text, start_block
 from torch_utils.tracking import trackers_of
@@ -127,7 +127,7 @@ def run(
     metrics = choose_metrics(options["metrics"], reference, options["data"], options["detector"])
     device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
     with watching(60 * options["timeout"]) as training_begins:
-        misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        batches.split_batch(config.batch, config.batch_gpu, distributed.world_size())
         trackers = trackers_of(options["log"])
         if teacher is None:
             options = choose_snapshots(options)

@@ -9,7 +9,7 @@ import torch
 
 from dnnlib import UserError
 from edm import zoo
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import checkpoint, distributed, seeding
 from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.denoiser import DenoiserModule
 from training.generator import spaced_levels
@@ -66,7 +66,7 @@ def trained_copies(
     if config.lora_rank:
         bases = [(generator, teacher if start is None else None), (fake_score, teacher)]
         for i, (net, base) in enumerate(bases):
-            misc.seed_at(config.seed, FACTORS_PHASE, i)
+            seeding.seed_at(config.seed, FACTORS_PHASE, i)
             lora.adapt(net, config.lora_rank, base, matrices_only=net is generator and not config.lora_vectors)
     else:
         for net in (generator, fake_score):

@@ -16,7 +16,7 @@ from sid.inputs import Inputs
 from sid.loss import SiDLoss
 from sid.prepare import prepare
 from sid.state import GAN_LIMIT
-from torch_utils import misc
+from torch_utils import seeding
 from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.dataset import ImageFolderDataset
@@ -247,7 +247,7 @@ def test_gradients_are_clipped_by_value(data):
 def test_real_images_are_drawn_by_seed_with_their_labels(data):
     dataset = ImageFolderDataset(data, use_labels=True)
     reals = RealImages(dataset, 5, CPU)  # the networks have two classes more
-    misc.seed_at(5, 1, 16)
+    seeding.seed_at(5, 1, 16)
     images, labels = reals.draw(200)
     assert images.shape == (200, 1, 8, 8)
     assert labels.shape == (200, 5)
@@ -255,6 +255,6 @@ def test_real_images_are_drawn_by_seed_with_their_labels(data):
     indices = [known[image.numpy().tobytes()] for image in images]
     assert set(indices) == set(range(12))
     assert labels.argmax(1).tolist() == [i % 3 for i in indices]
-    misc.seed_at(5, 1, 16)
+    seeding.seed_at(5, 1, 16)
     assert torch.equal(reals.draw(200)[0], images)
     assert reals_of(data, 0).draw(2)[1] is None

@@ -32,7 +32,7 @@ from sid import adversarial, doctor, lora, memory
 from sid.inputs import Inputs
 from sid.prepare import prepare, resume_rules
 from sid.training_loop import training_loop
-from torch_utils import checkpoint, misc, run_folder
+from torch_utils import checkpoint, run_folder, seeding
 
 # --- runs
 
@@ -296,7 +296,7 @@ def test_gradients_are_those_of_all_weights_seen_through_the_factors(data, train
             update.b.data += 0.1 * torch.randn_like(update.b)
         getattr(full.state, name).load_state_dict(lora.merge(net).state_dict())
     for distillation in (low, full):
-        misc.seed_at(9)
+        seeding.seed_at(9)
         labels = distillation.draw_conditions(BATCH_GPU)
         images = distillation.generate(labels)
         getattr(distillation, f"_backward_{trained}")(images, labels)

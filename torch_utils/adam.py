@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import distributed, misc
+from . import distributed, seeding
 
 CALLS = "calls"
 AT_ONCE = {"cpu"}  # devices whose results the host has without waiting
@@ -82,7 +82,7 @@ class MomentumFreeAdam(torch.optim.Optimizer):
         if self._rounding_seed is None:
             return None
         group = self.param_groups[0]
-        seed = misc.seed_from(*self._rounding_seed, group[CALLS])
+        seed = seeding.seed_from(*self._rounding_seed, group[CALLS])
         group[CALLS] += 1
         return torch.Generator(group["params"][0].device).manual_seed(seed)
 

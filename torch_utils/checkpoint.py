@@ -14,7 +14,7 @@ import torch
 
 from dnnlib import UserError, kimg_name, write_atomically
 
-from . import distributed, misc
+from . import distributed, finiteness
 from .untrusted.state_file import read_state
 
 COUNTERS = {"nimg": (int,), "tick": (int,), "elapsed_sec": (int, float)}
@@ -136,7 +136,7 @@ def restore(training: Any, parts: dict[str, Any], state: dict[str, Any], path: s
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"--resume={path}: its {name} doesn't fit this run ({reason})") from None
-        if isinstance(part, torch.nn.Module) and misc.first_non_finite(part) is not None:
+        if isinstance(part, torch.nn.Module) and finiteness.first_non_finite(part) is not None:
             raise UserError(f"--resume={path}: weights of its {name} are NaN or infinite; try an earlier one")
     for name in PROGRESS:
         setattr(training, name, state[name])

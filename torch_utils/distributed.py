@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dnnlib import UserError
 
-from . import misc
+from . import devices
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 << 20  # one message carries, or one kernel works on, about this much
@@ -26,7 +26,7 @@ def init(device: str | None = None, timeout_sec: float = 1800, keep_memory: bool
     """Joins torchrun's process group (nccl on CUDA, else gloo) and returns this process's device.
 
     device: 'cuda', 'mps' or 'cpu'; None takes the first of cuda, mps, cpu that is there.
-    keep_memory: whether a CPU's freed memory is kept (`misc.keep_freed_memory`); other devices keep theirs anyway.
+    keep_memory: whether a CPU's freed memory is kept (`devices.keep_freed_memory`); other devices keep theirs anyway.
     Errors: UserError when the device isn't there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -40,9 +40,9 @@ def init(device: str | None = None, timeout_sec: float = 1800, keep_memory: bool
     resolved = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(resolved)
-    misc.sum_float16_in_float32()
+    devices.sum_float16_in_float32()
     if kind == "cpu" and keep_memory:
-        misc.keep_freed_memory()
+        devices.keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         _join("nccl" if kind == "cuda" else "gloo", datetime.timedelta(seconds=timeout_sec))
     return resolved

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from dnnlib import UserError
 
-from . import distributed, misc
+from . import devices, distributed
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,7 +24,7 @@ def set_up(precision: str, device: torch.device) -> None:
         raise UserError("--precision=fp16 needs a GPU; a CPU takes fp32 or bf16")
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision=tf32 needs an NVIDIA GPU; here take fp32 or bf16")
-    misc.sum_float16_in_float32()
+    devices.sum_float16_in_float32()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"

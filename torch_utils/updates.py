@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 
-from . import distributed, misc
+from . import distributed, finiteness
 from .adam import CALLS, MomentumFreeAdam
 from .muon import ORTHOGONAL, Muon
 from .spike_guard import SpikeGuard
@@ -40,7 +40,7 @@ def check_finite(networks: Mapping[str, torch.nn.Module], nimg: int) -> None:
     Errors: DivergenceError when a weight or a buffer of one of the networks isn't finite.
     """
     for name, net in networks.items():
-        weight = misc.first_non_finite(net)
+        weight = finiteness.first_non_finite(net)
         if weight is not None:
             raise DivergenceError(f"{name}: {weight} holds NaN or infinity at {nimg / 1e3:g} kimg")
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from dnnlib import UserError
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import batches, checkpoint, distributed, seeding
 from torch_utils.interruption import Interruption, ignore_signals
 from torch_utils.training_stats import Collector, TickLog
 from torch_utils.updates import (
@@ -76,7 +76,7 @@ class Training:
     ):
         self.config, self.net, self.device = config, net, device
         self._loss, self._augment_pipe, self._options = loss, augment_pipe, options
-        self.batch_gpu, self._rounds = misc.split_batch(config.batch, config.batch_gpu, distributed.world_size())
+        self.batch_gpu, self._rounds = batches.split_batch(config.batch, config.batch_gpu, distributed.world_size())
         net.train().requires_grad_(True).to(device)
         normalize_weights(net)
         if augment_pipe is None:
@@ -98,7 +98,7 @@ class Training:
         for r in range(self._rounds):
             items, labels = next(batches)
             place = self.nimg + (r * distributed.world_size() + distributed.rank()) * self.batch_gpu
-            misc.seed_at(config.seed, place)
+            seeding.seed_at(config.seed, place)
             value = self._loss(self.net, clean_samples(items), labels, self._augment_pipe)
             self.collector.report("Loss/loss", value)
             (value.sum() * (config.loss_scaling / config.batch)).backward()
@@ -318,7 +318,7 @@ def _endless_batches(
 ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
     """Endless batches on the device: (items of `clean_samples` [batch_gpu, ...], labels [batch_gpu, label_dim])."""
     config, device = training.config, training.device
-    sampler = misc.InfiniteSampler(
+    sampler = batches.InfiniteSampler(
         len(cast(Sized, dataset)), distributed.rank(), distributed.world_size(), seed=config.seed, start=training.nimg
     )
     loader = torch.utils.data.DataLoader(

@@ -171,7 +171,7 @@ def train_detector(
     import torch
     from torch.nn import functional as F
 
-    from torch_utils import misc
+    from torch_utils import devices
 
     from .detector import save_detector
     from .small_classifier import SmallClassifier
@@ -191,7 +191,7 @@ def train_detector(
         "width": width,
     }
     net = SmallClassifier(**init_kwargs).to(device)
-    misc.to_channels_last(net)
+    devices.to_channels_last(net)
     steps = len(images) // batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     total = max(3, epochs * steps)  # the schedule divides by the length of its two parts

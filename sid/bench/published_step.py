@@ -17,7 +17,7 @@ import torch
 from edm import zoo
 from sid.config import DistillationConfig, resolve
 from sid.distillation import FAKE_SCORE_PHASE, GENERATOR_PHASE
-from torch_utils import misc
+from torch_utils import batches, seeding
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.denoiser import DenoiserModule
 from training.networks import Conv2d, UNetBlock
@@ -39,7 +39,7 @@ class PublishedStep:
     def __init__(self, teacher: DenoiserModule, config: DistillationConfig, device: torch.device):
         self.config = config = resolve(dataclasses.replace(config, precision=None), teacher, device)
         self.device, self.nimg = device, 0
-        self.batch_gpu, self.rounds = misc.split_batch(config.batch, config.batch_gpu, 1)
+        self.batch_gpu, self.rounds = batches.split_batch(config.batch, config.batch_gpu, 1)
         self.augment_pipe = AugmentPipe(p=config.augment, **EDM_MULTIPLIERS) if config.augment else None
 
         overrides = config.network_overrides(teacher)
@@ -146,7 +146,7 @@ class PublishedStep:
     def _rounds(self, phase: int):
         """The seeds and class labels of `Distillation`, so that both train on the same draws."""
         for r in range(self.rounds):
-            misc.seed_at(self.config.seed, phase, self.nimg + r * self.batch_gpu)
+            seeding.seed_at(self.config.seed, phase, self.nimg + r * self.batch_gpu)
             labels = None
             if self.generator.label_dim:
                 classes = torch.randint(self.generator.label_dim, [self.batch_gpu], device=self.device)

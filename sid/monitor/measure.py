@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from torch_utils import distributed, misc
+from torch_utils import distributed, seeding
 from torch_utils.precision import same_dtype
 from training.denoiser import known_sigma
 from training.generator import Generator
@@ -93,7 +93,7 @@ class Health:
         d, n = self._distillation, self._size
         theta, ema, start = (Generator(net, d.state.steps) for net in (d.state.generator, d.state.ema, d.teacher))
         first = (r * distributed.world_size() + distributed.rank()) * n
-        misc.seed_at(d.config.seed, HEALTH_PHASE, first)
+        seeding.seed_at(d.config.seed, HEALTH_PHASE, first)
         z = theta.latents(n, d.device)
         labels = d.draw_conditions(n)
         bands = len(self._bands)

@@ -81,7 +81,7 @@ def gradients(
     import torch
 
     from sid.schedules import Karras
-    from torch_utils import misc
+    from torch_utils import seeding
     from torch_utils.precision import DTYPES, set_compute_dtype
 
     state, loss = distillation.state, distillation.loss
@@ -89,7 +89,7 @@ def gradients(
         set_compute_dtype(net, DTYPES[name])
     state.fake_score.eval().requires_grad_(False)
     state.generator.eval().zero_grad()
-    misc.seed_at(seed)
+    seeding.seed_at(seed)
     labels = distillation.draw_conditions(batch)
     images = distillation.generate(labels)
     x_g = images.detach().requires_grad_()

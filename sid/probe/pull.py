@@ -54,12 +54,12 @@ def pull(distillation: "Distillation", sigma: float, class_idx: int | None = Non
     import torch
 
     from sid.loss import SiDLoss, divergence
-    from torch_utils import misc
+    from torch_utils import seeding
 
     config, state = distillation.config, distillation.state
     for net in (state.fake_score, state.generator):
         net.eval().requires_grad_(False)
-    misc.seed_at(0)
+    seeding.seed_at(0)
     labels = distillation.draw_conditions(distillation.batch_gpu)
     if class_idx is not None:
         assert labels is not None

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from edm.snapshot_metrics import MultiStepFid, metrics_text
-from torch_utils import distributed, misc
+from torch_utils import batches, distributed
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 
 from .. import memory
@@ -80,7 +80,7 @@ def describe_plan(
         config, batch_gpu = resolve(config, teacher, device), estimate["batch_gpu"]
     else:
         place += " (not on this machine, so its size and memory aren't known yet)"
-    batch_gpu = batch_gpu or misc.split_batch(config.batch, None, distributed.world_size())[0]
+    batch_gpu = batch_gpu or batches.split_batch(config.batch, None, distributed.world_size())[0]
     levels = None if config.init_sigma is None else [config.init_sigma]
     changed = [(name, value) for name, value, *_ in changed_options(summary) if name not in TOLD and value != "none"]
     reference = summary["data_stat"] or options["data"]

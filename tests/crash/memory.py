@@ -37,7 +37,7 @@ def main(iterations: int) -> None:
     from tiny import tiny_distillation
 
     from sid.training_loop import training_loop
-    from torch_utils.misc import keep_freed_memory
+    from torch_utils.devices import keep_freed_memory
 
     keep_freed_memory()
     memory, tick = Memory(), TICK_ITERATIONS * BATCH / 1000
