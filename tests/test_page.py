@@ -81,6 +81,22 @@ def test_it_shows_which_kinds_of_images_are_missing(tmp_path):
         assert "Kinds of images" not in Page(write_page(run)).text
 
 
+def test_images_of_prompts_have_their_prompts(tmp_path):
+    run = make_run(tmp_path / "run")
+    Image.new("RGB", (64, 32)).save(run / "prompts.png")
+    assert "of these prompts" not in Page(write_page(run)).text  # nobody knows which
+    (run / "prompts.json").write_text(json.dumps({"prompts": ["a red\x1b[1m cat", HOSTILE, 3, "x" * 10_000]}))
+    page = Page(write_page(run))
+    assert [tag for tag, _ in page.elements].count("li") == len(run_record.read_run(run).findings()) + 1 + 3
+    assert HOSTILE in page.text
+    assert "\x1b" not in page.text
+    assert "x" * 501 not in page.text
+    assert [tag for tag, _ in page.elements].count("script") == 4
+    for wrong in (b"[]", b'{"prompts": 3}', b"\xff", b'{"prompts": {"a": 1}}'):
+        (run / "prompts.json").write_bytes(wrong)
+        assert "of these prompts" not in Page(write_page(run)).text
+
+
 def test_it_needs_no_network_and_runs_its_own_scripts_only(tmp_path):
     page = Page(write_page(make_run(tmp_path / "run")))
     places = [a[name] for _, a in page.elements for name in ("src", "href", "action", "srcset") if name in a]

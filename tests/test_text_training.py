@@ -1,5 +1,6 @@
 """Distilling text-to-image teachers: the published losses with guidance, snapshots, LoRA files, CLIP scores."""
 
+import html
 import importlib
 import json
 import shutil
@@ -94,7 +95,11 @@ def test_distilling_a_pipeline(text_pipelines, tmp_path, monkeypatch):
     teacher = zoo.load_denoiser(text_pipelines["stable_diffusion"])
     names = {"fake_sigma_schedule": "times=20,980", "sigma_schedule": "times=20,980", "augment": 0}
     config = tiny_config(guidance="long-short=1.5", fake_score_weighting="noise", total_kimg=0.024, **names)
-    distil(teacher, config, tmp_path / "whole", prompts=str(prompts))
+    made = distil(teacher, config, tmp_path / "whole", prompts=str(prompts)).net.prompts
+    shown = json.loads((tmp_path / "whole" / "prompts.json").read_text())["prompts"]
+    assert shown == [made.texts[number] for number in made.numbers_of_seeds(range(8))]
+    assert (tmp_path / "whole" / "prompts.png").is_file()
+    assert html.escape(shown[0]) in (tmp_path / "whole" / "index.html").read_text()
 
     half = tmp_path / "half"
     shorter = tiny_config(guidance="long-short=1.5", fake_score_weighting="noise", total_kimg=0.008, **names)

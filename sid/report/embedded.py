@@ -13,7 +13,7 @@ import PIL.Image
 from dnnlib import open_plain
 
 TEACHER_PICTURE, NEAREST_PICTURE, COMPARISON_PICTURE = "teacher.png", "nearest.png", "comparison.png"
-CLUSTERS_PICTURE, REALS_PICTURE = "clusters.png", "reals.png"
+CLUSTERS_PICTURE, PROMPTS_PICTURE, REALS_PICTURE = "clusters.png", "prompts.png", "reals.png"
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 1 << 26
 MAX_WIDTH = 1024  # on the page

@@ -24,6 +24,7 @@ from .embedded import (
     COMPARISON_PICTURE,
     GRID_COLUMNS,
     NEAREST_PICTURE,
+    PROMPTS_PICTURE,
     TEACHER_PICTURE,
     PictureCache,
 )
@@ -202,7 +203,21 @@ def _pictures(record: RunRecord, pictures: PictureCache) -> str:
         for name, caption, alt in BANDS
         if (picture := pictures.picture(name)) is not None
     )
-    return sections.pictures(pictures.frames(), _by_kimg(record), "the generator", beside, bands)
+    below = _prompts(record, pictures) + bands
+    return sections.pictures(pictures.frames(), _by_kimg(record), "the generator", beside, below)
+
+
+def _prompts(record: RunRecord, pictures: PictureCache) -> str:
+    """The last snapshot's first images with their prompts."""
+    picture = pictures.picture(PROMPTS_PICTURE)
+    if picture is None or not record.prompts:
+        return ""
+    image = sections.image(
+        picture, "Images of the prompts below, from left to right: the teacher's and the generator's"
+    )
+    items = "".join(f"<li>{escaped(printable(prompt))}</li>" for prompt in record.prompts)
+    caption = f"The last snapshot's images of these prompts, from left to right<ol>{items}</ol>"
+    return f'<figure class="natural">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def _by_kimg(record: RunRecord) -> dict[str, dict[float, float]]:

@@ -1,11 +1,13 @@
 """Grids of images, and the comparison of a generator with its teacher."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dnnlib import write_atomically
 from edm.images import save_titled_grids
 from edm.sampler import generate_all
 from training.conditions import Prompts, conditions_of
@@ -14,6 +16,8 @@ from training.steps import Steps
 
 from ..monitor.clusters import shares
 from ..teacher_distance import SHOWN_IMAGES, Distance
+from .embedded import PROMPTS_PICTURE
+from .run_record import PROMPTS_FILE
 
 GRID_COLUMNS, GRID_ROWS = 16, 8
 COMPARISON_COLUMNS, COMPARISON_ROWS = 16, 2
@@ -28,16 +32,35 @@ def sample(net: torch.nn.Module, num: int, **options: Any) -> torch.Tensor:
     return generate_all(net, range(num), **options)
 
 
+def prompts_of(net: torch.nn.Module) -> list[str]:
+    """The prompts of the images of the first CAPTIONED seeds; none where a network takes no prompts."""
+    conditions = conditions_of(net)
+    if not isinstance(conditions, Prompts):
+        return []
+    return [conditions.texts[number] for number in conditions.numbers_of_seeds(range(CAPTIONED))]
+
+
+def save_prompted(images: torch.Tensor, samples: torch.Tensor | None, prompts: list[str], folder: Path) -> None:
+    """Saves the first images, those of `prompts`, below the teacher's; the page has the prompts as text.
+
+    images, samples: uint8 [N, C, H, W] of the generator and, if there are any, of the teacher, of equal seeds.
+    Errors: OSError when a file can't be written.
+    """
+    bands = {} if samples is None else {"Teacher": samples[: len(prompts)]}
+    save_titled_grids({**bands, "Generator": images[: len(prompts)]}, folder / PROMPTS_PICTURE, len(prompts))
+    with write_atomically(folder / PROMPTS_FILE) as file:
+        file.write(json.dumps({"prompts": prompts}).encode())
+
+
 def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path, name: str = "Teacher") -> None:
     """Saves three bands of the same seeds: teacher at 35 evaluations, teacher at one, generator at one.
 
     generator: records its steps. name: of the teacher, in the titles. Images of prompts have them below.
     Errors: OSError when `path` can't be written.
     """
-    num, columns, captions = COMPARISON_COLUMNS * COMPARISON_ROWS, COMPARISON_COLUMNS, []
-    if isinstance(conditions := conditions_of(generator), Prompts):
+    num, columns, captions = COMPARISON_COLUMNS * COMPARISON_ROWS, COMPARISON_COLUMNS, prompts_of(generator)
+    if captions:
         num = columns = CAPTIONED
-        captions = [conditions.texts[number] for number in conditions.numbers_of_seeds(range(num))]
     steps = Steps.of(generator)
     assert steps is not None
     evaluations = "1 evaluation" if len(steps) == 1 else f"{len(steps)} evaluations"

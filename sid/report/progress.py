@@ -1,6 +1,7 @@
 """Pictures and metrics of a generator while it is distilled."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -24,9 +25,9 @@ from torch_utils.training_stats import append_line
 from ..monitor.clusters import lost_share
 from ..monitor.records import DISTANCES_FILE
 from ..teacher_distance import Distance, TeacherDistance
-from .embedded import CLUSTERS_PICTURE, NEAREST_PICTURE, TEACHER_PICTURE
+from .embedded import CLUSTERS_PICTURE, NEAREST_PICTURE, PROMPTS_PICTURE, TEACHER_PICTURE
 from .page import RunPage
-from .pictures import GRID_COLUMNS, GRID_ROWS, sample, save_clusters, save_nearest
+from .pictures import GRID_COLUMNS, GRID_ROWS, prompts_of, sample, save_clusters, save_nearest, save_prompted
 
 FIRST_PICTURE = "fakes_init.png"
 DISTANCE_CURVES = {
@@ -104,6 +105,10 @@ class Report:
                 images = sample(ema, GRID_COLUMNS * GRID_ROWS)
                 attempt(f"saving {name}", lambda: save_grid(images, self._run_dir / name, GRID_COLUMNS))
                 distance = self._distance
+                if prompts := prompts_of(ema):
+                    samples = None if distance is None else distance.samples
+                    prompted = functools.partial(save_prompted, images, samples, prompts, self._run_dir)
+                    attempt(f"saving {PROMPTS_PICTURE}", prompted)
                 if distance is not None:
                     attempt(f"saving {TEACHER_PICTURE}", lambda: self._show_teacher(distance))
                     nearest = self._run_dir / NEAREST_PICTURE

@@ -28,6 +28,8 @@ MAX_RECORDS = 100_000  # of a file; of more, every second one is left out, as of
 MAX_NAMES = 100  # of figures in a record
 MAX_METRICS = 8
 TRIAL_RESULTS = "trials/results.json"  # of sid.trials, which loads torch; a test compares
+PROMPTS_FILE = "prompts.json"  # of the first images of every snapshot (sid.report.pictures)
+MAX_PROMPTS, MAX_PROMPT_CHARACTERS = 16, 500
 SILENT_SEC = 600  # a run that has written nothing for so long, or for three ticks, isn't running
 
 Figures = list[dict[str, float]]  # records, by kimg
@@ -47,6 +49,7 @@ class RunRecord:
     metrics: dict[str, Figures]
     trials: dict[str, dict[str, Any]]
     returns: list[dict[str, Any]]
+    prompts: list[str]
     is_running: bool
 
     @property
@@ -111,6 +114,7 @@ def read_run(run_dir: Path, is_running: bool | None = None) -> RunRecord:
         metrics,
         {n: r for n, r in _read_object(run_dir / TRIAL_RESULTS).items() if isinstance(r, dict)},
         read_returns(run_dir),
+        _prompts(run_dir),
         time.time() < silent_from(run_dir, ticks) if is_running is None else is_running,
     )
 
@@ -147,6 +151,13 @@ def read_figures(
 
 def _clusters(record: dict[str, Any]) -> dict[str, Any]:
     return {"clusters": record["clusters"]} if is_sound(record.get("clusters")) else {}
+
+
+def _prompts(run_dir: Path) -> list[str]:
+    """The prompts of the first images; long ones are cut off."""
+    found = _read_object(run_dir / PROMPTS_FILE).get("prompts")
+    texts = [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+    return [text[:MAX_PROMPT_CHARACTERS] for text in texts[:MAX_PROMPTS]]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
