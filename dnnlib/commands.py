@@ -17,7 +17,7 @@ OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a ful
 
 
 class Command(click.Command):
-    """A command that prints every error in one line, including those of the operating system, such as a full disk.
+    """A command that prints every error in one line, including operating-system errors such as a full disk.
 
     Its context keeps the words of the command line as `meta["arguments"]`. Characters that the terminal's encoding
     lacks are printed as escapes.

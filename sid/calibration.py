@@ -1,8 +1,8 @@
 """Up to which noise level to train, measured on a teacher's own samples: `--tmax=auto`.
 
 Along a direction in which images have the standard deviation s, the exact denoiser knows s^2 / (s^2 + sigma^2) of their
-variance. Above a sigma that hides even the direction in which they differ most, which in photographs is
-their brightness, little is left to learn.
+variance. Above a sigma that hides even the direction in which they differ most (in photographs, their brightness),
+little is left to learn.
 
 The exact denoiser D(x + sigma n; sigma) answers the mean of the clean images that a noisy one may come from. Such a
 mean varies around the mean image m by no more than it knows of the image, E|D - m|^2 = E<D - m, x - m>. What a
@@ -40,8 +40,8 @@ class Excess(NamedTuple):
     error: float
 
     @property
-    def surely(self) -> float:
-        """What the share is at least, but for chance."""
+    def lower_bound(self) -> float:
+        """What the share is at least, as far as so few images can tell."""
         return self.share - SURE * self.error
 
 
@@ -61,25 +61,30 @@ class Calibration(NamedTuple):
         """
         former: tuple[float, float] | None = None
         for level, excess in self.excess.items():
-            surely = excess.surely
-            if not surely <= MOST_EXCESS:  # NaN, too
-                if former is None or math.isnan(surely):
+            bound = excess.lower_bound
+            if not bound <= MOST_EXCESS:  # NaN, too
+                if former is None or math.isnan(bound):
                     return level if former is None else former[0]
-                return former[0] * (level / former[0]) ** ((MOST_EXCESS - former[1]) / (surely - former[1]))
-            former = level, surely
+                return former[0] * (level / former[0]) ** ((MOST_EXCESS - former[1]) / (bound - former[1]))
+            former = level, bound
         return self.hiding
 
     def record(self) -> dict[str, Any]:
         """For the record of a run."""
         excess = {f"{level:.3g}": round(found.share, 4) for level, found in self.excess.items()}
-        return {"hiding": round(self.hiding, 3), "excess": excess}
+        return {"hiding": self.hiding, "excess": excess}
+
+
+def tmax_of(level: float) -> float:
+    """The time, of 1000, up to which a Karras schedule goes whose highest noise level is `level`."""
+    return float(round(1000 * Karras().time(level)))
 
 
 def choose_tmax(calibration: Calibration | None) -> tuple[float, dict[str, Any] | None]:
     """(the time up to which a Karras schedule goes, what was measured, for the record). None: SiD's time."""
     if calibration is None:
         return TMAX, None
-    return float(round(1000 * Karras().time(calibration.highest_level()))), calibration.record()
+    return tmax_of(calibration.highest_level()), calibration.record()
 
 
 def calibrate(teacher: DenoiserModule, samples: torch.Tensor, seeds: Sequence[int]) -> Calibration:

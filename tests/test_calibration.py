@@ -19,6 +19,7 @@ from sid.calibration import (
     measure_excess,
 )
 from sid.options import parse
+from sid.report.opening import levels_text
 from sid.schedules import TMAX, Karras
 
 VARIANCE, NUM = 0.3, 256
@@ -120,6 +121,13 @@ def test_tmax_is_the_time_of_the_highest_level():
     assert choose_tmax(excess())[0] > TMAX
     assert choose_tmax(None) == (TMAX, None)
     assert Karras().time(Karras().sigma(torch.tensor(0.37)).item()) == pytest.approx(0.37, abs=1e-5)
+
+
+def test_the_start_of_a_run_says_what_ended_the_levels():
+    nearly = Calibration(41.287, {38.4: Excess(0.099, 0.0), 41.287: Excess(0.102, 0.0)})
+    for found, reason in ((excess(0.0), "noise hides the images"), (nearly, "the teacher's answers vary more")):
+        assert f": above, {reason}" in (levels_text(*choose_tmax(found)) or "")
+    assert levels_text(*choose_tmax(None)) is None
 
 
 def test_levels_are_those_that_the_teacher_has():

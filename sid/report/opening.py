@@ -13,6 +13,7 @@ from torch_utils import batches, distributed
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 
 from .. import memory
+from ..calibration import tmax_of
 from ..config import DistillationConfig, resolve
 from ..distillation import Distillation
 from ..inputs import Inputs
@@ -47,7 +48,7 @@ def describe_run(
         "Data": _data_text(options, config, None if inputs.dataset is None else len(inputs.dataset)),
         "Method": _method_text(config, distillation.state.steps.levels, plan.trials is None),
         "Start": _start_text(distillation.state.steps.levels[0], plan.starts),
-        "Levels": _levels_text(config.tmax, plan.calibration),
+        "Levels": levels_text(config.tmax, plan.calibration),
         "Trials": plan.trials and _trials_text(plan.trials),
         "Device": _device_text(config, device),
         "Batch": batch_text(config.batch, distillation.batch_gpu),
@@ -167,14 +168,13 @@ def _start_text(level: float, starts: dict[str, float] | None) -> str | None:
     return text if starts[nearest] == own else f"{text} ({starts[nearest]:.3f} at {nearest}, not clearly nearer)"
 
 
-def _levels_text(tmax: float | None, calibration: dict[str, Any] | None) -> str | None:
+def levels_text(tmax: float | None, calibration: dict[str, Any] | None) -> str | None:
     """calibration: as in `RunPlan`."""
     if tmax is None or not calibration:
         return None
-    highest = Karras(tmax).highest
-    hidden = highest > 0.95 * calibration["hiding"]  # up to the rounding of tmax
-    reason = "noise hides the images" if hidden else "the teacher's answers vary more than a denoiser's"
-    return f"up to sigma {highest:.3g} (--tmax={tmax:g}): above, {reason}"
+    is_hidden = tmax == tmax_of(calibration["hiding"])
+    reason = "noise hides the images" if is_hidden else "the teacher's answers vary more than a denoiser's"
+    return f"up to sigma {Karras(tmax).highest:.3g} (--tmax={tmax:g}): above, {reason}"
 
 
 def _trials_text(trials: Plan) -> str:
