@@ -20,7 +20,7 @@ from sid.sweep.runner import describe, run_all
 @click.argument("file")
 @click.option("--outdir", help="Folder for run folders and results; several sweeps may share it", default="sweeps")
 @click.option("--nproc", help="Processes of each run", type=WholeRange(1), default=1)
-@click.option("--only", help="Settings or teachers to run, separated by commas")
+@click.option("--only", help="Settings, teachers, or settings of teachers to run, separated by commas")
 @click.option("--seeds", help="Seeds of FILE to run, separated by commas", type=IntList())
 @click.option(
     "--records", help="Folder with results of other sweeps, whose finished runs are not repeated", metavar="DIR"
@@ -71,18 +71,27 @@ def main(
 
 
 def choose(plan: Plan, only: str | None, seeds: list[int] | None) -> list[Run]:
-    """The runs that --only names, by setting or teacher, of the seeds that --seeds names; all without them."""
-    runs, known = plan.runs, set(plan.settings)
+    """The runs that --only names, of the seeds that --seeds names; all without them.
+
+    only: settings, teachers, or both, which means those settings with those teachers; also one setting with one
+        teacher, such as digits-sid.
+    """
+    known = set(plan.settings)
     named = known if only is None else set(only.split(","))
-    of_teachers = {name: set(plan.teachers[name].values()) for name in named & plan.teachers.keys() - known}
-    settings = (named - of_teachers.keys()).union(*of_teachers.values())
-    unknown = sorted(settings - known)
+    teachers = named & plan.teachers.keys()
+    settings = named & {setting for names in plan.teachers.values() for setting in names}
+    unknown = sorted(named - known - teachers - settings)
     if unknown:
         raise UserError(f"--only={only}: no setting {unknown[0]!r} in FILE; it has {', '.join(sorted(known))}")
-    missing = sorted(set(seeds or []) - {run.seed for run in runs})
+    chosen = named & known
+    if teachers or settings:
+        for teacher in teachers or plan.teachers:
+            own = plan.teachers[teacher]
+            chosen |= {own[setting] for setting in own if setting in settings or not settings}
+    missing = sorted(set(seeds or []) - {run.seed for run in plan.runs})
     if missing:
         raise UserError(f"--seeds: no seed {missing[0]} in FILE; add it to its seeds")
-    return [run for run in runs if run.setting in settings and (seeds is None or run.seed in seeds)]
+    return [run for run in plan.runs if run.setting in chosen and (seeds is None or run.seed in seeds)]
 
 
 def without(runs: list[Run], finished: Collection[str], folder: Path) -> list[Run]:
