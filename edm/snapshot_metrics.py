@@ -108,10 +108,15 @@ def fid_record(net: Any, run_dir: str | os.PathLike, metric: str) -> dict[str, A
     record = next((r for r in reversed(records) if r.get("network_sha256") == sha256), None)
     if record is None:
         return None
+    return fid_metadata(record, net)
+
+
+def fid_metadata(record: dict[str, Any], net: Any) -> dict[str, Any]:
+    """A record of a FID metric in the form that `recorded_fid` reads from the metadata of the network `net`."""
     steps = record.get("steps")
     evaluations = 2 * steps - 1 if isinstance(steps, int) and steps > 1 else _evaluations_of(net)
     kept = {name: record[name] for name in FID_PROTOCOL if record.get(name) is not None}
-    return {"metric": metric, f"{EVALUATIONS}{evaluations}": measured_value(record), **kept}
+    return {"metric": record["metric"], f"{EVALUATIONS}{evaluations}": measured_value(record), **kept}
 
 
 def _evaluations_of(net: Any) -> int:

@@ -14,7 +14,6 @@ from edm.hub import title
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
-from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
 from edm.text_encoders import prompts_for, read_prompts
 from torch_utils import distributed
 from training.conditions import learnt_classes
@@ -311,16 +310,3 @@ def make_evaluator(
         device=device,
         progress=True,
     )
-
-
-def teacher_fid(inputs: Inputs, source: str) -> MultiStepFid | None:
-    """The teacher's FID by the run's first FID metric, if its file or its training recorded it; on every process.
-
-    source: the teacher's file.
-    """
-    metric = None if inputs.evaluator is None else first_fid(inputs.evaluator)
-    if inputs.evaluator is None or metric is None:
-        return None
-    detector = inputs.evaluator.detector.sha256
-    found = recorded_fid(inputs.teacher, source, metric, detector) if distributed.rank() == 0 else None
-    return distributed.from_process_0(found)

@@ -52,6 +52,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--data_stat", "Reference statistics (.npz) for FID  [default: the published teacher's]"),
         option("--detector", "Detector for metrics  [default: the one that --data_stat was made with]"),
         option("--metrics", "fid50k_full,is50k,kid50k_full,pr50k3_full or none  [default: fid50k_full]"),
+        option(
+            "--measure-teacher",
+            "Measure the teacher's FID at 35 evaluations first, unless it is known  [default: if that takes at most one"
+            " evaluation for two images of the run]",
+            bool,
+        ),
         option("--transfer", "Network whose weights the generator starts from  [default: the teacher]"),
         option(
             "--resume",

@@ -36,7 +36,6 @@ from .inputs import (
     load_inputs,
     prompts_hash,
     published_reference,
-    teacher_fid,
 )
 from .options import other_options
 from .plan import RunPlan, make_plan
@@ -46,6 +45,7 @@ from .report.page import RunPage
 from .report.progress import Report, track
 from .returns import Returns
 from .state import SavedState
+from .teacher_fid import teacher_fid
 from .training_loop import training_loop
 from .trials import run_trials
 
@@ -64,6 +64,7 @@ def distil(
     data_stat: str | None = None,
     detector: str | None = None,
     metrics: str | None = None,
+    measure_teacher: bool | None = None,
     resume: str | None = None,
     override: bool = False,
     device: str | None = None,
@@ -80,7 +81,8 @@ def distil(
              guide.safetensors.
     trials:  share of the config's length for short trials of settings (`sid.trials`), of which the best goes on. They
              vary only what the config leaves at its default.
-    prompts, data, data_stat, detector, metrics, resume, override, device, log: as the options of sid_train.py.
+    prompts, data, data_stat, detector, metrics, measure_teacher, resume, override, device, log: as the options of
+             sid_train.py.
     Errors: UserError naming what doesn't fit; SystemExit when a signal such as Ctrl-C asked to stop, after saving.
     """
     check_denoiser(teacher, "teacher")
@@ -95,6 +97,7 @@ def distil(
         "data_stat": data_stat,
         "detector": detector,
         "metrics": metrics,
+        "measure_teacher": measure_teacher,
         "resume": resume,
         "override": override,
         "device": device,
@@ -141,10 +144,10 @@ def run(
         networks = cast(list[DenoiserModule | None], copies)
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
         config = identify_inputs(config, inputs)
-        goal = teacher_fid(inputs, options["edm_model"])
+        plan = make_plan(inputs, config, options, device)
+        goal = teacher_fid(inputs, config, options["edm_model"], options["measure_teacher"], device)
         if goal is not None:
             summary["teacher_fid"] = dataclasses.asdict(goal)
-        plan = make_plan(inputs, config, options, device)
         summary |= plan.summary()
         # Both may refuse their inputs, and then there is no folder yet.
         picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None

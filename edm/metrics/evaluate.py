@@ -1,5 +1,6 @@
 """One pass over images yields every metric asked for, each with a record of how it was made."""
 
+import copy
 import math
 import os
 import platform
@@ -127,6 +128,12 @@ class Evaluator:
             self.reference = data_reference(data, self.detector, batch, progress)
         self._data = data if isinstance(data, ImageSource | None) else open_data(data)
         self._real: torch.Tensor | None = None  # features
+
+    def only(self, *metrics: str) -> "Evaluator":
+        """An evaluator of fewer metrics, with the same detector, reference and images."""
+        found = copy.copy(self)
+        found.metrics = [metric for metric in self.metrics if metric.name in metrics]
+        return found
 
     @property
     def detector(self) -> Detector:

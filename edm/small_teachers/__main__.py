@@ -135,17 +135,19 @@ def keep_last_snapshot(run: Path, dest: Path) -> None:
 
 
 def write_result(folder: Path, num: int, device: str | None) -> None:
-    """Writes teacher.json, the figures of a teacher for the table at the end."""
+    """Measures a teacher's FID, records it in its file, and writes teacher.json, its row of the table at the end."""
     from edm import zoo
     from edm.metrics.evaluate import evaluate, fid_name
     from edm.metrics.sources import NetworkSource, open_data
+    from edm.snapshot_metrics import fid_metadata
     from torch_utils import distributed
 
-    place = distributed.init(device)
-    net = zoo.load_network(folder / "teacher.safetensors").to(place)
+    place, network = distributed.init(device), folder / "teacher.safetensors"
+    net = zoo.load_network(network).to(place)
     source = NetworkSource(net, steps=STEPS, name="teacher.safetensors", sha256=zoo.network_hash(net))
     how = {"reference": folder / "reference.npz", "device": place, "batch": 250, "progress": True}
     (record,) = evaluate(source, [fid_name(num)], **how)
+    zoo.save_network(net, network, **{**net.metadata, "fid": fid_metadata(record, net)})
     ticks = [json.loads(line) for line in (folder / "teacher/stats.jsonl").read_text(encoding="utf-8").splitlines()]
     result = {
         "images": open_data(str(folder / "data.zip")).size,

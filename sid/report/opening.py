@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from edm.snapshot_metrics import MultiStepFid, metrics_text
+from edm.snapshot_metrics import MultiStepFid, first_fid, metrics_text
 from torch_utils import batches, distributed
 from torch_utils.run_lines import batch_text, device_text, length_text, network_text, path_text
 
@@ -203,5 +203,7 @@ def _metrics_text(inputs: Inputs, reference: str | None, goal: MultiStepFid | No
     """reference: where the real images or their statistics come from."""
     if inputs.evaluator is None:
         return None
-    teacher = "" if goal is None else f"; the teacher: {goal.value:.4g} with {goal.evaluations} evaluations"
+    teacher = "" if first_fid(inputs.evaluator) is None else "; the teacher's isn't known (--measure-teacher=1)"
+    if goal is not None:
+        teacher = f"; the teacher: {goal.value:.4g} with {goal.evaluations} evaluations"
     return metrics_text([metric.name for metric in inputs.evaluator.metrics], reference) + teacher

@@ -16,7 +16,7 @@ FAILURE_FILE = "failure.json"
 REFUSED, DIVERGED, STOPPED = 2, 3, 75  # exit codes of sid_train.py: docs/reliability.md
 # Options that don't change a result, and values that only the run itself knows.
 FREE = {"outdir", "nosubdir", "desc", "resume", "override", "dry_run", "state_ticks", "save_minutes", "keep_states"}
-FREE |= {"log", "timeout", "cache", "workers", "real_images", "given"}
+FREE |= {"measure_teacher", "log", "timeout", "cache", "workers", "real_images", "given"}
 
 
 def status(run: Run, folder: Path) -> str:

@@ -1,0 +1,105 @@
+"""The teacher's own FID, with which that of its generator is compared."""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from dnnlib.download import cache_folder
+from dnnlib.files import write_atomically
+from edm.metrics.evaluate import Evaluator
+from edm.metrics.sources import NetworkSource
+from edm.next_steps import METRICS_STEPS
+from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
+from torch_utils import distributed
+from torch_utils.records import is_figure
+from training.guidance import GuidedDenoiser
+
+from .config import DistillationConfig
+from .inputs import Inputs, guided_teacher, prompts_hash
+
+SHARE = 0.5  # evaluations per image of the run that are worth it; the run itself takes about ten
+
+
+def teacher_fid(
+    inputs: Inputs, config: DistillationConfig, source: str, wanted: bool | None, device: torch.device
+) -> MultiStepFid | None:
+    """The teacher's FID by the run's first FID metric; every process must call it.
+
+    As its file, the run that trained it, or an earlier run that measured it recorded it; otherwise it is measured now,
+    with 35 evaluations per image, and kept in the cache folder. A guided teacher's is that of its guided images.
+
+    source: the teacher's file. wanted: whether to measure it; None: if that takes at most SHARE evaluations per image
+        of the run.
+    Returns None if it isn't known and wasn't measured, or the run measures no FID.
+    Errors: UserError when it's wanted and the run measures no FID, or the images fit no metric.
+    """
+    metric = None if inputs.evaluator is None else first_fid(inputs.evaluator)
+    if inputs.evaluator is None or metric is None:
+        if wanted:
+            raise UserError("--measure-teacher: the run measures no FID; give --metrics=fid50k, for instance")
+        return None
+    teacher = guided_teacher(inputs.teacher, inputs.guide, config.guidance)
+    if getattr(teacher, "metadata", {}).get("sigma") is not None:  # it knows one noise level only
+        return None
+    evaluator = inputs.evaluator.only(metric)
+    file = cache_folder() / "teacher-fid" / f"{_key(inputs, config, evaluator)}.json"
+    found = None
+    if distributed.rank() == 0:
+        if teacher is inputs.teacher:
+            found = recorded_fid(teacher, source, metric, evaluator.detector.sha256)
+        found = found or _read(file)
+    found = distributed.from_process_0(found)
+    evaluations = _evaluations(teacher) * (2 * METRICS_STEPS - 1)
+    worth_it = evaluations * evaluator.metrics[0].num <= SHARE * 1000 * config.total_kimg
+    if found is not None or not (worth_it if wanted is None else wanted):
+        return found
+    distributed.print0(f"Measuring the teacher's {metric} with {evaluations} evaluations per image", flush=True)
+    (record,) = evaluator(NetworkSource(teacher.to(device).eval(), steps=METRICS_STEPS))
+    if distributed.rank() == 0:
+        _write(file, {"value": record["value"], "evaluations": evaluations})
+    return MultiStepFid(record["value"], evaluations)
+
+
+def _evaluations(net: Any) -> int:
+    """How many networks a denoiser evaluates."""
+    if not isinstance(net, GuidedDenoiser):
+        return 1
+    return _evaluations(net.net) + _evaluations(net.net if net.guide is None else net.guide)
+
+
+def _key(inputs: Inputs, config: DistillationConfig, evaluator: Evaluator) -> str:
+    """What the figure depends on, as a hash."""
+    hashes, guidance = inputs.weight_hashes(config), config.guidance
+    assert evaluator.reference is not None
+    values = [
+        evaluator.metrics[0].name,
+        evaluator.detector.sha256,
+        evaluator.reference.sha256,
+        METRICS_STEPS,
+        hashes.teacher,
+        hashes.guide,
+        None if guidance is None else [guidance.over_guide, guidance.teacher],
+        prompts_hash(inputs.teacher),
+    ]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _read(file: Path) -> MultiStepFid | None:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        value, evaluations = record["value"], record["evaluations"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not measured yet, or damaged
+    return MultiStepFid(value, evaluations) if is_figure(value) and isinstance(evaluations, int) else None
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError, UserError):  # it is measured again, then
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(file) as stream:
+            stream.write(json.dumps(record).encode())
