@@ -185,9 +185,15 @@ def test_the_summary_takes_the_teachers_fid_from_its_file_or_training(tmp_path, 
         line = {"network_sha256": network_hash(teacher), **line}
         (training / "metric-fid5k.jsonl").write_text(json.dumps(line) + "\n")
     source = str(training / "network.safetensors")
-    rows = summarise(tmp_path, teacher, source)
+    rows = summarise(tmp_path, teacher, {"edm_model": source})
     assert rows == [*row, ("teacher = generator before", 1, 300.0), ("generator after 5 kimg", 1, 30.0)]
-    assert summarise(tmp_path, teacher, source, "another")[-2] == ("generator before (--transfer)", 1, 300.0)
+    of_another = summarise(tmp_path, teacher, {"edm_model": source, "transfer": "another"})
+    assert of_another[-2] == ("generator before (--transfer)", 1, 300.0)
+    known = {"edm_model": source, "teacher_fid": {"value": 6.0, "evaluations": 70}}
+    assert summarise(tmp_path, teacher, known, True)[0] == ("guided teacher", 70, 6.0)
+    damaged = known | {"teacher_fid": {"value": "6", "evaluations": 70}}
+    assert summarise(tmp_path, teacher, damaged) == rows
+    assert summarise(tmp_path, teacher, damaged, True) == rows[-2:]  # what a file records is without guidance
 
 
 def test_the_reference_of_a_published_teacher(tmp_path):

@@ -77,7 +77,6 @@ def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str,
     if "edm_model" not in options:
         raise UserError(f"{run_dir / OPTIONS_FILE}: names no edm_model; name a run folder of sid_train.py")
     teacher = load_teacher(run_dir, options, own)
-    rows = summarise(run_dir, teacher, options["edm_model"], options.get("transfer"), options.get("steps", 1))
     generator = zoo.load_denoiser(snapshots[0], own)
     steps = Steps.of(generator)
     if steps is None:
@@ -85,6 +84,7 @@ def summarise_and_compare(run_dir: Path, options: dict[str, Any], own: dict[str,
     if hasattr(teacher, "prompts"):
         generator.prompts = teacher.prompts
     guided = guided_teacher(teacher, load_guide(run_dir, options, own), parse_guidance(options.get("guidance")))
+    rows = summarise(run_dir, teacher, options, guided is not teacher)
     picture = run_dir / "comparison.png"
     try:
         which = "Teacher" if guided is teacher else "Guided teacher"

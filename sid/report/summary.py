@@ -1,22 +1,23 @@
 """FID before and after a distillation, from a run's records."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dnnlib import UserError
-from edm.snapshot_metrics import recorded_fid
+from edm.snapshot_metrics import MultiStepFid, recorded_fid
+from torch_utils.records import is_figure
 
 from ..monitor.records import read_records
 
 
 def summarise(
-    run_dir: Path, teacher: torch.nn.Module, source: str, transfer: str | None = None, steps: int = 1
+    run_dir: Path, teacher: torch.nn.Module, options: dict[str, Any], guided: bool = False
 ) -> list[tuple[str, int, float]]:
     """Rows (network, evaluations per image, FID) from a run's records and the teacher's.
 
-    source: the teacher's file. transfer: the network that the generator started from, if it isn't the teacher.
-    steps: of the generator.
+    options: as the run recorded them. guided: whether the teacher was guided.
     Empty when the run measured no FID. Errors: UserError when its records are damaged or hold nothing yet.
     """
     files = sorted(run_dir.glob("metric-fid*.jsonl"))
@@ -27,11 +28,22 @@ def summarise(
         raise UserError(f"{files[0]}: holds no record; wait for the first snapshot of the run")
     rows = []
     metric = files[0].stem.removeprefix("metric-")
-    goal = recorded_fid(teacher, source, metric, records[0].get("detector_sha256"))
+    steps = options.get("steps", 1)
+    goal = _goal(options)
+    if goal is None and not guided:
+        goal = recorded_fid(teacher, options["edm_model"], metric, records[0].get("detector_sha256"))
     if goal is not None:
-        rows.append(("teacher", goal.evaluations, goal.value))
+        rows.append(("guided teacher" if guided else "teacher", goal.evaluations, goal.value))
     if records[0]["kimg"] == 0:
-        before = "generator before (--transfer)" if transfer else "teacher = generator before"
+        before = "generator before (--transfer)" if options.get("transfer") else "teacher = generator before"
         rows.append((before, steps, records[0]["value"]))
     rows.append((f"generator after {records[-1]['kimg']:g} kimg", steps, records[-1]["value"]))
     return rows
+
+
+def _goal(options: dict[str, Any]) -> MultiStepFid | None:
+    """The teacher's FID that the run knew."""
+    found = options.get("teacher_fid")
+    if not isinstance(found, dict) or not is_figure(found.get("value")) or not is_figure(found.get("evaluations")):
+        return None
+    return MultiStepFid(found["value"], int(found["evaluations"]))
