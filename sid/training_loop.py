@@ -55,7 +55,7 @@ def training_loop(
     state, config, collector = distillation.state, distillation.config, distillation.collector
     if state.statistics:
         collector.load_state_dict(state.statistics, distillation.device)
-    health = Health(distillation)
+    health = Health(distillation, report.samples)
     watch = Watch(
         {**config.options(), **state.rates(config)}, lambda: sound_records(run_dir / DISTANCES_FILE, "kimg", "value")
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,15 +10,19 @@ from click.testing import CliRunner
 from conftest import slow_ones
 from tiny import CPU, NoReport, Spy, equal, on_two_processes, tiny_config, tiny_distillation, weights
 
+from edm.metrics.energy import energy_distance_of_vectors
 from sid import doctor
 from sid.config import DistillationConfig
 from sid.inputs import Inputs
+from sid.monitor.closeness import judge_ticks
 from sid.monitor.diagnosis import Watch, diagnose
 from sid.monitor.measure import Health
 from sid.monitor.records import read_fid
 from sid.prepare import prepare
 from sid.training_loop import training_loop
-from torch_utils import spike_guard
+from torch_utils import distributed, spike_guard
+from training.decoder import PixelDecoder
+from training.generator import Generator
 
 
 class Gaussian(torch.nn.Module):
@@ -110,7 +115,56 @@ def test_measuring_changes_nothing():
 
 
 def measured():
-    return Health(tiny_distillation()).measure()
+    distillation = tiny_distillation()
+    samples = torch.randint(0, 256, [50, 1, 8, 8], generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Health(distillation, samples if distributed.rank() == 0 else None).measure()
+
+
+def test_images_are_compared_with_the_teachers_at_every_tick():
+    """Near 0 for images of the same kind, far from it for others; not recorded without samples, or for latents."""
+    distillation = tiny_distillation(init_sigma=0.5)
+    start = Generator(distillation.teacher.eval(), distillation.state.steps)
+    with torch.no_grad():
+        z = start.latents(200, CPU)
+        images = PixelDecoder().to_images(start.sample(z, distillation.draw_conditions(200)))
+    found = [
+        Health(distillation, samples).measure().get("Health/teacher_distance", {}).get("mean")
+        for samples in (images, 255 - images, images // 2, None)
+    ]
+    assert abs(found[0]) < 0.05
+    assert min(found[1:3]) > 0.1
+    assert found[3] is None
+    distillation.teacher.metadata = {"vae": {"source": "nowhere"}}
+    with patch("sid.monitor.measure.decoder_of", lambda net: object()):
+        assert "Health/teacher_distance" not in Health(distillation, images).measure()
+
+
+def compared(*values):
+    return [{"Progress/kimg": float(i), "Health/teacher_distance": value} for i, value in enumerate(values)]
+
+
+def test_few_images_of_the_teacher_are_no_alarm():
+    """400 ticks of 16 images from where the samples come from, of three pixels and of many."""
+    generator = torch.Generator().manual_seed(0)
+    for dims in (3, 768):
+        samples = torch.randn([256, dims], generator=generator)
+        drawn = torch.randn([400, 16, dims], generator=generator)
+        values = [energy_distance_of_vectors(images, samples) for images in drawn]
+        assert not any(judge_ticks(compared(*values[:i])) for i in range(0, 401, 20))
+
+
+def test_ticks_that_leave_the_teacher_are_an_alarm():
+    near = [0.3, 0.1, 0.05, 0.06, 0.04, 0.05]
+    assert judge_ticks([]) is judge_ticks(compared(*near)) is judge_ticks(compared(*near, 0.3, 0.04, 0.3)) is None
+    finding = judge_ticks(compared(*near, 0.25, 0.2, 0.3))
+    assert finding is not None
+    assert (finding.name, finding.certain) == ("away-from-teacher", True)
+    assert "distance 0.2 in the last 5 ticks, after 0.05 at best" in finding.text
+    watch = Watch(DistillationConfig().options())
+    values = (*near, 0.25, 0.2, 0.3)
+    said = [watch.tick(0, {"Health/teacher_distance": {"mean": value}}) for value in values]
+    assert said[:-1] == [[]] * 8
+    assert said[-1][0].startswith("warning: its images went away from the teacher's samples")
 
 
 def test_half_precision_is_no_distance():

@@ -128,9 +128,9 @@ def test_the_questions_are_sound():
         baseline = plan.runs[0]
         assert bool(baseline.options) == (list(plan.teachers) != [""])
         names = {"second-teacher": "uncond", "other-images": "digits", "q9-teachers": "fashion-published"}
-        assert baseline.setting == names.get(path.stem, "sid")
-        kimg = 35 if path.stem == "q9-teachers" else 20
-        assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", 1.2, kimg]
+        assert baseline.setting == {**names, "several-steps": "digits-auto"}.get(path.stem, "sid")
+        alpha, kimg = {"q9-teachers": (1.2, 35), "several-steps": (1.0, 20)}.get(path.stem, (1.2, 20))
+        assert [baseline.recorded[name] for name in ("objective", "alpha", "total_kimg")] == ["sid", alpha, kimg]
         for run in plan.runs:
             assert known.setdefault(run.name, run.recorded) == run.recorded  # one name, one run, whichever file asks
     assert len(QUESTIONS) >= 10

@@ -65,6 +65,8 @@ def save(distillation, folder):
 
 
 class NoReport:
+    samples = None
+
     def start(self, ema):
         pass
 

@@ -3,6 +3,8 @@
 Only some runs measure these. docs/method.md says where the thresholds come from.
 """
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ NOTICED = 0.03  # of the distance: less is the noise of 256 images
 FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
 LEFT = 1 / 3  # of the start's distance: failed runs kept more, runs on a good way less (docs/method.md)
 FAR_FEATURES = 3.0  # likewise of `features`; a generator may have less and still twice the teacher's FID
+TICK_DISTANCE, TICKS = "Health/teacher_distance", 5  # each of 16 images or more
 GOOD = 2.0  # a generator's FID over its teacher's
 OTHER_SETTINGS = "try --recipe=auto, or lower --lr and --glr if the run has that recipe already"
 FALLING = f"go on while it falls; otherwise {OTHER_SETTINGS}"
@@ -50,6 +53,21 @@ def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
         return None
     text = f"its images are still far from the teacher's samples: {measured}; {FALLING}"
     return Finding("far-from-teacher", text, certain=False)  # it may be on its way
+
+
+def judge_ticks(records: Sequence[dict[str, float]]) -> Finding | None:
+    """A finding when the images have gone far away from the teacher, which ticks show before the next snapshot does.
+
+    records: of stats.jsonl. Each compares few images, so medians of a few ticks count.
+    """
+    values = [record[TICK_DISTANCE] for record in records if TICK_DISTANCE in record]
+    medians = [statistics.median(values[i : i + TICKS]) for i in range(len(values) - TICKS + 1)]
+    lowest = min(medians, default=math.inf)
+    if not medians or not medians[-1] > max(LOST * lowest, lowest + FAR):
+        return None
+    text = f"its images went away from the teacher's samples: distance {medians[-1]:.3g} in the last {TICKS} ticks"
+    remedy = "resume from an earlier state with lower --glr and --lr, or try --recipe=auto"
+    return Finding("away-from-teacher", f"{text}, after {lowest:.3g} at best; {remedy}")
 
 
 def judge_fid(fid: MeasuredFid | None) -> Finding | None:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .closeness import closeness, judge_distance, judge_fid
+from .closeness import closeness, judge_distance, judge_fid, judge_ticks
 from .clusters import judge_clusters
 from .evidence import Records, Run, since_last_change
 from .records import MeasuredFid
@@ -27,7 +27,7 @@ def diagnose(
     `evidence.LATER_OPTIONS`. distances: of teacher-distance.jsonl, with kimg and value, the first of the start.
     fid: what the run measured.
     """
-    far = judge_distance(distances)
+    far = judge_distance(distances) or judge_ticks(records)
     away = far or judge_fid(fid)
     lost = None if far else judge_clusters(distances)  # images far from the teacher are of no kind that it knows
     compared = [finding for finding in (away, lost) if finding is not None]

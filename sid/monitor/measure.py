@@ -6,14 +6,18 @@ import math
 
 import torch
 
+from edm.latents import decoder_of
+from edm.metrics.energy import energy_distance_of_vectors
 from torch_utils import distributed, seeding
 from torch_utils.precision import same_dtype
+from training.decoder import PixelDecoder
 from training.denoiser import known_sigma
 from training.generator import Generator
 
 from ..distillation import Distillation
 from ..loss import divergence
 from ..schedules import Single
+from ..teacher_clusters import points_of
 
 HEALTH_PHASE = 3  # random stream of the measurements, separate from training's draws
 BANDS = 4  # of noise levels, each with the same share of training's draws; a single level is one band
@@ -41,14 +45,22 @@ def worst_class(moments: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]
 
 
 class Health:
-    """Measures theta, psi and the average on the same latents and noise at every tick."""
+    """Measures theta, psi and the average on the same latents and noise at every tick.
 
-    def __init__(self, distillation: Distillation):
+    samples: the teacher's own images, uint8 [N, C, H, W], to compare with; None on the other processes, or if there are
+        none. Images that a VAE would have to decode aren't compared.
+    """
+
+    def __init__(self, distillation: Distillation, samples: torch.Tensor | None = None):
         self._distillation = distillation
         images = distillation.config.kimg_per_tick * 1000 * IMAGES_SHARE
         share = math.ceil(min(max(images, MIN_IMAGES), MAX_IMAGES) / distributed.world_size())
         self._size = min(distillation.batch_gpu, share)
         self._rounds = math.ceil(share / self._size)
+        decoder = decoder_of(distillation.teacher)
+        self._decoder = decoder if isinstance(decoder, PixelDecoder) else None
+        self._points = points_of(samples) if samples is not None and self._decoder is not None else None
+        self._compares = distributed.from_process_0(self._points is not None)
         self._start: list[torch.Tensor] = []  # the teacher's one-step images, one batch a round
         quantiles = torch.linspace(0, 1, BANDS + 1).clamp(EDGE, 1 - EDGE)
         schedule = distillation.loss.sigma_schedule
@@ -68,6 +80,7 @@ class Health:
         Health/diversity             root mean square distance between two of theta's images, over the same of the
                                      teacher's one-step images, from which theta starts
         Health/ema_distance          distance of the average's images from theta's, over theta's from the teacher's
+        Health/teacher_distance      energy distance of thumbnails of the average's images from the teacher's samples
         """
         state = self._distillation.state
         state.serve(len(state.steps) - 1)
@@ -75,9 +88,8 @@ class Health:
             net.eval()
         with same_dtype(state.ema, state.generator):  # otherwise rounding would count as distance
             rounds = [self._measure_round(r) for r in range(self._rounds)]
-        per_band, images, squares = (
-            distributed.all_reduce_sum(functools.reduce(torch.add, parts)) for parts in zip(*rounds)
-        )
+        *sums, averaged = zip(*rounds)
+        per_band, images, squares = (distributed.all_reduce_sum(functools.reduce(torch.add, parts)) for parts in sums)
         count = per_band[:, 0].sum()
         statistics = {name: row[1] / row[0] for name, row in zip(self._bands, per_band)}
         l1, l2, psi, phi = per_band[:, 2:].sum(dim=0)
@@ -86,10 +98,24 @@ class Health:
         statistics["Health/l2_per_l1"] = l2 / l1
         statistics["Health/diversity"] = (variance[0] / variance[1]).sqrt()
         statistics["Health/ema_distance"] = (squares[2] / squares[3]).sqrt()
-        return {name: {"mean": value.item()} for name, value in statistics.items() if value.isfinite()}
+        found = {name: value.item() for name, value in statistics.items() if value.isfinite()}
+        if self._compares:
+            found["Health/teacher_distance"] = self._distance_from_samples(torch.cat(averaged))
+        return {name: {"mean": value} for name, value in found.items()}
 
-    def _measure_round(self, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums over one batch: [bands, 6] of per-image values, [2, pixels] of images, [4] of squares of images."""
+    def _distance_from_samples(self, averaged: torch.Tensor) -> float:
+        """averaged: this process' images of the average, as it makes them."""
+        assert self._decoder is not None
+        points = distributed.gather(points_of(self._decoder.to_images(averaged).cpu()).to(averaged.device))
+        if self._points is None:
+            return distributed.from_process_0(None)
+        return distributed.from_process_0(energy_distance_of_vectors(points.flatten(0, 1).cpu(), self._points))
+
+    def _measure_round(self, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums over one batch: [bands, 6] of per-image values, [2, pixels] of images, [4] of squares of images.
+
+        And the average's images, [n, C, H, W].
+        """
         d, n = self._distillation, self._size
         theta, ema, start = (Generator(net, d.state.steps) for net in (d.state.generator, d.state.ema, d.teacher))
         first = (r * distributed.world_size() + distributed.rank()) * n
@@ -118,6 +144,6 @@ class Health:
         wide = torch.float32 if d.device.type == "mps" else torch.float64
         values = torch.stack(columns, dim=1).to(wide)
         per_band = torch.zeros([bands, values.shape[1]], dtype=wide, device=d.device).index_add(0, band, values)
-        x_g, start, averaged = (x.to(wide).flatten(1) for x in (x_g, self._start[r], averaged))
-        squares = torch.stack([x.square().sum() for x in (x_g, start, averaged - x_g, x_g - start)])
-        return per_band, torch.stack([x_g.sum(dim=0), start.sum(dim=0)]), squares
+        x_g, start, of_average = (x.to(wide).flatten(1) for x in (x_g, self._start[r], averaged))
+        squares = torch.stack([x.square().sum() for x in (x_g, start, of_average - x_g, x_g - start)])
+        return per_band, torch.stack([x_g.sum(dim=0), start.sum(dim=0)]), squares, averaged

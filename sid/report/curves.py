@@ -142,6 +142,9 @@ def _distance_charts(record: RunRecord) -> list[Chart | None]:
     note = "Energy distance from the teacher's own samples; 0 is as close as other samples of the teacher are"
     parts = {"value": "distance", "pixels": "of pixels", "detail": "of fine detail"}
     distance = _chart("distance", "Distance from the teacher", note, record.distances, parts, "kimg")
+    figures = {"Health/teacher_distance": "of thumbnails"}
+    note = "Energy distance from the teacher's own samples, of few images at every tick"
+    ticks = _chart("tick-distance", "Distance from the teacher, between snapshots", note, record.ticks, figures)
     note = "Fréchet distance in the teacher's own features, over that of two sets of its own samples"
     goal, parts = ("teacher", 1.0), {"features": "generator"}
     features = _chart("features", "Distance in the teacher's features", note, record.distances, parts, "kimg", goal)
@@ -149,7 +152,8 @@ def _distance_charts(record: RunRecord) -> list[Chart | None]:
     lost = _chart("lost", "Lost kinds of images", note, record.distances, {"lost_share": "lost"}, "kimg")
     note = "Between teacher and fake score on generated images; rises at first, while the fake score learns"
     figures = {"Health/divergence": "all noise levels", **_bands(record.ticks)}
-    return [distance, features, lost, _chart("divergence", "Divergence from the teacher", note, record.ticks, figures)]
+    divergence = _chart("divergence", "Divergence from the teacher", note, record.ticks, figures)
+    return [distance, features, ticks, lost, divergence]
 
 
 def _bands(ticks: Figures) -> dict[str, str]:

@@ -77,6 +77,11 @@ class Report:
         self._distance = distance
         self._page = page
 
+    @property
+    def samples(self) -> torch.Tensor | None:
+        """The teacher's own images, uint8 [N, C, H, W], on process 0; None if the run compares with none."""
+        return None if self._distance is None else self._distance.samples
+
     def start(self, ema: torch.nn.Module) -> dict[str, float]:
         """Reports before the first iteration, when `ema` is the teacher used as a one-step generator.
 
