@@ -4,7 +4,8 @@ The rule, which was there before the records: a generator is good if its FID is 
 says `healthy` and `converged` only where something measured the images and nothing speaks against them, and `unknown`
 where it can't know.
 
-tests/data/doctor holds real runs on two teachers (digits, FID 7.1; the demo's, FID 9.5), cut to what the doctor reads.
+tests/data/doctor holds real runs, cut to what the doctor reads: eleven on two teachers (digits, FID 7.1; the demo's,
+FID 9.5), and one of --recipe=auto on each of seven others (NAME-auto), with the distance in the teacher's features.
 """
 
 import json
@@ -35,7 +36,7 @@ def said(folder, name, *kept):
     files = {"stats.jsonl": sound}
     for what, file in (("distance", "teacher-distance.jsonl"), ("fid", f"{run['metric']}.jsonl")):
         if what in kept and run[what]:
-            files[file] = [{"kimg": kimg, "value": value} for kimg, value in run[what]]
+            files[file] = [dict(zip(("kimg", "value", "features"), values)) for values in run[what]]
     for file, records in files.items():
         (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records))
     known = {"teacher_fid": {"value": run["teacher_fid"], "evaluations": 35}} if "teacher" in kept else {}

@@ -17,6 +17,7 @@ NOTICED = 0.03  # of the distance: less is the noise of 256 images
 FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
 LEFT = 1 / 3  # of the start's distance: failed runs kept more, runs on a good way less (docs/method.md)
 FAR_FEATURES = 3.0  # likewise of `features`; a generator may have less and still twice the teacher's FID
+LEFT_FEATURES = 0.08  # of the start's; a good generator may have more than FAR_FEATURES where the start has far more
 TICK_DISTANCE, TICKS = "Health/teacher_distance", 5  # each of 16 images or more
 GOOD = 2.0  # a generator's FID over its teacher's
 OTHER_SETTINGS = "try --recipe=auto, or lower --lr and --glr if the run has that recipe already"
@@ -41,13 +42,16 @@ def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
         where, remedy = _closer_before(best, best is records[0])
         text = f"its images are farther from the teacher's samples than {where}: distance {last:.3g} instead of"
         return Finding("away-from-teacher", f"{text} {best['value']:.3g} (start: {start:.3g}); {remedy}")
-    left = last / start if records[0]["kimg"] == 0 and start > 0 else 0.0
+    from_start = records[0]["kimg"] == 0
+    left = last / start if from_start and start > 0 else 0.0
     features = records[-1].get("features")
+    of_start = records[0].get("features") if from_start else None
+    far_features = max(FAR_FEATURES, LEFT_FEATURES * of_start if is_figure(of_start) else 0.0)
     if last > FAR or (last > NOTICED and left > LEFT):
         usual = f"good generators have less than {FAR:g} and than a third of the start's"
         measured = f"distance {last:.3g} (start: {start:.3g}), where {usual}"
-    elif is_figure(features) and features > FAR_FEATURES:
-        usual = f"other samples have 1 and good generators less than {FAR_FEATURES:g}"
+    elif is_figure(features) and features > far_features:
+        usual = f"other samples have 1 and good generators less than {far_features:.3g}"
         measured = f"{features:.3g} in its features, where {usual}"
     else:
         return None
