@@ -1,11 +1,14 @@
 """Links, anchors, files and modules that the documents name exist, and their commands parse."""
 
 import importlib
+import importlib.util
 import re
 import shlex
+import types
 from pathlib import Path
 
 import click
+import markdown
 import pytest
 
 from sid.options import build_config
@@ -85,3 +88,32 @@ def test_every_page_is_in_the_navigation_of_the_site():
     pages = [path.name for path in ROOT.glob("docs/*.md")]
     pages += [path.name.lower() for path in ROOT.glob("*.md")]  # as docs/mkdocs/links.py names them
     assert sorted(listed) == sorted(pages)
+
+
+NOTEBOOK = "blob/main/examples/quickstart.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("repository", "links"),
+    [
+        ("", []),
+        ("https://example.org/me/it", [f"https://example.org/me/it/{NOTEBOOK}"]),
+        (
+            "https://github.com/me/it/",
+            [f"https://github.com/me/it/{NOTEBOOK}", f"https://colab.research.google.com/github/me/it/{NOTEBOOK}"],
+        ),
+    ],
+)
+def test_notebooks_on_github_open_on_colab(repository, links):
+    spec = importlib.util.spec_from_file_location("links", ROOT / "docs" / "mkdocs" / "links.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    config = types.SimpleNamespace(markdown_extensions=[], repo_url=repository)
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="index.md"))
+    hook.on_config(config)
+    hook.on_page_markdown("", page, config, types.SimpleNamespace(get_file_from_path=lambda path: None))
+    text = "Open [the notebook](../examples/quickstart.ipynb), or [an example](../examples/one_step.py)."
+    html = markdown.markdown(text, extensions=config.markdown_extensions)
+    assert re.findall(r'href="([^"]*\.ipynb)"', html) == links
+    badge = " Open in Colab" if len(links) == 2 else ""
+    assert re.sub("<[^>]*>", "", html) == f"Open the notebook{badge}, or an example."

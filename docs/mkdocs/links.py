@@ -2,7 +2,8 @@
 
 The documents are also read as files of the repository, so their links are paths in it. README.md, CONTRIBUTING.md and
 CHANGELOG.md become pages of the site. A link to a file that isn't part of the site leads to `repo_url`; as long as that
-isn't known, only the link's text remains.
+isn't known, only the link's text remains. If the repository is on GitHub, a link to a notebook is followed by one that
+opens it on Colab.
 """
 
 import posixpath
@@ -13,12 +14,25 @@ from xml.etree.ElementTree import Element
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
-from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = {path.name.lower(): path for path in ROOT.glob("*.md")}
 BEFORE_MKDOCS = 5  # priority; MkDocs resolves links at 0
 ATTRIBUTES = {"a": "href", "img": "src"}
+GITHUB = "https://github.com/"
+COLAB = "https://colab.research.google.com/github/"
+
+
+def add_colab_badges(root: Element) -> None:
+    """Adds a badge that opens it on Colab to each link to a notebook on GitHub."""
+    for parent in list(root.iter()):
+        for place, element in reversed(list(enumerate(parent, 1))):
+            address = element.get("href", "")
+            if address.startswith(GITHUB) and address.endswith(".ipynb"):
+                badge = Element("a", {"href": COLAB + address.removeprefix(GITHUB), "class": "colab"})
+                badge.text = "Open in Colab"
+                badge.tail, element.tail = element.tail, " "
+                parent.insert(place, badge)
 
 
 class RepositoryLinks(Treeprocessor, Extension):
@@ -43,6 +57,7 @@ class RepositoryLinks(Treeprocessor, Extension):
                 else:
                     element.tag = "span"
                     del element.attrib[attribute]
+        add_colab_badges(root)
 
     def on_site(self, name: str) -> str | None:
         """Where a link of the current page to a file leads; None for nowhere. MkDocs reports links to missing files."""
@@ -67,6 +82,8 @@ def on_config(config: Any) -> None:
 
 
 def on_files(files: Any, config: Any) -> None:
+    from mkdocs.structure.files import File  # here, because the tests of this project do without MkDocs
+
     for name, path in ROOT_PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
 
