@@ -347,7 +347,7 @@ def test_a_good_generator_has_at_most_twice_the_teachers_fid(tmp_path, last, tea
     [finding] = diagnose(records, DistillationConfig().options(), distances, read_fid(tmp_path))
     assert finding.name == found
     assert found == "healthy" or "its fid2k of 28.8 is 3.7 times the teacher's 7.8" in finding.text
-    expected = f"fid2k: best {last} at 9 kimg, last {last} at 9 kimg"
+    expected = f"fid2k: {last} at 9 kimg, the best so far"
     assert str(read_fid(tmp_path)) == expected.replace(".0", "") + ("" if teacher is None else "; the teacher has 7.8")
 
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shlex
 import threading
 import time
@@ -20,7 +21,7 @@ from edm import training_report
 from sid import inputs, trials
 from sid.config import DistillationConfig
 from sid.options import parse
-from sid.report import commands, embedded, pictures, run_record, serve
+from sid.report import commands, embedded, pictures, run_record, sections, serve
 from sid.report.curves import MAX_VALUES, charts, thinned
 from sid.report.page import PAGE_FILE, RunPage, write_page
 from sid.report.serve import make_server
@@ -47,7 +48,7 @@ def test_it_shows_the_run(tmp_path):
     page = Page(write_page(run))
     assert "my-teacher, distilled" in page.text
     assert "finished 30 kimg of 30 (100%)" in page.text
-    assert "fid5k: best 70 at 20 kimg, last 70 at 20 kimg; the teacher has 9.5" in page.text
+    assert "fid5k: 70 at 20 kimg, the best so far; the teacher has 9.5" in page.text
     assert "far-from-teacher" in page.text  # the doctor's word: 70 is above twice 9.5
     captions = [attributes["data-label"] for _, attributes in page.elements if "data-label" in attributes]
     assert captions[1:] == ["10 kimg, distance 0.00890, fid5k 79.8".replace("0890", "089"), captions[2]]
@@ -59,6 +60,7 @@ def test_it_shows_the_run(tmp_path):
     assert found["divergence"]["labels"] == ["all noise levels", "σ 0.1 to 2"]
     assert found["divergence"]["log"]
     assert found["memory"]["labels"] == ["CPU"]
+    assert [chart["name"] for chart in page.data["charts"] if chart["zero"]] == ["speed", "memory"]
 
 
 def test_it_shows_which_kinds_of_images_are_missing(tmp_path):
@@ -87,7 +89,8 @@ def test_images_of_prompts_have_their_prompts(tmp_path):
     assert "of these prompts" not in Page(write_page(run)).text  # nobody knows which
     (run / "prompts.json").write_text(json.dumps({"prompts": ["a red\x1b[1m cat", HOSTILE, 3, "x" * 10_000]}))
     page = Page(write_page(run))
-    assert [tag for tag, _ in page.elements].count("li") == len(run_record.read_run(run).findings()) + 1 + 3
+    tags = [tag for tag, _ in page.elements]
+    assert tags[tags.index("ol") :].count("li") == 3
     assert HOSTILE in page.text
     assert "\x1b" not in page.text
     assert "x" * 501 not in page.text
@@ -100,8 +103,9 @@ def test_images_of_prompts_have_their_prompts(tmp_path):
 def test_it_needs_no_network_and_runs_its_own_scripts_only(tmp_path):
     page = Page(write_page(make_run(tmp_path / "run")))
     places = [a[name] for _, a in page.elements for name in ("src", "href", "action", "srcset") if name in a]
-    assert places
-    assert all(place.startswith("data:") for place in places)
+    anchors = {f"#{a['id']}" for _, a in page.elements if "id" in a}
+    assert {"#findings", "#curves"} < anchors & set(places)  # sections that the page links to
+    assert all(place.startswith("data:") or place in anchors for place in places)
     (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == rules["connect-src"] == "'none'"
@@ -237,6 +241,73 @@ def test_the_command_continues_the_run_and_the_options_differ_from_the_recipe(tm
     assert (again.total_kimg, now["override"]) == (40, True)  # its learning rate decays over the length
 
 
+def test_the_header_has_the_last_distances_and_the_time(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_lines(run / "stats.jsonl", [{"Progress/kimg": 30.0, "Timing/total_sec": 3661.0}])
+    write_lines(run / "teacher-distance.jsonl", [{"kimg": 20.0, "value": 0.01, "features": 1.25}])
+    page = Page(write_page(run))
+    measured = "distance 0.01 · features 1.25 (at best 1) · fid5k 70"
+    assert f"finished 30 kimg of 30 (100%) in 1h 01m 01s · {measured}" in page.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "usual", "expected"),
+    [
+        ([("--lr", "2", "1")], None, "Option this run default --lr 2 1"),
+        (
+            [("--lr", "2", "1", "2"), ("--seed", "3", "0", "0")],
+            "--recipe=x",
+            "The first one differs from --recipe=x; the others are its own, which differ from the defaults."
+            " Option this run default --recipe=x --seed 3 0 0 --lr 2 1 2",
+        ),
+        ([("--lr", "2", "1", "2")], "--recipe=x", "None differs from --recipe=x; the others are its own, which"),
+        ([("--a", "2", "1", "1"), ("--b", "2", "1", "1")], "--recipe=x", "The first 2 differ from --recipe=x. Option"),
+    ],
+)
+def test_options_of_ones_own_come_first(rows, usual, expected):
+    text = " ".join(re.sub("<[^>]*>", " ", sections.options(rows, usual)).replace(" .", ".").split())
+    assert text.startswith(f"Options that differ {expected}")
+
+
+@pytest.mark.skipif(not IS_HERE, reason="needs Chromium and chromedriver")
+def test_in_the_browser_axes_begin_at_zero_and_commands_are_copied(tmp_path):
+    run = make_run(tmp_path / "a run", arguments=["--recipe=demo", "--desc=it's  wide"])
+    command = commands.continuing(run_record.read_run(run, is_running=False))[1]
+    with browser(tmp_path / "profile") as window:
+        window.open(write_page(run).as_uri())
+        window.run("for (const chart of document.querySelectorAll('.plot')) chart.scrollIntoView()")
+        window.run("document.getElementById('continue').scrollIntoView()")
+        window.wait("document.querySelector('#chart-memory canvas') !== null")
+        low, high = window.run(
+            "const y = plots.plots.get(document.getElementById('chart-memory')).plot.scales.y; return [y.min, y.max]"
+        )
+        assert low == 0
+        assert 2 < high < 3  # GB
+        window.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+        window.run("document.querySelector('section[aria-labelledby=continue] button').click()")
+        assert window.run("return window.copied") == command
+        window.wait("document.querySelector('section[aria-labelledby=continue] button').textContent === 'Copied'")
+
+
+@pytest.mark.skipif(not IS_HERE, reason="needs Chromium and chromedriver")
+def test_runs_are_sorted_by_a_column(tmp_path, ask):
+    (tmp_path / "runs").mkdir()
+    for name, features in (("a", 3.0), ("b", None), ("c", 20.0)):
+        run = make_run(tmp_path / "runs" / name)
+        figures = {} if features is None else {"features": features}
+        write_lines(run / "teacher-distance.jsonl", [{"kimg": 20.0, "value": 0.01, **figures}])
+    names = "[...document.querySelectorAll('#table tbody th')].map((cell) => cell.textContent).join()"
+    click = "[...document.querySelectorAll('#table button')].find((b) => b.textContent === 'features').click()"
+    with browser(tmp_path / "profile") as window:
+        window.open(ask.address)
+        window.wait(f"{names} === 'a,b,c'")
+        window.run(click)
+        assert window.run(f"return {names}") == "a,c,b"
+        window.run(click)
+        assert window.run(f"return {names}") == "c,a,b"  # the run without the figure stays last
+        assert window.run("return document.querySelector('[aria-sort]').textContent") == "features"
+
+
 def test_a_run_keeps_its_page_up_to_date_whatever_happens(tmp_path, capsys):
     run = make_run(tmp_path / "run", ticks=10)
 
@@ -275,6 +346,7 @@ def ask(tmp_path):
         return found
 
     thread.start()
+    call.address = f"http://127.0.0.1:{port}/"
     yield call
     server.shutdown()
     thread.join()

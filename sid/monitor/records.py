@@ -103,10 +103,13 @@ class MeasuredFid:
     def __str__(self) -> str:
         """A sentence about its best and its last value."""
         best, last = min(self.records, key=measured_value), self.records[-1]
-        never = ", never better than at the start" if best is self.records[0] and len(self.records) > 1 else ""
-        values = (f"{record['value']:.4g} at {record['kimg']:g} kimg" for record in (best, last))
-        beside = "" if self.teacher is None else f"; the teacher has {self.teacher:.4g}"
-        return f"{self.name}: best {next(values)}, last {next(values)}{never}{beside}"
+        text = f"{last['value']:.4g} at {last['kimg']:g} kimg"
+        if best is not last:
+            text = f"best {best['value']:.4g} at {best['kimg']:g} kimg, last {text}"
+            text += ", never better than at the start" if best is self.records[0] else ""
+        elif len(self.records) > 1:
+            text += ", the best so far"
+        return f"{self.name}: {text}" + ("" if self.teacher is None else f"; the teacher has {self.teacher:.4g}")
 
 
 def read_fid(run_dir: Path) -> MeasuredFid | None:

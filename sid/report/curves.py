@@ -12,6 +12,7 @@ MAX_VALUES = 5000  # of a chart, x included; from longer records, each stretch k
 MAX_BANDS = 8  # of noise levels
 BAND = r"Health/divergence_sigma([0-9.e+]+(?:-[0-9.e+]+)?)"
 LOGARITHMIC_FROM = 10.0  # highest over lowest value
+FROM_ZERO = ("speed", "memory")  # names of charts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Chart:
     """Curves with a common axis. kimg: [N]. series: {label: values [N], None where there is none}.
 
     goal: (label, value) of a straight line to compare with. note: what the figures are and which direction is good.
+    is_from_zero: whether the axis begins at 0, so that small changes look small.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Chart:
     kimg: list[float]
     series: dict[str, list[float | None]]
     goal: tuple[str, float] | None = None
+    is_from_zero: bool = False
 
     @property
     def is_logarithmic(self) -> bool:
@@ -41,7 +44,8 @@ class Chart:
         columns = {label: [_rounded(column[i]) for i in keep] for label, column in self.series.items()}
         return {
             "name": self.name,
-            "log": self.is_logarithmic,
+            "log": self.is_logarithmic and not self.is_from_zero,
+            "zero": self.is_from_zero,
             "kimg": [self.kimg[i] for i in keep],
             "labels": list(columns),
             "values": list(columns.values()),
@@ -185,7 +189,7 @@ def _chart(
         note += f"; {missing} values that aren't finite are left out"
     some = [i for i in range(len(records)) if any(column[i] is not None for column in series.values())]
     columns = {label: [column[i] for i in some] for label, column in series.items()}
-    return Chart(name, title, note, [records[i][kimg] for i in some], columns, goal)
+    return Chart(name, title, note, [records[i][kimg] for i in some], columns, goal, name in FROM_ZERO)
 
 
 def thinned(columns: Sequence[Sequence[float | None]], length: int) -> list[int]:

@@ -109,7 +109,8 @@ def page(record: RunRecord, pictures: PictureCache) -> str:
         _using(record),
     ]
     title = f"{teacher_name(record)}: {record.state}"
-    return document(title, _header(record) + "\n".join(filter(None, parts)), {"charts": [c.plain() for c in shown]})
+    body = "\n".join(filter(None, parts))
+    return document(title, _header(record) + sections.contents(body) + body, {"charts": [c.plain() for c in shown]})
 
 
 def teacher_name(record: RunRecord) -> str:
@@ -134,7 +135,10 @@ def _latest(record: RunRecord) -> list[str]:
     """The last measurements, for the header."""
     found = []
     if record.distances:
-        found.append(f"distance {record.distances[-1]['value']:.3g}")
+        last = record.distances[-1]
+        found.append(f"distance {last['value']:.3g}")
+        if "features" in last:
+            found.append(f"features {last['features']:.3g} (at best 1)")
     if (fid := record.fid) is not None:
         beside = "" if fid.teacher is None else f" (teacher {fid.teacher:.4g})"
         found.append(f"{fid.name} {fid.last:.4g}{beside}")
@@ -263,8 +267,7 @@ def _classes(record: RunRecord) -> str:
 
 def _options(record: RunRecord) -> str:
     recipe, rows = commands.recipe_of(record.options), commands.changed_options(record.options)
-    headings = ["Option", "this run", "default", *([] if recipe is None else [f"--recipe={recipe}"])]
-    return section("options", "Options that differ", table(headings, rows, "Options"))
+    return sections.options(rows, None if recipe is None else f"--recipe={recipe}")
 
 
 def _continuing(record: RunRecord) -> str:

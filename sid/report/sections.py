@@ -1,10 +1,12 @@
 """The sections that the pages of all runs have: head, pictures over time, curves, environment."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 
 from dnnlib import format_number, format_time
 from dnnlib.errors import printable
+from torch_utils.records import is_figure
 
 from .. import __version__
 from .commands import typed_text
@@ -25,6 +27,8 @@ def header(record: RunRecord, heading: str, about: str, latest: Sequence[str]) -
         rate = record.ticks[-1].get("Timing/img_per_sec") if record.ticks else None
         if record.state == "running" and rate:
             left = [f"{rate:.3g} img/s, about {format_time(1000 * (total - record.kimg) / rate)} left"]
+    if is_figure(taken := record.ticks[-1].get("Timing/total_sec") if record.ticks else None):
+        progress += f" in {format_time(taken)}"
     measured = "".join(f" · {escaped(text)}" for text in (*left, *latest))
     written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return (
@@ -35,6 +39,13 @@ def header(record: RunRecord, heading: str, about: str, latest: Sequence[str]) -
         f'{measured}</p>{bar}<p class="quiet">Written <time datetime="{written}">{written}</time>'
         f" by version {escaped(__version__)}</p></header>"
     )
+
+
+def contents(body: str) -> str:
+    """Links to the sections of a page."""
+    found = re.findall(r'<h2 id="([\w-]+)">([^<]+)</h2>', body)
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in found)
+    return f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
 
 
 def image(picture: Embedded, alt: str) -> str:
@@ -97,6 +108,22 @@ def _chart_label(chart: Chart) -> str:
     if chart.goal:
         texts.append(f"{chart.goal[0]} {chart.goal[1]:.4g}")
     return f"{chart.title}, {chart.kimg[0]:g} to {chart.kimg[-1]:g} kimg: {'; '.join(texts)}"
+
+
+def options(rows: Sequence[tuple[str, ...]], usual: str | None) -> str:
+    """Options that differ from the defaults, or from `usual`, a recipe or preset: those first.
+
+    rows: (option, its value, the default, and with `usual` its value).
+    """
+    headings, note = ["Option", "this run", "default"], ""
+    if usual is not None:
+        own = [row for row in rows if row[1] != row[3]]
+        rows = [*own, *(row for row in rows if row[1] == row[3])]
+        headings.append(usual)
+        first = f"The first {len(own)} differ" if len(own) > 1 else "The first one differs" if own else "None differs"
+        rest = "; the others are its own, which differ from the defaults" if len(own) < len(rows) else ""
+        note = f'<p class="quiet">{first} from {escaped(usual)}{rest}.</p>'
+    return section("options", "Options that differ", note + table(headings, rows, "Options") if rows else "")
 
 
 def environment(record: RunRecord) -> str:

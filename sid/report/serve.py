@@ -110,6 +110,7 @@ def summary(record: RunRecord) -> dict[str, Any]:
         "rate": last.get("Timing/img_per_sec"),
         "loss": loss,
         "distance": distance if is_figure(distance) else None,
+        "features": record.distances[-1].get("features") if record.distances else None,
         "fid": fid.last if fid is not None and is_figure(fid.last) else None,
         "finding": findings[0].name if findings else "",
         "charts": {

@@ -42,7 +42,8 @@ def training_page(record: RunRecord, pictures: PictureCache) -> str:
         _using(record),
     ]
     heading = f"{data_name(record)}, training of a teacher"
-    content = sections.header(record, heading, _about(record), _latest(record)) + "\n".join(filter(None, parts))
+    body = "\n".join(filter(None, parts))
+    content = sections.header(record, heading, _about(record), _latest(record)) + sections.contents(body) + body
     return document(f"{data_name(record)}: {record.state}", content, {"charts": [chart.plain() for chart in shown]})
 
 
@@ -192,9 +193,8 @@ def _pictures(record: RunRecord, pictures: PictureCache) -> str:
 
 
 def _options(record: RunRecord) -> str:
-    preset, rows = preset_of(record), changed_options(record)
-    headings = ["Option", "this run", "default", *([] if preset is None else [f"--preset={preset}"])]
-    return section("options", "Options that differ", table(headings, rows, "Options"))
+    preset = preset_of(record)
+    return sections.options(changed_options(record), None if preset is None else f"--preset={preset}")
 
 
 def preset_of(record: RunRecord) -> str | None:

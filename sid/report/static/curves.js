@@ -2,7 +2,7 @@
 
 // Draws charts of `Chart.plain` (sid/report/curves.py) with uPlot.
 
-const HEIGHT = 240;
+const HEIGHT = 220;
 const NEARBY = "600px 0px"; // how far above and below the screen a chart counts as about to be seen
 const COLOURS = 9; // --c0 to --c8 in page.css
 
@@ -41,6 +41,11 @@ function logarithmicRange(_, low, high) {
   return [Math.floor(low / digit(low)) * digit(low), Math.ceil(high / digit(high)) * digit(high)];
 }
 
+function rangeOf(chart) {
+  if (chart.log) return { distr: 3, range: logarithmicRange };
+  return chart.zero ? { range: (_, low, high) => uPlot.rangeNum(0, high, 0.1, true) } : {};
+}
+
 function draw(place, chart) {
   const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--grid"), width: 1 }, ticks: { show: false } };
   const values = (_, splits) => splits.map((split) => (split == null ? "" : figure(split)));
@@ -48,9 +53,9 @@ function draw(place, chart) {
   const options = {
     width: Math.max(place.clientWidth, 200),
     height: HEIGHT,
-    scales: { x: { time: false }, y: chart.log ? { distr: 3, range: logarithmicRange } : {} },
+    scales: { x: { time: false }, y: rangeOf(chart) },
     axes: [
-      { ...axis, values, space: 60 },
+      { ...axis, values, space: 40, size: 28 },
       { ...axis, values, size: 62 },
     ],
     series: [{ label: "kimg", value: (_, value) => figure(value) }, ...allSeries(chart)],
@@ -78,7 +83,7 @@ function moveCursor(plot, key) {
 }
 
 function sameCurves(one, other) {
-  const fixed = ({ log, labels, goal, colours }) => JSON.stringify([log, labels, goal, colours]);
+  const fixed = ({ log, zero, labels, goal, colours }) => JSON.stringify([log, zero, labels, goal, colours]);
   return fixed(one) === fixed(other);
 }
 

@@ -5,12 +5,14 @@
 const EVERY_MS = 5000;
 const TICKED_AT_FIRST = 8;
 const ORDER = ["distance", "divergence", "generator", "fake-score", "loss", "speed"];
-const HEADINGS = ["Compare", "Run", "what", "state", "kimg", "loss", "distance", "FID", "img/s", "finding"];
+const HEADINGS = ["Compare", "Run", "what", "state", "kimg", "loss", "distance", "features", "FID", "img/s", "finding"];
+const SORTED_BY = ["", "name", "what", "state", "kimg", "loss", "distance", "features", "fid", "rate", "finding"];
 const FIRST_FIGURE = 5; // of HEADINGS: from here on, columns that are empty in all rows are hidden
 
 const plots = new Plots();
 const rows = new Map(); // of the table, by the run's name: { row, box, cells }
 let runs = [];
+let order = { by: "name", sign: 1 }; // of the rows
 
 function element(tag, text = "", attributes = {}) {
   const made = Object.assign(document.createElement(tag), attributes);
@@ -20,11 +22,32 @@ function element(tag, text = "", attributes = {}) {
 
 function makeTable() {
   const head = document.createElement("tr");
-  head.append(...HEADINGS.map((heading) => element("th", heading, { scope: "col" })));
+  head.append(...HEADINGS.map((heading, i) => {
+    const cell = element("th", SORTED_BY[i] ? "" : heading, { scope: "col" });
+    if (SORTED_BY[i]) {
+      cell.append(element("button", heading, { onclick: () => sortBy(SORTED_BY[i]) }));
+    }
+    return cell;
+  }));
   const table = document.getElementById("table");
   table.append(document.createElement("thead"), document.createElement("tbody"));
   table.tHead.append(head);
   return table.tBodies[0];
+}
+
+function sortBy(by) {
+  order = { by, sign: by === order.by ? -order.sign : 1 };
+  showRows(document.getElementById("table").tBodies[0]);
+}
+
+// Runs without the value come last in either direction.
+function sorted() {
+  const { by, sign } = order;
+  return [...runs].sort((one, other) => {
+    const [a, b] = [one[by] ?? "", other[by] ?? ""];
+    if (a === "" || b === "") return (a === "") - (b === "");
+    return sign * (typeof a === "number" ? a - b : a.localeCompare(b));
+  });
 }
 
 function makeRow(name) {
@@ -46,7 +69,7 @@ function showRows(body) {
     if (!rows.has(run.name)) rows.set(run.name, makeRow(run.name));
     const total = run.total == null ? "" : ` of ${figure(run.total)}`;
     const texts = [run.what, run.state, figure(run.kimg) + total];
-    texts.push(...[run.loss, run.distance, run.fid, run.rate].map(figure), run.finding);
+    texts.push(...[run.loss, run.distance, run.features, run.fid, run.rate].map(figure), run.finding);
     rows.get(run.name).cells.forEach((cell, i) => {
       if (cell.textContent !== texts[i]) cell.textContent = texts[i];
     });
@@ -59,7 +82,12 @@ function showRows(body) {
     const isEmpty = i >= FIRST_FIGURE && cells.every((cell) => ["", "–"].includes(cell.textContent));
     for (const cell of [body.parentElement.tHead.rows[0].children[i], ...cells]) cell.hidden = isEmpty;
   });
-  const wanted = runs.map((run) => rows.get(run.name).row);
+  SORTED_BY.forEach((by, i) => {
+    const cell = body.parentElement.tHead.rows[0].children[i];
+    if (by === order.by) cell.setAttribute("aria-sort", order.sign > 0 ? "ascending" : "descending");
+    else cell.removeAttribute("aria-sort");
+  });
+  const wanted = sorted().map((run) => rows.get(run.name).row);
   if (wanted.length !== body.rows.length || wanted.some((row, i) => row !== body.rows[i])) body.replaceChildren(...wanted);
 }
 
@@ -74,7 +102,8 @@ function compared(name, chosen) {
   const goal = having.map((run) => run.charts[name].goal).find(Boolean) ?? null;
   const labels = having.map((run) => run.name);
   const colours = having.map((run) => runs.indexOf(run)); // the same in every chart
-  return { name, title: having[0].charts[name].title, log, kimg, labels, colours, values, goal };
+  const { title, zero } = having[0].charts[name];
+  return { name, title, log: log && !zero, zero, kimg, labels, colours, values, goal };
 }
 
 function drawCharts() {

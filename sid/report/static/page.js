@@ -24,10 +24,40 @@ function slide(box) {
   show();
 }
 
+// A command breaks between its words only, not after the dashes of an option.
+function keepWords(block) {
+  const code = block.firstElementChild;
+  if (code.textContent.includes("\n")) return;
+  const words = code.textContent.split(" ").map((text) => {
+    const word = document.createElement("span");
+    word.textContent = text;
+    return [word, " "];
+  });
+  code.replaceChildren(...words.flat().slice(0, -1));
+  block.className = "command";
+}
+
+// Where the browser lets a page copy.
+function offerCopy(block) {
+  const button = document.createElement("button");
+  button.textContent = "Copy";
+  button.addEventListener("click", async () => {
+    const copied = navigator.clipboard.writeText(block.textContent);
+    button.textContent = await copied.then(() => "Copied", () => "Failed");
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
+  const box = document.createElement("div");
+  box.className = "copied";
+  block.replaceWith(box);
+  box.append(block, button);
+}
+
 function start() {
   const data = JSON.parse(document.getElementById("data").textContent);
   const frames = document.getElementById("frames");
   if (frames) slide(frames);
+  document.querySelectorAll("pre").forEach(keepWords);
+  if (navigator.clipboard) document.querySelectorAll("pre").forEach(offerCopy);
   for (const chart of data.charts) plots.show(document.getElementById(`chart-${chart.name}`), chart);
   for (const time of document.querySelectorAll("time")) {
     const date = new Date(time.dateTime);
