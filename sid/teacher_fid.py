@@ -11,9 +11,12 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import cache_folder
 from dnnlib.files import write_atomically
+from edm import zoo
+from edm.metrics.detector import DEFAULT_DETECTOR
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.sources import NetworkSource
 from edm.next_steps import METRICS_STEPS
+from edm.published import FILES, reference_of
 from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
 from torch_utils import distributed
 from torch_utils.records import is_figure
@@ -30,8 +33,9 @@ def teacher_fid(
 ) -> MultiStepFid | None:
     """The teacher's FID by the run's first FID metric; every process must call it.
 
-    As its file, the run that trained it, or an earlier run that measured it recorded it; otherwise it is measured now,
-    with 35 evaluations per image, and kept in the cache folder. A guided teacher's is that of its guided images.
+    As its owners published it, or its file, the run that trained it, or an earlier run that measured it recorded it;
+    otherwise it is measured now, with 35 evaluations per image, and kept in the cache folder. A guided teacher's is
+    that of its guided images.
 
     source: the teacher's file. wanted: whether to measure it; None: if that takes at most SHARE evaluations per image
         of the run.
@@ -51,7 +55,9 @@ def teacher_fid(
     found = None
     if distributed.rank() == 0:
         if teacher is inputs.teacher:
-            found = recorded_fid(teacher, source, metric, evaluator.detector.sha256)
+            found = _published_fid(source, evaluator) or recorded_fid(
+                teacher, source, metric, evaluator.detector.sha256
+            )
         found = found or _read(file)
     found = distributed.from_process_0(found)
     evaluations = _evaluations(teacher) * (2 * METRICS_STEPS - 1)
@@ -63,6 +69,16 @@ def teacher_fid(
     if distributed.rank() == 0:
         _write(file, {"value": record["value"], "evaluations": evaluations})
     return MultiStepFid(record["value"], evaluations)
+
+
+def _published_fid(source: str, evaluator: Evaluator) -> MultiStepFid | None:
+    """The figure of a published teacher's owners, if the run measures what they did."""
+    entry, reference = zoo.published(source), evaluator.reference
+    if entry is None or entry.fid is None or entry.nfe is None or reference is None:
+        return None
+    theirs = (50_000, FILES[DEFAULT_DETECTOR].sha256, reference_of(entry))
+    own = (evaluator.metrics[0].num, evaluator.detector.sha256, Path(reference.path).stem)
+    return MultiStepFid(entry.fid, entry.nfe) if own == theirs else None
 
 
 def _evaluations(net: Any) -> int:

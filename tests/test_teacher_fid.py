@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from edm.metrics.detector import load_detector, save_detector
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.small_classifier import SmallClassifier
 from edm.metrics.sources import NetworkSource, TensorSource
+from edm.published import FILES
 from edm.snapshot_metrics import MultiStepFid
 from edm.zoo import save_network
 from sid import teacher_fid as room
@@ -96,6 +98,27 @@ def test_a_guided_teacher_has_another(inputs, tmp_path):
     inputs.teacher.metadata = {"fid": {"metric": f"fid{NUM}", "detector_sha256": detector, "evaluations_79": 7.0}}
     assert find(inputs, True) == MultiStepFid(7.0, 79)
     assert find(inputs, True, guidance="long=3") == guided
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        ({}, MultiStepFid(1.97, 35)),
+        ({"name": "teacher.safetensors"}, None),
+        ({"num": 5000}, None),
+        ({"detector": "another"}, None),
+        ({"reference": "own.npz"}, None),
+    ],
+)
+def test_a_published_teachers_owners_figure_counts_for_what_they_measured(change, known):
+    values = {"name": "edm-cifar10-32x32-uncond-vp", "num": 50_000, "reference": "cache/cifar10-32x32.npz", **change}
+    detector = change.get("detector", FILES["inception-2015-12-05"].sha256)
+    evaluator = SimpleNamespace(
+        metrics=[SimpleNamespace(num=values["num"])],
+        detector=SimpleNamespace(sha256=detector),
+        reference=SimpleNamespace(path=values["reference"]),
+    )
+    assert room._published_fid(values["name"], evaluator) == known
 
 
 def test_nothing_to_measure(inputs):
