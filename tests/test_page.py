@@ -246,7 +246,7 @@ def test_the_header_has_the_last_distances_and_the_time(tmp_path):
     write_lines(run / "stats.jsonl", [{"Progress/kimg": 30.0, "Timing/total_sec": 3661.0}])
     write_lines(run / "teacher-distance.jsonl", [{"kimg": 20.0, "value": 0.01, "features": 1.25}])
     page = Page(write_page(run))
-    measured = "distance 0.01 · features 1.25 (at best 1) · fid5k 70"
+    measured = "distance 0.01 · features 1.25 (teacher 1) · fid5k 70"
     assert f"finished 30 kimg of 30 (100%) in 1h 01m 01s · {measured}" in page.text
 
 

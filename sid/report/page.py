@@ -138,7 +138,7 @@ def _latest(record: RunRecord) -> list[str]:
         last = record.distances[-1]
         found.append(f"distance {last['value']:.3g}")
         if "features" in last:
-            found.append(f"features {last['features']:.3g} (at best 1)")
+            found.append(f"features {last['features']:.3g} (teacher 1)")
     if (fid := record.fid) is not None:
         beside = "" if fid.teacher is None else f" (teacher {fid.teacher:.4g})"
         found.append(f"{fid.name} {fid.last:.4g}{beside}")
