@@ -47,11 +47,15 @@ def has_only(options, *kinds):
 CALC_CHECKS = (Idle(("data",), "with --ref, which holds its statistics", lambda options: options["ref"] is not None),)
 EVAL_CHECKS = (
     *generate.CHECKS,
-    Idle(("ref", "data", "detector"), "for CLIP scores alone", lambda options: has_only(options, "clip")),
+    Idle(
+        ("ref", "data", "detector"),
+        "for CLIP scores and grounds alone",
+        lambda options: has_only(options, "clip", "ground"),
+    ),
     Idle(
         ("data",),
         "without kid or pr in --metrics, or fid without --ref",
-        lambda options: has_only(options, "is", "clip", *([] if options["ref"] is None else ["fid"])),
+        lambda options: has_only(options, "is", "clip", "ground", *([] if options["ref"] is None else ["fid"])),
     ),
 )
 
@@ -121,8 +125,9 @@ def evaluate_network(
     """Metrics of a network's images, made and scored in one pass without files in between.
 
     The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr. CLIP
-    scores say how well the images of a text-to-image network match their --prompts. If the number of
-    images isn't a multiple of the number of prompts, the prompts are shuffled.
+    scores say how well the images of a text-to-image network match their --prompts, and ground1k whether
+    they have the colour in "on a blue ground". If the number of images isn't a multiple of the number of
+    prompts, the prompts are shuffled.
     """
     with running(device, json_file) as device:
         from edm import zoo

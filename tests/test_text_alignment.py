@@ -15,11 +15,13 @@ from tiny import CPU, tiny_teacher
 import fid
 from dnnlib import UserError
 from edm import zoo
-from edm.metrics import text_alignment
+from edm.metrics import ground_colour, text_alignment
 from edm.metrics.clip import ClipEncoder
 from edm.metrics.evaluate import Evaluator
+from edm.metrics.records import describe
 from edm.metrics.sources import TensorSource
 from edm.metrics.text_alignment import align, distinct
+from edm.small_teachers.captions import GROUNDS
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
@@ -177,6 +179,35 @@ def test_the_table(tmp_path):
     shown = text_alignment.describe_table(rows).splitlines()
     assert shown[2].split()[-2:] == ["west", "north-east"]
     assert shown[-1].endswith("the same")
+
+
+# --- the ground
+
+
+def test_the_ground_that_a_prompt_asks_for():
+    """Grounds with noise and a picture in front, right or exchanged; the library isn't asked."""
+    names = list(GROUNDS)
+    images = torch.full([len(names), 3, 12, 12], 255)
+    images[:, :, [0, 1, -2, -1]] = torch.tensor(list(GROUNDS.values()))[:, :, None, None]
+    images = (images + torch.randint(-20, 21, images.shape)).clamp(0, 255).to(torch.uint8)
+    images[:, :, :2, 3:5] = 0  # a minority
+    prompts = [f"an apple on a {name} ground, left" for name in names]
+    assert ground_colour.share_right(ground_colour.colours(images), prompts) == 1
+    assert ground_colour.share_right(ground_colour.colours(images.roll(1, dims=0)), prompts) == 0
+
+    class Grounds(TensorSource):
+        def prompts(self, num):
+            return prompts, [*range(num - 2), 0, 0]
+
+    evaluator = Evaluator(["ground8", "ground6"], batch=3)
+    records = evaluator(Grounds([images]))
+    assert [record["values"] for record in records] == [{"ground": 6 / 8}, {"ground": 1}]
+    assert "detector" not in records[0]
+    assert describe(records[0]) == "ground8: ground 0.75; 8 images"
+    with pytest.raises(UserError, match=r"'dogs' names no ground; .* red, orange"):
+        evaluator(Captioned([0] * 8, ["dogs"] * 8))
+    with pytest.raises(UserError, match="these images have none"):
+        evaluator(TensorSource([images]))
 
 
 # --- the command

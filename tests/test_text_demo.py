@@ -1,8 +1,8 @@
 """The embedded text-to-image teacher and what measures its generators."""
 
 import pytest
-import torch
 
+from edm.metrics import ground_colour
 from edm.sampler import generate_all
 from edm.small_teachers import captions, pictures
 from edm.text_encoders import read_prompts
@@ -27,10 +27,6 @@ def test_the_prompts_are_those_of_the_font():
 def test_the_teacher_paints_the_colour_that_a_new_prompt_asks_for():
     chosen = PROMPTS["held-out"][::12]
     net = guided_teacher(teacher_of(TEXT_DEMO / "teacher", chosen), None, parse_guidance("long-short=2"))
-    images = generate_all(net, range(len(chosen)), steps=6).float()
-    numbers = net.prompts.numbers_of_seeds(range(len(chosen)))
-    colours = torch.tensor(list(captions.GROUNDS.values()), dtype=torch.float32)
-    edge = images[:, :, :2].mean(dim=(2, 3))  # the pictures don't reach it
-    found = torch.cdist(edge, colours).argmin(dim=1).tolist()
-    asked = [next(i for i, name in enumerate(captions.GROUNDS) if f" {name} ground" in chosen[n]) for n in numbers]
-    assert sum(map(int.__eq__, found, asked)) >= len(chosen) - 1
+    images = generate_all(net, range(len(chosen)), steps=6)
+    asked = [chosen[n] for n in net.prompts.numbers_of_seeds(range(len(chosen)))]
+    assert ground_colour.share_right(ground_colour.colours(images), asked) >= 1 - 1 / len(chosen)

@@ -18,6 +18,7 @@ from torch_utils import distributed
 from .data_reference import data_reference
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
 from .frechet import frechet_distance
+from .ground_colour import named, share_right
 from .inception_score import SPLITS
 from .kid import kernel_distance
 from .measure import DEFAULT_BATCH, Measured, measure
@@ -26,7 +27,8 @@ from .reference import Reference, load_reference
 from .sources import ImageSource, open_data
 from .text_alignment import Alignment, TextImageEncoder, align, distinct
 
-KINDS = ("fid", "is", "kid", "pr", "clip")
+KINDS = ("fid", "is", "kid", "pr", "clip", "ground")
+OF_PROMPTS = ("clip", "ground")  # kinds that compare images with their prompts, and take no detector
 NAME_PATTERN = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})(?P<num>\d{{1,9}})(?:(?P<kilo>k)(?P<k>\d{{1,9}})?)?(?P<full>_full)?",
     re.ASCII,
@@ -60,7 +62,7 @@ def parse_metric(name: str) -> Metric:
         )
     kind, k = match["kind"], int(match["k"] or NEIGHBOUR)
     num = int(match["num"]) * (1000 if match["kilo"] else 1)
-    least = {"fid": 2, "is": SPLITS, "kid": 2, "pr": k + 1, "clip": 2}[kind]
+    least = {"fid": 2, "is": SPLITS, "kid": 2, "pr": k + 1, "clip": 2, "ground": 1}[kind]
     if num < least or k < 1:
         raise dnnlib.UserError(f"--metrics={name}: {kind} needs at least {least} images")
     return Metric(name, kind, num, k, match["full"] is not None)
@@ -111,9 +113,9 @@ class Evaluator:
                 )
         self._encoder, self._prompts, self._embedded_prompts = encoder, [], torch.zeros(0)
         self.alignments: list[Alignment] = []
-        self._detector: Detector | None = None  # where only CLIP scores are measured
+        self._detector: Detector | None = None  # where only prompts are compared
         self.reference = reference if isinstance(reference, Reference | None) else load_reference(reference)
-        if any(metric.kind != "clip" for metric in self.metrics):
+        if any(metric.kind not in OF_PROMPTS for metric in self.metrics):
             if isinstance(detector, Detector):
                 self._detector = detector
                 if self.reference is not None:
@@ -137,7 +139,7 @@ class Evaluator:
 
     @property
     def detector(self) -> Detector:
-        """The detector of all metrics but CLIP scores."""
+        """The detector of the metrics that take one."""
         assert self._detector is not None
         return self._detector
 
@@ -150,7 +152,11 @@ class Evaluator:
         if kept and self._real is None:
             self._real = self._measure_real()
         embedded = max(of_kind["clip"], default=0)
-        prompts = self._prompts_of(source, embedded) if embedded else None
+        grounds = max(of_kind["ground"], default=0)
+        texts, own = self._prompts_of(source, max(embedded, grounds)) if embedded or grounds else ([], [])
+        asked = [texts[number] for number in own[:grounds]]
+        named(asked)  # before the images are made
+        prompts, numbers = distinct(texts) if embedded else ([], torch.zeros(0))
         measured = measure(
             source,
             self._detector,
@@ -161,13 +167,16 @@ class Evaluator:
             progress=self._progress,
             encoder=self._encoder,
             embeddings=embedded,
+            grounds=grounds,
         )
         records = None
         with distributed.shared_errors():
             if distributed.rank() == 0:
-                if prompts is not None:
-                    self.alignments.append(self._align(measured, *prompts))
-                records = [self._record(metric, self._finite(metric, measured), source) for metric in self.metrics]
+                if embedded:
+                    self.alignments.append(self._align(measured, prompts, numbers[own[:embedded]]))
+                records = [
+                    self._record(metric, self._finite(metric, measured, asked), source) for metric in self.metrics
+                ]
         return distributed.from_process_0(records)
 
     def _measure_real(self) -> torch.Tensor:
@@ -187,12 +196,14 @@ class Evaluator:
         assert measured.features is not None
         return measured.features
 
-    def _prompts_of(self, source: ImageSource, num: int) -> tuple[list[str], torch.Tensor]:
+    def _prompts_of(self, source: ImageSource, num: int) -> tuple[Sequence[str], list[int]]:
+        """(all prompts of a source, which of them each of its first `num` images has)"""
         found = source.prompts(num)
         if found is None:
-            raise dnnlib.UserError("--metrics: CLIP scores are of images that have prompts, and these have none")
-        prompts, numbers = distinct(found[0])
-        return prompts, numbers[found[1]]
+            raise dnnlib.UserError(
+                "--metrics: clip and ground compare images with their prompts, and these images have none"
+            )
+        return found
 
     def _align(self, measured: Measured, prompts: list[str], numbers: torch.Tensor) -> Alignment:
         assert self._encoder is not None
@@ -202,15 +213,18 @@ class Evaluator:
         embedded = self._embedded_prompts
         return align(measured.embeddings.to(embedded.device), embedded, prompts, numbers)
 
-    def _finite(self, metric: Metric, measured: Measured) -> dict[str, float]:
-        values = self._values(metric, measured)
+    def _finite(self, metric: Metric, measured: Measured, prompts: list[str]) -> dict[str, float]:
+        values = self._values(metric, measured, prompts)
         if not all(map(math.isfinite, values.values())):
             raise dnnlib.UserError(f"--metrics={metric.name}: comes out as {values}; check --ref and --detector")
         return values
 
-    def _values(self, metric: Metric, measured: Measured) -> dict[str, float]:
+    def _values(self, metric: Metric, measured: Measured, prompts: list[str]) -> dict[str, float]:
         if metric.kind == "clip":
             return self.alignments[-1].first(metric.num).values()
+        if metric.kind == "ground":
+            assert measured.grounds is not None
+            return {"ground": share_right(measured.grounds[: metric.num], prompts[: metric.num])}
         device = self.detector.device
         if metric.kind == "fid":
             assert self.reference is not None
@@ -248,13 +262,15 @@ class Evaluator:
             assert self._data is not None
             num_real = len(self._real) if metric.full else min(metric.num, len(self._real))
             record |= {"real_images": num_real, "real_source": self._data.describe(num_real).get("images")}
-        detector = self.detector if metric.kind != "clip" else self._encoder
-        assert detector is not None
         if metric.kind == "clip":
             record["ranked_among"] = len(self._prompts)
-        record |= {"detector": detector.name, "detector_sha256": detector.sha256, "batch": self._batch}
+        detector = self._encoder if metric.kind == "clip" else self._detector
+        if metric.kind != "ground":
+            assert detector is not None
+            record |= {"detector": detector.name, "detector_sha256": detector.sha256}
+        device = "cpu" if detector is None else detector.device.type
         versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-        return record | {"device": detector.device.type, "versions": versions}
+        return record | {"batch": self._batch, "device": device, "versions": versions}
 
 
 def evaluate(source: ImageSource, metrics: Sequence[str] = ("fid50k",), **options) -> list[dict]:

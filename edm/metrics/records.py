@@ -43,7 +43,9 @@ def describe(record: dict) -> str:
         of += ", seeds {}-{}".format(*record["seeds"])
     if record.get("ranked_among", 1) > 1:
         of += f", ranked among {record['ranked_among']} prompts"
-    return f"{record['metric']}: {', '.join(parts)}; {of}, detector {record['detector']}"
+    if record.get("detector") is not None:
+        of += f", detector {record['detector']}"
+    return f"{record['metric']}: {', '.join(parts)}; {of}"
 
 
 def check_appendable(path: str | os.PathLike | None) -> None:
