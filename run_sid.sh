@@ -4,19 +4,20 @@
 #   bash run_sid.sh RECIPE [options of sid_train.py]
 #
 #   demo                        pictures of clothes, from noise and a class
-#   demo-text                   pictures from prompts: a small Stable Diffusion pipeline, and what it draws for new prompts
+#   demo-text                   pictures from prompts in one step and in four (--steps=N: in N alone), and what new
+#                               prompts get: a small Stable Diffusion pipeline
 #   auto --edm_model=TEACHER    any teacher, such as one of your own: measures the start and the levels, tries rates
 #   cifar10-uncond  cifar10-cond  imagenet64-cond  ffhq64  afhq64-v2             SiD, without data
 #   the same names with -sida, such as cifar10-uncond-sida --data=images.zip     SiDA, with real images
 #   imagenet512-edm2-xs  …-s  …-m  …-l  …-xl  …-xxl                              SiD of EDM2's latent teachers
-#   sd15  sd21  sd35-medium  sana  flux-dev, such as sd15 --prompts=captions.txt  text to image
+#   sd15  sd21  sdxl  sd35-medium  sana  flux-dev, such as sd15 --prompts=captions.txt  text to image
 #
 # NPROC=8 bash run_sid.sh ...   sets the number of processes (default: the GPUs; on a CPU: two).
 # The other settings are in sid/recipes.py. The published trainings haven't been rerun here.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 recipe=$1
 shift
@@ -40,6 +41,7 @@ imagenet512-edm2-xl)   teacher=edm2-img512-xl                duration=200 ;;    
 imagenet512-edm2-xxl)  teacher=edm2-img512-xxl               duration=100 ;;        # 1.366 with SiDA
 sd15)                  teacher=stable-diffusion-v1-5/stable-diffusion-v1-5  duration=10 ;;  # 8.15 on COCO
 sd21)                  teacher=stabilityai/stable-diffusion-2-1-base        duration=10 ;;  # 9.52 on COCO
+sdxl)                  teacher=stabilityai/stable-diffusion-xl-base-1.0     duration=10 ;;
 sd35-medium)           teacher=stabilityai/stable-diffusion-3.5-medium      duration=2 ;;
 sana)                  teacher=Efficient-Large-Model/Sana_600M_512px_diffusers  duration=2 ;;
 flux-dev)              teacher=black-forest-labs/FLUX.1-dev                 duration=2 ;;
@@ -58,21 +60,40 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # The options of the command line come last, so that they win.
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" sid_train.py \
-    --recipe="$recipe" ${teacher:+--edm_model="$teacher"} --duration="$duration" "$@"
+train() {
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" sid_train.py \
+        --recipe="$recipe" ${teacher:+--edm_model="$teacher"} --duration="$duration" "$@"
+}
+newest() { ls -d training-runs/[0-9]*-"$1" | tail -n 1; }
+
+train "$@"
 
 case $recipe in demo | demo-text) ;; *) exit 0 ;; esac
 case " $* " in *" -n "* | *" --dry-run"* | *--outdir* | *--nosubdir*) exit 0 ;; esac
-run=$(ls -d training-runs/[0-9]*-"$recipe" | tail -n 1)
-"$PYTHON" -m sid.report "$run"
+case " $* " in *--desc*) exit 0 ;; esac
+runs=$(newest "$recipe")
+if [ "$recipe" = demo-text ]; then
+    case " $* " in
+    *--steps*) ;;
+    *)
+        train "$@" --steps=4 --desc=demo-text-4steps
+        runs="$runs $(newest demo-text-4steps)"
+        ;;
+    esac
+fi
+for run in $runs; do "$PYTHON" -m sid.report "$run"; done
 if [ "$recipe" = demo-text ]; then
     assets=$(dirname "$teacher")
-    rank() {
-        "$PYTHON" fid.py eval --prompts="$assets/held-out.txt" --clip="$assets/clip" --metrics=clip99 "$@" | sed '/^{/d'
+    match() {
+        "$PYTHON" fid.py eval --prompts="$assets/held-out.txt" --clip="$assets/clip" --metrics=clip99,ground99 "$@" |
+            sed '/^{/d'
     }
-    printf "\nPrompts that were never trained on: how often a small CLIP ranks an image's own prompt first (top1)\n\n"
-    printf 'The generator, one evaluation:\n'
-    rank --network="$run"
-    printf '\nThe guided teacher, 35 evaluations, each twice:\n'
-    rank --network="$teacher" --steps=18 --guidance=2
+    printf "\nPrompts that were never trained on: how often a small CLIP ranks an image's own prompt first (top1), and how\n"
+    printf 'often the ground has the colour of the prompt (ground)\n'
+    for run in $runs; do
+        printf '\nThe generator in %s:\n' "$run"
+        match --network="$run"
+    done
+    printf '\nThe guided teacher, 25 evaluations, each twice:\n'
+    match --network="$teacher" --steps=13 --guidance=2
 fi

@@ -87,7 +87,8 @@ def _edm2(size: str, dropout: float, duration: float) -> dict[str, Any]:
 
 
 # Text-to-image: SiD-LSG (arXiv:2406.01561) of Stable Diffusion, and four steps of flows (arXiv:2509.25127). The user
-# names prompts by --prompts. The lengths of the two for Stable Diffusion are this project's.
+# names prompts by --prompts. The lengths of those for Stable Diffusion are this project's choice, and so are all
+# settings of sdxl: those of Stable Diffusion, with the four steps that arXiv:2505.12674 made of SDXL.
 _TEXT: dict[str, Any] = {
     "alpha": 1.0,
     "ls": 1,
@@ -210,6 +211,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet512-edm2-xxl": _edm2("xxl", 0.1, 100),
     "sd15": {**_STABLE_DIFFUSION, "edm_model": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
     "sd21": {**_STABLE_DIFFUSION, "edm_model": "stabilityai/stable-diffusion-2-1-base"},
+    "sdxl": {**_STABLE_DIFFUSION, "edm_model": "stabilityai/stable-diffusion-xl-base-1.0", "steps": 4},
     "sd35-medium": {**_TEXT_FLOW, "edm_model": "stabilityai/stable-diffusion-3.5-medium"},
     "sana": {**_TEXT_FLOW, "edm_model": "Efficient-Large-Model/Sana_600M_512px_diffusers", "lr": 5e-6, "glr": 5e-6},
     "flux-dev": {**_TEXT_FLOW, "edm_model": "black-forest-labs/FLUX.1-dev"},

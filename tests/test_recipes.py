@@ -26,7 +26,7 @@ SIDA_IMAGES = {"cifar10-uncond": 32, "cifar10-cond": 32, "imagenet64-cond": 32, 
 
 
 # FID of the published generators, one evaluation.
-TEXT_FID = {"sd15": "8.15", "sd21": "9.52", "sd35-medium": "", "sana": "", "flux-dev": ""}  # on COCO-2014
+TEXT_FID = {"sd15": "8.15", "sd21": "9.52", "sdxl": "", "sd35-medium": "", "sana": "", "flux-dev": ""}  # on COCO-2014
 EDM2_SIDA = {
     f"imagenet512-edm2-{size}": fid
     for size, fid in zip(
@@ -55,6 +55,12 @@ def test_published_settings_of_text_to_image():
         assert found["sigma_schedule"] == found["fake_sigma_schedule"] == levels
         expected = (1, 2.5017, None, 512) if name == "sd15" else (4, 999, "time", 256)
         assert (found["steps"], found["init_sigma"], found["weighting"], found["batch"]) == expected
+    plain, large = (RECIPES[name] for name in ("sd15", "sdxl"))
+    assert {name for name in large if large[name] != plain.get(name)} == {"edm_model", "steps"}
+    for kappa in (1.5, 2, 3, 4.5):  # SiD-LSG's
+        assert dry_run("--recipe=sd21", "--prompts=a.txt", f"--guidance=long-short={kappa}")["guidance"] == (
+            f"long-short={kappa}"
+        )
 
 
 @pytest.mark.parametrize("name", SID)
@@ -155,6 +161,18 @@ def test_the_shell_script_passes_them_on(tmp_path):
     assert done.stdout.strip().endswith(
         f"--duration=0.004 --outdir={tmp_path}"
     )  # nothing after it: the run is elsewhere
+    for name in ("demo-text", "demo-text-4steps"):
+        (tmp_path / "training-runs" / f"00001-{name}").mkdir(parents=True)
+    for file in ("run_sid.sh", "setup_env.sh"):
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    for options, trainings in ((["--lr=0.01"], 2), (["--steps=2"], 1)):
+        command = ["bash", str(tmp_path / "run_sid.sh"), "demo-text", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        made = [line for line in done.stdout.splitlines() if "sid_train.py" in line]
+        assert len(made) == trainings
+        assert all(options[0] in line for line in made)
+        scored = [line for line in done.stdout.splitlines() if line.startswith("fid.py eval")]
+        assert len(scored) == trainings + 1
     wrong = subprocess.run(["bash", str(ROOT / "run_sid.sh"), "cifar"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "afhq64-v2" in wrong.stderr
