@@ -75,7 +75,10 @@ class DiffusersDenoiser(LibraryDenoiser):
         library()
         name = model.get("_class_name")
         if name not in MODELS:
-            raise UserError(f"its model is a {str(name)[:80]!r}; the supported classes are {' and '.join(MODELS)}")
+            raise UserError(
+                f"its model is a {str(name)[:80]!r}; the supported classes are {' and '.join(MODELS)}, and in"
+                " text-to-image pipelines those of Stable Diffusion 1 to 3, FLUX.1 and SANA"
+            )
         given = {} if dropout is None else {"dropout": dropout}
         net = build(name, {**model, **given})
         channels, resolution = shape_of(net.config)

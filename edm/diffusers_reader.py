@@ -145,6 +145,8 @@ def _parts(path: Path) -> tuple[Path, Path, Path | None]:
         if len(found) != 1:
             raise UserError(f"{path}: {INDEX_FILE} names neither a unet nor a transformer, or names both")
         folder = path / found[0] if (path / found[0] / CONFIG_FILE).is_file() else path
+        if not (folder / CONFIG_FILE).is_file():
+            raise UserError(f"{path}: {INDEX_FILE} names a {found[0]}, but there is no {found[0]}/{CONFIG_FILE}")
     vae = next((vae for vae in vaes if (vae / CONFIG_FILE).is_file()), None)
     if vae is not None and vae not in named and vae.parent != path and _makes_images(folder, vae):
         vae = None

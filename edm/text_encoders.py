@@ -59,7 +59,10 @@ def tokens_of(path: Path) -> int:
     family, _ = supported_parts(path, with_weights=False)
     if not family.has_clip_tokens:
         return family.other_tokens
-    length = read_config(path / "tokenizer" / "tokenizer_config.json").get("model_max_length")
+    tokenizer = path / "tokenizer" / "tokenizer_config.json"
+    if not tokenizer.is_file():
+        raise UserError(f"{path}: {INDEX_FILE} names a tokenizer, but there is no tokenizer/{tokenizer.name}")
+    length = read_config(tokenizer).get("model_max_length")
     if type(length) is not int or not 0 < length < 10_000:
         raise UserError(f"{path / 'tokenizer'}: names no model_max_length, how many tokens a prompt has at most")
     return length + family.other_tokens

@@ -64,8 +64,9 @@ class Family(ABC):
         """(conditions of prompts, null conditions if the pipeline makes them at the same time), rows on the CPU."""
 
     def null(self, pipeline: Any, device: Any) -> Tensor:
-        """The null condition, where `encode` doesn't return one."""
-        return self.encode(pipeline, [""], device)[0]
+        """The null condition, where `encode` didn't return one."""
+        encoded, null = self.encode(pipeline, [""], device)
+        return encoded if null is None else null
 
     def limit(self, pipeline: Any) -> tuple[Any, int]:
         """(the tokenizer that takes the longest prompts, how many tokens it takes)."""

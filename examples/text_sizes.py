@@ -16,6 +16,7 @@ CLIP = {"tokenizer": "CLIPTokenizer", "text_encoder": "CLIPTextModel"}
 CLIP_2 = {"tokenizer_2": "CLIPTokenizer", "text_encoder_2": "CLIPTextModelWithProjection"}
 TOKENS = 77  # of CLIP's prompts
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
@@ -28,6 +29,13 @@ VAE = {
 }
 
 SIZES: dict[str, dict[str, Any]] = {  # pipeline, its model, VAE, scheduler, tokenizers and text encoders
+    "sd15": {
+        "pipeline": "StableDiffusionPipeline",
+        "unet": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
+        "vae": {**VAE, "latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None},
+        "scheduler": {"_class_name": "PNDMScheduler", **BETAS},
+        "text": CLIP,
+    },
     "sdxl": {
         "pipeline": "StableDiffusionXLPipeline",
         "unet": {
@@ -45,12 +53,7 @@ SIZES: dict[str, dict[str, Any]] = {  # pipeline, its model, VAE, scheduler, tok
             "use_linear_projection": True,
         },
         "vae": {**VAE, "latent_channels": 4, "scaling_factor": 0.13025, "shift_factor": None},
-        "scheduler": {
-            "_class_name": "EulerDiscreteScheduler",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-        },
+        "scheduler": {"_class_name": "EulerDiscreteScheduler", **BETAS},
         "text": CLIP | CLIP_2,
     },
     "sd35-medium": {

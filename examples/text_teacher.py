@@ -84,6 +84,15 @@ def train_vae(source: CaptionedEmoji, kimg: float) -> AutoencoderKL:
     return vae
 
 
+def forget_paths(folder: Path) -> None:
+    """Takes the paths on this machine out of the configurations that the libraries save."""
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not {"_name_or_path", "name_or_path"}.isdisjoint(values):
+            kept = {name: value for name, value in values.items() if not name.endswith("name_or_path")}
+            file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
 def train(name: str, loss, net: torch.nn.Module, steps: int, rate=RATE, average=None, save=lambda: None) -> None:
     """Takes so many steps along the gradients of `loss`. average: of the weights, which are those that `save` saves."""
     parameters = list(net.parameters())
@@ -208,6 +217,7 @@ def main() -> None:
     train("U-Net", loss, trained, steps, average=average, save=lambda: pipeline.save_pretrained(out))
     if arguments.half:
         StableDiffusionPipeline.from_pretrained(out).to(torch.float16).save_pretrained(out)
+    forget_paths(out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from tiny import CPU, equal, save, tiny_config, tiny_distillation, tiny_teacher, weights
+from tiny import (
+    CPU,
+    assert_same_training,
+    equal,
+    on_two_processes,
+    save,
+    smoothed,
+    tiny_config,
+    tiny_distillation,
+    tiny_teacher,
+    weights,
+)
 
 from dnnlib import UserError
 from edm import generate, onnx_file, zoo
@@ -181,6 +192,40 @@ def test_both_phases_train_the_same_step(monkeypatch):
     by_iteration = {nimg: {step for other, step in seen if other == nimg} for nimg, _ in seen}
     assert {len(steps) for steps in by_iteration.values()} == {1}
     assert set.union(*by_iteration.values()) == {0, 1, 2}
+
+
+def three_steps():
+    """Weights after four iterations, and which step each of them trained."""
+    distillation = smoothed(tiny_distillation(steps=3, augment=0))
+    steps = []
+    for _ in range(4):
+        steps.append(distillation._step())
+        distillation.iteration()
+    return {**weights(distillation), "steps": torch.tensor(steps)}
+
+
+def test_two_processes_train_the_same_steps_as_one(tmp_path):
+    first, second = on_two_processes(three_steps, tmp_path)
+    alone = three_steps()
+    assert equal(first, second)
+    assert len(alone["steps"].unique()) > 1
+    assert torch.equal(first.pop("steps"), alone.pop("steps"))
+    assert_same_training(first, alone, weights(tiny_distillation(steps=3, augment=0)))
+
+
+def test_one_step_is_plain_sid_bit_by_bit(monkeypatch):
+    found = tiny_distillation(steps=1, steps_noise="ddim", steps_shift=3.0)
+    for _ in range(2):
+        found.iteration()
+
+    def plain(self, z, condition=None, randn_like=None, step=None):
+        return self.net(2.5 * z, torch.full([len(z), 1, 1, 1], 2.5), condition)
+
+    monkeypatch.setattr(Generator, "sample", plain)
+    expected = tiny_distillation()
+    for _ in range(2):
+        expected.iteration()
+    assert equal(weights(found), weights(expected))
 
 
 @pytest.mark.parametrize("noise", STEPS_NOISES)

@@ -60,6 +60,9 @@ def test_the_null_condition_is_the_librarys(text_pipelines):
     """The empty prompt for Stable Diffusion; zeros for XL, as its configuration says."""
     plain, large = (teacher_of(text_pipelines[kind]) for kind in ("stable_diffusion", "stable_diffusion_xl"))
     assert not large.prompts.null(1).any()
+    for net in (plain, large):  # without prompts it is the same
+        (null,) = text_encoders.TextEncoder(net.metadata["text"]).encode([])
+        assert torch.equal(null, net.prompts.null(1))
     empty = text_encoders.prompts_for(plain, [""])
     assert torch.equal(plain.prompts.null(1), empty.draw(1, randint=lambda high: torch.zeros(1, dtype=torch.int64)))
 
@@ -184,6 +187,10 @@ def test_pipelines_that_are_not_supported(text_pipelines, tmp_path, damage, word
     ("change", "words"),
     [
         (lambda folder: shutil.rmtree(folder / "text_encoder"), "there is no folder text_encoder/"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "there is no tokenizer/tokenizer_config.json"),
+        (lambda folder: shutil.rmtree(folder / "unet"), "names a unet, but there is no unet/config.json"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "names a VAE, but there is no vae/config.json"),
+        (lambda folder: shutil.rmtree(folder / "scheduler"), "has no scheduler_config.json"),
         (lambda folder: (folder / "text_encoder/model.safetensors").rename(folder / "model.bin"), "no .safetensors"),
         (lambda folder: (folder / "text_encoder/model.safetensors").write_bytes(b"junk"), "can't be loaded"),
         (lambda folder: (folder / "tokenizer/tokenizer.json").write_bytes(b"{"), "can't be loaded"),
@@ -244,7 +251,13 @@ def test_a_model_without_its_pipeline(text_pipelines):
 
 @pytest.mark.parametrize(
     ("name", "millions", "size"),  # as published, SD3.5's without its table of positions
-    [("sdxl", 2567, 1024), ("sd35-medium", 2243, 1024), ("sana-600m", 592, 512), ("flux-dev", 11901, 1024)],
+    [
+        ("sd15", 860, 512),
+        ("sdxl", 2567, 1024),
+        ("sd35-medium", 2243, 1024),
+        ("sana-600m", 592, 512),
+        ("flux-dev", 11901, 1024),
+    ],
 )
 def test_published_sizes(tmp_path, monkeypatch, name, millions, size):
     """examples/text_sizes.py writes enough for an estimate."""
