@@ -21,6 +21,7 @@ from .text_pipelines import LATEST, WHOLE, flow_call, flow_scheduler
 
 FILE = "pytorch_lora_weights.safetensors"  # that the library looks for in a folder
 MAX_RESIDUAL = 1e-3  # of what the factors leave of a matrix's change, relative to the change
+STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the teacher's weights, with --lora-base=half
 OVERSAMPLED, POWER_ITERATIONS = 8, 4  # of the randomised decomposition
 
 
@@ -42,17 +43,18 @@ def write(net: Any, base: Any, path: Path) -> str:
         raise UserError("--to=lora: is for generators of one step that were distilled with --lora-rank")
     scheduler = _flow_scheduler(net, steps) if is_flow else _scheduler(net, steps.levels[0])
     part, factors = net.family.folder, {}
-    theirs = base.net.state_dict()
+    theirs, stored = base.net.state_dict(), STORED.get(metadata.get("lora_base", ""))
     for name, weight in net.net.state_dict().items():
-        change = weight - theirs[name]
-        if change.any():
+        if not torch.equal(weight, theirs[name]):
             module, _, kind = name.rpartition(".")
             if kind != "weight" or weight.ndim < 2:
                 raise UserError(
                     f"--to=lora: {name} differs from the teacher's, and a LoRA file holds matrices only; distil with"
                     " --lora-vectors=0"
                 )
-            a, b = factorised(change, rank, name)
+            a, b = _updates(weight, theirs[name], rank, name, stored)
+            if not b.any():  # it is the teacher's, rounded
+                continue
             factors[f"{part}.{module}.lora_A.weight"], factors[f"{part}.{module}.lora_B.weight"] = a, b
     if not factors:
         raise UserError("--to=lora: the generator has its teacher's weights")
@@ -60,8 +62,9 @@ def write(net: Any, base: Any, path: Path) -> str:
         save_file(factors, folder / FILE, {"format": "pt"})
         scheduler.save_pretrained(folder / "scheduler")
     arguments = flow_call(net, steps) if is_flow else 'prompt="...", num_inference_steps=1, guidance_scale=1'
+    rounding = "" if stored is None else f"pipeline.to({stored}); "
     return (
-        f'pipeline.load_lora_weights("{path}"); pipeline.scheduler ='
+        f'{rounding}pipeline.load_lora_weights("{path}"); pipeline.scheduler ='
         f' {type(scheduler).__name__}.from_pretrained("{path}/scheduler"); pipeline({arguments})'
     )
 
@@ -87,6 +90,18 @@ def _flow_scheduler(net: TextDenoiser, steps: Steps) -> Any:
             " it by --to=diffusers, or distil with --init_sigma=999"
         )
     return flow_scheduler(net, steps, "--to=lora")
+
+
+def _updates(
+    weight: torch.Tensor, theirs: torch.Tensor, rank: int, name: str, stored: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of a matrix's change from the teacher's, which training may have rounded to `stored`."""
+    if stored is not None:
+        try:
+            return factorised(weight - theirs.to(stored).to(weight.dtype), rank, name)
+        except UserError:  # not this one
+            pass
+    return factorised(weight - theirs, rank, name)
 
 
 def factorised(change: torch.Tensor, rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,7 @@ COMMAND_LINE = {
 MEASURED = ("init_sigma", "tmax")  # `auto` on the command line, None here: measured on the teacher when a run begins
 OPTIMIZERS = ("adam", "muon")
 ADAM_STATES = ("fp32", "bf16")
+LORA_BASES = ("full", "half")
 DROP_LABELS = ("before", "after")
 FAKE_SCORE_WEIGHTINGS = ("edm", "prediction", "noise")
 
@@ -117,6 +118,7 @@ class DistillationConfig:
     adam_state: str = "fp32"  # Adam's second moments, one of ADAM_STATES
     lora_rank: int | None = None  # rank of the updates that generator and fake score learn; None: all weights
     lora_vectors: bool = True  # with lora_rank, whether the generator's biases and norms are trained, too
+    lora_base: str = "full"  # with lora_rank, precision of the shared weights: full, or half as the layers'
     guidance: Guidance | None = None  # of the score networks: by classes, and of the teacher by a weaker one
     drop_labels: str = "before"  # where guidance drops labels: before generating, as published, or after
     gan: bool = False  # SiDA: an additional adversarial loss, from real images
@@ -146,6 +148,7 @@ class DistillationConfig:
             ("steps-noise", self.steps_noise, STEPS_NOISES),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("adam-state", self.adam_state, ADAM_STATES),
+            ("lora-base", self.lora_base, LORA_BASES),
             ("drop-labels", self.drop_labels, DROP_LABELS),
             ("fake-score-weighting", self.fake_score_weighting, FAKE_SCORE_WEIGHTINGS),
         ):
@@ -245,6 +248,11 @@ class DistillationConfig:
         return self.gan and nimg >= self.gan_start_kimg * 1000
 
     @property
+    def stores_half(self) -> bool:
+        """Whether weights of the teacher that its layers only cast to half precision are stored in it."""
+        return self.precision in ("bf16", "fp16") and (not self.lora_rank or self.lora_base == "half")
+
+    @property
     def passes_scores(self) -> bool:
         """Whether the generator's gradient ever passes through both networks."""
         return self.score_gradient.kimg < math.inf and self.generator_objective.passes_scores
@@ -264,6 +272,8 @@ def resolve(config: DistillationConfig, teacher: Any, device: Any) -> Distillati
     if config.precision is None:
         half = getattr(teacher, "use_fp16", False) if config.use_fp16 is None else config.use_fp16
         config = dataclasses.replace(config, precision="fp16" if half and device.type != "cpu" else "fp32")
+    if config.lora_base == "half" and config.precision not in ("bf16", "fp16"):
+        raise UserError(f"--lora-base=half: the layers work in {config.precision}; add --precision=bf16")
     return config
 
 

@@ -3,7 +3,7 @@
 A weight of shape [out, ...], seen as a matrix [out, in], becomes W + s B A with W frozen and shared, A [r, in] and
 B [out, r] trained. A starts as N(0, 1/in), B as zero, so the network starts unchanged. Biases and norms are trained
 whole, and so is a matrix whose two factors would hold at least as many numbers as the matrix itself: with a large
-enough rank, this is ordinary training.
+enough rank, this is ordinary training. W may be stored in half precision (`store_bases`); the sum is float32.
 
 The scale s = sqrt(in/r), in LoRA's terms alpha = sqrt(in r), keeps the meaning of learning rates: Adam's first
 step moves every number in B by lr, hence every number in s B A by lr in root mean square, whatever the rank.
@@ -54,7 +54,7 @@ class LowRank(torch.nn.Module):
     def forward(self) -> torch.Tensor:
         base = self.base
         with torch.autocast(base.device.type, enabled=False):  # half precision would lose small updates
-            return base + (self.scale * self.b @ self.a).view_as(base)  # in the memory layout of the base
+            return base.float() + (self.scale * self.b @ self.a).view_as(base)  # in the memory layout of the base
 
 
 def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None, matrices_only: bool = False) -> None:
@@ -79,6 +79,17 @@ def adapt(net: torch.nn.Module, rank: int, base: torch.nn.Module | None = None, 
     bases = dict((net if base is None else base).named_parameters(remove_duplicate=False))
     made = {parameter: LowRank(bases[name], rank) for name, parameter in net.named_parameters() if large(parameter)}
     compute_parameters(net, made, SUFFIX)
+
+
+def store_bases(net: torch.nn.Module, stored: torch.nn.Module) -> None:
+    """Stores the frozen weights below the updates of `net` in the precision that `stored` has its weights in.
+
+    stored: a network with the same parameter names as `net` before `adapt`.
+    """
+    dtypes = {name: p.dtype for name, p in stored.named_parameters(remove_duplicate=False)}
+    for name, module in net.named_modules(remove_duplicate=False):
+        if isinstance(module, LowRank):
+            module.base.data = module.base.data.to(dtypes[name.removesuffix(SUFFIX)])
 
 
 def merge(net: Network) -> Network:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnnlib import UserError
 from torch_utils import muon, precision
+from torch_utils.live_memory import LiveMemory
 from training.conditions import blank_condition, conditions_of
 from training.denoiser import DenoiserModule
 
@@ -72,23 +73,25 @@ def estimate(
     part = config.chunk or batch_gpu
     with _shapes_of(teacher, config, device) as net:
         phi = psi = _kept_activations(net, part, device, input_gradient=True)
-        stored = _bytes(net.parameters())
+        stored, recomputed = _bytes(net.parameters()), 0
         if config.lora_rank:  # psi also keeps the weights that it computes from phi's
             lora.adapt(net.requires_grad_(True), config.lora_rank)
             psi = _kept_activations(net.requires_grad_(False), part, device, input_gradient=True)
         train = _kept_activations(net.requires_grad_(True), batch_gpu, device)
+        if config.checkpoint:
+            recomputed = _recomputed_activations(net, batch_gpu, device)
         if config.share_noise:
             psi = _kept_activations(net, part, device, input_gradient=config.passes_scores)
         trained = _bytes(net.parameters())
         moments = trained if config.optimizer == "adam" else _bytes(muon.split(net)[1])
-        if dtype != torch.float32 and not config.lora_rank:  # phi's matrices are stored in it
-            net.requires_grad_(False)
+    if config.stores_half:  # phi's matrices
+        with _shapes_of(teacher, config, device) as net:
             _store_casts(net, dtype, part, device)
             phi = _kept_activations(net, part, device, input_gradient=True)
             stored = _bytes(net.parameters())
     if guide is not None:
         with _shapes_of(guide, config, device) as net:
-            if dtype != torch.float32 and not config.lora_rank:
+            if config.stores_half:
                 _store_casts(net, dtype, part, device)
             phi += _kept_activations(net, part, device, input_gradient=True)
             stored += _bytes(net.parameters())
@@ -105,8 +108,8 @@ def estimate(
         weights=(3 * trained + stored) / GB,
         gradients=trained * (2 if shared else 1) / GB,
         moments=moments * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2) / GB,
-        fake_score_activations=fake_score / GB,
-        generator_activations=(train + through) / GB,
+        fake_score_activations=(fake_score + recomputed * (fake_score > 0)) / GB,
+        generator_activations=(train + through + recomputed) / GB,
     )
 
 
@@ -222,18 +225,31 @@ def _bytes(tensors) -> int:
 
 def _kept_activations(net: DenoiserModule, num: int, device: torch.device, input_gradient: bool = False) -> int:
     """Bytes that autograd keeps for the backward pass of one evaluation on `num` images, weights excluded."""
-    weights = {id(parameter) for parameter in net.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # storages, held so that no two share an address
+    weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # by storage, held so that no two share an address
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:  # nor a view of one, which linear layers keep
+            kept[storage] = tensor
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net.train()(*_arguments(net, num, device, input_gradient))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _recomputed_activations(net: DenoiserModule, num: int, device: torch.device) -> int:
+    """Bytes by which a backward pass on `num` images exceeds what it begins with, while it recomputes a block."""
+    x, sigma, condition = _arguments(net, num, device, input_gradient=True)
+    with LiveMemory() as memory:
+        answer = net.train()(x, sigma, condition)
+        before, memory.peak = memory.now, memory.now
+        torch.autograd.grad(answer.sum(), x)
+    return memory.peak - before
+
+
+def _arguments(net: DenoiserModule, num: int, device: torch.device, input_gradient: bool) -> tuple:
     shape = [num, net.img_channels, net.img_resolution, net.img_resolution]
     x = torch.empty(shape, device=device, requires_grad=input_gradient)
-    sigma = torch.empty([num, 1, 1, 1], device=device)
-    condition = blank_condition(net, num, device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net.train()(x, sigma, condition)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return x, torch.empty([num, 1, 1, 1], device=device), blank_condition(net, num, device)

@@ -15,7 +15,7 @@ from edm import own_classes
 from training.steps import MAX_STEPS, STEPS_NOISES
 
 from . import recipes
-from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, OPTIMIZERS, DistillationConfig
+from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, LORA_BASES, OPTIMIZERS, DistillationConfig
 from .guidance import parse_guidance
 from .objectives import OBJECTIVES, WEIGHTINGS
 
@@ -235,6 +235,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             bool,
             D.lora_vectors,
         ),
+        option(
+            "--lora-base",
+            "With --lora-rank, store the shared weights in full precision, or half as --precision=bf16 or fp16",
+            LORA_BASES,
+            D.lora_base,
+        ),
         option("--bench", "cuDNN benchmarking", bool, True),
         option("--metrics-batch", "Images per step of the metrics", COUNT, 64),
     ],
@@ -294,7 +300,7 @@ CHECKS = (
     Idle(("steps_noise", "steps_shift"), "without --steps of 2 or more", lambda o: o["steps"] == 1),
     Idle(("drop_labels",), "without --guidance that drops labels", _never_drops_labels),
     Idle(("gan_freeze", "gan_start", "lsd", "lsg_gan"), "without --gan", lambda o: not o["gan"]),
-    Idle(("lora_vectors",), "without --lora-rank", lambda o: o["lora_rank"] is None),
+    Idle(("lora_vectors", "lora_base"), "without --lora-rank", lambda o: o["lora_rank"] is None),
     Idle(("override",), "without --resume", lambda o: o["resume"] is None and not o["nosubdir"]),
     _check_sharing,
 )

@@ -11,7 +11,7 @@ from torch_utils import batches, checkpoint, devices, distributed, precision, ru
 from training.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.denoiser import DenoiserModule
 
-from . import memory
+from . import lora, memory
 from .adversarial import RealImages, make_loss
 from .config import COMMAND_LINE, FREE_ON_RESUME, ROUNDING, DistillationConfig, resolve, saved_options
 from .distillation import Distillation, Networks
@@ -125,9 +125,11 @@ def set_up_networks(
             devices.to_channels_last(net)
         if config.checkpoint:
             precision.checkpoint_blocks(net)
-    if dtype != torch.float32 and not config.lora_rank:  # LoRA's updates need the weights in full precision
+    if config.stores_half:
         for frozen in filter(None, (teacher, guide)):
             memory.store_teacher(frozen, dtype, lambda: precision.autocast(device, autocast_dtype))
+        for net in (state.generator, state.fake_score):
+            lora.store_bases(net, teacher)
     hooked = {"fake_score"} if config.gan else set()  # the discriminator's hooks don't work on a compiled network
     calls = {
         name: precision.Compiled(net, config.share_noise) if config.compile and name not in hooked else net

@@ -52,25 +52,24 @@ def trained_copies(
     """
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in teacher.parameters()):
         raise UserError("the teacher's weights are in half precision, perhaps from another run; load it in float32")
-    overrides = config.network_overrides(teacher)
-    generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
-    fake_score = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True)
-    if start is not None:
-        generator.load_state_dict(start.state_dict())
-    freeze_augment_mapping(generator)
-    freeze_logvar(generator)
-    if not config.augment:
-        freeze_augment_mapping(fake_score)
-    if not config.uncertainty:
-        freeze_logvar(fake_score)
-    if config.lora_rank:
-        bases = [(generator, teacher if start is None else None), (fake_score, teacher)]
-        for i, (net, base) in enumerate(bases):
+    overrides, rank = config.network_overrides(teacher), config.lora_rank
+    made = []
+    for i in range(2):  # one after the other, since low-rank updates need much less memory than a copy
+        net, is_generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True), i == 0
+        if is_generator and start is not None:
+            net.load_state_dict(start.state_dict())
+        if is_generator or not config.augment:
+            freeze_augment_mapping(net)
+        if is_generator or not config.uncertainty:
+            freeze_logvar(net)
+        if rank:
             seeding.seed_at(config.seed, FACTORS_PHASE, i)
-            lora.adapt(net, config.lora_rank, base, matrices_only=net is generator and not config.lora_vectors)
-    else:
-        for net in (generator, fake_score):
+            base = None if is_generator and start is not None else teacher
+            lora.adapt(net, rank, base, matrices_only=is_generator and not config.lora_vectors)
+        else:
             normalize_weights(net)
+        made.append(net)
+    generator, fake_score = made
     return generator, fake_score
 
 

@@ -149,6 +149,8 @@ def save_snapshot(
         recipe |= {"gan": True, "lsg_gan": config.lsg_gan}
     if config.lora_rank:
         recipe["lora_rank"] = config.lora_rank
+        if config.lora_base == "half":
+            recipe["lora_base"] = config.precision
     if state.returns:
         recipe["returns"] = state.returns
     recipe |= {"seed": config.seed, "version": __version__, "papers": papers(config)}

@@ -39,6 +39,7 @@ IDLE = [  # (command, an option, what makes it work)
     (DISTIL, "--lsd=2", None, ["--gan"]),
     (DISTIL, "--lsg_gan=2", None, ["--recipe=ffhq64-sida"]),
     (DISTIL, "--lora-vectors=0", None, ["--lora-rank=4"]),
+    (DISTIL, "--lora-base=half", None, ["--lora-rank=4"]),
     (DISTIL, "--override", None, ["--nosubdir"]),
     (DISTIL, "--share-images=0", "--recipe=demo", ["--recipe=demo", "--share-noise=0"]),
     (TRAIN, "--lr-constant=9", None, ["--lr-decay=sqrt"]),

@@ -232,6 +232,59 @@ def test_half_precision_leaves_the_shared_weights_as_they_are():
     assert {p.dtype for net in d.state.networks.values() for p in net.parameters()} == {torch.float32}
 
 
+def test_a_base_in_half_precision():
+    """The matrices of all networks are one copy in bf16; the rest and the updates stay in float32."""
+    teacher, mode = tiny_teacher(augment_dim=0), {"augment": 0, "precision": "bf16", "lora_rank": RANK}
+    full = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    expected = memory.estimate(teacher, tiny_config(**mode, lora_base="half"), 2)
+    before = memory.estimate(teacher, tiny_config(**mode), 2)
+    d = tiny_distillation(teacher, **mode, lora_base="half")
+    start = weights(d)
+    for _ in range(2):
+        d.iteration()
+    stored = {id(p): p for p in teacher.parameters() if p.dtype == torch.bfloat16}
+    networks = (d.state.generator, d.state.fake_score, d.state.ema, copy.deepcopy(d.state.ema))
+    for net in networks:
+        assert {id(update.base) for update in updates(net)} & stored.keys()
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+        assert all(update().dtype == torch.float32 for update in updates(net))
+    saved = sum(2 * p.numel() for p in stored.values())
+    assert (before.weights - expected.weights) * memory.GB == pytest.approx(saved)
+    assert saved > 0.7 * 2 * sum(p.numel() for p in teacher.parameters() if p.ndim > 1)
+    assert expected.moments == before.moments
+
+    for name, weight in lora.merge(d.state.ema).state_dict().items():
+        assert weight.dtype == torch.float32
+        rounded = full[name].to(torch.bfloat16).float() if teacher.state_dict()[name].dtype == torch.bfloat16 else None
+        if rounded is not None and weight.ndim > 1:
+            assert torch.linalg.matrix_rank((weight - rounded).flatten(1).double(), atol=1e-6) <= RANK
+    after = weights(d)
+    assert any(not torch.equal(after[name], start[name]) for name in start)
+    with pytest.raises(UserError, match="--lora-base=half: the layers work in fp32; add --precision=bf16"):
+        tiny_distillation(lora_rank=RANK, lora_base="half")
+
+
+def test_another_start_has_its_base_in_half_precision(tmp_path):
+    mode = {"lora_rank": RANK, "precision": "bf16", "lora_base": "half"}
+    teacher, start = tiny_teacher(), tiny_teacher()
+    for parameter in start.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    d = prepare(Inputs(teacher, start), tiny_config(**mode), CPU)
+    stored = [
+        {
+            name
+            for name, part in net.named_modules()
+            if isinstance(part, lora.LowRank) and part.base.dtype == torch.bfloat16
+        }
+        for net in (d.state.generator, d.state.fake_score)
+    ]
+    assert stored[0] == stored[1] != set()
+    assert not {id(part.base) for part in updates(d.state.generator)} & {id(p) for p in teacher.parameters()}
+    path = save_after(d, 2, tmp_path)
+    teacher = tiny_teacher()
+    assert equal(weights(prepare(Inputs(teacher, start), tiny_config(**mode), CPU, path)), weights(d))
+
+
 def run_iterations():
     distillation = smoothed(tiny_distillation(lora_rank=RANK))
     for _ in range(3):

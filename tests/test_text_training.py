@@ -17,6 +17,7 @@ from tiny import CPU, tiny_config, tiny_teacher
 import fid
 from dnnlib import UserError
 from edm import generate, lora_files, text_encoders, zoo
+from edm.metrics import ground_colour
 from edm.metrics.clip import ClipEncoder
 from edm.sampler import generate_all
 from edm.small_teachers import captions, pictures
@@ -205,16 +206,7 @@ def test_low_rank_updates_as_a_lora_file(text_pipelines, tmp_path):
     assert "num_inference_steps=1" in call
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(text_pipelines["stable_diffusion"])
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(tmp_path / "lora")
-    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "lora/scheduler")
-    torch.manual_seed(3)
-    z, width = torch.randn(2, 4, tiny_pipelines.SIZE, tiny_pipelines.SIZE), 2 * tiny_pipelines.SIZE
-    how = {"num_inference_steps": 1, "guidance_scale": 1, "width": width, "height": width, "output_type": "latent"}
-    found = pipeline(TEXTS[:2], latents=z, **how).images
-    with torch.no_grad():
-        condition = teacher.prompts.of_seeds([0, 1], CPU, None)
-        expected, start = (Generator(of, Steps((level,))).sample(z, condition) for of in (net, teacher))
+    found, (expected, start) = compared_with_lora(pipeline, tmp_path / "lora", level, net, teacher)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (start - expected).abs().max() > 1e-2 * expected.abs().max()
 
@@ -230,6 +222,45 @@ def test_low_rank_updates_as_a_lora_file(text_pipelines, tmp_path):
         with pytest.raises(UserError, match="--to=lora: is for generators"):
             lora_files.write(wrong, teacher, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def compared_with_lora(pipeline, file, level, *networks):
+    """(latents of the library's pipeline with a LoRA file, of our one-step generators), of the same noise"""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(file)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(file / "scheduler")
+    torch.manual_seed(3)
+    z, width = torch.randn(2, 4, tiny_pipelines.SIZE, tiny_pipelines.SIZE), 2 * tiny_pipelines.SIZE
+    how = {"num_inference_steps": 1, "guidance_scale": 1, "width": width, "height": width, "output_type": "latent"}
+    with torch.no_grad():
+        condition = networks[-1].prompts.of_seeds([0, 1], CPU, None)
+        ours = [Generator(net, Steps((level,))).sample(z, condition) for net in networks]
+    return pipeline(TEXTS[:2], latents=z, **how).images, ours
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl"])
+def test_a_lora_file_of_a_base_in_half_precision(text_pipelines, tmp_path, kind):
+    """The updates belong to the teacher's matrices as training had rounded them."""
+    teacher = teacher_of(text_pipelines[kind])
+    level = teacher.times.sigma(torch.tensor([625.0], dtype=torch.float64)).item()
+    options = {"lora_rank": 3, "augment": 0, "init_sigma": level, "lr": 0.01, "glr": 0.01, "ema_halflife_kimg": 0}
+    options |= {"precision": "bf16", "lora_base": "half", "lora_vectors": False}
+    made = prepare(Inputs(teacher), tiny_config(**options), CPU)
+    made.iteration()
+    made.iteration()
+    rounded = [name for name, weight in teacher.net.named_parameters() if weight.dtype == torch.bfloat16]
+    assert len(rounded) > 10
+    net = named(lora.merge(made.state.ema), lora_rank=3, lora_base="bf16")
+    plain = teacher_of(text_pipelines[kind])
+    call = lora_files.write(net, plain, tmp_path / "lora")
+    assert call.startswith("pipeline.to(torch.bfloat16); pipeline.load_lora_weights")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(text_pipelines[kind])
+    for name in rounded:
+        weight = pipeline.unet.get_parameter(name)
+        weight.data = weight.data.bfloat16().float()
+    found, (expected, start) = compared_with_lora(pipeline, tmp_path / "lora", level, net, plain)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (start - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
 def named(net, **metadata):
@@ -254,6 +285,7 @@ def test_the_captioned_pictures():
     grounds = [next(name for name in captions.GROUNDS if f" {name} ground" in text) for text in texts]
     colours = [captions.GROUNDS[ground] for ground in grounds]
     assert torch.equal(corners, torch.tensor(colours, dtype=torch.float32))
+    assert ground_colour.share_right(ground_colour.colours(((drawn + 1) * 127.5).round().to(torch.uint8)), texts) == 1
     shown = (drawn - drawn[:, :, :1, :1]).abs().sum(dim=1) > 0.3
     centres = (shown.sum(dim=1) * torch.arange(32)).sum(dim=1) / shown.sum(dim=(1, 2))
     means = [centres[[text.endswith(place) for text in texts]].mean() for place in captions.PLACES]
@@ -272,6 +304,8 @@ def test_a_text_to_image_teacher_of_our_own(tmp_path, monkeypatch):
     sizes = ["--pictures=demo", "--vae-kimg=0.002", "--kimg=0.002", "--width=8", "--half"]
     monkeypatch.setattr("sys.argv", ["text_teacher.py", f"--out={tmp_path}/teacher", *sizes])
     example.main()
+    for file in (tmp_path / "teacher").rglob("*.*"):
+        assert bytes(tmp_path) not in file.read_bytes(), file
     net = teacher_of(tmp_path / "teacher", text_encoders.read_prompts(tmp_path / "teacher/prompts.txt")[:2])
     assert (net.prediction, net.img_resolution, net.prompt_dim) == ("v", 16, 20 * 128)
     assert generate_all(net, [0], steps=1, sampler="one-step", init_sigma=2.5).shape == (1, 3, 32, 32)

@@ -154,7 +154,8 @@ def _method_text(config: DistillationConfig, levels: Sequence[float] | None, wit
     parts.append(f"{count} from {start}")
     parts.append(f"{config.optimizer}, lr {config.lr:g}, glr {config.glr:g}" if with_rates else config.optimizer)
     if config.lora_rank:
-        parts.append(f"LoRA of rank {config.lora_rank}")
+        base = f" on a base in {config.precision}" if config.lora_base == "half" else ""
+        parts.append(f"LoRA of rank {config.lora_rank}{base}")
     return ", ".join(parts)
 
 
