@@ -239,7 +239,7 @@ def test_one_line_for_what_users_get_wrong(folder, tmp_path, monkeypatch):
         ([clip, "--metrics=fid9"], "--clip: --metrics=fid9 has no CLIP score"),
         (["--metrics=fid9", "--table=x.csv"], "--table: --metrics=fid9 has no CLIP score"),
         ([clip, "--metrics=clip1"], "clip needs at least 2 images"),
-        ([clip], "these have none"),
+        ([clip], "these images have none"),
         ([clip, "--table=x.txt"], "must end in .csv or .jsonl"),
         ([clip, f"--table={tmp_path}/no/x.csv"], "there is no folder"),
         ([f"--clip={tmp_path}/none"], "is no folder"),
@@ -263,7 +263,7 @@ def test_one_line_for_what_users_get_wrong(folder, tmp_path, monkeypatch):
 
 
 def test_images_without_prompts_and_useless_embeddings(monkeypatch):
-    with pytest.raises(UserError, match="these have none"):
+    with pytest.raises(UserError, match="these images have none"):
         Evaluator(["clip2"], encoder=HandMade())(TensorSource([pictures(2)]))
     for wrong in (0.0, math.nan):
         with pytest.raises(UserError, match="zeros, NaN or infinity"):
