@@ -151,7 +151,8 @@ def run(
         summary |= plan.summary()
         # Both may refuse their inputs, and then there is no folder yet.
         picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
-        distillation = build(inputs, plan.config, device, plan.saved, options["override"])
+        first = inputs if plan.trials is None else with_own_networks(inputs)
+        distillation = build(first, plan.config, device, plan.saved, options["override"])
         summary["environment"] = {"this library": __version__, **environment(device)}
         summary |= without_passwords({name: options.get(name) for name in COMMAND})
         folder = run_folder.create(*plan.place, summary, plan.saved and plan.saved.path)
@@ -217,6 +218,11 @@ def keep_networks(run_dir: Path, networks: dict[str, torch.nn.Module | None]) ->
             zoo.save_network(net, run_dir / name, **getattr(net, "metadata", {}))
 
 
+def with_own_networks(inputs: Inputs) -> Inputs:
+    """The same inputs for one of several distillations, which may store its networks' weights in another precision."""
+    return dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher), guide=copy.deepcopy(inputs.guide))
+
+
 def after_trials(
     plan: RunPlan,
     inputs: Inputs,
@@ -228,8 +234,7 @@ def after_trials(
     """Runs the trials and returns how the run goes on from the best of them. page: of the run, shows them."""
 
     def build_candidate(config: DistillationConfig, state: checkpoint.StateFile | None) -> Distillation:
-        # Networks of its own, whose weights it may store in another precision.
-        own = dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher), guide=copy.deepcopy(inputs.guide))
+        own = with_own_networks(inputs)
         saved = state and SavedState(state, own.weight_hashes(config))
         return build(own, config, device, saved, options["override"])
 

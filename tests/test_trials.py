@@ -63,6 +63,12 @@ def test_lengths_and_settings_of_the_trials():
         assert candidate.lr_decay == "linear"
 
 
+def test_in_half_precision(tmp_path):
+    """Each trial stores weights of a teacher of its own in bf16."""
+    _, results = run(tmp_path / "run", precision="bf16")
+    assert set(results) == set(CANDIDATES)
+
+
 def test_what_the_command_line_gives_is_not_varied():
     teacher = tiny_teacher()
     config, options = parse(["--recipe=auto", "--glr=3e-4"])
