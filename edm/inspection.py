@@ -130,8 +130,8 @@ class _OtherTimes(torch.nn.Module):
     def __init__(self, times: Any, change: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
         self.of, self.change = times, change
-        self.is_flow, self.is_reversed, self.scales = times.is_flow, times.is_reversed, times.scales
-        self.round_sigma = times.round_sigma
+        self.is_flow, self.is_reversed = times.is_flow, times.is_reversed
+        self.signal, self.scales, self.round_sigma = times.signal, times.scales, times.round_sigma
 
     def time(self, sigma: torch.Tensor) -> torch.Tensor:
         return self.change(self.of.time(sigma))

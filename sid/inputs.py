@@ -26,7 +26,7 @@ from training.networks_edm2 import Precond
 from .config import DistillationConfig
 from .guidance import Guidance
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
-from .schedules import Single
+from .schedules import LogNormal, Single
 from .state import WeightHashes
 
 # In the run folder, of networks that were given as modules.
@@ -199,10 +199,18 @@ def check_noise_levels(teacher: DenoiserModule, config: DistillationConfig) -> N
     low, high = noise_range(teacher)
     if config.init_sigma is not None and not low <= config.init_sigma <= high:
         raise UserError(f"--init_sigma={config.init_sigma:g}: the teacher knows noise levels from {low:g} to {high:g}")
+    schedules = {"--sigma-schedule": config.sigma_schedule, "--fake-sigma-schedule": config.fake_sigma_schedule}
+    for option, schedule in schedules.items():
+        if isinstance(schedule, Single | LogNormal):
+            median = schedule.quantile(torch.tensor(0.5)).item()
+            if not low <= median <= high:
+                raise UserError(
+                    f"{option}={schedule}: half of its noise levels and more lie outside those that the teacher knows,"
+                    f" {low:g} to {high:g}; give others, or karras"
+                )
     level = getattr(teacher, "metadata", {}).get("sigma")
     if level is None:
         return
-    schedules = {"--sigma-schedule": config.sigma_schedule, "--fake-sigma-schedule": config.fake_sigma_schedule}
     wrong = [f"{option}=single={level}" for option, s in schedules.items() if s != Single(level)]
     if config.init_sigma not in (level, None):
         wrong.append(f"--init_sigma={level}")

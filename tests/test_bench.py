@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from dnnlib import UserError
 from edm import zoo
-from sid.bench import measure, modes, profile, results, tasks
+from sid.bench import measure, modes, profile, results, tasks, wrapper
 from sid.bench.__main__ import main
 from sid.bench.recipes import RECIPES, build_network
 from sid.bench.worker import Worker, WorkerFailed
@@ -176,6 +176,20 @@ def test_ratios_are_paired_and_shares_are_of_the_own_precision():
     assert other.split(maxsplit=1) == ["other", "out of memory"]
 
 
+def test_what_a_wrapper_costs():
+    """Paired within rounds; each prediction is timed as often as asked."""
+    net = build_network(RECIPES["micro"])
+    seen = []
+    net.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[0]))
+    found = wrapper.measure_wrappers(net, 3, 2, 1.0, 4, CPU)
+    assert list(found) == ["epsilon", "v", "flow", "x0"]
+    assert [len(rounds) for rounds in found.values()] == [2] * 4
+    assert all(alone > 0 and inside > 0 for rounds in found.values() for alone, inside in rounds)
+    assert seen == [3] * (4 * 2 * 2 * (1 + 4))
+    lines = results.wrapper_table({"flow": [(0.002, 0.003), (0.004, 0.0042), (0.001, 0.0012)]}).splitlines()
+    assert lines[1].split() == ["flow", "2.000", "3.000", "20.0", "%", "±22.5"]
+
+
 @pytest.fixture
 def forks(monkeypatch):
     """Processes that are forked from one that has loaded torch, instead of new ones."""
@@ -205,6 +219,8 @@ def test_modes_take_turns_in_processes_of_their_own(tmp_path):
         assert row["images_per_sec"]["rounds"] == [4 / sec for sec in row["sec"]["rounds"]]
     assert report["rows"][0]["ratio_to_published"]["rounds"] == [1.0, 1.0]
     assert len(report["rows"][1]["ratio_to_published"]["rounds"]) == 2
+    run = CliRunner().invoke(main, ["--what=wrapper", "--recipe=micro", "--eval-batch=1", "--steps=1", "--device=cpu"])
+    assert re.search(r"^epsilon +[\d.]+ +[\d.]+ +-?[\d.]+ % ±", run.output, re.MULTILINE), run.output
 
 
 @pytest.mark.usefixtures("forks")

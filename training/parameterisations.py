@@ -44,21 +44,34 @@ class DiscreteTimes(torch.nn.Module):
         levels = sigmas[sigmas.isfinite()].to(torch.float64)
         self.levels: torch.Tensor
         self.register_buffer("levels", levels, persistent=False)  # [T], or T - 1 without the infinite one
+        slopes = levels.log().diff().reciprocal()
+        lines = torch.stack([torch.arange(len(slopes)) - levels[:-1].log() * slopes, slopes], dim=1)
+        self.lines: torch.Tensor
+        self.register_buffer("lines", lines, persistent=False)  # [T - 1, 2]: t = lines[i] @ [1, ln sigma] above level i
         self.last, self.nearest = len(sigmas) - 1, nearest
         self.sigma_min, self.sigma_max = levels[0].item(), levels[-1].item()
 
     def scales(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """a and b, in the shape of sigma; 0 and 1 where sigma is infinite."""
-        return (1 + sigma**2).rsqrt(), (1 + sigma**-2).rsqrt()
+        return self.signal(sigma), (1 + sigma**-2).rsqrt()
+
+    def signal(self, sigma: torch.Tensor) -> torch.Tensor:
+        """a, in the shape of sigma."""
+        return (1 + sigma**2).rsqrt()
 
     def time(self, sigma: torch.Tensor) -> torch.Tensor:
         """The times of noise levels [N]: float, or int64 with `nearest`; [N]."""
-        levels = self.levels.to(sigma.dtype)
-        below = (sigma[:, None] >= levels[1:-1]).sum(dim=1)
-        low, high = levels[below].log(), levels[below + 1].log()
-        t = (below + (sigma.log() - low) / (high - low)).clamp(0, len(levels) - 1)
-        t = torch.where(sigma.isinf(), self.last, t)
-        return t.round().to(torch.int64) if self.nearest else t
+        known, inner = sigma.to(self.levels.dtype).contiguous(), self.levels[1:-1]
+        number = self.levels.shape[0]
+        if torch.compiler.is_compiling():  # ONNX has no search
+            below = (known[:, None] >= inner).sum(dim=1)
+        else:
+            below = torch.searchsorted(inner, known, right=True)
+        offset, slope = self.lines.index_select(0, below).unbind(dim=1)
+        t = torch.addcmul(offset, slope, known.log()).clamp(0, number - 1)
+        if self.last == number:  # the level of the last time is infinite
+            t = torch.where(sigma.isinf(), self.last, t)
+        return t.round().to(torch.int64) if self.nearest else t.to(sigma.dtype)
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """The noise levels of times, in the shape of t; the inverse of `time`."""
@@ -97,12 +110,18 @@ class FlowTimes(torch.nn.Module):
 
     def scales(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """a and b, in the shape of sigma; 0 and 1 where sigma is infinite."""
-        return 1 / (1 + sigma), 1 / (1 + 1 / sigma)
+        return self.signal(sigma), self._noise(sigma)
+
+    def signal(self, sigma: torch.Tensor) -> torch.Tensor:
+        """a, in the shape of sigma."""
+        return (1 + sigma).reciprocal()
+
+    def _noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (1 + sigma.reciprocal()).reciprocal()
 
     def time(self, sigma: torch.Tensor) -> torch.Tensor:
         """The network's times of noise levels, in the same shape."""
-        a, b = self.scales(sigma)
-        return self.scale * (a if self.is_reversed else b)
+        return self.scale * (self.signal(sigma) if self.is_reversed else self._noise(sigma))
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """The noise levels of the network's times, in the same shape; the inverse of `time`."""
@@ -154,8 +173,12 @@ class WrappedDenoiser(torch.nn.Module):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         sigma = torch.as_tensor(sigma).to(x).reshape(-1, 1, 1, 1)
-        a, _ = self.times.scales(sigma)
-        return self.scaled(a * x, sigma, class_labels)
+        a = self.times.signal(sigma)
+        x_s = a * x
+        answer = self._answer(x_s, sigma, class_labels)
+        if self.prediction == "epsilon":
+            return torch.addcmul(x, sigma, answer, value=-1)
+        return self._clean(x_s, answer, a, sigma * a)
 
     def scaled(self, x_s: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """The clean image [N, C, H, W] of scaled images a x0 + b n of the same shape.
@@ -164,15 +187,22 @@ class WrappedDenoiser(torch.nn.Module):
         nothing about the image there.
         """
         a, b = self.times.scales(sigma)
+        answer = self._answer(x_s, sigma, class_labels)
+        return (x_s - b * answer) / a if self.prediction == "epsilon" else self._clean(x_s, answer, a, b)
+
+    def _answer(self, x_s: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """What the network predicts, [N, C, H, W] in the dtype of x_s."""
         t = self.times.time(sigma.flatten()).expand(x_s.shape[0])
-        answer = self.answer(x_s, t, class_labels)[:, : self.img_channels].to(x_s.dtype)
+        answer = self.answer(x_s, t, class_labels)
+        return (answer if answer.shape == x_s.shape else answer[:, : self.img_channels]).to(x_s.dtype)
+
+    def _clean(self, x_s: torch.Tensor, answer: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The clean image by an answer that isn't the noise."""
         if self.prediction == "x0":
             return answer
-        if self.prediction == "epsilon":
-            return (x_s - b * answer) / a
         if self.prediction == "v":
             return a * x_s - b * answer
-        return x_s + b * answer if self.times.is_reversed else x_s - b * answer
+        return torch.addcmul(x_s, b, answer, value=1 if self.times.is_reversed else -1)
 
     def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
         """The weight with which the clean image's squared error is that of what the network predicts; as sigma."""

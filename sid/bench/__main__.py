@@ -11,10 +11,10 @@ from dnnlib import Command, FiniteRange, UserError, WholeRange, check_new_file, 
 from dnnlib.options import Idle
 from sid.bench.modes import MODES, PUBLISHED, Mode, parse_modes
 from sid.bench.recipes import RECIPES
-from sid.bench.results import make_row, profile_table, table
+from sid.bench.results import make_row, profile_table, table, wrapper_table
 from sid.bench.worker import Worker, WorkerFailed
 
-WHAT = ("step", "sampling", "metrics", "profile")
+WHAT = ("step", "sampling", "metrics", "profile", "wrapper")
 FORMAT = 1  # of the JSON file
 PEAKS = "matmul_flops_per_sec"
 
@@ -26,7 +26,11 @@ def measures_none_of(*parts: str) -> Callable[[dict[str, Any]], bool]:
 
 CHECKS = (
     Idle(("modes",), "without step or profile in --what", measures_none_of("step", "profile")),
-    Idle(("eval_batch",), "without sampling or metrics in --what", measures_none_of("sampling", "metrics")),
+    Idle(
+        ("eval_batch",),
+        "without sampling, metrics or wrapper in --what",
+        measures_none_of("sampling", "metrics", "wrapper"),
+    ),
     Idle(("detector",), "without metrics in --what", measures_none_of("metrics")),
     Idle(("seconds",), "with --steps", lambda options: options["steps"] is not None),
 )
@@ -50,7 +54,7 @@ CHECKS = (
 @click.option("--steps", help="Steps of a turn, instead of --seconds", type=WholeRange(1))
 @click.option("--batch", help="Images per step  [default: one GPU's share in the recipe]", type=WholeRange(1))
 @click.option("--batch-gpu", help="Images at once  [default: the recipe's]", type=WholeRange(1))
-@click.option("--eval-batch", help="Images at once in sampling and metrics", type=WholeRange(1), default=64)
+@click.option("--eval-batch", help="Images at once in sampling, metrics and wrapper", type=WholeRange(1), default=64)
 @click.option("--detector", help="For metrics  [default: the demo's for the demo, else a small one of random weights]")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the first available]")
 @click.option("--json", "json_file", help="New file for all results, with machine and versions")
@@ -72,6 +76,7 @@ def main(recipe: str, what: str, modes: str, rounds: int, seconds: float, steps:
     jobs += [{**common, "what": part, "mode": Mode(part, {})} for part in parts if part in ("sampling", "metrics")]
     results = run(common, jobs, rounds, seconds, steps)
     results["profiles"] = profiles(common, chosen) if "profile" in parts else {}
+    results["wrappers"] = wrappers(common, rounds, seconds, steps) if "wrapper" in parts else {}
     asked = {"what": what, "modes": modes, "rounds": rounds, "seconds": seconds, "steps": steps}
     report = {"format": FORMAT, "date": now(), "options": {**common, **asked}, **results}
     print(f"\n{headline(report)}")
@@ -79,6 +84,8 @@ def main(recipe: str, what: str, modes: str, rounds: int, seconds: float, steps:
         print(f"\n{table(report['rows'])}")
     for mode, phases in report["profiles"].items():
         print(f"\n{profile_table(mode, phases)}")
+    if report["wrappers"]:
+        print(f"\n{wrapper_table(report['wrappers'])}")
     if path is not None:
         with write_atomically(path) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
@@ -148,6 +155,15 @@ def profiles(common: dict[str, Any], modes: list[Mode]) -> dict[str, dict[str, d
         worker.close()
         result[mode.name] = worker.first
     return result
+
+
+def wrappers(
+    common: dict[str, Any], rounds: int, seconds: float, steps: int | None
+) -> dict[str, list[tuple[float, float]]]:
+    """{prediction: (seconds of the network alone, seconds inside its wrapper) of each round}."""
+    worker = Worker({**common, "what": "wrapper", "rounds": rounds, "seconds": seconds, "steps": steps})
+    worker.close()
+    return worker.first
 
 
 def show(job: dict[str, Any], number: int, first: dict[str, Any], turns: list[dict[str, Any]]) -> None:

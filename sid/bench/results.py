@@ -89,6 +89,21 @@ def _cell(row: dict[str, Any], path: tuple[str, ...], factor: float) -> str:
     return f"{value['median'] * factor:.3g} ±{half:.0f}%"
 
 
+def wrapper_table(wrappers: dict[str, list[tuple[float, float]]]) -> str:
+    """A line per prediction: milliseconds of the network alone and inside its wrapper, and by how much that is longer.
+
+    wrappers: as `wrapper.measure_wrappers` gives them. Ratios are taken within a round.
+    """
+    lines = [["wrapped as", "network ms", "wrapped ms", "longer by"]]
+    for prediction, rounds in wrappers.items():
+        alone, wrapped = (1000 * statistics.median(times) for times in zip(*rounds))
+        extra = [100 * (inside / outside - 1) for outside, inside in rounds]
+        half = (max(extra) - min(extra)) / 2
+        lines.append([prediction, f"{alone:.3f}", f"{wrapped:.3f}", f"{statistics.median(extra):.1f} % ±{half:.1f}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *_right(line[1:], widths[1:])]) for line in lines)
+
+
 def profile_table(mode: str, phases: dict[str, dict[str, float]]) -> str:
     """Seconds of one step by phase and kind of operation, the largest kinds first, with their share of the step."""
     totals: dict[str, float] = {}

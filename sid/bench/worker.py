@@ -27,7 +27,7 @@ class WorkerFailed(click.ClickException):
 class Worker:
     """The parent's side.
 
-    job: as for `tasks.make_task`; with "machine" or "profile" as job["what"] there is `first` and no turns.
+    job: as for `tasks.make_task`; with "machine", "profile" or "wrapper" as job["what"] there is `first` and no turns.
     first: what the process reported when it was ready.
     Errors: UserError when an option is at fault; WorkerFailed.
     """
@@ -104,6 +104,13 @@ def _work(connection: Any, job: dict[str, Any]) -> None:
         from . import profile, tasks
 
         connection.send(("result", profile.profile_step(tasks.make_step(job, device), device)))
+        return
+    if job["what"] == "wrapper":
+        from .recipes import RECIPES, build_network
+        from .wrapper import measure_wrappers
+
+        net, turns = build_network(RECIPES[job["recipe"]]), (job["rounds"], job["seconds"], job["steps"])
+        connection.send(("result", measure_wrappers(net, job["eval_batch"], *turns, device)))
         return
     runner = Runner(job, device)
     connection.send(("result", runner.first))
