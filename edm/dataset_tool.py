@@ -54,11 +54,11 @@ def convert(
     transform: str = "none",
     labels_from_folders: bool = False,
     vae: str | None = None,
-    keep_scale: bool = False,
+    scaled_by: str = "data",
 ) -> str:
     """Writes the first `max_images` of `source` to the folder or zip `dest` and returns a text saying what was written.
 
-    vae: encodes the images; `dest` is a file of latents then. keep_scale: as `edm.latent_writer.write_latents`.
+    vae: encodes the images; `dest` is a file of latents then. scaled_by: as `edm.latent_writer.write_latents`.
     Equal input gives equal bytes. Images stay gray if all images of the source are gray. The text lists what was left
     out, then the classes in a table, and ends with one line about the data set.
     Errors: UserError; `dest` isn't created then.
@@ -100,7 +100,7 @@ def convert(
     else:
         from .latent_writer import write_latents
 
-        channels, width, scale = write_latents(fitted(), count, labels, vae, dest, keep_scale)
+        channels, width, scale = write_latents(fitted(), count, labels, vae, dest, scaled_by)
         made = f", as latents of {channels} x {width} x {width} (scale {scale:.3g})"
     assert size is not None  # a source holds at least one image
     classes = _counted(len(set(labels)), "class", "classes") if labels else "no labels"
@@ -196,8 +196,11 @@ def _parse_resolution(_context: Any, _parameter: Any, value: str | None) -> tupl
 @click.option("--vae", metavar="NAME", help="Encode by this VAE: a diffusers folder or Hub name; --dest=X.safetensors.")
 @click.option(
     "--vae-scale",
-    is_flag=True,
-    help="With --vae: scale latents as the VAE's own configuration says.  [default: mean 0, standard deviation 0.5]",
+    type=click.Choice(["vae", "edm2"]),
+    is_flag=False,
+    flag_value="vae",
+    help="With --vae: scale latents as the VAE's own configuration says, or =edm2, as EDM2's published networks expect."
+    "  [default: mean 0, standard deviation 0.5]",
 )
 def main(
     source: str,
@@ -207,7 +210,7 @@ def main(
     transform: str,
     labels_from_folders: bool,
     vae: str | None,
-    vae_scale: bool,
+    vae_scale: str | None,
 ) -> None:
     """Turns images into a data set for training: square PNGs of one size and their labels in dataset.json.
 
@@ -221,13 +224,13 @@ def main(
         resolution[0] < resolution[1] or (transform != "center-crop-wide" and resolution[0] != resolution[1])
     ):
         raise UserError("--resolution must be square, or wider than high with --transform=center-crop-wide")
-    if vae_scale and vae is None:
+    if vae_scale is not None and vae is None:
         raise UserError("--vae-scale means nothing without --vae; leave it out")
     if vae is not None:
         from .latent_writer import check_dest
 
         check_dest(Path(dest))
-    click.echo(convert(source, dest, max_images, resolution, transform, labels_from_folders, vae, vae_scale))
+    click.echo(convert(source, dest, max_images, resolution, transform, labels_from_folders, vae, vae_scale or "data"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from training.latent_dataset import RECORD, SUFFIX
 from .latents import load_vae, recorded, reduction
 
 STD = 0.5  # of standardised latents: EDM's sigma_data
+SCALES = ("data", "vae", "edm2")
+# Of ImageNet's latents by stabilityai/sd-vae-ft-mse, over which EDM2 standardises (arXiv:2312.02696).
+EDM2_MEAN, EDM2_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 HEADER_BYTES = 1 << 16  # reserved at the beginning of the file, since the scale is only known at its end
 
 
@@ -27,17 +30,25 @@ def write_latents(
     labels: Sequence[int] | None,
     vae_source: str,
     dest: Path,
-    keep_scale: bool = False,
+    scaled_by: str = "data",
     device: torch.device | str = "cpu",
 ) -> tuple[int, int, float]:
     """Encodes images, all square and of one size, and gives (channels, resolution, scale of the first channel).
 
-    keep_scale: whether networks are to see latents as the VAE's configuration scales them; otherwise each channel is
-    brought to mean 0 and standard deviation STD, as `edm.train` expects its data.
+    scaled_by: one of SCALES: how networks are to see the latents. "data" brings each channel to mean 0 and standard
+    deviation STD, as `edm.train` expects its data; "vae" is the scale of the VAE's configuration; "edm2" that of EDM2's
+    published networks.
     Errors: UserError when the VAE doesn't fit the images, or the file can't be written.
     """
     vae, sha256, folder = load_vae(vae_source)
     record = recorded(vae, sha256, folder)
+    if scaled_by == "edm2":
+        if vae.config.latent_channels != len(EDM2_MEAN):
+            raise UserError(
+                f"--vae-scale=edm2: is for the {len(EDM2_MEAN)} channels of stabilityai/sd-vae-ft-mse, and"
+                f" {vae_source} makes {vae.config.latent_channels}; leave it out"
+            )
+        record |= _standardised(EDM2_MEAN, EDM2_STD)
     decoder = LatentDecoder(vae.to(device), 1.0)
     mode = "L" if vae.config.in_channels == 1 else "RGB"
     channels = vae.config.latent_channels
@@ -57,8 +68,8 @@ def write_latents(
             assert shape is not None
             pixels = count * shape[2] * shape[3]
             mean, std = total / pixels, (squares / pixels - (total / pixels) ** 2).sqrt()
-            if not keep_scale:
-                record |= {"shift": mean.tolist(), "scale": (STD / std.clamp(min=1e-6)).tolist()}
+            if scaled_by == "data":
+                record |= _standardised(mean.tolist(), std.tolist())
             if labels is not None:
                 file.write(np.asarray(labels, "<i8").tobytes())
             file.seek(0)
@@ -67,6 +78,11 @@ def write_latents(
         raise UserError(f"--dest={dest} can't be written: {error.strerror or error}") from None
     scale = record["scale"]
     return shape[1], shape[2], scale[0] if isinstance(scale, list) else scale
+
+
+def _standardised(mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """The entries of a VAE's record that bring channels of these means and deviations to mean 0 and deviation STD."""
+    return {"shift": list(mean), "scale": [STD / max(value, 1e-6) for value in std]}
 
 
 def check_dest(dest: Path) -> None:

@@ -1,18 +1,20 @@
 """Training with EDM2's network: `edm.train --preset`, loss and average, weights normalised after every update."""
 
 import copy
+import inspect
 import math
 
 import pytest
 import torch
 from click.testing import CliRunner
-from test_edm2 import small_network
+from test_edm2 import PUBLISHED, small_network
 from tiny import CPU, equal
 
 from edm import train, train_presets, zoo
+from edm.published import FILES
 from torch_utils.updates import power_function_beta
 from training.loss import EDM2Loss
-from training.networks_edm2 import MPConv, normalize
+from training.networks_edm2 import MPConv, UNet, normalize
 from training.training_loop import Training, TrainingConfig
 
 BATCH = 4
@@ -132,6 +134,13 @@ def test_options_that_do_not_fit_are_named(data, tmp_path, arguments, message):
 
 @pytest.mark.parametrize("name", [name for name in train_presets.PRESETS if name.startswith("edm2-img")])
 def test_published_presets(name):
-    preset = train_presets.PRESETS[name]
-    assert preset["cbase"] * 1000 // 64 * 64 == preset["cbase"] * 1000  # whole heads of 64 channels
-    assert math.isclose(preset["duration"] * 1e6, round(preset["duration"] * 1e6 / 2**20) * 2**20, rel_tol=1e-3)
+    """Its network is the published one; its length and its average are those in the published file's name."""
+    preset, network = train_presets.PRESETS[name], PUBLISHED[name]["init_kwargs"]
+    assert {"model_channels": preset["cbase"], "dropout": preset["dropout"]}.items() <= network.items()
+    assert network.keys() == {"img_resolution", "img_channels", "label_dim", "model_channels", "dropout"}
+    defaults = {key: value.default for key, value in inspect.signature(UNet).parameters.items()}
+    shape = (tuple(preset["cres"]), preset["blocks"], tuple(preset["attn"]))
+    assert shape == (defaults["channel_mult"], defaults["num_blocks"], defaults["attn_resolutions"])
+    snapshot = f"{preset['duration'] * 1000:07.0f}-{preset['ema_std']:.3f}.pkl"
+    assert FILES[name].url.endswith(f"/{name}-{snapshot}")
+    assert math.isclose(preset["duration"] * 1e6, round(preset["duration"] * 1e6 / 2**20) * 2**20, rel_tol=1e-6)

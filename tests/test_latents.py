@@ -150,9 +150,28 @@ def test_a_data_set_with_the_vaes_own_scale(images, vae, tmp_path):
     assert (record["scale"], record["shift"], record["channels"]) == (0.7, 0.1, 2)
 
 
+def test_a_data_set_with_the_scale_of_edm2(images, tmp_path):
+    """It is what a published snapshot expects, so EDM2's teachers can go on with real images (SiDA)."""
+    toy_vae(in_channels=3, out_channels=3, latent_channels=4).save_pretrained(tmp_path / "vae")
+    path = tmp_path / "x.safetensors"
+    command = [f"--source={images}", f"--dest={path}", f"--vae={tmp_path / 'vae'}", "--vae-scale=edm2"]
+    result = CliRunner().invoke(dataset_tool.main, command)
+    assert result.exit_code == 0, result.output
+    dataset = LatentDataset(path)
+    teacher = zoo.load_network(DATA / "edm2-format-latent.pkl")
+    latents.check_same_vae(teacher, dataset.metadata["vae"], str(path))
+    raw = torch.as_tensor(load_file(path)["latents"])
+    mean, std = (torch.tensor(v).reshape(4, 1, 1) for v in ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))
+    torch.testing.assert_close(torch.from_numpy(dataset[3][0][0]), (raw[3, 0] - mean) / std / 2)
+    assert (
+        len(load_dataset(str(path), teacher, tiny_config(gan=True, augment=0), {"xflip": False, "cache": False})) == 12
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--vae-scale=edm2"], "is for the 4 channels of"),
         (["--dest=x.zip"], "ends in .safetensors"),
         (["--resolution=15x15"], "2 pixels each, but the images are 15 wide"),
         (["--vae=nothing"], "nothing"),
