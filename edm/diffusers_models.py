@@ -77,17 +77,24 @@ class DiffusersDenoiser(LibraryDenoiser):
         if name not in MODELS:
             raise UserError(
                 f"its model is a {str(name)[:80]!r}; the supported classes are {' and '.join(MODELS)}, and in"
-                " text-to-image pipelines those of Stable Diffusion 1 to 3, FLUX.1 and SANA"
+                " text-to-image pipelines those of Stable Diffusion 1 to 3, FLUX.1 and SANA; wrap another yourself"
+                " (docs/own-networks.md)"
             )
         given = {} if dropout is None else {"dropout": dropout}
         net = build(name, {**model, **given})
         channels, resolution = shape_of(net.config)
         embedding = net.config.get("time_embedding_type", "positional")
         if embedding not in ("positional", "learned"):
-            raise UserError(f"its time embedding is {str(embedding)[:80]!r}, which isn't supported")
+            raise UserError(
+                f"its time embedding is {str(embedding)[:80]!r}, which isn't supported; wrap it yourself"
+                " (docs/own-networks.md)"
+            )
         is_dit = name == "DiTTransformer2DModel"
         if net.config.get("class_embed_type") is not None:
-            raise UserError(f"its classes are embedded as {str(net.config.class_embed_type)[:80]!r}, not by a table")
+            raise UserError(
+                f"its classes are embedded as {str(net.config.class_embed_type)[:80]!r}, not by a table; wrap it"
+                " yourself (docs/own-networks.md)"
+            )
         label_dim = (net.config.num_embeds_ada_norm if is_dit else net.config.num_class_embeds) or 0
         prediction, times = times_of(scheduler, nearest or embedding == "learned")
         super().__init__(net, prediction, times, resolution, channels, int(label_dim), sigma_data)

@@ -14,7 +14,7 @@ from torch_utils.untrusted import edm_pickle
 from training.parameterisations import WrappedDenoiser
 
 from . import latents, network_files, text_encoders
-from .diffusers_folder import SCHEDULER_FILE, licence, read_config, shapes_only, weights
+from .diffusers_folder import SCHEDULER_FILE, check_class, licence, read_config, shapes_only, weights
 from .diffusers_models import LATENT_SIGMA_DATA, MODELS, DiffusersDenoiser
 from .network_files import CONFIG_FILE, INDEX_FILE
 from .text_families import MODEL_FOLDERS, family_of_model
@@ -66,19 +66,26 @@ def shapes(path: Path) -> WrappedDenoiser:
 
     Errors: UserError as `read`.
     """
-    folder, scheduler, vae_folder = _parts(path)
-    model = {name: value for name, value in read_config(folder / CONFIG_FILE).items() if name[0] != "_"}
-    model["_class_name"] = read_config(folder / CONFIG_FILE).get("_class_name")
-    cls = TextDenoiser if _is_text(model) else DiffusersDenoiser
-    settings = _settings(path, model, scheduler, vae_folder)
-    with shapes_only():
-        try:
-            net = cls(**settings).eval()
-        except UserError as error:
-            raise UserError(f"{path}: {error.message}") from None
-        except Exception as error:  # whatever the library raises on a configuration
-            raise UserError(f"{path}: can't be built by its configuration: {persistence.one_line(error)}") from None
-    _check_vae(net, vae_folder)
+    try:
+        folder, scheduler, vae_folder = _parts(path)
+        model = {name: value for name, value in read_config(folder / CONFIG_FILE).items() if name[0] != "_"}
+        model["_class_name"] = read_config(folder / CONFIG_FILE).get("_class_name")
+        cls = TextDenoiser if _is_text(model) else DiffusersDenoiser
+        settings = _settings(path, model, scheduler, vae_folder)
+        with shapes_only():
+            try:
+                net = cls(**settings).eval()
+            except UserError:
+                raise
+            except Exception as error:  # whatever the library raises on a configuration
+                raise UserError(f"can't be built by its configuration: {persistence.one_line(error)}") from None
+        _check_vae(net, vae_folder)
+        if vae_folder is not None:
+            config = check_class(vae_folder / CONFIG_FILE, tuple(latents.VAES))
+            record = {"source": str(vae_folder), "channels": config.get("latent_channels", net.img_channels)}
+            latents.check_channels(net, {"vae": record})
+    except UserError as error:
+        raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}") from None
     return net
 
 

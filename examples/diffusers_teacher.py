@@ -143,6 +143,32 @@ def encoded(net: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
 
 
+def read_vae(folder: Path, images: torch.Tensor, parser: argparse.ArgumentParser) -> AutoencoderKL:
+    """The VAE in a folder, if it takes images of this shape."""
+    name = AutoencoderKL.load_config(folder).get("_class_name")
+    if name != "AutoencoderKL":
+        parser.error(f"--vae={folder}: a {name}, not an AutoencoderKL; name another folder, or a new one to train one")
+    net = AutoencoderKL.from_pretrained(folder)
+    channels = images.shape[1]
+    if net.config.in_channels != channels:
+        parser.error(
+            f"--vae={folder}: takes images of {net.config.in_channels} channels, and those of --data have {channels};"
+            " name a new folder to train one on them"
+        )
+    return net
+
+
+def check_width(images: torch.Tensor, reduction: int, parser: argparse.ArgumentParser) -> None:
+    """Whether the networks can halve what they see. reduction: how many pixels wide a pixel of it is."""
+    size = images.shape[-1]
+    multiple = reduction * (2 if size < 16 * reduction else 4)
+    if size % multiple:
+        parser.error(
+            f"--data: its images are {size} pixels wide, which is no multiple of {multiple}; use edm.dataset_tool"
+            " --resolution"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="zip or folder of images")
@@ -158,17 +184,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.architecture == "dit" and not arguments.classes:
         parser.error("--architecture=dit needs --classes")
+    if Path(arguments.out).exists() and any(Path(arguments.out).iterdir()):
+        parser.error(f"--out={arguments.out} exists already; remove it or choose another name")
     torch.manual_seed(arguments.seed)
 
     dataset = ImageFolderDataset(arguments.data, use_labels=arguments.classes)
     images = torch.stack([torch.from_numpy(dataset[i][0]) for i in range(len(dataset))])  # uint8 [N, C, H, W]
     labels = torch.stack([torch.from_numpy(dataset.get_label(i)) for i in range(len(dataset))])  # one-hot
     shape = tuple(images.shape[1:])
-    if arguments.vae:
+    if not arguments.vae:
+        check_width(images, 1, parser)
+    else:
         folder = Path(arguments.vae)
         if not (folder / "config.json").exists():
+            check_width(images, 2, parser)
             trained_vae(images, arguments.vae_kimg).save_pretrained(folder)
-        decoder = AutoencoderKL.from_pretrained(folder)
+        decoder = read_vae(folder, images, parser)
+        check_width(images, 2 ** (len(decoder.config.block_out_channels) - 1), parser)
         decoder.save_pretrained(Path(arguments.out, "vae"))
         mean, std = (decoder.config.scaling_factor * part for part in encoded(decoder, images))
         shape = tuple(mean.shape[1:])

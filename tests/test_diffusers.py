@@ -19,7 +19,7 @@ from tiny_diffusers import (
 )
 
 from dnnlib import UserError
-from edm import diffusers_folder, diffusers_models, zoo
+from edm import diffusers_folder, diffusers_models, diffusers_reader, zoo
 from edm.diffusers_models import DiffusersDenoiser
 from edm.generate import main as generate
 from sid.guidance import Guidance, check_guidance
@@ -223,6 +223,10 @@ def test_what_does_not_fit_is_one_line(wrong, teacher, tmp_path):
         zoo.load_denoiser(folder)
     assert str(error.value).startswith(str(folder))
     assert "\n" not in str(error.value)
+    if "weights" not in wrong and wrong not in ("pickled", "too large", "another width"):  # needs no weights
+        with pytest.raises(UserError, match=message) as error:
+            diffusers_reader.shapes(folder)
+        assert str(error.value).startswith(str(folder))
 
 
 def test_without_the_library_one_line_says_how_to_install_it(teacher, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import forked
 import PIL.Image
 import pytest
 import torch
-from tiny import tiny_teacher
+from tiny import TINY_VAE, tiny_teacher
 
 from edm import latents, zoo
 
@@ -53,6 +53,31 @@ def test_a_teacher_of_the_diffusers_library(prediction, tmp_path, monkeypatch, c
     net = zoo.load_denoiser(tmp_path / "TEACHER")
     assert net.prediction == prediction.removesuffix("_prediction")
     assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 1, 2 if classes else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vae=COLOUR"], "--vae=COLOUR: takes images of 3 channels, and those of --data have 1"),
+        (["--vae=DEEP"], "--data: its images are 8 pixels wide, which is no multiple of 16"),
+        (["--vae=OTHER"], "--vae=OTHER: a UNet2DModel, not an AutoencoderKL"),
+        (["--out=COLOUR"], "--out=COLOUR exists already"),
+    ],
+)
+def test_a_vae_that_does_not_fit_the_images(options, message, tmp_path, monkeypatch, capsys):
+    library = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    for name, changes in {
+        "COLOUR": {"in_channels": 3, "out_channels": 3},
+        "DEEP": {"block_out_channels": [4] * 4, **blocks},
+    }.items():
+        library.AutoencoderKL.from_config({**TINY_VAE, **changes}).save_pretrained(tmp_path / name)
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(SystemExit, match="2"):
+        diffusers_teacher(tmp_path, monkeypatch, *options)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "TEACHER").exists()
 
 
 def test_a_transformer_of_latents_of_the_diffusers_library(tmp_path, monkeypatch, capsys):
