@@ -27,7 +27,7 @@ from sid.recipes import TEXT_DEMO
 from torch_utils.persistence import is_persistent
 from training.denoiser import known_sigma
 
-SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "trained_betas")
 TIMES = (0, 20, 500, 979, 998)
 
 
@@ -37,14 +37,25 @@ def teacher(tmp_path_factory):
     return write(tmp_path_factory.mktemp("diffusers") / "teacher", denoiser())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("zero_snr", [False, True])
-def test_the_clean_image_is_the_one_of_the_library(schedule, prediction, zero_snr):
+CASES = [
+    (schedule, prediction, zero_snr, variance)
+    for schedule in SCHEDULES
+    for prediction in ("epsilon", "v_prediction", "sample")
+    for zero_snr in (False, True)
+    for variance in ("learned_range", *(["fixed_small", "learned"] if schedule == "linear" else []))
+]
+
+
+@pytest.mark.parametrize(("schedule", "prediction", "zero_snr", "variance"), CASES)
+def test_the_clean_image_is_the_one_of_the_library(schedule, prediction, zero_snr, variance):
     """At several training steps, with and without a network that also predicts a variance."""
     config = {"beta_schedule": schedule, "prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
-    net = denoiser({"out_channels": 2}, {**DDPM, **config, "variance_type": "learned_range"})
-    scheduler = diffusers.DDPMScheduler(**config, clip_sample=False, variance_type="learned_range")
+    config |= {"variance_type": variance}
+    if schedule == "trained_betas":
+        betas = 0.0002 + 0.01 * torch.linspace(0, 1, 1000) ** 2
+        config |= {"beta_schedule": "linear", "trained_betas": betas.tolist()}
+    net = denoiser({"out_channels": 1 if variance == "fixed_small" else 2}, {**DDPM, **config})
+    scheduler = diffusers.DDPMScheduler(**config, clip_sample=False)
     for t in TIMES:
         x_s = torch.randn(2, 1, 8, 8)
         answer = net.net(x_s, torch.tensor([t])).sample
