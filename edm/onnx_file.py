@@ -15,6 +15,7 @@ import torch
 from dnnlib import UserError
 from torch_utils.finiteness import first_non_finite
 from torch_utils.persistence import one_line
+from training.conditions import blank_condition
 from training.decoder import LatentDecoder, PixelDecoder
 from training.generator import Generator
 from training.steps import Steps
@@ -40,14 +41,12 @@ class _Images(torch.nn.Module):
         self.net, self._generator = net, Generator(net, steps)
         self.vae, self._decode = (None, None) if decoder is None else (decoder.vae, decoder.decode)
 
-    def forward(self, z: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        return self._images(z, (), class_labels)
+    def forward(self, z: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        return self._images(z, (), condition)
 
-    def _images(
-        self, z: torch.Tensor, noise: Sequence[torch.Tensor], class_labels: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _images(self, z: torch.Tensor, noise: Sequence[torch.Tensor], condition: torch.Tensor | None) -> torch.Tensor:
         draws = iter(noise)
-        x = self._generator.sample(z, class_labels, lambda _: next(draws))
+        x = self._generator.sample(z, condition, lambda _: next(draws))
         return PixelDecoder.to_images(x if self._decode is None else self._decode(x))
 
 
@@ -56,8 +55,8 @@ class _ImagesOfFreshNoise(_Images):
 
     inputs = ("z", "noise")
 
-    def forward(self, z: torch.Tensor, noise: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        return self._images(z, noise.unbind(dim=1), class_labels)
+    def forward(self, z: torch.Tensor, noise: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        return self._images(z, noise.unbind(dim=1), condition)
 
 
 class _Denoiser(torch.nn.Module):
@@ -67,20 +66,30 @@ class _Denoiser(torch.nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        return self.net(x, sigma, class_labels)
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        return self.net(x, sigma, condition)
 
 
 def _function(
     net: Any, steps: Steps | None, decoder: LatentDecoder | None
 ) -> tuple[_Images | _Denoiser, list[torch.Tensor]]:
-    """(what the model does, an example of its inputs without classes)."""
+    """(what the model does, an example of its inputs without the condition)."""
     x = torch.zeros([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution])
     if steps is None:
         return _Denoiser(net), [x, torch.ones([EXAMPLES])]
     if len(steps) > 1 and steps.noise == "fresh":
         return _ImagesOfFreshNoise(net, steps, decoder), [x, torch.stack([x] * (len(steps) - 1), dim=1)]
     return _Images(net, steps, decoder), [x]
+
+
+def condition_name(net: Any) -> str:
+    """The model's input that says what to make an image of."""
+    return "class_labels" if net.label_dim else "prompts"
+
+
+def _condition(net: Any) -> torch.Tensor | None:
+    """An example of a network's conditions: the first class, or zeros in place of prompts."""
+    return torch.eye(net.label_dim)[[0] * EXAMPLES] if net.label_dim else blank_condition(net, EXAMPLES)
 
 
 def can_trace() -> bool:
@@ -96,9 +105,9 @@ def _check_finite(net: Any, steps: Steps | None, decoder: LatentDecoder | None) 
         raise UserError(f".onnx: {weight} holds NaN or infinity; take an earlier snapshot")
     draws = torch.Generator().manual_seed(0)
     z = torch.randn([EXAMPLES, net.img_channels, net.img_resolution, net.img_resolution], generator=draws)
-    labels = torch.eye(net.label_dim)[[0] * EXAMPLES] if net.label_dim else None
+    condition = _condition(net)
     for sigma in _noise_levels(net) if steps is None else steps.levels:
-        answer = net(sigma * z, torch.full([EXAMPLES], float(sigma)), labels)
+        answer = net(sigma * z, torch.full([EXAMPLES], float(sigma)), condition)
         if not answer.isfinite().all():
             raise UserError(f".onnx: the network's answer at noise level {sigma:g} is NaN or infinite; export another")
         if steps is not None and decoder is not None:
@@ -118,15 +127,12 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
     A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
     [N, C, H, W]; with several steps of fresh noise it also takes noise, standard normal [N, steps - 1, C, H, W]. Any
     other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
-    take class_labels [N, label_dim], one-hot. The inputs are float32. A denoiser of latents takes and makes latents.
+    take class_labels [N, label_dim], one-hot; with prompts, both take prompts [N, prompt_dim], as the text encoders
+    give them. The inputs are float32. A denoiser of latents takes and makes latents.
     header: plain values that go with the model. decoder: of a generator of latents; its VAE becomes part of the model.
     Errors: UserError when packages are missing or too old, the network can't be traced, or its weights or answers
     aren't finite.
     """
-    if getattr(net, "prompt_dim", 0):
-        raise UserError(
-            ".onnx: text-to-image networks aren't exported; edm.zoo convert --to=diffusers writes a pipeline"
-        )
     parts = [net] if decoder is None else [net, decoder.vae]
     size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
     if size > MAX_BYTES:
@@ -142,9 +148,10 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
     steps = Steps.recorded(header["metadata"])
     function, arguments = _function(net, steps, decoder)
     names = list(function.inputs)
-    if net.label_dim:
-        arguments.append(torch.eye(net.label_dim)[[0] * EXAMPLES])
-        names.append("class_labels")
+    condition = _condition(net)
+    if condition is not None:
+        arguments.append(condition)
+        names.append(condition_name(net))
     of_diffusers = any(type(part).__module__.startswith("diffusers.") for part in function.modules())
     images = {0: torch.export.Dim("N", max=MOST_OF_DIFFUSERS if of_diffusers else MOST)}
     # Its warnings concern packages that these networks don't use.
@@ -160,7 +167,7 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
                 verbose=False,
                 input_names=names,
                 output_names=[function.output],
-                dynamic_shapes=dict.fromkeys(names, images),
+                dynamic_shapes=(images,) * len(names),
             )
             assert program is not None  # with dynamo=True
             model = program.model_proto

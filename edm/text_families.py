@@ -141,7 +141,7 @@ class StableDiffusionXL(StableDiffusion):
         return {**super().condition_parts(config, length), "pooled": (width - self.SIZES * times,)}
 
     def answer(self, net: Any, x_s: Tensor, t: Tensor, parts: dict[str, Tensor], size: int) -> Tensor:
-        sizes = x_s.new_tensor([float(size), size, 0, 0, size, size]).expand(len(x_s), -1)
+        sizes = x_s.new_tensor([float(size), size, 0, 0, size, size]).expand(x_s.shape[0], -1)
         added = {"text_embeds": parts["pooled"], "time_ids": sizes}
         return net(x_s, t, parts["tokens"], added_cond_kwargs=added, return_dict=False)[0]
 
@@ -201,7 +201,7 @@ class Flux(Family):
         return config.in_channels // self.PATCH**2, sample_size
 
     def answer(self, net: Any, x_s: Tensor, t: Tensor, parts: dict[str, Tensor], size: int) -> Tensor:
-        width, n, tokens = x_s.shape[-1] // self.PATCH, len(x_s), parts["tokens"]
+        width, n, tokens = x_s.shape[-1] // self.PATCH, x_s.shape[0], parts["tokens"]
         packed = torch.nn.functional.pixel_unshuffle(x_s, self.PATCH).flatten(2).transpose(1, 2)
         y, x = torch.meshgrid(*[torch.arange(width, device=x_s.device).float()] * 2, indexing="ij")
         places = torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3)

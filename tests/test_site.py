@@ -19,7 +19,9 @@ from tiny import Spy, tiny_teacher
 from dnnlib import UserError
 from edm import onnx_file, site, zoo
 from edm.sampler import generate_images
+from edm.text_encoders import prompts_for
 from edm.zoo.__main__ import main as zoo_command
+from training.conditions import Prompts
 from training.generator import Generator
 from training.steps import Steps
 
@@ -149,19 +151,75 @@ def test_what_is_refused(tmp_path, monkeypatch, options, message):
 
 @pytest.mark.usefixtures("no_export")
 def test_only_generators_of_pictures_have_a_page(tmp_path):
-    teacher, four, words = Spy(), generator(Spy()), generator(Spy())
-    teacher.metadata = {}
-    four.img_channels, words.prompt_dim = 4, 5
-    for net, reason in ((teacher, "distil it first"), (four, "makes 4 channels"), (words, "aren't exported to ONNX")):
+    teacher, four = Spy(), generator(Spy())
+    teacher.metadata, four.img_channels = {}, 4
+    for net, reason in ((teacher, "distil it first"), (four, "makes 4 channels")):
         with pytest.raises(UserError, match=f"^--to=site: .*{reason}"):
             site.write(net, "net", str(tmp_path / "new"))
-    with pytest.raises(UserError, match="--class-names=x: this network is unconditional"):
+    with pytest.raises(UserError, match="--class-names=x: this network has no classes"):
         site.write(generator(Spy()), "net", str(tmp_path / "new"), class_names="x")
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def of_prompts(monkeypatch):
+    """A generator of prompts, whose text encoders make five random numbers of each."""
+    torch.manual_seed(0)
+    net, rows = generator(Spy()), torch.randn(10, 5).numpy()
+    net.prompt_dim = 5
+    monkeypatch.setattr(site, "prompts_for", lambda _, texts: Prompts(rows[: len(texts)], torch.zeros(5), texts))
+    monkeypatch.setattr(onnx_file, "halve", lambda _path: None)
+    return net, rows
+
+
+@pytest.mark.usefixtures("no_export")
+@pytest.mark.parametrize("half", [False, True])
+def test_encoded_prompts_are_in_one_file(tmp_path, of_prompts, half):
+    (net, rows), texts = of_prompts, ["a dog", HOSTILE, "ein Haus \N{SNOWMAN}"]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    told = site.write(net, "net", str(tmp_path / "new"), half=half, prompts=str(tmp_path / "texts.txt"))
+    assert f"; its 3 prompts take {'3' if half else '6'}e-05 MB; it loads" in told
+    description = json.loads((tmp_path / "new" / "site.json").read_text())
+    bits = 16 if half else 32
+    assert description["prompts"] == {"texts": texts, "dim": 5, "bits": bits, "bytes": 3 * 5 * bits // 8}
+    assert description["classes"] == []
+    found = np.fromfile(tmp_path / "new" / "prompts.bin", f"<f{bits // 8}").reshape(3, 5)
+    assert (found == rows[:3].astype(found.dtype)).all()
+
+
+@pytest.mark.usefixtures("no_export")
+def test_which_prompts_are_refused(tmp_path, monkeypatch, of_prompts):
+    (net, _), path = of_prompts, tmp_path / "texts.txt"
+    path.write_text("\n".join("abcdefg"))
+    before = sorted(tmp_path.rglob("*"))
+
+    def refused(net=net, **options):
+        with pytest.raises(UserError) as error:
+            site.write(net, "net", str(tmp_path / "new"), **options)
+        assert sorted(tmp_path.rglob("*")) == before
+        return error.value.message
+
+    assert "makes images of prompts: give --prompts=FILE" in refused()
+    assert "--prompts: this network makes no images of prompts" in refused(generator(Spy()), prompts=str(path))
+    monkeypatch.setattr(site, "MAX_PROMPT_BYTES", 60)
+    assert refused(prompts=str(path)).endswith("keep 3 of them, or twice as many with --half")
+    assert refused(prompts=str(path), half=True).endswith("keep 6 of them")
+    monkeypatch.setattr(site, "MAX_PROMPTS", 2)
+    assert refused(prompts=str(path)).endswith("at most 2 and 0 MB: keep 2 of them")
+
+
+@pytest.mark.usefixtures("no_export")
+def test_prompts_beyond_16_bits_are_refused(tmp_path, of_prompts):
+    (net, rows), path = of_prompts, tmp_path / "texts.txt"
+    path.write_text("a\nb\n")
+    rows[1, 3] = -7e4
+    with pytest.raises(UserError, match=r"^--half: an encoded prompt holds a number beyond 65504; leave it out$"):
+        site.write(net, "net", str(tmp_path / "new"), half=True, prompts=str(path))
+    assert not (tmp_path / "new").exists()
+
+
 def test_its_options_belong_to_it():
-    for option in ("--runtime=x", "--class-names=x", "--half"):
+    for option in ("--runtime=x", "--class-names=x", "--prompts=x", "--half"):
         done = CliRunner().invoke(zoo_command, ["convert", "net", "new", option])
         assert done.exit_code == 2
         assert "are for --to=site" in done.output
@@ -186,6 +244,19 @@ def test_a_seed_draws_what_pytorch_draws(tmp_path):
         assert which == torch.randint(10, [1], generator=draws)
         expected = torch.cat([torch.randn(size, generator=draws) for _ in range(2)])
         assert further == pytest.approx(expected.tolist(), abs=4e-6)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_all_numbers_of_16_bits_are_read(tmp_path):
+    (tmp_path / "noise.mjs").write_text(script("noise.js"))
+    (tmp_path / "run.mjs").write_text(
+        """import { fromHalf } from "./noise.mjs";
+        console.log(JSON.stringify(Array.from({ length: 65536 }, (_, i) => fromHalf(i))));"""
+    )
+    done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, check=True)
+    expected = np.arange(65536, dtype=np.uint16).view(np.float16).astype(float)
+    finite = np.isfinite(expected)
+    assert (np.array(json.loads(done.stdout))[finite] == expected[finite]).all()
 
 
 needs_onnx = pytest.mark.skipif(not onnx_file.can_trace(), reason="a PyTorch that can't write ONNX")
@@ -280,6 +351,55 @@ def test_pictures_of_classes_and_steps_are_those_of_pytorch(tmp_path, chromium, 
         chromium.run("place.value = 0; place.dispatchEvent(new Event('input'))")
         (start,) = generate_images(net, [3], class_idx=2)
         assert_same(pictures(chromium, "#shown"), start.numpy())
+
+
+@pytest.mark.slow
+@needs_onnx
+@pytest.mark.usefixtures("own_cache")
+def test_pictures_of_prompts_are_those_of_pytorch(tmp_path, chromium, real_runtime):
+    """Stable Diffusion with two steps, its VAE and a prompt that is HTML; weights and prompts in 16 bits."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    import tiny_pipelines
+
+    pipeline = tiny_pipelines.stable_diffusion()
+    for part in (pipeline.unet, pipeline.vae):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.half().float()
+    pipeline.save_pretrained(tmp_path / "teacher")
+    net = zoo.load_denoiser(tmp_path / "teacher")
+    net.metadata |= {"kind": "sid-generator", "init_sigma": 2.5, "step_levels": [2.5, 0.8]}
+    texts = ["a red apple", HOSTILE, "a cat in a hat"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    site.write(net, "net", str(tmp_path / "site"), real_runtime, half=True, prompts=str(tmp_path / "texts.txt"))
+
+    def expected(seeds, numbers):
+        rows = prompts_for(net, texts).all().half().float().numpy()
+        images = []
+        for seed, number in zip(seeds, numbers):
+            net.prompts = Prompts(rows[[number]], torch.zeros(net.prompt_dim), [texts[number]])
+            images += generate_images(net, [seed])
+        return torch.cat(images).numpy()
+
+    with served(tmp_path / "site") as address:
+        chromium.open(address)
+        chromium.wait(READY)
+        change(chromium, seed=7, count=4)
+        assert_same(pictures(chromium, "#grid canvas"), expected([7, 8, 9, 10], [1, 2, 0, 1]))
+        names = "return [...document.querySelectorAll('#grid .name')].map(name => name.textContent)"
+        assert chromium.run(names) == [texts[i] for i in (1, 2, 0, 1)]
+        change(chromium, **{"class": "each"})
+        assert_same(pictures(chromium, "#grid canvas"), expected([7, 8, 9, 10], [0, 1, 2, 0]))
+        change(chromium, **{"class": 2})
+        chosen = pictures(chromium, "#grid canvas")
+        assert_same(chosen, expected([7, 8, 9, 10], [2] * 4))
+        assert (chosen[2] != expected([9], [0])[0]).any()  # the prompt is seen
+        change(chromium, from_seed=3, from_class=2, to_seed=4, to_class=0)
+        assert_same(pictures(chromium, "#strip canvas")[[0, -1]], expected([3, 4], [2, 0]))
+        labels = "return [...document.querySelectorAll('.of-classes .what')].map(what => what.textContent)"
+        assert chromium.run(labels) == ["Prompt"] * 3
+        assert "3 prompts" in chromium.run("return document.querySelector('#facts').textContent")
+        assert chromium.run("return document.querySelectorAll('img, main script').length") == 0
 
 
 def blend(net, start, end, count):

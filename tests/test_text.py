@@ -8,12 +8,13 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, slow_ones
 from parity import assert_close
 from tiny import CPU, tiny_config
 
 from dnnlib import UserError
-from edm import diffusers_pipelines, latents, text_encoders, transformers_library, zoo
+from edm import diffusers_pipelines, latents, onnx_file, text_encoders, transformers_library, zoo
+from edm.sampler import draw_starts, generate_images
 from edm.zoo.__main__ import main as zoo_command
 from sid import memory
 from sid.config import resolve
@@ -26,6 +27,7 @@ import tiny_pipelines  # noqa: E402
 from tiny_pipelines import TEXTS, teacher_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_cache")
+ONNX_KINDS = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"]
 
 
 @pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"])
@@ -99,13 +101,31 @@ def test_a_generator_as_a_pipeline(text_pipelines, tmp_path, kind, prediction):
         zoo.load_network(tmp_path / "out")
 
 
-def test_what_cannot_become_a_pipeline_or_onnx(text_pipelines, tmp_path):
+def test_what_cannot_become_a_pipeline(text_pipelines, tmp_path):
     net = teacher_of(text_pipelines["stable_diffusion_3"])
     with pytest.raises(UserError, match="a teacher from prompts is a pipeline already"):
         diffusers_pipelines.write(net, tmp_path / "out")
+
+
+@pytest.mark.skipif(not onnx_file.can_trace(), reason="a PyTorch that can't write ONNX")
+@pytest.mark.parametrize("kind", slow_ones(ONNX_KINDS, *ONNX_KINDS[1:]))
+def test_onnx(text_pipelines, tmp_path, kind):
+    """onnxruntime makes the images of PyTorch, from noise and encoded prompts, the VAE included."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net = teacher_of(text_pipelines[kind])
+    net.img_resolution = tiny_pipelines.SIZE  # which flux's configuration doesn't name
     net.metadata |= Steps((2.2,)).record()
-    with pytest.raises(UserError, match="text-to-image networks aren't exported"):
-        zoo.save_network(net, tmp_path / "net.onnx", **net.metadata)
+    zoo.save_network(net, tmp_path / "net.onnx", **net.metadata)
+    model = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    z = draw_starts(net, range(5))[1]
+    inputs = {"z": z.numpy(), "prompts": net.prompts.of_seeds(range(5), CPU, None).numpy()}
+    (images,) = model.run(["images"], inputs)
+    (expected,) = generate_images(net, range(5))
+    assert abs(images.astype(int) - expected.numpy()).max() <= 1
+    assert (images == expected.numpy()).mean() > 0.95
+    assert len(expected.unique()) > 20
+    (others,) = model.run(["images"], {**inputs, "prompts": inputs["prompts"][::-1].copy()})
+    assert (others != images).any()
 
 
 def test_an_estimate_needs_no_weights(text_pipelines, tmp_path):

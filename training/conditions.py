@@ -121,6 +121,10 @@ class Prompts:
         randint = randint or (lambda high: torch.randint(high, [n], device=device))
         return self._rows(randint(len(self.texts)), device)
 
+    def all(self) -> torch.Tensor:
+        """The conditions of all prompts, [P, prompt_dim], in the order of `texts`."""
+        return self._rows(torch.arange(len(self.texts)), "cpu")
+
     def of_seeds(
         self, seeds: Sequence[int], device: torch.device | str, _randint: Callable[[int], torch.Tensor]
     ) -> torch.Tensor:

@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dnnlib import UserError, open_plain, user_path
 from dnnlib.errors import printable
 from edm import hub, latents, network_files, onnx_file, zoo
+from edm.text_encoders import prompts_for, read_prompts
 from torch_utils.untrusted.bounds import read_json
 from training.conditions import learnt_classes
 from training.steps import Steps
 
 STATIC = Path(__file__).parent / "static"
 PAGE_FILES = ("index.html", "base.css", "site.css", "page.js", "worker.js", "noise.js")
-MODEL_FILE, DESCRIPTION_FILE, RUNTIME_FOLDER = "network.onnx", "site.json", "runtime"
+MODEL_FILE, PROMPTS_FILE, DESCRIPTION_FILE, RUNTIME_FOLDER = "network.onnx", "prompts.bin", "site.json", "runtime"
 RUNTIME_VERSION, RUNTIME_LICENCE = "1.30.0", "onnxruntime-LICENSE.txt"
 RUNTIME_ADDRESS = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{RUNTIME_VERSION}/dist/"
 RUNTIME = {  # what each file of onnxruntime-web is to the page: its name, and its hash in RUNTIME_VERSION
@@ -31,6 +34,7 @@ RUNTIME = {  # what each file of onnxruntime-web is to the page: its name, and i
     "wasm": ("ort-wasm-simd-threaded.wasm", "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM"),
 }
 MAX_RUNTIME_BYTES, MAX_PACKAGE_BYTES, MAX_NAMES_BYTES = 256 << 20, 1 << 20, 16 << 20
+MAX_PROMPTS, MAX_PROMPT_BYTES = 1000, 100_000_000  # that a list shows; that a page loads at once
 ADVICE = f"npm pack onnxruntime-web@{RUNTIME_VERSION} downloads it"
 
 
@@ -41,26 +45,39 @@ def write(
     runtime: str | None = None,
     class_names: str | None = None,
     half: bool = False,
+    prompts: str | None = None,
 ) -> str:
     """Writes the site of a generator into a new folder, which appears whole or not at all.
 
     source: where the network came from, whose last name is the page's title. runtime: the folder of the npm package
     onnxruntime-web, which the site then holds; None: the page loads RUNTIME_VERSION from RUNTIME_ADDRESS.
-    class_names: a text file with the name of each class in its line. half: as `onnx_file.halve`.
+    class_names: a text file with the name of each class in its line. half: as `onnx_file.halve`, for encoded prompts,
+    too. prompts: a file as `edm.text_encoders.read_prompts` takes, with those that the page offers.
     Returns a line that says how to see the page, and where its runtime comes from.
     Errors: UserError when the network doesn't make pictures by itself, or a file can't be read or written.
     """
     path, description = user_path(destination), describe(net, source)
+    texts = _texts(net, prompts, half)
     if class_names is not None:
         description["class_names"] = _class_names(class_names, net.label_dim)
     files = {} if runtime is None else _runtime_files(runtime)
     version = RUNTIME_VERSION if runtime is None else _runtime_version(runtime)
     description["runtime"] = _runtime_record(files, version)
+    encoded = _encoded(net, texts, half) if texts else b""
+    if texts:
+        description["prompts"] = {
+            "texts": [printable(text) for text in texts],
+            "dim": net.prompt_dim,
+            "bits": 16 if half else 32,
+            "bytes": len(encoded),
+        }
     try:
         with network_files.new_folder(path) as folder:
             zoo.save_network(net, folder / MODEL_FILE, **net.metadata)
             if half:
                 onnx_file.halve(folder / MODEL_FILE)
+            if texts:
+                (folder / PROMPTS_FILE).write_bytes(encoded)
             description["model_bytes"] = (folder / MODEL_FILE).stat().st_size
             copies = [STATIC / name for name in PAGE_FILES]
             if files:
@@ -74,6 +91,8 @@ def write(
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: choose another place") from None
     seen_by = f"to see the page: python -m http.server --directory {shlex.quote(str(path))}"
+    if texts:
+        seen_by += f"; its {len(texts)} prompts take {len(encoded) / 1e6:.3g} MB"
     if files:
         return f"{seen_by}; it holds onnxruntime-web {version} and needs no other server"
     return f"{seen_by}; it loads onnxruntime-web {version} from cdn.jsdelivr.net, unless --runtime=FOLDER is given"
@@ -83,7 +102,7 @@ def describe(net: Any, source: str) -> dict[str, Any]:
     """What the page has to know about a generator, as plain values.
 
     shape: of the noise, [C, H, W]. noise_steps: how many further noises the network takes for an image.
-    Errors: UserError when it isn't a generator of pictures from noise and classes.
+    Errors: UserError when it isn't a generator of pictures.
     """
     steps = Steps.of(net)
     if steps is None:
@@ -91,8 +110,6 @@ def describe(net: Any, source: str) -> dict[str, Any]:
             f"--to=site: {source} records no init_sigma, so it is no generator, and sampling a diffusion model takes"
             " many evaluations an image: distil it first"
         )
-    if getattr(net, "prompt_dim", 0):
-        raise UserError("--to=site: text-to-image networks aren't exported to ONNX, which the page needs")
     channels, resolution = latents.image_shape(net)
     if channels not in (1, 3):
         raise UserError(f"--to=site: the network makes {channels} channels, and a picture has 1 or 3")
@@ -112,7 +129,7 @@ def describe(net: Any, source: str) -> dict[str, Any]:
 def _class_names(source: str, count: int) -> list[str]:
     """The names of `count` classes. Errors: UserError naming --class-names."""
     if not count:
-        raise UserError(f"--class-names={source}: this network is unconditional; leave the option out")
+        raise UserError(f"--class-names={source}: this network has no classes; leave the option out")
     try:
         with open_plain(user_path(source), MAX_NAMES_BYTES) as file:
             names = [line.strip() for line in file.read().decode("utf-8-sig").strip().splitlines()]
@@ -123,6 +140,37 @@ def _class_names(source: str, count: int) -> list[str]:
     if len(names) != count:
         raise UserError(f"--class-names={source}: has {len(names)} lines, and the network {count} classes; one each")
     return [printable(name) for name in names]
+
+
+def _texts(net: Any, source: str | None, half: bool) -> list[str]:
+    """The prompts of a file, for a network of prompts; otherwise none. Errors: UserError naming --prompts."""
+    width = getattr(net, "prompt_dim", 0)
+    if not width:
+        if source is not None:
+            raise UserError("--prompts: this network makes no images of prompts; leave the option out")
+        return []
+    if source is None:
+        raise UserError("--to=site: this network makes images of prompts: give --prompts=FILE, one per line")
+    texts, size = read_prompts(source), width * (2 if half else 4)
+    most = min(MAX_PROMPTS, MAX_PROMPT_BYTES // size)
+    if len(texts) > most:
+        raise UserError(
+            f"--prompts={source}: has {len(texts)} prompts, of {size / 1e6:.2g} MB each when encoded; a page takes at"
+            f" most {MAX_PROMPTS} and {MAX_PROMPT_BYTES / 1e6:.0f} MB: keep {most} of them"
+            + ("" if half or most == MAX_PROMPTS else ", or twice as many with --half")
+        )
+    return texts
+
+
+def _encoded(net: Any, texts: list[str], half: bool) -> bytes:
+    """The conditions of prompts, [P, prompt_dim] numbers of 32 bits or, with `half`, of 16, the lowest byte first.
+
+    Errors: UserError when the text encoders aren't available, or a number is too large for 16 bits.
+    """
+    rows = prompts_for(net, texts).all().numpy()
+    if half and np.abs(rows).max() > onnx_file.MOST_OF_HALF:
+        raise UserError(f"--half: an encoded prompt holds a number beyond {onnx_file.MOST_OF_HALF:g}; leave it out")
+    return rows.astype("<f2" if half else "<f4").tobytes()
 
 
 def _runtime_files(folder: str) -> dict[str, Path]:

@@ -108,7 +108,8 @@ def verify_command(names: tuple[str, ...]) -> None:
 @click.option("--base", help="With --to=lora: the teacher that the generator was distilled from")
 @click.option("--runtime", help="With --to=site: folder of the npm package onnxruntime-web, which the site then holds")
 @click.option("--class-names", help="With --to=site: text file with the name of each class in its line")
-@click.option("--half", is_flag=True, help="With --to=site: weights in 16 bits, so that half as much is loaded")
+@click.option("--prompts", help="With --to=site, for a text-to-image generator: file with a prompt in each line")
+@click.option("--half", is_flag=True, help="With --to=site: weights and prompts in 16 bits, half as much to load")
 @classes_option
 @mirror_option
 def convert(
@@ -118,6 +119,7 @@ def convert(
     base: str | None,
     runtime: str | None,
     class_names: str | None,
+    prompts: str | None,
     half: bool,
     classes: str | None,
 ) -> None:
@@ -131,8 +133,8 @@ def convert(
     """
     if (to == "lora") != (base is not None):
         raise UserError("--to=lora and --base=TEACHER go together: the file holds what is added to the teacher")
-    if to != "site" and (runtime, class_names, half) != (None, None, False):
-        raise UserError("--runtime, --class-names, --half: are for --to=site; leave them out")
+    if to != "site" and (runtime, class_names, prompts, half) != (None, None, None, False):
+        raise UserError("--runtime, --class-names, --prompts, --half: are for --to=site; leave them out")
     path = Path(destination)
     if to is None and path.suffix:
         check_new_file(path)
@@ -144,7 +146,7 @@ def convert(
     elif to == "diffusers":
         click.echo(diffusers_pipelines.write(net, path))
     elif to == "site":
-        click.echo(site.write(net, source, destination, runtime, class_names, half))
+        click.echo(site.write(net, source, destination, runtime, class_names, half, prompts))
     else:
         save_network(net, destination, **net.metadata)
     click.echo(f"{destination}: {type(net).__name__}, sha256 of the weights {network_hash(net)}")

@@ -76,6 +76,14 @@ export function drawn(seed, size, classes, furtherSteps) {
   return { z, which, further };
 }
 
+// The value of a finite number of 16 bits, 1 of them for the sign and 5 for the exponent, which not all browsers read.
+export function fromHalf(bits) {
+  const exponent = (bits >> 10) & 31;
+  const fraction = (bits & 1023) / 1024;
+  const size = exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction;
+  return bits & 0x8000 ? -size : size;
+}
+
 // The point at `share` of the way from noise a to noise b along the arc between them, where its length stays typical.
 export function between(a, b, share) {
   const product = (x, y) => x.reduce((sum, value, i) => sum + value * y[i], 0);

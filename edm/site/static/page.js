@@ -8,6 +8,7 @@ const EACH = "each", DRAWN = "drawn";
 const worker = new Worker("worker.js", { type: "module" });
 const jobs = { grid: 0, blend: 0 };
 let site, threads = 1;
+let choices = []; // numbers of the classes or prompts that there are to choose from
 let nextChoice = "from";
 
 start().catch((error) => showProblem(error.message));
@@ -16,18 +17,20 @@ async function start() {
   const response = await fetch("site.json");
   if (!response.ok) throw new Error(`site.json can't be loaded: the server answers ${response.status}`);
   site = await response.json();
+  choices = site.prompts ? [...site.prompts.texts.keys()] : site.classes;
   document.title = site.title;
   element("title").textContent = site.title;
   element("facts").textContent = facts().join(" · ");
-  const size = (site.model_bytes / 1e6).toLocaleString("en", { maximumSignificantDigits: 2 });
+  const size = ((site.model_bytes + (site.prompts?.bytes ?? 0)) / 1e6).toLocaleString("en", { maximumSignificantDigits: 2 });
   showStatus(`Loading the network, ${size} MB, and what runs it …`);
   document.body.classList.toggle("small", site.resolution <= SMALL);
-  fillClasses();
+  document.body.classList.toggle("of-prompts", Boolean(site.prompts));
+  fillChoices();
   worker.addEventListener("message", ({ data }) => receive(data));
   worker.addEventListener("error", () => showProblem("this browser can't run the network"));
   const absolute = (url) => new URL(url, location.href).href;
   for (const file of Object.values(site.runtime.files)) file.url = absolute(file.url);
-  worker.postMessage({ site: { ...site, model: absolute("network.onnx") } });
+  worker.postMessage({ site: { ...site, model: absolute("network.onnx"), encoded: absolute("prompts.bin") } });
 }
 
 function facts() {
@@ -36,19 +39,21 @@ function facts() {
   const count = site.parameters;
   found.push(`${count < 1e6 ? `${Math.round(count / 1e3)} thousand` : `${(count / 1e6).toPrecision(3)} million`} parameters`);
   if (site.label_dim) found.push(`${site.classes.length} classes`);
+  if (site.prompts) found.push(`${choices.length} prompt${choices.length > 1 ? "s" : ""}`);
   if (site.licence) found.push(`licence ${site.licence}`);
   return found;
 }
 
-function className(of) {
-  return site.class_names?.[of] ?? `class ${of}`;
+function nameOf(of) {
+  return site.prompts?.texts[of] ?? site.class_names?.[of] ?? `class ${of}`;
 }
 
-function fillClasses() {
-  for (const label of document.querySelectorAll(".of-classes")) label.hidden = !site.label_dim;
+function fillChoices() {
+  for (const label of document.querySelectorAll(".of-classes")) label.hidden = !choices.length;
+  if (site.prompts) for (const what of document.querySelectorAll(".what")) what.textContent = "Prompt";
   const fill = (id, first) => {
-    const classes = site.classes.map((of) => [String(of), className(of)]);
-    element(id).replaceChildren(...[...first, ...classes].map(([value, text]) => new Option(text, value)));
+    const named = choices.map((of) => [String(of), nameOf(of)]);
+    element(id).replaceChildren(...[...first, ...named].map(([value, text]) => new Option(text, value)));
   };
   fill("class", [[DRAWN, "by seed"], [EACH, "each in turn"]]);
   fill("from-class", [[DRAWN, "by seed"]]);
@@ -82,14 +87,14 @@ function receive(message) {
 
 // --- what is asked for
 
-const chosenClass = (id) => (element(id).value === DRAWN || !site.label_dim ? null : Number(element(id).value));
+const chosen = (id) => (element(id).value === DRAWN || !choices.length ? null : Number(element(id).value));
 
 function askGrid() {
   if (!element("grid-form").reportValidity()) return;
   const first = Number(element("seed").value);
   const turn = element("class").value === EACH;
   const items = Array.from({ length: Number(element("count").value) }, (_, i) => ({
-    seed: (first + i) % SEEDS, of: turn ? site.classes[i % site.classes.length] : chosenClass("class"),
+    seed: (first + i) % SEEDS, of: turn ? choices[i % choices.length] : chosen("class"),
   }));
   element("grid").replaceChildren(...items.map(pictureButton));
   ask("grid", { items });
@@ -98,7 +103,7 @@ function askGrid() {
 function askBlend() {
   if (!element("blend-form").reportValidity()) return;
   const [from, to] = ["from", "to"].map((end) => ({
-    seed: Number(element(`${end}-seed`).value), of: chosenClass(`${end}-class`),
+    seed: Number(element(`${end}-seed`).value), of: chosen(`${end}-class`),
   }));
   element("strip").replaceChildren(...Array.from({ length: STRIP }, canvas));
   ask("blend", { from, to, count: STRIP });
@@ -140,7 +145,7 @@ function choose(button) {
   button.dataset.end = nextChoice;
   button.setAttribute("aria-pressed", "true");
   element(`${nextChoice}-seed`).value = button.dataset.seed;
-  if (site.label_dim) element(`${nextChoice}-class`).value = button.dataset.of;
+  if (choices.length) element(`${nextChoice}-class`).value = button.dataset.of;
   nextChoice = nextChoice === "from" ? "to" : "from";
   askBlend();
 }
@@ -156,7 +161,7 @@ function draw({ kind, index, picture, of }) {
     if (index === Number(element("place").value)) showPlace();
   } else if (of !== null) {
     place.dataset.of = of;
-    place.title = place.querySelector(".name").textContent = className(of);
+    place.title = place.querySelector(".name").textContent = nameOf(of);
   }
 }
 

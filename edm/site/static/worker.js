@@ -2,15 +2,16 @@
 //
 // In:  {site}, once: what site.json says, with absolute addresses; then any number of jobs
 //      {kind: "grid", id, items: [{seed, of}]} or {kind: "blend", id, from: {seed, of}, to: {seed, of}, count},
-//      where `of` is a class, or null for the one that the seed draws. A newer job of a kind ends the older one.
+//      where `of` is a class or prompt, or null for the one that the seed gives. A newer job of a kind ends the older one.
 // Out: {ready: {threads}}; {kind, id, index, picture: {width, height, rgba}, of}; {kind, id, done: {pictures, ms}};
 //      {failure}.
-import { between, drawn } from "./noise.js";
+import { between, drawn, fromHalf } from "./noise.js";
 
 const AT_ONCE = 4; // pictures in one call of the network
 const MAX_THREADS = 8;
 const newest = {}; // kind: id
 let site, ort, session;
+let encoded; // all prompts, one after the other
 let before = Promise.resolve();
 
 addEventListener("message", ({ data }) => {
@@ -29,10 +30,11 @@ function fail(error) {
 async function load(description) {
   site = description;
   const { module, loader, wasm } = site.runtime.files;
-  const [moduleCode, loaderCode, wasmBinary, model] = await Promise.all([
+  const [moduleCode, loaderCode, wasmBinary, model, prompts] = await Promise.all([
     fetched(module.url, module.integrity), fetched(loader.url, loader.integrity), fetched(wasm.url, wasm.integrity),
-    fetched(site.model),
+    fetched(site.model), site.prompts && fetched(site.encoded),
   ]);
+  if (prompts) encoded = site.prompts.bits === 16 ? new Uint16Array(prompts) : new Float32Array(prompts);
   const address = (code) => URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
   ort = await import(address(moduleCode));
   const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MAX_THREADS) : 1;
@@ -73,14 +75,24 @@ async function make(job) {
   postMessage({ kind: job.kind, id: job.id, done: { pictures: count, ms } });
 }
 
-// What the network takes for one picture: {z, noise, labels}, float32, and of: its class.
+// What the network takes for one picture: {z, noise, condition}, float32, and of: its class or prompt.
 function inputs({ seed, of }) {
   const size = site.shape.reduce((product, n) => product * n);
   const { z, which, further } = drawn(seed, size, site.classes.length, site.noise_steps);
+  if (site.prompts) {
+    const number = of ?? seed % site.prompts.texts.length; // as edm.generate --prompts=FILE
+    return { z, noise: further, condition: prompt(number), of: number };
+  }
   const chosen = site.label_dim ? (of ?? site.classes[which]) : null;
-  const labels = new Float32Array(site.label_dim);
-  if (chosen !== null) labels[chosen] = 1;
-  return { z, noise: further, labels, of: chosen };
+  const condition = new Float32Array(site.label_dim);
+  if (chosen !== null) condition[chosen] = 1;
+  return { z, noise: further, condition, of: chosen };
+}
+
+function prompt(number) {
+  const { dim, bits } = site.prompts;
+  const row = encoded.subarray(number * dim, (number + 1) * dim);
+  return bits === 16 ? Float32Array.from(row, fromHalf) : row;
 }
 
 function mixed(a, b, share) {
@@ -89,8 +101,8 @@ function mixed(a, b, share) {
   for (let i = 0; i < noise.length; i += size) {
     noise.set(between(a.noise.subarray(i, i + size), b.noise.subarray(i, i + size), share), i);
   }
-  const labels = a.labels.map((value, i) => (1 - share) * value + share * b.labels[i]);
-  return { z: between(a.z, b.z, share), noise, labels, of: null };
+  const condition = a.condition.map((value, i) => (1 - share) * value + share * b.condition[i]);
+  return { z: between(a.z, b.z, share), noise, condition, of: null };
 }
 
 async function run(all) {
@@ -101,7 +113,8 @@ async function run(all) {
   };
   const feeds = { z: joined("z", site.shape) };
   if (site.noise_steps) feeds.noise = joined("noise", [site.noise_steps, ...site.shape]);
-  if (site.label_dim) feeds.class_labels = joined("labels", [site.label_dim]);
+  if (site.label_dim) feeds.class_labels = joined("condition", [site.label_dim]);
+  if (site.prompts) feeds.prompts = joined("condition", [site.prompts.dim]);
   const { images } = await session.run(feeds);
   const [, channels, height, width] = images.dims;
   return all.map((_, i) => {
