@@ -42,9 +42,13 @@ def reference(tmp_path, detector):
     return tmp_path / "reference.npz"
 
 
-@pytest.fixture
-def inputs(reference, monkeypatch, tmp_path):
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def inputs(reference):
     return Inputs(tiny_teacher().eval(), evaluator=Evaluator([f"is{NUM}", f"fid{NUM}"], reference))
 
 
