@@ -114,13 +114,19 @@ class MeasuredFid:
 
 def read_fid(run_dir: Path) -> MeasuredFid | None:
     """The first FID of a run; None if it measured none. Errors: UserError when its records are damaged."""
-    teacher = read_run_options(run_dir).get("teacher_fid")
-    value = teacher.get("value") if isinstance(teacher, dict) else None
+    teacher = teacher_fid(read_run_options(run_dir))
     for path in sorted(run_dir.glob("metric-fid*.jsonl")):
         if measured := read_records(path, "kimg", "value"):
             name = path.stem.removeprefix("metric-")
-            return MeasuredFid(name, measured, value if is_figure(value) else None)
+            return MeasuredFid(name, measured, teacher)
     return None
+
+
+def teacher_fid(options: dict[str, Any]) -> float | None:
+    """The teacher's FID as a run recorded it; None if it knew none. options: as the run recorded them."""
+    found = options.get("teacher_fid")
+    value = found.get("value") if isinstance(found, dict) else None
+    return value if is_figure(value) else None
 
 
 def _is_sound(name: str, value: Any) -> bool:

@@ -21,6 +21,7 @@ from ..monitor.records import (
     is_training,
     read_options,
     read_returns,
+    teacher_fid,
 )
 from ..monitor.rules import Finding
 
@@ -81,9 +82,7 @@ class RunRecord:
         name = next((name for name in self.metrics if name.startswith("fid")), None)
         if name is None:
             return None
-        teacher = self.options.get("teacher_fid")
-        value = teacher.get("value") if isinstance(teacher, dict) else None
-        return MeasuredFid(name, self.metrics[name], value if is_figure(value) else None)
+        return MeasuredFid(name, self.metrics[name], teacher_fid(self.options))
 
     def findings(self) -> list[Finding]:
         """What the doctor says (`sid.doctor`)."""

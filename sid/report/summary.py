@@ -9,7 +9,7 @@ from dnnlib import UserError
 from edm.snapshot_metrics import MultiStepFid, recorded_fid
 from torch_utils.records import is_figure
 
-from ..monitor.records import read_records
+from ..monitor.records import read_records, teacher_fid
 
 
 def summarise(
@@ -43,7 +43,6 @@ def summarise(
 
 def _goal(options: dict[str, Any]) -> MultiStepFid | None:
     """The teacher's FID that the run knew."""
-    found = options.get("teacher_fid")
-    if not isinstance(found, dict) or not is_figure(found.get("value")) or not is_figure(found.get("evaluations")):
-        return None
-    return MultiStepFid(found["value"], int(found["evaluations"]))
+    value = teacher_fid(options)
+    evaluations = None if value is None else options["teacher_fid"].get("evaluations")
+    return MultiStepFid(value, int(evaluations)) if value is not None and is_figure(evaluations) else None
