@@ -11,6 +11,7 @@ import torch
 
 from dnnlib import UserError, without_passwords
 from edm import zoo
+from edm.snapshot_metrics import SnapshotMetrics
 from torch_utils import batches, checkpoint, distributed, run_folder
 from torch_utils.interruption import Interruption
 from torch_utils.run_lines import environment, path_text, start_block
@@ -20,7 +21,7 @@ from torch_utils.updates import DivergenceError
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
 
-from . import __version__
+from . import __version__, lora
 from .config import DistillationConfig
 from .distillation import Distillation
 from .dry_run import dry_run
@@ -165,6 +166,7 @@ def run(
             training_begins.set()
             page.write()
             if plan.trials is not None:
+                measure_start(distillation, inputs, run_dir)
                 del distillation  # each trial has its own
                 plan = after_trials(plan, inputs, page, picture, device, options)
                 if distributed.rank() == 0:
@@ -221,6 +223,16 @@ def keep_networks(run_dir: Path, networks: dict[str, torch.nn.Module | None]) ->
 def with_own_networks(inputs: Inputs) -> Inputs:
     """The same inputs for one of several distillations, which may store its networks' weights in another precision."""
     return dataclasses.replace(inputs, teacher=copy.deepcopy(inputs.teacher), guide=copy.deepcopy(inputs.guide))
+
+
+def measure_start(distillation: Distillation, inputs: Inputs, run_dir: Path) -> None:
+    """Measures the generator as it starts, for a run whose trials measure nothing but distances."""
+    if inputs.evaluator is None:
+        return
+    metrics = SnapshotMetrics(run_dir, inputs.evaluator)
+    found = metrics.measure(lora.merge(distillation.state.ema), distillation.state.nimg)
+    if found:
+        print("The start: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
 
 
 def after_trials(

@@ -16,8 +16,9 @@ from edm.metrics.evaluate import Evaluator
 from edm.metrics.small_classifier import SmallClassifier
 from edm.metrics.sources import NetworkSource, TensorSource
 from edm.published import FILES
-from edm.snapshot_metrics import MultiStepFid
+from edm.snapshot_metrics import MultiStepFid, read_metrics
 from edm.zoo import save_network
+from sid import distil, teacher_distance
 from sid import teacher_fid as room
 from sid.inputs import Inputs
 from sid.teacher_fid import teacher_fid
@@ -146,3 +147,17 @@ def test_a_run_says_and_records_it(reference, tmp_path, capsys):
     assert f"the teacher: {recorded['value']:.4g} with 35 evaluations" in output
     sid_train.main([*options, f"--outdir={tmp_path / 'other'}", *short, "--seed=3"], standalone_mode=False)
     assert json.loads((tmp_path / "other" / "training_options.json").read_text())["teacher_fid"] == recorded
+
+
+def test_the_start_is_measured_once_with_trials_too(reference, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_distance, "NUM_IMAGES", 16)
+    monkeypatch.setattr(teacher_distance, "STEPS", 2)
+    lengths = {"augment": 0, "lr": 1e-5, "glr": 1e-5, "total_kimg": 0.08, "kimg_per_tick": 0.016}
+    measured = {"metrics": f"fid{NUM}", "data_stat": str(reference), "device": "cpu"}
+    for trials in (0.0, 0.5):
+        distil(tiny_teacher(), tiny_config(**lengths), tmp_path / str(trials), trials=trials, **measured)
+    without, with_trials = (read_metrics(tmp_path / str(trials), f"fid{NUM}") for trials in (0.0, 0.5))
+    assert [record["kimg"] for record in with_trials].count(0) == 1
+    assert (with_trials[0]["kimg"], with_trials[0]["value"]) == (0, without[0]["value"])
+    assert with_trials[-1]["kimg"] > 0
+    assert f"The start: FID {with_trials[0]['value']:.4g}" in capsys.readouterr().out
