@@ -18,7 +18,7 @@ from edm.text_encoders import prompts_for, read_prompts
 from torch_utils import distributed
 from training.conditions import learnt_classes
 from training.dataset import ImageFolderDataset
-from training.denoiser import DenoiserModule, noise_range
+from training.denoiser import DenoiserModule, noise_range, only_sigma
 from training.guidance import GuidedDenoiser, check_guide
 from training.latent_dataset import LatentDataset, open_dataset
 from training.networks_edm2 import Precond
@@ -208,7 +208,7 @@ def check_noise_levels(teacher: DenoiserModule, config: DistillationConfig) -> N
                     f"{option}={schedule}: half of its noise levels and more lie outside those that the teacher knows,"
                     f" {low:g} to {high:g}; give others, or karras"
                 )
-    level = getattr(teacher, "metadata", {}).get("sigma")
+    level = only_sigma(teacher)
     if level is None:
         return
     wrong = [f"{option}=single={level}" for option, s in schedules.items() if s != Single(level)]

@@ -8,7 +8,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import checkpoint, distributed, run_folder
-from training.denoiser import DenoiserModule
+from training.denoiser import DenoiserModule, only_sigma
 
 from .calibration import choose_tmax
 from .config import MEASURED, DistillationConfig, resolve
@@ -115,7 +115,7 @@ def measure_teacher(
     Errors: UserError when trials need it and the teacher makes no samples.
     """
     teacher: Any = inputs.teacher
-    if getattr(teacher, "metadata", {}).get("sigma") is not None:
+    if only_sigma(teacher) is not None:
         if with_trials:
             raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
         return None

@@ -2,7 +2,7 @@
 
 import math
 
-from training.denoiser import DenoiserModule, noise_range
+from training.denoiser import DenoiserModule, noise_range, only_sigma
 from training.steps import INIT_SIGMA
 
 from .teacher_distance import TeacherDistance
@@ -26,10 +26,12 @@ def measure_starts(teacher: DenoiserModule, distance: TeacherDistance) -> dict[f
 def choose_start(teacher: DenoiserModule, distance: TeacherDistance | None) -> tuple[float, dict[str, float]]:
     """(noise level, measured distances for the record): the usual 2.5, or the level whose images are clearly closer.
 
-    A teacher that knows one noise level starts there; it has no samples to measure against.
+    A teacher that knows one noise level starts there; it has no samples to measure against, so `distance` is None.
     """
-    if distance is None:
-        return teacher.metadata["sigma"], {}
+    only = only_sigma(teacher)
+    if only is not None:
+        return only, {}
+    assert distance is not None
     measured = measure_starts(teacher, distance)
     if not measured:  # a narrow range that holds none of the candidates
         return math.sqrt(math.prod(noise_range(teacher))), {}

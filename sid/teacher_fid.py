@@ -20,6 +20,7 @@ from edm.published import FILES, reference_of
 from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
 from torch_utils import distributed
 from torch_utils.records import is_figure
+from training.denoiser import only_sigma
 from training.guidance import GuidedDenoiser
 
 from .config import DistillationConfig
@@ -48,7 +49,7 @@ def teacher_fid(
             raise UserError("--measure-teacher: the run measures no FID; give --metrics=fid50k, for instance")
         return None
     teacher = guided_teacher(inputs.teacher, inputs.guide, config.guidance)
-    if getattr(teacher, "metadata", {}).get("sigma") is not None:  # it knows one noise level only
+    if only_sigma(teacher) is not None:  # it can't be sampled in several steps
         return None
     evaluator = inputs.evaluator.only(metric)
     file = cache_folder() / "teacher-fid" / f"{_key(inputs, config, evaluator)}.json"

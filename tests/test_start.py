@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import tiny_config, tiny_teacher
+from tiny import CPU, tiny_config, tiny_teacher
 
 import sid
+from dnnlib import UserError
 from edm import zoo
 from edm.metrics.energy import energy_distance
 from sid import doctor, start
 from sid.calibration import choose_tmax
+from sid.inputs import Inputs
 from sid.monitor.closeness import judge_distance
+from sid.plan import measure_teacher
 from sid.start import choose_start, measure_starts
 from sid.teacher_distance import NUM_IMAGES, TeacherDistance
 from torch_utils import checkpoint
+from training.denoiser import only_sigma
 
 PIXELS = 64
 
@@ -75,8 +79,18 @@ def test_the_start_is_the_usual_level_unless_another_is_clearly_closer(monkeypat
     monkeypatch.undo()
     teacher.sigma_min, teacher.sigma_max = 3.0, 12.0
     assert list(measure_starts(teacher, distance)) == [4.0, 6.0, 10.0]
+
+
+def test_a_teacher_of_one_noise_level_starts_there_and_has_no_samples():
+    teacher = TwoImages()
+    assert only_sigma(teacher) is None
     teacher.metadata = {"sigma": 5.0}
+    assert only_sigma(teacher) == 5
     assert choose_start(teacher, None) == (5.0, {})
+    config = tiny_config(total_kimg=100)  # long enough for a distance
+    assert measure_teacher(Inputs(teacher), config, False, CPU, True) is None
+    with pytest.raises(UserError, match=r"^--trials: the teacher knows one noise level only"):
+        measure_teacher(Inputs(teacher), config, True, CPU, True)
 
 
 def test_the_distance_covers_the_whole_and_the_detail():

@@ -89,6 +89,11 @@ def noise_range(net: Any) -> tuple[float, float]:
     return float(getattr(net, "sigma_min", 0.0)), float(getattr(net, "sigma_max", math.inf))
 
 
+def only_sigma(net: Any) -> float | None:
+    """The noise level of a denoiser that was trained at no other, as its metadata tell; None for other denoisers."""
+    return getattr(net, "metadata", {}).get("sigma")
+
+
 def known_sigma(net: Any, sigma: torch.Tensor) -> torch.Tensor:
     """The noise levels nearest to `sigma` that a denoiser knows, in the same shape and dtype.
 
