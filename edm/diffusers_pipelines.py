@@ -10,8 +10,8 @@ The library's pipelines compute the same with other numbers:
     DiTPipeline (DDIM), v                          z           z                        sqrt(A) z - sqrt(1 - A) F
 
 What differs goes into the weights: the input's factor into the first layer, the output's into the last, and the time,
-which is a whole number in pipelines, into the bias of the time embedding. Pipelines for prompts are in
-`edm.text_pipelines`.
+which is a whole number in pipelines, into the bias of the time embedding. Several steps are in `edm.diffusion_steps`,
+pipelines for prompts in `edm.text_pipelines`.
 """
 
 import copy
@@ -32,8 +32,9 @@ from . import latents, network_files
 from .diffusers_folder import library, read_config
 from .diffusers_models import MODELS, DiffusersDenoiser, scheduler_of
 from .diffusers_reader import PIPELINE_ONLY
+from .diffusion_steps import diffusion_steps
 from .network_files import CONFIG_FILE
-from .one_step import ADVICE, NAMED, OneStep, ending_at, refuse_whole_times, set_time
+from .one_step import ADVICE, NAMED, OneStep, ending_at, refuse_whole_times, set_times
 from .text_families import MODEL_FOLDERS
 from .text_models import TextDenoiser
 from .text_pipelines import pipeline_of_prompts
@@ -45,8 +46,8 @@ MIN_DISTANCE = 1e-3  # of p from 1, where DDIM's schedules have no noise
 def write(net: Any, path: Path) -> str:
     """Writes a denoiser of the library's classes as a pipeline of the library, in a new folder that appears whole.
 
-    A one-step generator becomes a pipeline that calls it once, at the noise level in its metadata; another denoiser one
-    of many steps. Returns how to call the pipeline from Python.
+    A generator becomes a pipeline that calls it at the noise levels in its metadata; another denoiser one of many
+    steps. Returns how to call the pipeline from Python.
     Errors: UserError when the library has no pipeline for the network, or `path` is there already.
     """
     if type(net) not in (DiffusersDenoiser, DiTDenoiser, TextDenoiser):
@@ -56,9 +57,6 @@ def write(net: Any, path: Path) -> str:
         )
     metadata, vae = net.metadata, _vae(net)
     steps = Steps.of(net)
-    if steps is not None and len(steps) > 1 and not _is_flow_of_prompts(net):
-        raise UserError(f"--to=diffusers: the library has no pipeline for a generator of {len(steps)} steps; {ADVICE}")
-    level = None if steps is None else steps.levels[0]
     part = "transformer" if type(net) is DiTDenoiser else {**MODELS, **MODEL_FOLDERS}[type(net.net).__name__]
     make = {
         ("unet", False): _pipeline_of_images,
@@ -70,7 +68,7 @@ def write(net: Any, path: Path) -> str:
     elif make is None:
         raise UserError(f"--to=diffusers: DiTPipeline, the library's only one for a DiT, needs a VAE; {ADVICE}")
     else:
-        pipeline, call, changes = make(net, level, vae)
+        pipeline, call, changes = make(net, steps, vae)
     with network_files.new_folder(path) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         config = read_config(folder / part / CONFIG_FILE)
@@ -104,11 +102,12 @@ def _vae(net: Any) -> Any:
     return vae
 
 
-def _pipeline_of_images(net: DiffusersDenoiser, level: float | None, _vae: None) -> tuple[Any, str, dict[str, Any]]:
+def _pipeline_of_images(net: DiffusersDenoiser, steps: Steps | None, _vae: None) -> tuple[Any, str, dict[str, Any]]:
     pipelines, classes = library(), "class_labels=[...], " if net.label_dim else ""
-    if level is not None:
-        model, scheduler, changes = _euler_step(net, level)
-        return pipelines.ConsistencyModelPipeline(model, scheduler), f"{classes}batch_size=...", changes
+    if steps is not None:
+        model, scheduler, changes, arguments = _steps_of_unet(net, steps)
+        call = f"{classes}batch_size=..." + (f", {arguments}" if len(steps) > 1 else "")
+        return pipelines.ConsistencyModelPipeline(model, scheduler), call, changes
     scheduler = scheduler_of(net)
     is_flow = not isinstance(net.times, DiscreteTimes)
     if net.label_dim and is_flow:
@@ -124,22 +123,29 @@ def _pipeline_of_images(net: DiffusersDenoiser, level: float | None, _vae: None)
     return pipelines.DDPMPipeline(model, scheduler), "batch_size=..., num_inference_steps=...", {}
 
 
-def _pipeline_of_latents(net: DiffusersDenoiser, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
+def _pipeline_of_latents(net: DiffusersDenoiser, steps: Steps | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
     pipelines = library()
     if net.label_dim:
         raise UserError(f"--to=diffusers: the library's pipeline of a UNet2DModel and a VAE takes no classes; {ADVICE}")
-    if level is not None:
-        model, scheduler, changes = _euler_step(net, level)
-        return pipelines.LDMPipeline(vae, model, scheduler), "batch_size=..., num_inference_steps=1", changes
+    if steps is not None:
+        model, scheduler, changes, arguments = _steps_of_unet(net, steps)
+        if arguments.startswith("timesteps"):
+            raise UserError(
+                "--to=diffusers: LDMPipeline takes no list of times, which fresh noise needs; distil with"
+                f" --steps-noise=ddim, or {ADVICE}"
+            )
+        return pipelines.LDMPipeline(vae, model, scheduler), f"batch_size=..., {arguments}", changes
     _refuse_flow(net, "LDMPipeline")
     scheduler = pipelines.DDIMScheduler(**_betas(net), clip_sample=False)
     return pipelines.LDMPipeline(vae, _without_variance(net), scheduler), "batch_size=..., num_inference_steps=...", {}
 
 
-def _pipeline_of_transformer(net: WrappedDenoiser, level: float | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
+def _pipeline_of_transformer(net: WrappedDenoiser, steps: Steps | None, vae: Any) -> tuple[Any, str, dict[str, Any]]:
     pipelines = library()
-    if level is not None:
-        model, scheduler = _ddim_step(net, level)
+    if steps is not None:
+        if len(steps) > 1:
+            _refuse_steps(steps, "a DiT")
+        model, scheduler = _ddim_step(net, steps.levels[0])
         call = "class_labels=[...], num_inference_steps=1, guidance_scale=1"
         return pipelines.DiTPipeline(model, vae, scheduler), call, {PIPELINE_ONLY: True}
     _refuse_flow(net, "DiTPipeline")
@@ -153,6 +159,22 @@ def _pipeline_of_transformer(net: WrappedDenoiser, level: float | None, vae: Any
 def _refuse_flow(net: WrappedDenoiser, pipeline: str) -> None:
     if not isinstance(net.times, DiscreteTimes):
         raise UserError(f"--to=diffusers: the library's {pipeline} can't run a scheduler of flows; {ADVICE}")
+
+
+def _refuse_steps(steps: Steps, of: str) -> None:
+    raise UserError(f"--to=diffusers: the library has no pipeline for {len(steps)} steps of {of}; {ADVICE}")
+
+
+def _steps_of_unet(net: DiffusersDenoiser, steps: Steps) -> tuple[Any, Any, dict[str, Any], str]:
+    """(model, scheduler, changes of the metadata, arguments of the pipeline) for the steps of a generator."""
+    if len(steps) == 1:
+        return *_euler_step(net, steps.levels[0]), "num_inference_steps=1"
+    refuse_whole_times(net)
+    if not isinstance(net.times, DiscreteTimes):
+        _refuse_steps(steps, "a flow without prompts")
+    model = _without_variance(net)
+    scheduler, arguments = diffusion_steps(net, steps, model)
+    return model, scheduler, {PIPELINE_ONLY: True}, arguments
 
 
 # --- one step
@@ -173,7 +195,7 @@ def _euler_step(net: DiffusersDenoiser, level: float) -> tuple[Any, Any, dict[st
         start, last, prediction = step.p, SHORTEST - 1, "epsilon"
         betas = _rising_betas(start, last)
         _scale_input(model, math.sqrt(1 + start**2))
-    set_time(model, step.t, last)
+    set_times(model, [step.t], [last])
     arguments = ending_at(betas, 1 / (1 + start**2))
     scheduler = library().EulerDiscreteScheduler(
         **arguments, prediction_type=NAMED[prediction], timestep_spacing="trailing"
@@ -199,7 +221,7 @@ def _ddim_step(net: WrappedDenoiser, level: float) -> tuple[Any, Any]:
     _scale_input(model, step.b)
     for parameter in model.proj_out_2.parameters():
         parameter.data *= output
-    set_time(model, step.t, last, time_features if isinstance(net, DiTDenoiser) else None)
+    set_times(model, [step.t], [last], time_features if isinstance(net, DiTDenoiser) else None)
     arguments = ending_at(_rising_betas(math.sqrt(1 / signal - 1), last), signal)
     scheduler = library().DDIMScheduler(
         **arguments, prediction_type=named, timestep_spacing="trailing", clip_sample=False

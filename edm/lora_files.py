@@ -15,7 +15,8 @@ from dnnlib import UserError
 from training.steps import Steps
 
 from . import network_files
-from .one_step import OneStep, one_step_scheduler
+from .diffusion_steps import euler_scheduler
+from .one_step import OneStep
 from .text_models import TextDenoiser
 from .text_pipelines import LATEST, WHOLE, flow_call, flow_scheduler
 
@@ -28,8 +29,7 @@ OVERSAMPLED, POWER_ITERATIONS = 8, 4  # of the randomised decomposition
 def write(net: Any, base: Any, path: Path) -> str:
     """Writes the LoRA file of a generator, and the scheduler that it is run with, in a new folder.
 
-    net: a generator of one step, or of several if it is of a flow, that was distilled with --lora-rank and
-         --lora-vectors=0.
+    net: a generator that was distilled with --lora-rank and --lora-vectors=0.
     base: its teacher.
     Returns how to call the pipeline from Python.
     Errors: UserError when the generator differs from its teacher by more than updates of low rank.
@@ -39,9 +39,9 @@ def write(net: Any, base: Any, path: Path) -> str:
         raise UserError("--to=lora: is for generators and teachers of the library's text-to-image models")
     steps, rank = Steps.of(net), metadata.get("lora_rank")
     is_flow = net.times.is_flow
-    if steps is None or (len(steps) > 1 and not is_flow) or not rank:
-        raise UserError("--to=lora: is for generators of one step that were distilled with --lora-rank")
-    scheduler = _flow_scheduler(net, steps) if is_flow else _scheduler(net, steps.levels[0])
+    if steps is None or not rank:
+        raise UserError("--to=lora: is for generators that were distilled with --lora-rank")
+    scheduler, arguments = _flow_scheduler(net, steps) if is_flow else _diffusion_scheduler(net, steps)
     part, factors = net.family.folder, {}
     theirs, stored = base.net.state_dict(), STORED.get(metadata.get("lora_base", ""))
     for name, weight in net.net.state_dict().items():
@@ -61,7 +61,6 @@ def write(net: Any, base: Any, path: Path) -> str:
     with network_files.new_folder(path) as folder:
         save_file(factors, folder / FILE, {"format": "pt"})
         scheduler.save_pretrained(folder / "scheduler")
-    arguments = flow_call(net, steps) if is_flow else 'prompt="...", num_inference_steps=1, guidance_scale=1'
     rounding = "" if stored is None else f"pipeline.to({stored}); "
     return (
         f'{rounding}pipeline.load_lora_weights("{path}"); pipeline.scheduler ='
@@ -69,27 +68,41 @@ def write(net: Any, base: Any, path: Path) -> str:
     )
 
 
-def _scheduler(net: TextDenoiser, level: float) -> Any:
-    """The scheduler of a diffusion. Errors: UserError when the generator starts at a time that isn't whole."""
-    t = OneStep(net, level).t
-    if abs(t - round(t)) > WHOLE:
-        start = net.times.sigma(torch.tensor([float(round(t))], dtype=torch.float64)).item()
+def _diffusion_scheduler(net: TextDenoiser, steps: Steps) -> tuple[Any, str]:
+    """(scheduler, arguments of the pipeline) for the steps of a diffusion.
+
+    Errors: UserError when the library has no such scheduler, or a step is at a time that isn't whole.
+    """
+    if len(steps) > 1 and steps.noise != "ddim":
         raise UserError(
-            f"--to=lora: the generator starts at time {t:.4g}, and the library at whole times only; distil with"
-            f" --init_sigma={start:.8g}"
+            f"--to=lora: the library has no scheduler for {len(steps)} steps with --steps-noise={steps.noise} at a"
+            " diffusion's own times; distil with --steps-noise=ddim"
         )
-    return one_step_scheduler(net, round(t), level)
+    times = [OneStep(net, level).t for level in steps.levels]
+    whole = [round(t) for t in times]
+    between = [t for t, near in zip(times, whole) if abs(t - near) > WHOLE]
+    if between:
+        start = net.times.sigma(torch.tensor([float(whole[0])], dtype=torch.float64)).item()
+        raise UserError(
+            f"--to=lora: a step of the generator is at time {between[0]:.4g}, and the library's at whole times only;"
+            f" distil with --init_sigma={start:.8g}"
+        )
+    arguments = "num_inference_steps=1" if len(steps) == 1 else f"timesteps={whole}"
+    return euler_scheduler(net, whole, steps.levels), f'prompt="...", {arguments}, guidance_scale=1'
 
 
-def _flow_scheduler(net: TextDenoiser, steps: Steps) -> Any:
-    """The scheduler of a flow, which starts at time 1. Errors: UserError when the generator starts clearly below."""
+def _flow_scheduler(net: TextDenoiser, steps: Steps) -> tuple[Any, str]:
+    """(scheduler, arguments of the pipeline) for the steps of a flow, which start at time 1.
+
+    Errors: UserError when the generator starts clearly below.
+    """
     level = steps.levels[0]
     if level / (1 + level) < LATEST:
         raise UserError(
             f"--to=lora: the generator starts at noise level {level:g}, and flows in the library at pure noise; write"
             " it by --to=diffusers, or distil with --init_sigma=999"
         )
-    return flow_scheduler(net, steps, "--to=lora")
+    return flow_scheduler(net, steps, "--to=lora"), flow_call(net, steps)
 
 
 def _updates(

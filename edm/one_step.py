@@ -1,5 +1,6 @@
 """One evaluation of a denoiser as the diffusers library's schedulers and models make it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,10 +8,7 @@ import torch
 from dnnlib import UserError
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
 
-from .diffusers_folder import library
-
 NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
-LEAST_BETA = 2.0**-23  # the least noise in float32: sigma 3e-4
 ADVICE = "save it as .safetensors"
 
 
@@ -35,10 +33,16 @@ def refuse_whole_times(net: WrappedDenoiser) -> None:
         raise UserError(f"--to=diffusers: the pipelines call a model at times that aren't whole; {ADVICE}")
 
 
-def set_time(model: Any, time: float, called: float, features_of_time: Any = None) -> None:
-    """Makes a model that is called at one time answer what it answers at another.
+def set_times(model: Any, times: Sequence[float], called: Sequence[float], features_of_time: Any = None) -> None:
+    """Makes a model that is called at some times answer at each what it answers at another.
 
-    features_of_time: of the time that it should answer for, if they aren't the model's own.
+    The first layer of its time embedding, W e(t) + b, changes: b by the mean of W (e(time) - e(called)), and W by a
+    matrix that makes up for the rest at all of `called`. With one time, W stays as it is.
+
+    times, called:    as many; those of `called` differ from each other.
+    features_of_time: e of the times that it should answer for, if it isn't the model's own.
+
+    Errors: UserError when e(t) has too few numbers to tell the times apart.
     """
     if hasattr(model, "time_embedding"):
         embeddings = [(model.time_proj, model.time_embedding.linear_1)]
@@ -50,19 +54,15 @@ def set_time(model: Any, time: float, called: float, features_of_time: Any = Non
         parts = [block.norm1.emb for block in model.transformer_blocks]
         embeddings = [(part.time_proj, part.timestep_embedder.linear_1) for part in parts]
     for features, first in embeddings:
-        wanted = (features_of_time or features)(torch.tensor([time], dtype=torch.float32))
-        difference = wanted - features(torch.tensor([float(called)]))
-        first.bias.data += first.weight.data @ difference[0]
-
-
-def one_step_scheduler(net: WrappedDenoiser, last: int, sigma: float) -> Any:
-    """An Euler scheduler with hardly any noise before its last time, and with noise level `sigma` there."""
-    return library().EulerDiscreteScheduler(
-        **ending_at(torch.tensor([LEAST_BETA] + [0.0] * (last - 1)), 1 / (1 + sigma**2)),
-        prediction_type=NAMED[net.prediction],
-        timestep_spacing="trailing",
-        steps_offset=1,  # without effect; Stable Diffusion's pipelines warn of any other
-    )
+        at = features(torch.tensor(called, dtype=torch.float32)).double()  # [n, number of features]
+        wanted = (features_of_time or features)(torch.tensor(times, dtype=torch.float32)).double()
+        mean, others = (wanted - at).mean(dim=0), at - at.mean(dim=0)
+        if torch.linalg.matrix_rank(others) < len(called) - 1:
+            raise UserError(f"--to=diffusers: its embedding of time is too small for {len(called)} steps; {ADVICE}")
+        change = torch.linalg.pinv(others) @ (wanted - at - mean)  # [features, features]: others @ change = the rest
+        weight = first.weight.data.double()
+        first.bias.data += (weight @ (mean - at.mean(dim=0) @ change)).to(first.bias)
+        first.weight.data += (weight @ change.T).to(first.weight)
 
 
 def ending_at(betas: torch.Tensor, signal: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Generators from prompts as text-to-image pipelines of the diffusers library.
 
-The pipeline of a diffusion model takes one Euler step (see `edm.diffusers_pipelines`). A generator of a flow answers
+Pipelines of diffusions take the steps of `edm.diffusion_steps`. A generator of a flow answers
 t z - t F(t z, t) for standard normal noise z, where t is the time at which it starts and F the model inside. The
 library starts at z and time 1, and makes z - F of it. So the pipeline works on y = x_s / t: its first layer has t as a
 factor, and so has the divisor of its result, the scale of the VAE, 1 / t.
@@ -13,17 +13,16 @@ steps, and less than that before the others.
 
 import copy
 import inspect
-import math
 from typing import Any
 
 from dnnlib import UserError
 from training.steps import Steps
 
 from .diffusers_folder import library
-from .one_step import OneStep, one_step_scheduler, refuse_whole_times, set_time
+from .diffusion_steps import diffusion_steps
+from .one_step import OneStep, refuse_whole_times, set_times
 from .text_encoders import TextEncoder, checked_record
 
-MOST_STEPS = 1000  # that a text-to-image pipeline may be asked for
 GUIDANCE_FEATURES = 8  # width of the embedded guidance scale, which the model receives and ignores
 WHOLE = 0.01  # how near a whole time the start must be
 LATEST = 0.998  # the earliest start of several steps of a flow, for which 1 - s is about 1 - t s
@@ -33,8 +32,6 @@ EVEN = 1e-3  # how evenly spaced its times must be
 def pipeline_of_prompts(net: Any, steps: Steps | None, vae: Any) -> tuple[Any, str]:
     """(pipeline of a generator, how it is called). vae: with its scale and shift as the library uses them.
 
-    steps: one, unless the generator is of a flow.
-
     Errors: UserError when the library has none.
     """
     if steps is None:
@@ -42,27 +39,23 @@ def pipeline_of_prompts(net: Any, steps: Steps | None, vae: Any) -> tuple[Any, s
     encoders = TextEncoder(checked_record(net.metadata.get("text"), "the network"))
     if net.times.is_flow:
         return _flow_pipeline(net, steps, vae, encoders)
-    return _diffusion_pipeline(net, steps.levels[0], vae, encoders)
+    return _diffusion_pipeline(net, steps, vae, encoders)
 
 
-def _diffusion_pipeline(net: Any, level: float, vae: Any, encoders: TextEncoder) -> tuple[Any, str]:
-    """The pipeline makes the same images with its default arguments as in one step.
+def _diffusion_pipeline(net: Any, steps: Steps, vae: Any, encoders: TextEncoder) -> tuple[Any, str]:
+    """The pipeline of one step makes the same images with its default arguments, since further steps change nothing.
 
-    Its schedule has hardly any noise at all times but the last, so that further steps change nothing, and its model
-    takes the guidance scale as a condition, as those of latent consistency models do, and ignores it.
+    Its model takes the guidance scale as a condition, as those of latent consistency models do, and ignores it.
     """
     refuse_whole_times(net)
-    step = OneStep(net, level)
-    last = max(MOST_STEPS, math.ceil(step.t))
     config = {**net.net.config, "time_cond_proj_dim": GUIDANCE_FEATURES}
     model = type(net.net).from_config(config)
     missing = model.load_state_dict(net.net.state_dict(), strict=False).missing_keys
     for name in missing:
         model.get_parameter(name).data.zero_()
-    set_time(model, step.t, last)
-    scheduler = one_step_scheduler(net, last, level)
+    scheduler, arguments = diffusion_steps(net, steps, model)
     parts = {**encoders.pipeline.components, "vae": vae, "unet": model.eval(), "scheduler": scheduler}
-    return type(encoders.pipeline)(**parts, **encoders.settings), 'prompt="...", num_inference_steps=1'
+    return type(encoders.pipeline)(**parts, **encoders.settings), f'prompt="...", {arguments}'
 
 
 def _flow_pipeline(net: Any, steps: Steps, vae: Any, encoders: TextEncoder) -> tuple[Any, str]:
@@ -71,7 +64,7 @@ def _flow_pipeline(net: Any, steps: Steps, vae: Any, encoders: TextEncoder) -> t
     model.get_submodule(net.family.first_layer).weight.data *= step.b
     if len(steps) == 1:
         scale = model.config.get("timestep_scale", 1.0)
-        set_time(model, scale * step.t, scale * scheduler.config.num_train_timesteps)
+        set_times(model, [scale * step.t], [scale * scheduler.config.num_train_timesteps])
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / step.b)
     parts = {**encoders.pipeline.components, "vae": vae, "transformer": model, "scheduler": scheduler}
     return type(encoders.pipeline)(**parts, **encoders.settings), flow_call(net, steps)

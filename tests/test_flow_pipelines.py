@@ -7,14 +7,13 @@ from tiny import CPU
 
 from dnnlib import UserError
 from edm import diffusers_pipelines, latents, lora_files, zoo
-from sid import lora
 from training.generator import Generator, spaced_levels
 from training.steps import Steps
 
 pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 import tiny_pipelines  # noqa: E402
-from tiny_pipelines import SIZE, TEXTS, teacher_of  # noqa: E402
+from tiny_pipelines import SIZE, TEXTS, teacher_of, updated  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 KINDS = ("sana", "stable_diffusion_3", "flux")
@@ -122,19 +121,6 @@ def test_shifted_steps_cannot_be_made(folders, tmp_path):
 
 
 # --- LoRA files
-
-
-def updated(net, rank, matrices_only=True):
-    """The network with random updates of low rank, as training with --lora-vectors=0 makes them."""
-    metadata, prompts = net.metadata, net.prompts
-    lora.adapt(net.requires_grad_(True), rank, matrices_only=matrices_only)
-    torch.manual_seed(5)
-    for name, parameter in net.named_parameters():
-        if name.endswith(".b"):
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    made = lora.merge(net)
-    made.metadata, made.prompts = metadata | {"lora_rank": rank}, prompts
-    return made
 
 
 @pytest.mark.parametrize("kind", KINDS)

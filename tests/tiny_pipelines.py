@@ -10,6 +10,7 @@ from tiny import TINY_VAE
 from tokenizers.processors import TemplateProcessing
 
 from edm import text_encoders, zoo
+from sid import lora
 
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()
@@ -220,3 +221,16 @@ def teacher_of(folder, texts=TEXTS):
     net = zoo.load_denoiser(folder)
     net.prompts = text_encoders.prompts_for(net, texts, in_order=True)
     return net
+
+
+def updated(net, rank):
+    """The network with random updates of low rank, as training with --lora-vectors=0 makes them."""
+    metadata, prompts = net.metadata, net.prompts
+    lora.adapt(net.requires_grad_(True), rank, matrices_only=True)
+    torch.manual_seed(5)
+    for name, parameter in net.named_parameters():
+        if name.endswith(".b"):
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    made = lora.merge(net)
+    made.metadata, made.prompts = metadata | {"lora_rank": rank}, prompts
+    return made
