@@ -154,7 +154,8 @@ def evaluate_network(
         net = net.to(device)
         made_by |= sampling
         records = [evaluator(NetworkSource(net, seed=seeds + trial * num, **made_by)) for trial in range(trials)]
-        rows = text_alignment.table(evaluator.alignments) if evaluator.alignments else []
+        alignments = text_alignment.alignments_of(evaluator.metrics)
+        rows = text_alignment.table(alignments) if alignments else []
         report(
             [{**record, **guidance, **prompts} for record in summarise(records)],
             json_file,

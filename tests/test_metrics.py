@@ -15,9 +15,11 @@ from dnnlib import UserError
 from edm.images import to_pil
 from edm.metrics import data_reference, frechet_distance
 from edm.metrics.detector import load_detector, save_detector
-from edm.metrics.evaluate import Evaluator, evaluate, measure, parse_metric
+from edm.metrics.evaluate import KINDS, Evaluator, evaluate, parse_metric
 from edm.metrics.inception_score import inception_score
 from edm.metrics.kid import kernel_distance
+from edm.metrics.measure import FEATURES, IMAGES, Collection, Rows, measure
+from edm.metrics.metric import Metric
 from edm.metrics.precision_recall import precision_recall
 from edm.metrics.records import describe, summarise
 from edm.metrics.reference import load_reference, save_reference
@@ -143,8 +145,14 @@ def make_images(count, seed):
     return torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
 
 
+def measure_moments(source, num, detector, batch=64):
+    statistics = FeatureStatistics(detector.feature_dim)
+    measure(source, [Collection(num, FEATURES, statistics)], detector, batch)
+    return statistics
+
+
 def make_reference(path, detector, images):
-    statistics = measure(TensorSource([images]), detector, statistics=[len(images)]).statistics[len(images)]
+    statistics = measure_moments(TensorSource([images]), len(images), detector)
     save_reference(path, statistics, detector, "noise", 1, 8)
     return path
 
@@ -172,6 +180,52 @@ def test_one_pass_gives_every_metric(tmp_path, detector):
     assert by_name["pr150"]["values"] == {"precision": precision, "recall": recall}
     assert json.loads(json.dumps(records)) == records
     assert all(record["detector_sha256"] == detector.sha256 for record in records)
+
+
+def test_fewer_metrics_with_the_same_tools(tmp_path, detector):
+    """An evaluator of fewer real images leaves the other one those that it needs."""
+    real, source = TensorSource([make_images(180, 1)]), TensorSource([make_images(200, 2) // 2])
+    evaluator = Evaluator(["pr150", "kid60", "is60"], detector=detector, data=real)
+    few = evaluator.only("kid60")(source)
+    records = evaluator(source)
+    assert few == [records[1]]
+    assert records == Evaluator(["pr150", "kid60", "is60"], detector=detector, data=real)(source)
+
+
+def test_a_new_kind_of_metric_is_a_class(monkeypatch):
+    """The share of bright pixels, which needs nothing but the images."""
+
+    class Bright(Metric):
+        kind, needs, shares = "bright", (), "bright"
+
+        def collect(self, source, tools):
+            return Collection(
+                self.num, IMAGES, Rows(self.num, 1, lambda x: (x > 127).float().flatten(1).mean(1)[:, None])
+            )
+
+        def values(self, found, tools):
+            return {"bright": found.values[: self.num].mean().item()}
+
+    with pytest.raises(UserError, match=r"^--metrics=bright100 is unknown"):
+        parse_metric("bright100")
+    monkeypatch.setitem(KINDS, Bright.kind, Bright)
+    images = make_images(100, 0)
+    records = Evaluator(["bright100", "bright60"], batch=32)(TensorSource([images]))
+    for record, num in zip(records, (100, 60)):
+        assert record["value"] == pytest.approx((images[:num] > 127).double().mean().item(), rel=1e-6)
+        assert record["num_images"] == num
+    with pytest.raises(UserError, match="bright needs at least 2 images"):
+        parse_metric("bright1")
+
+
+def test_where_processes_sum(monkeypatch):
+    assert distributed.communication_device() == torch.device("cpu")
+    for name, value in {"is_initialized": True, "get_backend": "gloo"}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert distributed.communication_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert distributed.communication_device() == torch.device("cuda", 3)
 
 
 def test_too_few_images_for_the_covariance(tmp_path, detector):
@@ -313,7 +367,7 @@ def measure_pattern(folder):
     source, detector = NetworkSource(Pattern().eval(), seed=5), load_detector(f"{folder}/detector.safetensors")
     place = {"rank": distributed.rank(), "processes": distributed.world_size()}
     images = dict(source.batches(150, 16, **place))
-    statistics = measure(source, detector, 16, statistics=[150]).statistics[150]
+    statistics = measure_moments(source, 150, detector, 16)
     return images, torch.from_numpy(statistics.mu), torch.from_numpy(statistics.sigma)
 
 

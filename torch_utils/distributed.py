@@ -149,6 +149,13 @@ def shared_errors() -> Iterator[None]:
         raise errors[0]
 
 
+def communication_device() -> torch.device:
+    """Where tensors must be to be summed over processes: on this process's GPU for nccl, otherwise on the CPU."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 @_message()
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all processes, in place; returns it."""

@@ -28,7 +28,7 @@ IMAGES_AT_ONCE, TEXTS_AT_ONCE = 16, 64
 
 
 class ClipEncoder:
-    """Embeds images and texts by a CLIPModel, in float32; a `text_alignment.TextImageEncoder`.
+    """Embeds images and texts by a CLIPModel, in float32; a `metric.TextImageEncoder`.
 
     source: a folder or the name of a repository on the Hub.
     Errors: UserError when it isn't available, or isn't such a model.

@@ -9,7 +9,7 @@ from torch_utils import distributed
 from training.dataset import FileTree, image_names
 
 from .detector import Detector
-from .measure import DEFAULT_BATCH, measure
+from .measure import DEFAULT_BATCH, FEATURES, Collection, measure
 from .reference import Reference, load_reference, save_reference
 from .sources import ImageSource, data_path, open_data
 from .statistics import FeatureStatistics
@@ -56,7 +56,8 @@ def make_reference(
         raise ValueError("a data set knows how many images it has and of which shape; this source doesn't")
     if size < 2:
         raise dnnlib.UserError("--data holds one image; a covariance needs at least two")
-    statistics = measure(source, detector, batch, [size], progress=progress).statistics[size]
+    statistics = FeatureStatistics(detector.feature_dim, detector.device)
+    measure(source, [Collection(size, FEATURES, statistics)], detector, batch, progress)
     if distributed.rank() == 0:
         assert dest is not None
         name = source.describe(size)["images"]

@@ -5,9 +5,8 @@ import math
 import os
 import platform
 import re
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,37 +16,33 @@ from torch_utils import distributed
 
 from .data_reference import data_reference
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
-from .frechet import frechet_distance
-from .ground_colour import named, share_right
-from .inception_score import SPLITS
-from .kid import kernel_distance
-from .measure import DEFAULT_BATCH, Measured, measure
-from .precision_recall import NEIGHBOUR, precision_recall
+from .fid import FrechetMetric
+from .ground_colour import GroundMetric
+from .inception_score import InceptionMetric
+from .kid import KernelMetric
+from .measure import DEFAULT_BATCH, FEATURES, Collection, Rows, measure
+from .metric import DETECTOR, ENCODER, REAL, REFERENCE, Metric, TextImageEncoder, Tools
+from .precision_recall import PrecisionRecallMetric
 from .reference import Reference, load_reference
 from .sources import ImageSource, open_data
-from .text_alignment import Alignment, TextImageEncoder, align, distinct
+from .text_alignment import ClipMetric
 
-KINDS = ("fid", "is", "kid", "pr", "clip", "ground")
-OF_PROMPTS = ("clip", "ground")  # kinds that compare images with their prompts, and take no detector
+KINDS: dict[str, type[Metric]] = {
+    kind.kind: kind
+    for kind in (FrechetMetric, InceptionMetric, KernelMetric, PrecisionRecallMetric, ClipMetric, GroundMetric)
+}
 NAME_PATTERN = re.compile(
-    rf"(?P<kind>{'|'.join(KINDS)})(?P<num>\d{{1,9}})(?:(?P<kilo>k)(?P<k>\d{{1,9}})?)?(?P<full>_full)?",
+    r"(?P<kind>[a-z]+)(?P<num>\d{1,9})(?:(?P<kilo>k)(?P<k>\d{1,9})?)?(?P<full>_full)?",
     re.ASCII,
 )
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a name like `fid50k_full` says: kind, number of images, and for precision/recall the neighbour k.
-
-    full: for kid and pr, compare with all real images; without, with as many as are generated. FID compares with
-    its reference either way.
-    """
-
-    name: str
-    kind: str
-    num: int
-    k: int
-    full: bool
+LACKING = {  # what to say where an evaluator isn't given what a metric needs
+    REFERENCE: "needs reference statistics: give --ref, or --data",
+    REAL: "needs real images: give --data",
+    ENCODER: (
+        "compares images with their prompts: run fid.py eval with --clip=MODEL, a folder or a name on the Hugging Face"
+        " Hub"
+    ),
+}
 
 
 def parse_metric(name: str) -> Metric:
@@ -56,16 +51,16 @@ def parse_metric(name: str) -> Metric:
     Errors: UserError for any other name, and for a number of images too small for the metric.
     """
     match = NAME_PATTERN.fullmatch(name)
-    if match is None or (match["k"] and match["kind"] != "pr"):
+    kind = None if match is None else KINDS.get(match["kind"])
+    if match is None or kind is None or (match["k"] and kind.default_k is None):
         raise dnnlib.UserError(
             f"--metrics={name} is unknown; use names like fid50k, is50k, kid50k_full, pr50k3_full, clip1k"
         )
-    kind, k = match["kind"], int(match["k"] or NEIGHBOUR)
-    num = int(match["num"]) * (1000 if match["kilo"] else 1)
-    least = {"fid": 2, "is": SPLITS, "kid": 2, "pr": k + 1, "clip": 2, "ground": 1}[kind]
-    if num < least or k < 1:
-        raise dnnlib.UserError(f"--metrics={name}: {kind} needs at least {least} images")
-    return Metric(name, kind, num, k, match["full"] is not None)
+    num, k = int(match["num"]) * (1000 if match["kilo"] else 1), int(match["k"] or kind.default_k or 0)
+    metric = kind(name, num, k, match["full"] is not None)
+    if num < metric.least or (kind.default_k is not None and k < 1):
+        raise dnnlib.UserError(f"--metrics={name}: {kind.kind} needs at least {metric.least} images")
+    return metric
 
 
 def fid_name(num: int) -> str:
@@ -83,7 +78,6 @@ class Evaluator:
     data: real images for kid and pr, and for fid without `reference`: the path of a folder, zip or `.npz` with arr_0;
         for kid and pr also an ImageSource.
     batch: images per process and step; the last digits of features depend on it, on nothing else.
-    alignments: on process 0, what the largest clip metric measured, one per call.
     Errors: UserError, here and in the call, naming the option and the remedy.
     """
 
@@ -101,35 +95,23 @@ class Evaluator:
         self.metrics = [parse_metric(name) for name in metrics]
         if not self.metrics:
             raise dnnlib.UserError("--metrics is empty; give names like fid50k,is50k")
+        data_path = None if isinstance(data, ImageSource) else data
+        given = {DETECTOR: True, REFERENCE: reference is not None or data_path is not None}
+        given |= {REAL: data is not None, ENCODER: encoder is not None}
         for metric in self.metrics:
-            if metric.kind == "fid" and reference is None and isinstance(data, ImageSource | None):
-                raise dnnlib.UserError(f"--metrics={metric.name} needs reference statistics: give --ref, or --data")
-            if metric.kind in ("kid", "pr") and data is None:
-                raise dnnlib.UserError(f"--metrics={metric.name} needs real images: give --data")
-            if metric.kind == "clip" and encoder is None:
-                raise dnnlib.UserError(
-                    f"--metrics={metric.name} compares images with their prompts: run fid.py eval with --clip=MODEL, a"
-                    " folder or a name on the Hugging Face Hub"
-                )
-        self._encoder, self._prompts, self._embedded_prompts = encoder, [], torch.zeros(0)
-        self.alignments: list[Alignment] = []
-        self._detector: Detector | None = None  # where only prompts are compared
-        self.reference = reference if isinstance(reference, Reference | None) else load_reference(reference)
-        if any(metric.kind not in OF_PROMPTS for metric in self.metrics):
-            if isinstance(detector, Detector):
-                self._detector = detector
-                if self.reference is not None:
-                    self.reference.check(detector)
-            elif self.reference is not None:
-                self._detector = self.reference.load_detector(device, detector)
-            else:
-                self._detector = load_detector(detector or DEFAULT_DETECTOR, device)
+            for need in metric.needs:
+                if not given[need]:
+                    raise dnnlib.UserError(f"--metrics={metric.name} {LACKING[need]}")
+        needed = {need for metric in self.metrics for need in metric.needs}
         self._batch, self._progress = batch, progress
-        if self.reference is None and any(metric.kind == "fid" for metric in self.metrics):
-            assert not isinstance(data, ImageSource | None)  # refused above
-            self.reference = data_reference(data, self.detector, batch, progress)
+        loaded = reference if isinstance(reference, Reference | None) else load_reference(reference)
+        self._tools = Tools(reference=loaded, encoder=encoder)
+        if DETECTOR in needed:
+            self._tools.detector = find_detector(detector, loaded, device)
+        if REFERENCE in needed and loaded is None:
+            assert data_path is not None  # refused above
+            self._tools.reference = data_reference(data_path, self.detector, batch, progress)
         self._data = data if isinstance(data, ImageSource | None) else open_data(data)
-        self._real: torch.Tensor | None = None  # features
 
     def only(self, *metrics: str) -> "Evaluator":
         """An evaluator of fewer metrics, with the same detector, reference and images."""
@@ -140,137 +122,93 @@ class Evaluator:
     @property
     def detector(self) -> Detector:
         """The detector of the metrics that take one."""
-        assert self._detector is not None
-        return self._detector
+        assert self._tools.detector is not None
+        return self._tools.detector
+
+    @property
+    def reference(self) -> Reference | None:
+        """The reference statistics, if any metric takes some."""
+        return self._tools.reference
 
     def __call__(self, source: ImageSource) -> list[dict]:
         """A JSON-serialisable record for each metric, in order; every process must call it and gets them all."""
-        if self.reference is not None and source.channels is not None and source.resolution is not None:
-            self.reference.check_images(source.channels, source.resolution)
-        of_kind = {kind: {m.num for m in self.metrics if m.kind == kind} for kind in KINDS}
-        kept = max(of_kind["kid"] | of_kind["pr"], default=0)
-        if kept and self._real is None:
-            self._real = self._measure_real()
-        embedded = max(of_kind["clip"], default=0)
-        grounds = max(of_kind["ground"], default=0)
-        texts, own = self._prompts_of(source, max(embedded, grounds)) if embedded or grounds else ([], [])
-        asked = [texts[number] for number in own[:grounds]]
-        named(asked)  # before the images are made
-        prompts, numbers = distinct(texts) if embedded else ([], torch.zeros(0))
-        measured = measure(
-            source,
-            self._detector,
-            self._batch,
-            statistics=of_kind["fid"],
-            scores=of_kind["is"],
-            features=kept,
-            progress=self._progress,
-            encoder=self._encoder,
-            embeddings=embedded,
-            grounds=grounds,
-        )
+        tools = self._tools
+        if tools.reference is not None and source.channels is not None and source.resolution is not None:
+            tools.reference.check_images(source.channels, source.resolution)
+        largest = {metric.shares: metric for metric in sorted(self.metrics, key=lambda metric: metric.num)}
+        # Each may refuse the source, and then no images are made.
+        collections = {shares: metric.collect(source, tools) for shares, metric in largest.items()}
+        if any(REAL in metric.needs for metric in self.metrics):
+            self._measure_real()
+        measure(source, collections.values(), tools.detector, self._batch, self._progress)
         records = None
         with distributed.shared_errors():
             if distributed.rank() == 0:
-                if embedded:
-                    self.alignments.append(self._align(measured, prompts, numbers[own[:embedded]]))
-                records = [
-                    self._record(metric, self._finite(metric, measured, asked), source) for metric in self.metrics
-                ]
+                records = [self._record(metric, collections[metric.shares].into, source) for metric in self.metrics]
         return distributed.from_process_0(records)
 
-    def _measure_real(self) -> torch.Tensor:
+    def _measure_real(self) -> None:
+        """Measures as many real images as the metrics compare with, unless so many are measured already."""
         assert self._data is not None  # as the constructor made sure
-        size, wanted = self._data.size, 0
+        size, wanted, known = self._data.size, 0, self._tools.real
         for metric in self.metrics:
-            if metric.kind in ("kid", "pr"):
+            if REAL in metric.needs:
                 if metric.full and size is None:
                     raise ValueError(
                         f"{metric.name} compares with all real images, but `data` doesn't tell their number"
                     )
                 num = metric.num if size is None else size if metric.full else min(metric.num, size)
-                if num < (2 if metric.kind == "kid" else metric.k + 1):
+                if num < metric.least:
                     raise dnnlib.UserError(f"--metrics={metric.name} needs more than the {num} real images of --data")
                 wanted = max(wanted, num)
-        measured = measure(self._data, self.detector, self._batch, features=wanted, progress=self._progress)
-        assert measured.features is not None
-        return measured.features
+        if known is None or len(known) < wanted:
+            rows = Rows(wanted, self.detector.feature_dim)
+            measure(self._data, [Collection(wanted, FEATURES, rows)], self.detector, self._batch, self._progress)
+            self._tools.real = rows.values
 
-    def _prompts_of(self, source: ImageSource, num: int) -> tuple[Sequence[str], list[int]]:
-        """(all prompts of a source, which of them each of its first `num` images has)"""
-        found = source.prompts(num)
-        if found is None:
-            raise dnnlib.UserError(
-                "--metrics: clip and ground compare images with their prompts, and these images have none"
-            )
-        return found
+    def _record(self, metric: Metric, found: Any, source: ImageSource) -> dict:
+        """The record of a metric. found: the accumulator of what it collects.
 
-    def _align(self, measured: Measured, prompts: list[str], numbers: torch.Tensor) -> Alignment:
-        assert self._encoder is not None
-        assert measured.embeddings is not None
-        if prompts != self._prompts:
-            self._prompts, self._embedded_prompts = prompts, self._encoder.embed_texts(prompts)
-        embedded = self._embedded_prompts
-        return align(measured.embeddings.to(embedded.device), embedded, prompts, numbers)
-
-    def _finite(self, metric: Metric, measured: Measured, prompts: list[str]) -> dict[str, float]:
-        values = self._values(metric, measured, prompts)
+        Errors: UserError when a value isn't finite.
+        """
+        tools, values = self._tools, metric.values(found, self._tools)
         if not all(map(math.isfinite, values.values())):
             raise dnnlib.UserError(f"--metrics={metric.name}: comes out as {values}; check --ref and --detector")
-        return values
-
-    def _values(self, metric: Metric, measured: Measured, prompts: list[str]) -> dict[str, float]:
-        if metric.kind == "clip":
-            return self.alignments[-1].first(metric.num).values()
-        if metric.kind == "ground":
-            assert measured.grounds is not None
-            return {"ground": share_right(measured.grounds[: metric.num], prompts[: metric.num])}
-        device = self.detector.device
-        if metric.kind == "fid":
-            assert self.reference is not None
-            moments = measured.statistics[metric.num]
-            if moments.n <= moments.feature_dim:
-                warnings.warn(
-                    f"{metric.name}: the covariance of {moments.n} images has a deficient rank in {moments.feature_dim}"
-                    " features; the value is biased upwards, so compare it with values of as many images only",
-                    stacklevel=3,
-                )
-            return {"fid": frechet_distance(moments.mu, moments.sigma, self.reference.mu, self.reference.sigma)}
-        if metric.kind == "is":
-            mean, std = measured.scores[metric.num].result()
-            return {"is": mean, "is_std": std}
-        assert self._real is not None
-        assert measured.features is not None
-        real = (self._real if metric.full else self._real[: metric.num]).to(device)
-        generated = measured.features[: metric.num].to(device)
-        if metric.kind == "kid":
-            mean, std = kernel_distance(real, generated)
-            return {"kid": mean, "kid_std": std}
-        precision, recall = precision_recall(real, generated, metric.k)
-        return {"precision": precision, "recall": recall}
-
-    def _record(self, metric: Metric, values: dict[str, float], source: ImageSource) -> dict:
         record = {"metric": metric.name, "value": next(iter(values.values())), "values": values}
         record |= {"num_images": metric.num, **source.describe(metric.num)}
-        if metric.kind == "fid":
-            assert self.reference is not None
-            made = self.reference.record
-            record |= {"reference": self.reference.path.name, "reference_sha256": self.reference.sha256}
+        if REFERENCE in metric.needs:
+            assert tools.reference is not None
+            made = tools.reference.record
+            record |= {"reference": tools.reference.path.name, "reference_sha256": tools.reference.sha256}
             record |= {"reference_images": made.get("num_images"), "reference_source": made.get("source")}
-        if metric.kind in ("kid", "pr"):
-            assert self._real is not None
+        if REAL in metric.needs:
+            assert tools.real is not None
             assert self._data is not None
-            num_real = len(self._real) if metric.full else min(metric.num, len(self._real))
+            num_real = len(tools.real) if metric.full else min(metric.num, len(tools.real))
             record |= {"real_images": num_real, "real_source": self._data.describe(num_real).get("images")}
-        if metric.kind == "clip":
-            record["ranked_among"] = len(self._prompts)
-        detector = self._encoder if metric.kind == "clip" else self._detector
-        if metric.kind != "ground":
-            assert detector is not None
-            record |= {"detector": detector.name, "detector_sha256": detector.sha256}
-        device = "cpu" if detector is None else detector.device.type
+        record |= metric.details(found)
+        network = tools.encoder if ENCODER in metric.needs else tools.detector if DETECTOR in metric.needs else None
+        if network is not None:
+            record |= {"detector": network.name, "detector_sha256": network.sha256}
+        device = "cpu" if network is None else network.device.type
         versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
         return record | {"batch": self._batch, "device": device, "versions": versions}
+
+
+def find_detector(
+    detector: Detector | str | os.PathLike | None, reference: Reference | None, device: torch.device | str
+) -> Detector:
+    """The detector that a user asks for, by default that of the reference, or the published one.
+
+    Errors: UserError when it isn't the one that made the reference.
+    """
+    if isinstance(detector, Detector):
+        if reference is not None:
+            reference.check(detector)
+        return detector
+    if reference is not None:
+        return reference.load_detector(device, detector)
+    return load_detector(detector or DEFAULT_DETECTOR, device)
 
 
 def evaluate(source: ImageSource, metrics: Sequence[str] = ("fid50k",), **options) -> list[dict]:

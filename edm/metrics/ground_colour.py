@@ -13,6 +13,10 @@ import torch
 import dnnlib
 from edm.small_teachers.captions import GROUNDS
 
+from .measure import IMAGES, Collection, Rows
+from .metric import Metric, Tools
+from .sources import ImageSource
+
 FREE_ROWS = 2  # at the top, and at the bottom
 NAMED = re.compile(rf"\b({'|'.join(GROUNDS)}) ground\b")
 
@@ -39,3 +43,36 @@ def share_right(found: torch.Tensor, prompts: Sequence[str]) -> float:
     """The share of the images that have the ground of their prompt. found: their colours, [N, 3]."""
     nearest = torch.cdist(found, torch.tensor(list(GROUNDS.values()), dtype=torch.float32)).argmin(dim=1)
     return (nearest == torch.tensor(named(prompts))).double().mean().item()
+
+
+class Grounds(Rows):
+    """The colours of the grounds of images, and their prompts.
+
+    Errors: UserError naming the first prompt that names no ground.
+    """
+
+    def __init__(self, prompts: Sequence[str]):
+        named(prompts)
+        super().__init__(len(prompts), 3, colours)
+        self.prompts = prompts
+
+
+class GroundMetric(Metric):
+    """The share of images whose ground is right."""
+
+    kind, needs = "ground", ()
+
+    @property
+    def least(self) -> int:
+        return 1
+
+    @property
+    def shares(self) -> str:
+        return self.kind
+
+    def collect(self, source: ImageSource, tools: Tools) -> Collection:
+        texts, own = self.prompts_of(source)
+        return Collection(self.num, IMAGES, Grounds([texts[number] for number in own]))
+
+    def values(self, found: Grounds, tools: Tools) -> dict[str, float]:
+        return {"ground": share_right(found.values[: self.num], found.prompts[: self.num])}

@@ -4,6 +4,10 @@ import torch
 
 from torch_utils import distributed
 
+from .measure import PROBABILITIES, Collection
+from .metric import DETECTOR, Metric, Tools
+from .sources import ImageSource
+
 SPLITS = 10
 
 
@@ -31,13 +35,11 @@ class InceptionScore:
         """Whether all probabilities were finite."""
         return self._sums is None or bool(self._sums.isfinite().all())
 
-    def merge_processes(self, device: torch.device | str = "cpu") -> None:
-        """Gives every process what all have seen; every process must call it.
-
-        device: where the process group communicates.
-        """
+    def merge_processes(self) -> None:
+        """Gives every process what all have seen; every process must call it."""
         if distributed.world_size() == 1:
             return
+        device = distributed.communication_device()
         width = 0 if self._sums is None else self._sums.shape[1]
         widths = torch.tensor([width, width > 0], dtype=torch.int64, device=device)
         total, seen = distributed.all_reduce_sum(widths).tolist()  # a process without images doesn't know the classes
@@ -59,3 +61,20 @@ def inception_score(probabilities: torch.Tensor, splits: int = SPLITS) -> tuple[
     score = InceptionScore(len(probabilities), splits)
     score.append(probabilities, 0)
     return score.result()
+
+
+class InceptionMetric(Metric):
+    """The inception score of the detector's class probabilities, and its standard deviation over the splits."""
+
+    kind, needs = "is", (DETECTOR,)
+
+    @property
+    def least(self) -> int:
+        return SPLITS
+
+    def collect(self, source: ImageSource, tools: Tools) -> Collection:
+        return Collection(self.num, PROBABILITIES, InceptionScore(self.num))
+
+    def values(self, found: InceptionScore, tools: Tools) -> dict[str, float]:
+        mean, std = found.result()
+        return {"is": mean, "is_std": std}

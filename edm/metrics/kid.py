@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .real_images import RealImagesMetric
+
 SUBSETS = 100
 MAX_SUBSET_SIZE = 1000
 
@@ -48,3 +50,13 @@ def _unbiased_mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+class KernelMetric(RealImagesMetric):
+    """The kernel distance, and its standard deviation over the subsets."""
+
+    kind = "kid"
+
+    def compare(self, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
+        mean, std = kernel_distance(real, generated)
+        return {"kid": mean, "kid_std": std}

@@ -1,7 +1,8 @@
-"""One pass over images, on all processes: statistics, inception scores and features."""
+"""One pass over images, on all processes, for everything that metrics want to know of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -10,56 +11,80 @@ from dnnlib.progress import ProgressBar
 from torch_utils import distributed
 
 from .detector import Detector
-from .ground_colour import colours
-from .inception_score import InceptionScore
 from .sources import ImageSource
-from .statistics import FeatureStatistics
-from .text_alignment import TextImageEncoder
 
 DEFAULT_BATCH = 64
-GATHERED_ROWS = 4096  # rows of features in one message
+GATHERED_ROWS = 4096  # in one message
+IMAGES, FEATURES, PROBABILITIES = "images", "features", "probabilities"
 
 
-@dataclass
-class Measured:
-    """The results of a pass over images; the keys say how many images, from the first one, an entry covers."""
+class Accumulator(Protocol):
+    """Adds up what it gets of images, in batches; on several processes, each has its share of them."""
 
-    statistics: dict[int, FeatureStatistics]
-    scores: dict[int, InceptionScore]
-    features: torch.Tensor | None  # float32 [N, D] on the CPU
-    embeddings: torch.Tensor | None = None  # by a TextImageEncoder, float32 [N, D] on the CPU
-    grounds: torch.Tensor | None = None  # their colours, float32 [N, 3] on the CPU
+    def append(self, batch: torch.Tensor, start: int, /) -> None:
+        """Adds a batch [N, ...] of the images `start`, `start + 1`, …"""
+        ...
+
+    def merge_processes(self) -> None:
+        """Gives every process what all have seen; every process must call it."""
+        ...
 
     def is_finite(self) -> bool:
-        """Whether all features and probabilities were finite."""
-        scores = all(score.is_finite() for score in self.scores.values())
-        features = self.features is None or bool(self.features.isfinite().all())
-        return scores and features and all(moments.is_finite() for moments in self.statistics.values())
+        """Whether all that was added is finite."""
+        ...
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a pass over images collects about the first `num` of them.
+
+    of:   what it takes of each batch: the IMAGES, uint8 [N, C, H, W], or the FEATURES, float32 [N, D], or
+          PROBABILITIES, float32 [N, K], that the detector gives them
+    into: takes it
+    """
+
+    num: int
+    of: str
+    into: Accumulator
+
+
+class Rows:
+    """The rows that a function makes of images, in the order of the images.
+
+    make: gives float32 [N, width] of a batch; by default a row is what `append` gets. values: [num, width] on the CPU.
+    """
+
+    def __init__(self, num: int, width: int, make: Callable[[torch.Tensor], torch.Tensor] = lambda batch: batch):
+        self.values, self._make = torch.zeros(num, width), make
+
+    def append(self, batch: torch.Tensor, start: int) -> None:
+        self.values[start : start + len(batch)].copy_(self._make(batch))
+
+    def merge_processes(self) -> None:
+        if distributed.world_size() == 1:
+            return
+        device = distributed.communication_device()
+        for rows in self.values.split(GATHERED_ROWS):  # each row is zero on all processes but one
+            rows.copy_(distributed.all_reduce_sum(rows.to(device, copy=True)))
+
+    def is_finite(self) -> bool:
+        return bool(self.values.isfinite().all())
 
 
 def measure(
     source: ImageSource,
-    detector: Detector | None,
+    collections: Iterable[Collection],
+    detector: Detector | None = None,
     batch: int = DEFAULT_BATCH,
-    statistics: Iterable[int] = (),
-    scores: Iterable[int] = (),
-    features: int = 0,
     progress: bool = False,
-    encoder: TextImageEncoder | None = None,
-    embeddings: int = 0,
-    grounds: int = 0,
-) -> Measured:
-    """Passes once over the images of all processes; every process must call it and gets the same result.
+) -> None:
+    """Fills the collections in one pass over the images of all processes, which all must call it and get the same.
 
-    statistics, scores: for each number n, feature statistics or inception scores are taken of the first n images.
-    features: how many images' features to keep. embeddings, grounds: of how many to keep the
-    encoder's embeddings, and the colours of their grounds. detector: may be None where nothing else is taken.
+    detector: may be None where images are all that is collected.
     Errors: UserError when the source has too few images, they don't fit the detector, or its features aren't finite.
     """
-    feature_dim, device = (detector.feature_dim, detector.device) if detector is not None else (0, torch.device("cpu"))
-    moments = {num: FeatureStatistics(feature_dim, device) for num in statistics}
-    scored = {num: InceptionScore(num) for num in scores}
-    num_images = max([*moments, *scored, features, embeddings, grounds])
+    collections = list(collections)
+    num_images = max(collection.num for collection in collections)
     if source.size is not None and source.size < num_images:
         raise dnnlib.UserError(
             f"{num_images} images are asked for but there are only {source.size}; ask for at most that many by --num"
@@ -67,44 +92,27 @@ def measure(
         )
     if detector is not None and source.channels is not None and source.resolution is not None:
         detector.check(source.channels, source.resolution)
-    kept = torch.zeros(features, feature_dim) if features else None
-    embedded = torch.zeros(embeddings, encoder.embedding_dim) if encoder is not None and embeddings else None
-    ground = torch.zeros(grounds, 3) if grounds else None
+    wanted = {collection.of for collection in collections}
     rank, processes = distributed.rank(), distributed.world_size()
     bar = ProgressBar(num_images, hidden=not progress or rank > 0, desc="measuring")
     with distributed.shared_errors(), bar:
         for start, images in source.batches(num_images, batch, rank, processes):
             distributed.alive()
-            hidden, probabilities = None, None
+            found: dict[str, Any] = {IMAGES: images}
             if detector is not None:
-                hidden, probabilities = detector.measure(images, bool(moments) or features > 0, bool(scored))
-            if hidden is not None:
-                for num, moment in moments.items():
-                    moment.append(hidden[: max(num - start, 0)])
-            if probabilities is not None:
-                for num, score in scored.items():
-                    score.append(probabilities[: max(num - start, 0)], start)
-            if kept is not None and hidden is not None and start < features:
-                kept[start : start + len(images)] = hidden[: features - start].cpu()
-            if encoder is not None and embedded is not None and start < embeddings:
-                rows = embedded[start : start + len(images)]
-                rows.copy_(encoder.embed_images(images[: len(rows)]))
-            if ground is not None and start < grounds:
-                ground[start : start + len(images)] = colours(images[: grounds - start]).cpu()
+                found[FEATURES], found[PROBABILITIES] = detector.measure(
+                    images, FEATURES in wanted, PROBABILITIES in wanted
+                )
+            for collection in collections:
+                rows = found[collection.of][: max(collection.num - start, 0)]
+                if len(rows):
+                    collection.into.append(rows, start)
             bar.update(min(len(images) * processes, num_images - bar.n))
-    for moment in moments.values():
-        moment.merge_processes()
-    communication = device if device.type == "cuda" else "cpu"
-    for score in scored.values():
-        score.merge_processes(communication)
-    for all_rows in (kept, embedded, ground):
-        if all_rows is not None and processes > 1:
-            for rows in all_rows.split(GATHERED_ROWS):  # each row is zero on all processes but one
-                rows.copy_(distributed.all_reduce_sum(rows.to(communication, copy=True)))
-    measured = Measured(moments, scored, kept, embedded, ground)
-    if detector is not None and not measured.is_finite():
+    for collection in collections:
+        collection.into.merge_processes()
+    detected = [collection.into for collection in collections if collection.of != IMAGES]
+    if detector is not None and not all(into.is_finite() for into in detected):
         raise dnnlib.UserError(
             f"--detector={detector.path}: its features or probabilities of some images are NaN or infinite: it is"
             " damaged, or overflows on them; use another detector"
         )
-    return measured

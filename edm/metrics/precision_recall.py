@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from .kid import finite_features
+from .real_images import RealImagesMetric
 
 NEIGHBOUR = 3
 MAX_CHUNK_ELEMENTS = 1 << 25  # of a block of distances: 256 MiB
@@ -46,3 +47,17 @@ def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tenso
         norms = rows.square().sum(1, keepdim=True) + y_norms
         distances = torch.addmm(norms, rows, y.T, alpha=-2)
         yield distances.masked_fill_(distances < ROUNDING * norms, 0)
+
+
+class PrecisionRecallMetric(RealImagesMetric):
+    """Precision and recall, with the neighbour that the name gives (`pr50k3`) or the usual one."""
+
+    kind, default_k = "pr", NEIGHBOUR
+
+    @property
+    def least(self) -> int:
+        return self.k + 1
+
+    def compare(self, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
+        precision, recall = precision_recall(real, generated, self.k)
+        return {"precision": precision, "recall": recall}

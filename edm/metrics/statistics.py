@@ -29,8 +29,8 @@ class FeatureStatistics:
         """Whether all features were finite."""
         return bool(self._mean.isfinite().all() and self._scatter.isfinite().all())
 
-    def append(self, features: torch.Tensor) -> None:
-        """Adds features [N, D]."""
+    def append(self, features: torch.Tensor, start: int = 0) -> None:
+        """Adds features [N, D]. start: number of the first image, which makes no difference here."""
         features = torch.as_tensor(features).detach().to(self._device).to(torch.float64)
         if len(features):
             mean = features.mean(0)

@@ -7,40 +7,25 @@ the images. The rank of an image's prompt is its place among all different promp
 import csv
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from dnnlib import UserError, check_new_file
+
+from .measure import IMAGES, Collection, Rows
+from .metric import ENCODER, Metric, TextImageEncoder, Tools
+from .sources import ImageSource
 
 MAX_PROMPTS = 100_000  # different ones, among which an image's own is ranked
 COMPARED_AT_ONCE = 256  # images
 TOP = (1, 5)
 SHOWN = 5  # prompts at either end of the table
 TABLE_SUFFIXES = (".csv", ".jsonl")
-
-
-class TextImageEncoder(Protocol):
-    """Embeds images and texts in one space, in which a larger cosine means a better match.
-
-    name, sha256: of its files, for the records. device: where it is. embedding_dim: D.
-    """
-
-    name: str
-    sha256: str
-    device: torch.device
-    embedding_dim: int
-
-    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [N, D] of uint8 images [N, C, H, W] with 1 or 3 channels."""
-        ...
-
-    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """float32 [N, D] of N texts, however many."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -115,6 +100,74 @@ def distinct(prompts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
             f" file with at most {MAX_PROMPTS}, those of the images to measure"
         )
     return list(found), torch.tensor([found[prompt] for prompt in prompts])
+
+
+class PromptedImages(Rows):
+    """The embeddings of images, and how well they match their prompts.
+
+    numbers: of each image's own prompt, int64 [N]. embed_texts: gives the embeddings of the prompts, float32 [P, D].
+    """
+
+    def __init__(
+        self,
+        encoder: TextImageEncoder,
+        prompts: Sequence[str],
+        numbers: torch.Tensor,
+        embed_texts: Callable[[], torch.Tensor],
+    ):
+        super().__init__(len(numbers), encoder.embedding_dim, encoder.embed_images)
+        self.prompts, self._numbers, self._embed_texts = prompts, numbers, embed_texts
+
+    @cached_property
+    def alignment(self) -> Alignment:
+        """Of all images, once all processes are merged."""
+        texts = self._embed_texts()
+        return align(self.values.to(texts.device), texts, self.prompts, self._numbers)
+
+
+class ClipMetric(Metric):
+    """The CLIP score of images and their prompts, and the ranks of these.
+
+    alignments: what was measured, on process 0, one per call of the evaluator.
+    """
+
+    kind, needs = "clip", (ENCODER,)
+
+    def __init__(self, name: str, num: int, k: int = 0, full: bool = False):
+        super().__init__(name, num, k, full)
+        self.alignments: list[Alignment] = []
+        self._prompts, self._embedded = [], torch.zeros(0)
+
+    @property
+    def shares(self) -> str:
+        return self.kind
+
+    def collect(self, source: ImageSource, tools: Tools) -> Collection:
+        encoder = tools.encoder
+        assert encoder is not None
+        texts, own = self.prompts_of(source)
+        prompts, numbers = distinct(texts)
+        images = PromptedImages(encoder, prompts, numbers[own], lambda: self._embed_texts(encoder, prompts))
+        return Collection(self.num, IMAGES, images)
+
+    def values(self, found: PromptedImages, tools: Tools) -> dict[str, float]:
+        self.alignments.append(found.alignment.first(self.num))
+        return self.alignments[-1].values()
+
+    def details(self, found: PromptedImages) -> dict[str, Any]:
+        return {"ranked_among": len(found.prompts)}
+
+    def _embed_texts(self, encoder: TextImageEncoder, prompts: list[str]) -> torch.Tensor:
+        """The embeddings of prompts, kept for the next call of the evaluator."""
+        if prompts != self._prompts:
+            self._prompts, self._embedded = prompts, encoder.embed_texts(prompts)
+        return self._embedded
+
+
+def alignments_of(metrics: Iterable[Metric]) -> list[Alignment]:
+    """What the CLIP score of the most images has measured, one per call of the evaluator; none without a CLIP score."""
+    found = [metric for metric in metrics if isinstance(metric, ClipMetric)]
+    return max(found, key=lambda metric: metric.num).alignments if found else []
 
 
 # --- by prompt
