@@ -24,6 +24,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import persistence
+from training import moments
 from training.dit import EPS, DiTDenoiser, time_features
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
 from training.steps import Steps
@@ -55,6 +56,7 @@ def write(net: Any, path: Path) -> str:
             f"--to=diffusers: {type(net).__name__} isn't a class of the diffusers library; that is for teachers"
             f" of its classes, DiT and SiT, and what was distilled from them; {ADVICE}"
         )
+    moments.refuse(net, "--to=diffusers", "the library's pipelines know")
     metadata, vae = net.metadata, _vae(net)
     steps = Steps.of(net)
     part = "transformer" if type(net) is DiTDenoiser else {**MODELS, **MODEL_FOLDERS}[type(net.net).__name__]

@@ -17,6 +17,7 @@ import torch
 from edm.sampler import heun_sampler
 from training.conditions import as_ranges, conditions_of, learnt_classes
 from training.denoiser import SIGMA_DATA, known_sigma, noise_range, sigma_data
+from training.moments import start_of
 from training.networks_edm2 import Precond
 from training.parameterisations import DiscreteTimes, WrappedDenoiser
 from training.steps import Steps
@@ -49,6 +50,7 @@ def facts(net: Any) -> dict[str, str]:
         "predicts": prediction(net) if isinstance(net, WrappedDenoiser) else "the clean image",
         "noise levels": f"{low:g} to {high:g}",
         "starts at": ", ".join(f"{level:.4g}" for level in steps.levels) if steps else None,
+        "starts from": "noise with the moments of the teacher's images" if start_of(net) is not None else None,
         "step noise": steps.noise if steps and len(steps) > 1 else None,
         "sigma_data": f"{sigma_data(net):g}",
         made: f"{net.img_channels} x {size} x {size}",

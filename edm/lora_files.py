@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dnnlib import UserError
+from training import moments
 from training.steps import Steps
 
 from . import network_files
@@ -37,6 +38,7 @@ def write(net: Any, base: Any, path: Path) -> str:
     metadata: dict[str, Any] = getattr(net, "metadata", {})
     if not isinstance(net, TextDenoiser) or type(net.net) is not type(getattr(base, "net", None)):
         raise UserError("--to=lora: is for generators and teachers of the library's text-to-image models")
+    moments.refuse(net, "--to=lora", "the library's pipelines know")
     steps, rank = Steps.of(net), metadata.get("lora_rank")
     is_flow = net.times.is_flow
     if steps is None or not rank:

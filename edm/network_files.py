@@ -23,6 +23,7 @@ from dnnlib import UserError, open_plain, write_atomically
 from torch_utils import checkpoint, finiteness, persistence
 from torch_utils.untrusted import edm_pickle
 from torch_utils.untrusted.bounds import parse_json, read_json
+from training import moments
 from training.decoder import LatentDecoder
 from training.steps import Steps
 
@@ -92,6 +93,8 @@ def write(net: torch.nn.Module, path: Path, metadata: dict[str, Any], decoder: L
     if path.suffix == ".pkl" and not persistence.is_persistent(net):
         name = type(net).__name__
         raise UserError(f"{path}: {name} isn't a persistent_class, which EDM pickles ask for: save as .safetensors")
+    if path.suffix == ".pkl":
+        moments.refuse(net, f"{path}", "EDM's and SiD's own tools, which these files are for, know")
     if path.suffix == "":
         _write_folder(net, path, metadata)
         return
@@ -238,8 +241,20 @@ def build(
             )
         if type(args) is not list or type(kwargs) is not dict or not edm_pickle.is_plain([args, kwargs]):
             raise UserError(f"{path}: the constructor arguments of {name} are not plain values")
-        net = persistence.construct(classes[name], tuple(args), kwargs, state, path)
+        weights, tensors = moments.split_off(state)
+        net = persistence.construct(classes[name], tuple(args), kwargs, weights, path)
+        _attach_start(net, tensors, path)
         return checked(net, path), checked_metadata(header.get("metadata"), path)
+
+
+def _attach_start(net: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Attaches the moments of the noise that a generator starts from, if its file holds some."""
+    try:
+        start = moments.loaded(tensors, (net.img_channels, net.img_resolution, net.img_resolution))
+    except (AttributeError, ValueError):
+        raise UserError(f"{path}: the moments of the noise that its generator starts from are damaged") from None
+    if start is not None:
+        moments.attach(net, start)
 
 
 def checked(net: M, path: Path) -> M:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dnnlib import UserError
 from training.conditions import Classes, check_class, conditions_of
 from training.generator import Generator
+from training.moments import Moments
 from training.steps import INIT_SIGMA, ONE_STEP, Steps
 
 from .diffusion_samplers import ablation_sampler, heun_sampler
@@ -32,9 +33,13 @@ def one_step_sampler(
     class_labels: Tensor | None = None,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     init_sigma: float = INIT_SIGMA,
+    moments: Moments | None = None,
 ) -> Tensor:
-    """One network evaluation at noise level `init_sigma` (SiD, arXiv:2404.04057)."""
-    return few_step_sampler(net, latents, class_labels, randn_like, Steps((init_sigma,)))
+    """One network evaluation at noise level `init_sigma` (SiD, arXiv:2404.04057).
+
+    moments: of the noise that it starts from; None: the network's own.
+    """
+    return few_step_sampler(net, latents, class_labels, randn_like, Steps((init_sigma,)), moments)
 
 
 @torch.no_grad()
@@ -44,9 +49,10 @@ def few_step_sampler(
     class_labels: Tensor | None = None,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     generator_steps: Steps = ONE_STEP,
+    moments: Moments | None = None,
 ) -> Tensor:
-    """One network evaluation per step of a distilled generator."""
-    return Generator(net, generator_steps).sample(latents.to(torch.float32), class_labels, randn_like)
+    """One network evaluation per step of a distilled generator. moments: as of `one_step_sampler`."""
+    return Generator(net, generator_steps, moments).sample(latents.to(torch.float32), class_labels, randn_like)
 
 
 SAMPLERS: dict[str, Callable] = {

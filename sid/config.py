@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from dnnlib import UserError, format_number
-from training.steps import INIT_SIGMA, MAX_STEPS, STEPS_NOISES
+from training.steps import INIT_NOISES, INIT_SIGMA, MAX_STEPS, STEPS_NOISES
 
 from .guidance import Guidance, parse_guidance
 from .objectives import OBJECTIVES, Objective, check_objective
@@ -93,6 +93,7 @@ class DistillationConfig:
     fake_score_updates: int = 1  # updates of the fake score per update of the generator
     init_sigma: float | None = INIT_SIGMA  # noise level at which the generator starts; None: `sid.start` chooses it
     steps: int = 1  # evaluations per image, each at a noise level of its own (training.generator)
+    init_noise: str = "white"  # that it starts from, one of INIT_NOISES
     steps_noise: str = "fresh"  # that takes images to the levels of further steps, one of STEPS_NOISES
     steps_shift: float = 1.0  # above 1, further steps start at higher noise levels than evenly spaced in time
     optimizer: str = "adam"  # of both networks, one of OPTIMIZERS
@@ -145,6 +146,7 @@ class DistillationConfig:
         self.guidance = parse_guidance(self.guidance)
         check_objective(self.objective, self.weighting, self.huber, self.score_gradient == GradientFrom())
         for option, value, known in (
+            ("init-noise", self.init_noise, INIT_NOISES),
             ("steps-noise", self.steps_noise, STEPS_NOISES),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("adam-state", self.adam_state, ADAM_STATES),

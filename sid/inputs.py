@@ -21,6 +21,7 @@ from training.dataset import ImageFolderDataset
 from training.denoiser import DenoiserModule, noise_range, only_sigma
 from training.guidance import GuidedDenoiser, check_guide
 from training.latent_dataset import LatentDataset, open_dataset
+from training.moments import Moments, split_off
 from training.networks_edm2 import Precond
 
 from .config import DistillationConfig
@@ -44,6 +45,7 @@ class Inputs:
     guide:     a weaker denoiser that guides the teacher (`Guidance.over_guide`)
     dataset:   real images, for the discriminator of `config.gan` and for pictures
     evaluator: computes the metrics
+    moments:   of the noise that theta starts from, for --init-noise=moments
     hashes:    of the networks' weights, if they are known already
     """
 
@@ -52,6 +54,7 @@ class Inputs:
     guide: DenoiserModule | None = None
     dataset: ImageFolderDataset | LatentDataset | None = None
     evaluator: Evaluator | None = None
+    moments: Moments | None = None
     hashes: WeightHashes | None = None
 
     def weight_hashes(self, config: DistillationConfig) -> WeightHashes:
@@ -229,7 +232,7 @@ def load_start(source: str, teacher: DenoiserModule, classes: str | None = None)
 
 def fitting_start(start: DenoiserModule, name: str, teacher: DenoiserModule) -> DenoiserModule:
     """`start`. Errors: UserError with `name` when its weights don't fit the teacher's architecture."""
-    ours, theirs = teacher.state_dict(), start.state_dict()
+    ours, theirs = (split_off(net.state_dict())[0] for net in (teacher, start))
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         raise UserError(f"{name}: its weights don't fit the teacher's architecture")
     return start

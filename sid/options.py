@@ -12,7 +12,7 @@ import click
 from dnnlib import Command, FiniteRange, IntList, UserError, WholeRange
 from dnnlib.options import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, PROBABILITY, Idle, dry_run_option, is_given, option
 from edm import own_classes
-from training.steps import MAX_STEPS, STEPS_NOISES
+from training.steps import INIT_NOISES, MAX_STEPS, STEPS_NOISES
 
 from . import recipes
 from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, LORA_BASES, OPTIMIZERS, DistillationConfig
@@ -123,6 +123,12 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             "Noise level at which the generator starts; auto measures on the teacher which is best",
             Measured(0, min_open=True),
             D.init_sigma,
+        ),
+        option(
+            "--init-noise",
+            "Noise that the generator starts from: white, or with mean and covariance of the teacher's noisy samples",
+            INIT_NOISES,
+            D.init_noise,
         ),
         option(
             "--steps",

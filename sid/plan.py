@@ -9,6 +9,7 @@ import torch
 from dnnlib import UserError
 from torch_utils import checkpoint, distributed, run_folder
 from training.denoiser import DenoiserModule, only_sigma
+from training.moments import Moments
 
 from .calibration import choose_tmax
 from .config import MEASURED, DistillationConfig, resolve
@@ -36,6 +37,7 @@ class RunPlan:
     starts      {noise level: distance from the teacher} of the starts that were measured now; None if none was to be
     calibration what the highest noise level follows from (`sid.calibration`); None if it wasn't measured now
     kept        what the run that goes on had recorded of both
+    moments     of the noise that the generator starts from, on every process; None: plain noise
     dropped     images of the trials that don't go on, whether they are still to be run or not
     """
 
@@ -47,6 +49,7 @@ class RunPlan:
     starts: dict[str, float] | None
     calibration: dict[str, Any] | None
     kept: dict[str, Any]
+    moments: Moments | None
     dropped: int
 
     def summary(self) -> dict[str, Any]:
@@ -69,9 +72,12 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
     if saved is not None:
         names = [name for option, name in RECORDS.items() if getattr(config, option) is None]
         kept = {name: value for name in names for value in run_folder.recorded(saved.path.parent, name)}
+    moments = distance and distance.moments if saved is None and config.init_noise == "moments" else None
     if config.init_sigma is None:
-        level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance), saved)
+        level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance, moments), saved)
         config = dataclasses.replace(config, init_sigma=level)
+    if config.init_noise == "moments":
+        moments = start_moments(moments, config, saved)
     if config.tmax is None:
         tmax, calibration = settle("tmax", lambda: choose_tmax(distance and distance.calibration), saved)
         config = dataclasses.replace(config, tmax=tmax)
@@ -81,7 +87,21 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
         dropped = trials.dropped_images
         if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
             trials = None
-    return RunPlan(config, place, saved, trials, distance, starts, calibration, kept, dropped)
+    return RunPlan(config, place, saved, trials, distance, starts, calibration, kept, moments, dropped)
+
+
+def start_moments(measured: Moments | None, config: DistillationConfig, saved: SavedState | None) -> Moments:
+    """The moments of the noise that the generator starts from, for every process, without what noise hides.
+
+    measured: of the teacher's samples, on process 0. saved: the state to go on from, whose moments stay.
+    Errors: UserError when the state has none.
+    """
+    assert config.init_sigma is not None
+    if saved is None:
+        return distributed.from_process_0(measured and measured.for_noise(config.init_sigma))
+    if saved.moments is None:
+        raise UserError(f"--resume={saved.path}: its generator starts from plain noise; give --init-noise=white")
+    return saved.moments
 
 
 def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
@@ -112,15 +132,19 @@ def measure_teacher(
 
     A guided teacher makes guided samples. chooses_tmax: whether --tmax=auto has no value from a saved state.
 
-    Errors: UserError when trials need it and the teacher makes no samples.
+    Errors: UserError when trials or the start need it and the teacher makes no samples.
     """
     teacher: Any = inputs.teacher
+    has_moments = config.init_noise == "moments"
     if only_sigma(teacher) is not None:
+        reason = "the teacher knows one noise level only, so it makes no samples; give"
         if with_trials:
-            raise UserError("--trials: the teacher knows one noise level only, so it makes no samples to compare with")
+            raise UserError(f"--trials: {reason} --trials=0")
+        if has_moments:
+            raise UserError(f"--init-noise=moments: {reason} --init-noise=white")
         return None
-    wanted = with_trials or config.returns or None in [getattr(config, name) for name in MEASURED]
-    if not (wanted or config.total_kimg >= WORTH_SAMPLES_KIMG):
+    measured = None in [getattr(config, name) for name in MEASURED]
+    if not (with_trials or config.returns or has_moments or measured or config.total_kimg >= WORTH_SAMPLES_KIMG):
         return None
     with distributed.shared_errors():  # such as samples that aren't finite
         if distributed.rank() != 0:

@@ -76,7 +76,7 @@ def prepare(
     hashes = inputs.weight_hashes(config)
     if config.augment and getattr(teacher, "augment_dim", 0) != AugmentPipe(**EDM_MULTIPLIERS).augment_dim:
         raise UserError(f"--augment={config.augment:g}: the teacher takes no augmentation labels; use --augment=0")
-    state = DistillationState(teacher, config, device, inputs.start, hashes)
+    state = DistillationState(teacher, config, device, inputs.start, hashes, inputs.moments)
     guide = None if inputs.guide is None else inputs.guide.to(device).eval().requires_grad_(False)
     networks = set_up_networks(teacher, state, config, device, guide)
     reals = None

@@ -128,6 +128,7 @@ _TEXT_FLOW: dict[str, Any] = {
 # and goes back with lower rates if that fails. psi learns at theta's noise levels: at EDM's, theta drifts away if the
 # brightness of images varies a lot.
 _ANY: dict[str, Any] = {
+    "init_noise": "moments",
     "init_sigma": "auto",
     "tmax": "auto",
     "trials": 0.2,
@@ -242,6 +243,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "prompts": str(TEXT_DEMO / "prompts.txt"),
         "data_stat": str(TEXT_DEMO / "reference.npz"),
         "metrics": "fid500",
+        "init_noise": "white",  # the only one that the diffusers library's pipelines know
         "trials": 0,
         "returns": 0,
         "guidance": "long-short=2",

@@ -146,6 +146,7 @@ def run(
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
         config = identify_inputs(config, inputs)
         plan = make_plan(inputs, config, options, device)
+        inputs = dataclasses.replace(inputs, moments=plan.moments)
         goal = teacher_fid(inputs, config, options["edm_model"], options["measure_teacher"], device)
         if goal is not None:
             summary["teacher_fid"] = dataclasses.asdict(goal)

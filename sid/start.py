@@ -3,6 +3,7 @@
 import math
 
 from training.denoiser import DenoiserModule, noise_range, only_sigma
+from training.moments import Moments
 from training.steps import INIT_SIGMA
 
 from .teacher_distance import TeacherDistance
@@ -13,26 +14,34 @@ CLEARLY = 3.0
 CANDIDATES = (1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 15.0, 25.0, 40.0)
 
 
-def measure_starts(teacher: DenoiserModule, distance: TeacherDistance) -> dict[float, float]:
-    """{noise level: energy distance of the teacher's one-step images from its own samples}, lowest level first."""
+def measure_starts(
+    teacher: DenoiserModule, distance: TeacherDistance, moments: Moments | None = None
+) -> dict[float, float]:
+    """{noise level: energy distance of the teacher's one-step images from its own samples}, lowest level first.
+
+    moments: of the noise that the generator starts from; None: plain noise.
+    """
     low, high = noise_range(teacher)
     return {
-        level: distance.of_pixels(teacher, sampler="one-step", init_sigma=level)
+        level: distance.of_pixels(teacher, sampler="one-step", init_sigma=level, moments=moments)
         for level in CANDIDATES
         if low <= level <= high
     }
 
 
-def choose_start(teacher: DenoiserModule, distance: TeacherDistance | None) -> tuple[float, dict[str, float]]:
+def choose_start(
+    teacher: DenoiserModule, distance: TeacherDistance | None, moments: Moments | None = None
+) -> tuple[float, dict[str, float]]:
     """(noise level, measured distances for the record): the usual 2.5, or the level whose images are clearly closer.
 
-    A teacher that knows one noise level starts there; it has no samples to measure against, so `distance` is None.
+    moments: as of `measure_starts`. A teacher that knows one noise level starts there; it has no samples to measure
+    against, so `distance` is None.
     """
     only = only_sigma(teacher)
     if only is not None:
         return only, {}
     assert distance is not None
-    measured = measure_starts(teacher, distance)
+    measured = measure_starts(teacher, distance, moments)
     if not measured:  # a narrow range that holds none of the candidates
         return math.sqrt(math.prod(noise_range(teacher))), {}
     best = min(measured, key=measured.__getitem__)

@@ -13,6 +13,7 @@ from torch_utils import checkpoint, distributed, seeding
 from torch_utils.updates import GRADIENT_LIMIT, Updater
 from training.denoiser import DenoiserModule
 from training.generator import spaced_levels
+from training.moments import Moments, attach, loaded, split_off
 from training.networks_edm2 import freeze_logvar, normalize_weights
 from training.steps import Steps
 from training.training_loop import freeze_augment_mapping
@@ -57,7 +58,7 @@ def trained_copies(
     for i in range(2):  # one after the other, since low-rank updates need much less memory than a copy
         net, is_generator = zoo.clone_network(teacher, **overrides).to(device).requires_grad_(True), i == 0
         if is_generator and start is not None:
-            net.load_state_dict(start.state_dict())
+            net.load_state_dict(split_off(start.state_dict())[0])
         if is_generator or not config.augment:
             freeze_augment_mapping(net)
         if is_generator or not config.uncertainty:
@@ -104,8 +105,9 @@ class DistillationState:
     """Generator theta, fake score psi and theta's moving average, all starting as copies of the teacher phi.
 
     teacher: the denoiser to distil, already on `device`. start: another denoiser whose weights theta starts from, if
-    given. hashes: of the weights of both. With config.lora_rank the networks share the teacher's weights (theta shares
-    those of `start`, if given), and states hold only what is trained.
+    given. hashes: of the weights of both. moments: of the noise that theta starts from; None: plain noise.
+    With config.lora_rank the networks share the teacher's weights (theta shares those of `start`, if given), and states
+    hold only what is trained.
     Errors: UserError when the teacher's weights are in half precision.
     """
 
@@ -116,6 +118,7 @@ class DistillationState:
         device: torch.device,
         start: DenoiserModule | None,
         hashes: "WeightHashes",
+        moments: Moments | None = None,
     ):
         self.nimg = 0
         self.tick = 0
@@ -128,6 +131,9 @@ class DistillationState:
         self._hashes = hashes
         self.generator, self.fake_score = trained_copies(teacher, start, config, device)
         self.steps = generator_steps(teacher, config)
+        assert (moments is not None) == (config.init_noise == "moments"), "they are a part of the inputs"
+        if moments is not None:
+            attach(self.generator, moments.to(device))
         self.served = step_vectors.split(self.fake_score, len(self.steps)) if len(self.steps) > 1 else None
         for net in (self.generator, self.fake_score):
             distributed.broadcast_module(net)
@@ -221,6 +227,7 @@ class SavedState:
         self.file, self.path, self.hashes = file, file.path, hashes
         self.options: dict[str, Any] = state["options"]
         self.surroundings: dict[str, Any] = state["surroundings"]
+        self.moments = _moments(state["generator"], file.path)
 
 
 def _check_contents(state: dict[str, Any], hashes: WeightHashes, path: Path) -> None:
@@ -241,6 +248,15 @@ def _check_contents(state: dict[str, Any], hashes: WeightHashes, path: Path) -> 
         raise UserError(
             f"--resume={path}: its generator started from other weights; give the --transfer it was started with"
         )
+
+
+def _moments(generator: dict[str, torch.Tensor], path: Path) -> Moments | None:
+    """Those of the noise that a saved generator starts from."""
+    _, tensors = split_off(generator)
+    try:
+        return loaded(tensors, tuple(tensors["mean"].shape)) if tensors else None
+    except (AttributeError, LookupError, ValueError):
+        raise UserError(f"--resume={path}: the moments of the noise of its start are damaged") from None
 
 
 def _are_returns(returns: Any, good: Any) -> bool:

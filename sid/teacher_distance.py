@@ -16,6 +16,7 @@ from edm.metrics.energy import energy_distance, energy_distance_of_vectors
 from edm.sampler import check_finite, generate_all, sample
 from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
+from training.moments import Moments
 
 from .calibration import calibrate
 from .monitor.clusters import shares
@@ -67,6 +68,7 @@ class TeacherDistance:
     teacher: a denoiser, on its device and in eval mode; it isn't changed. It stays in use here.
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
     calibrates: whether to measure up to which noise level to train; `calibration` is None otherwise.
+    `moments` are those of the samples, with all directions.
     """
 
     def __init__(self, teacher: DenoiserModule, keep: bool = False, calibrates: bool = False):
@@ -75,6 +77,7 @@ class TeacherDistance:
         self._teacher = copy.deepcopy(teacher) if keep else teacher
         with self._teacher_at_hand():
             made, self.samples = self._sample()
+            self.moments = Moments.of(made)
             self.calibration = calibrate(self._teacher, made, range(NUM_IMAGES)) if calibrates else None
             clean = decoder_of(self._teacher).from_images(self.samples)
             self._corrections = self._correct(clean)

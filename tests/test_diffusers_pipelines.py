@@ -23,6 +23,7 @@ from edm import diffusers_pipelines, latents, zoo
 from edm.diffusers_models import DiffusersDenoiser
 from edm.sampler import generate_all
 from edm.zoo.__main__ import main as zoo_command
+from training.moments import Moments, attach
 
 PIPELINES = {  # model and scheduler of the teacher
     "epsilon": ({}, DDPM),
@@ -45,6 +46,18 @@ def convert(net, folder):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, done.output
+
+
+def test_a_generator_that_starts_from_the_moments_of_images_is_none(tmp_path):
+    net = denoiser({}, DDPM)
+    net.metadata = {"kind": "sid-generator", "init_sigma": 2.5}
+    attach(net, Moments.of(torch.randn([4, 1, 8, 8])))
+    zoo.save_network(net, tmp_path / "net.safetensors", **net.metadata)
+    loaded = zoo.load_network(tmp_path / "net.safetensors")
+    assert torch.equal(generate_all(loaded, range(2)), generate_all(net, range(2)))
+    with pytest.raises(UserError, match=r"^--to=diffusers: .* --init-noise=white"):
+        diffusers_pipelines.write(loaded, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
 
 
 @pytest.mark.parametrize("kind", PIPELINES)

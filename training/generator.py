@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .denoiser import known_sigma, sigma_data
+from .moments import Moments, start_of
 from .steps import ONE_STEP, Steps
 
 Noise = Callable[[torch.Tensor], torch.Tensor]
@@ -48,10 +49,12 @@ class Generator:
     Training, monitoring, sampling, metrics and export all use this object, so that they can't disagree.
 
     net: the denoiser, or what calls it; it tells the shape of a sample.
+    moments: of the noise that it starts from; None: the network's own, which are plain noise for most.
     """
 
-    def __init__(self, net: Any, steps: Steps = ONE_STEP):
+    def __init__(self, net: Any, steps: Steps = ONE_STEP, moments: Moments | None = None):
         self.net, self.steps = net, steps
+        self.moments = moments or start_of(net)
 
     def latents(self, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Standard normal noise for n samples, [n, C, H, W], from torch's default generator."""
@@ -67,11 +70,12 @@ class Generator:
     ) -> torch.Tensor:
         """The samples of standard normal noise z, float32 [N, C, H, W]; the same shape.
 
-        One step is f(sigma z; sigma). randn_like: draws the fresh noise of further steps.
+        One step is f(sigma z; sigma), or f of noise with the moments of noisy images.
+        randn_like: draws the fresh noise of further steps.
         step: the one to stop after, from 0; None: the last. Only its own evaluation has a gradient.
         """
         levels = self.steps.levels[: None if step is None else step + 1]
-        x, noise = levels[0] * z, z
+        x, noise = levels[0] * z if self.moments is None else self.moments(z, levels[0]), z
         for level, following in itertools.pairwise(levels):
             with torch.no_grad():
                 clean = self._evaluate(x, level, condition)

@@ -7,6 +7,7 @@ from typing import Any
 INIT_SIGMA = 2.5  # start noise level of SiD's published one-step generators
 MAX_STEPS = 8
 STEPS_NOISES = ("fresh", "fixed", "ddim")
+INIT_NOISES = ("white", "moments")  # that a generator starts from; the latter as in `training.moments`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from edm import (
 from edm.published import FILES, NETWORK_KINDS, Published, find, names_of_kinds
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.untrusted import edm_pickle
-from training import dit, networks, networks_edm2
+from training import dit, moments, networks, networks_edm2
 from training.conditions import learnt_classes
 from training.denoiser import DenoiserModule, check_denoiser
 
@@ -211,12 +211,13 @@ def clone_network(net: Network, **overrides: Any) -> Network:
     if not persistence.is_persistent(net):
         raise UserError(f"{name} can't be rebuilt with {', '.join(overrides)}: decorate it with persistent_class")
     kwargs = {**_named_arguments(net), **overrides}
-    clone = persistence.construct(type(net), (), kwargs, net.state_dict(), f"{name} with {_text(overrides)}")
+    weights, _ = moments.split_off(net.state_dict())
+    clone = persistence.construct(type(net), (), kwargs, weights, f"{name} with {_text(overrides)}")
     reference = next(iter(net.state_dict().values()), torch.empty(0))
     clone = clone.to(reference.device).train(net.training)
     for copied, original in zip(clone.parameters(), net.parameters()):
         copied.requires_grad_(original.requires_grad)
-    for name in ATTACHED:
+    for name in (*ATTACHED, moments.ATTRIBUTE):
         if hasattr(net, name):
             setattr(clone, name, copy.deepcopy(getattr(net, name)))
     return clone

@@ -13,6 +13,7 @@ from torch_utils.precision import same_dtype
 from training.decoder import PixelDecoder
 from training.denoiser import known_sigma
 from training.generator import Generator
+from training.moments import start_of
 
 from ..distillation import Distillation
 from ..loss import divergence
@@ -117,7 +118,8 @@ class Health:
         And the average's images, [n, C, H, W].
         """
         d, n = self._distillation, self._size
-        theta, ema, start = (Generator(net, d.state.steps) for net in (d.state.generator, d.state.ema, d.teacher))
+        state, moments = d.state, start_of(d.state.generator)
+        theta, ema, start = (Generator(net, state.steps, moments) for net in (state.generator, state.ema, d.teacher))
         first = (r * distributed.world_size() + distributed.rank()) * n
         seeding.seed_at(d.config.seed, HEALTH_PHASE, first)
         z = theta.latents(n, d.device)

@@ -47,7 +47,7 @@ def describe_run(
         "Teacher": f"{path_text(options['edm_model'])} ({_teacher_text(inputs.teacher, inputs.guide is not None)})",
         "Data": _data_text(options, config, None if inputs.dataset is None else len(inputs.dataset)),
         "Method": _method_text(config, distillation.state.steps.levels, plan.trials is None),
-        "Start": _start_text(distillation.state.steps.levels[0], plan.starts),
+        "Start": _start_text(distillation.state.steps.levels[0], plan),
         "Levels": levels_text(config.tmax, plan.calibration),
         "Trials": plan.trials and _trials_text(plan.trials),
         "Device": _device_text(config, device),
@@ -159,13 +159,13 @@ def _method_text(config: DistillationConfig, levels: Sequence[float] | None, wit
     return ", ".join(parts)
 
 
-def _start_text(level: float, starts: dict[str, float] | None) -> str | None:
-    """starts: as in `RunPlan`."""
+def _start_text(level: float, plan: RunPlan) -> str | None:
+    kind, starts = "" if plan.moments is None else "noise with the moments of the teacher's samples: ", plan.starts
     own = None if starts is None else starts.get(f"{level:g}")
     if starts is None or own is None:
-        return None
+        return kind.removesuffix(": ") or None
     nearest = min(starts, key=starts.__getitem__)
-    text = f"at sigma {level:g} the teacher's one-step images are {own:.3f} from its samples"
+    text = f"{kind}at sigma {level:g} the teacher's one-step images are {own:.3f} from its samples"
     return text if starts[nearest] == own else f"{text} ({starts[nearest]:.3f} at {nearest}, not clearly nearer)"
 
 

@@ -12,6 +12,7 @@ from edm.images import save_titled_grids
 from edm.sampler import generate_all
 from training.conditions import Prompts, conditions_of
 from training.denoiser import DenoiserModule
+from training.moments import start_of
 from training.steps import Steps
 
 from ..monitor.clusters import shares
@@ -64,7 +65,7 @@ def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path, nam
     steps = Steps.of(generator)
     assert steps is not None
     evaluations = "1 evaluation" if len(steps) == 1 else f"{len(steps)} evaluations"
-    as_generator = {"sampler": "few-step", "generator_steps": steps}
+    as_generator = {"sampler": "few-step", "generator_steps": steps, "moments": start_of(generator)}
     bands = {
         f"{name}, {TEACHER_EVALUATIONS} evaluations per image": sample(teacher, num, steps=TEACHER_STEPS),
         f"{name}, {evaluations} per image": sample(teacher, num, **as_generator),

@@ -1,0 +1,100 @@
+"""The noise that a generator starts from, with the mean and the covariance of noisy images.
+
+Images with mean m and covariance C, with noise of level sigma, have the mean m and the covariance C + sigma^2 I. To
+noise with these two moments a denoiser's answers are much more like images than to plain noise (docs/ablations.md).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+
+ATTRIBUTE = "start_moments"  # of a generator that starts from such noise; its name in a network's file
+LEAST = 0.1  # of the noise's variance; directions in which images vary less are left out
+
+
+class Moments(torch.nn.Module):
+    """What is known of some images' distribution; as a module, it turns plain noise into a generator's start.
+
+    mean: [C, H, W]. directions: orthonormal rows [K, C * H * W]. variances: of the images along them, [K]; they don't
+    vary in other directions.
+    """
+
+    mean: torch.Tensor
+    directions: torch.Tensor
+    variances: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, directions: torch.Tensor, variances: torch.Tensor):
+        super().__init__()
+        for name, value in (("mean", mean), ("directions", directions), ("variances", variances)):
+            self.register_buffer(name, value.float())
+
+    @classmethod
+    def of(cls, images: torch.Tensor) -> "Moments":
+        """Those of images, float [N, C, H, W]: at most N - 1 directions, by falling variance."""
+        flat = images.flatten(1).double()
+        centred = flat - flat.mean(dim=0)
+        values, vectors = torch.linalg.eigh(centred @ centred.T / (len(flat) - 1))
+        values, vectors = values.flip(0), vectors.flip(1)
+        some = values > 1e-9 * values.sum()  # rounding leaves others near 0
+        directions = torch.nn.functional.normalize(vectors[:, some].T @ centred, dim=1)
+        return cls(flat.mean(dim=0).reshape(images.shape[1:]), directions, values[some])
+
+    def for_noise(self, sigma: float) -> "Moments":
+        """Without the directions that noise of this level hides."""
+        kept = int((self.variances > LEAST * sigma**2).sum())
+        return type(self)(self.mean, self.directions[:kept], self.variances[:kept])
+
+    def forward(self, z: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Noise with the moments of images of noise level sigma. z: standard normal, float32 [N, C, H, W]."""
+        with torch.autocast(z.device.type, enabled=False):
+            widths = (self.variances + sigma**2).sqrt() - sigma
+            along = z.flatten(1) @ self.directions.T
+            return self.mean + sigma * z + ((widths * along) @ self.directions).view_as(z)
+
+
+def start_of(net: Any) -> Moments | None:
+    """The moments of the noise that a generator starts from; None for plain noise."""
+    return getattr(net, ATTRIBUTE, None)
+
+
+def refuse(net: Any, where: str, who: str) -> None:
+    """Errors: UserError when `net` starts from such noise, which others can't make. where: named first. who: they."""
+    if start_of(net) is not None:
+        raise UserError(
+            f"{where}: {who} plain noise only, and this generator starts from noise with the moments of images: save it"
+            " as .safetensors, or distil with --init-noise=white"
+        )
+
+
+def attach(net: torch.nn.Module, moments: Moments) -> None:
+    """Makes `net` a generator that starts from such noise; they are a part of its weights from then on."""
+    setattr(net, ATTRIBUTE, moments)
+
+
+def split_off(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(a network's own weights, the tensors of its moments by their names in `Moments`) in a state dict."""
+    prefix = ATTRIBUTE + "."
+    own = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    return own, {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def loaded(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> Moments | None:
+    """Those that a file holds, for images of a shape [C, H, W]; None if it holds none.
+
+    Errors: ValueError when they are none.
+    """
+    if not tensors:
+        return None
+    if tensors.keys() != {"mean", "directions", "variances"}:
+        raise ValueError("moments are a mean, directions and variances")
+    mean, directions, variances = (tensors[name] for name in ("mean", "directions", "variances"))
+    size = mean.numel()
+    fits = mean.shape == shape and variances.ndim == 1 and directions.shape == (len(variances), size)
+    if not fits or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise ValueError(f"moments of images {list(shape)} have other shapes and types")
+    if not bool((variances >= 0).all()) or len(variances) > size:
+        raise ValueError("variances of images are at least 0, and no more than they have values")
+    return Moments(mean, directions, variances)
