@@ -16,7 +16,7 @@ from .config import MEASURED, DistillationConfig, resolve
 from .inputs import Inputs, guided_teacher
 from .start import choose_start
 from .state import SavedState
-from .teacher_distance import TeacherDistance
+from .teacher_distance import TeacherDistance, teacher_samples
 from .trials import Plan, has_begun, plan_trials
 
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
@@ -146,13 +146,14 @@ def measure_teacher(
     measured = None in [getattr(config, name) for name in MEASURED]
     if not (with_trials or config.returns or has_moments or measured or config.total_kimg >= WORTH_SAMPLES_KIMG):
         return None
-    with distributed.shared_errors():  # such as samples that aren't finite
+    teacher = guided_teacher(teacher, inputs.guide, config.guidance).to(device).eval()
+    samples = teacher_samples(teacher)
+    with distributed.shared_errors():
         if distributed.rank() != 0:
             return None
-        teacher = guided_teacher(teacher, inputs.guide, config.guidance)
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
         calibrates = chooses_tmax and config.tmax is None and config.has_karras_levels
-        return TeacherDistance(teacher.to(device).eval(), keep=changes, calibrates=calibrates)
+        return TeacherDistance(teacher, samples=samples, keep=changes, calibrates=calibrates)
 
 
 def saved_value(saved: SavedState | None, name: str) -> float | None:

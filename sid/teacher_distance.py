@@ -14,6 +14,7 @@ from dnnlib.progress import ProgressBar
 from edm.latents import decoder_of
 from edm.metrics.energy import energy_distance, energy_distance_of_vectors
 from edm.sampler import check_finite, generate_all, sample
+from torch_utils import distributed
 from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, sigma_data
 from training.moments import Moments
@@ -55,8 +56,29 @@ class Distance:
         return self.pixels + self.detail
 
 
+def teacher_samples(teacher: DenoiserModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """NUM_IMAGES samples of a teacher: float32 [N, C, H, W] as it makes them and uint8 images, on the CPU.
+
+    Every process must call it; each makes a share, and all get the same samples. They take long.
+    Errors: NonFiniteImagesError, on all processes.
+    """
+    made, decoder = {}, decoder_of(teacher)
+    parts = [range(NUM_IMAGES)[start : start + BATCH] for start in range(0, NUM_IMAGES, BATCH)]
+    share = parts[distributed.rank() :: distributed.world_size()]
+    bar = ProgressBar(sum(map(len, share)), desc="samples of the teacher", hidden=distributed.rank() != 0)
+    with distributed.shared_errors(), torch.no_grad(), bar:
+        for seeds in share:
+            part = sample(teacher, seeds, sampler="heun", num_steps=STEPS)
+            check_finite(part, seeds)
+            made[seeds.start] = part.to("cpu", torch.float32), decoder.to_images(part).cpu()
+            bar.update(len(part))
+    every = {start: both for found in distributed.from_every_process(made) for start, both in found.items()}
+    latents, images = zip(*(every[part.start] for part in parts))
+    return torch.cat(latents), torch.cat(images)
+
+
 class TeacherDistance:
-    """Measures networks against NUM_IMAGES samples of the teacher, which it makes.
+    """Measures networks against NUM_IMAGES samples of the teacher.
 
     The distance is the sum of two energy distances. That of pixels at three scales sees brightness, colours and layout.
     That of the teacher's corrections D(x + sigma n; sigma) - x, at a low sigma, sees fine detail: it is what told the
@@ -66,17 +88,24 @@ class TeacherDistance:
     (`sid.teacher_clusters`).
 
     teacher: a denoiser, on its device and in eval mode; it isn't changed. It stays in use here.
+    samples: what `teacher_samples` made; None calls it, as a group of several processes can't.
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
     calibrates: whether to measure up to which noise level to train; `calibration` is None otherwise.
     `moments` are those of the samples, with all directions.
     """
 
-    def __init__(self, teacher: DenoiserModule, keep: bool = False, calibrates: bool = False):
+    def __init__(
+        self,
+        teacher: DenoiserModule,
+        samples: tuple[torch.Tensor, torch.Tensor] | None = None,
+        keep: bool = False,
+        calibrates: bool = False,
+    ):
+        made, self.samples = samples or teacher_samples(teacher)
         self._device = next(teacher.parameters()).device
         self._moves = keep and self._device.type != "cpu"
         self._teacher = copy.deepcopy(teacher) if keep else teacher
         with self._teacher_at_hand():
-            made, self.samples = self._sample()
             self.moments = Moments.of(made)
             self.calibration = calibrate(self._teacher, made, range(NUM_IMAGES)) if calibrates else None
             clean = decoder_of(self._teacher).from_images(self.samples)
@@ -84,22 +113,6 @@ class TeacherDistance:
             self._blocks = self._find_blocks(clean[:2])
             self._feature_distance = self._blocks and FeatureDistance(self._features(clean))
         self._clusters = SampleClusters(points_of(self.samples))
-
-    def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's samples, float32 [N, C, H, W] as it makes them and uint8 images, on the CPU.
-
-        They take the longest of all.
-        """
-        made, images, decoder = [], [], decoder_of(self._teacher)
-        with ProgressBar(NUM_IMAGES, desc="samples of the teacher") as bar:
-            for start in range(0, NUM_IMAGES, BATCH):
-                seeds = range(start, min(start + BATCH, NUM_IMAGES))
-                part = sample(self._teacher, seeds, sampler="heun", num_steps=STEPS)
-                check_finite(part, seeds)
-                made.append(part.to("cpu", torch.float32))
-                images.append(decoder.to_images(part).cpu())
-                bar.update(len(part))
-        return torch.cat(made), torch.cat(images)
 
     def __call__(self, net: Any, **options: Any) -> Distance:
         """The distance of the images that a network makes with `options`, those of `generate_all`."""

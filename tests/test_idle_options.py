@@ -55,6 +55,7 @@ IDLE = [  # (command, an option, what makes it work)
     (EVAL, "--S_min=1", None, ["--S_churn=40"]),
     (REPORT, "--port=80", None, ["--serve"]),
     (REPORT, "--page-only", "--serve", []),
+    (REPORT, "--beside=.", "--page-only", []),
     (BENCH, "--modes=fp32", "--what=sampling", ["--what=step,sampling"]),
     (BENCH, "--eval-batch=8", "--what=step,profile", ["--what=metrics"]),
     (BENCH, "--detector=d.safetensors", None, ["--what=metrics"]),

@@ -173,6 +173,15 @@ def test_the_shell_script_passes_them_on(tmp_path):
         assert all(options[0] in line for line in made)
         scored = [line for line in done.stdout.splitlines() if line.startswith("fid.py eval")]
         assert len(scored) == trainings + 1
+        assert scored[-1].endswith("--network=assets/emoji-32/teacher --steps=13 --guidance=2")
+        reports = [line for line in done.stdout.splitlines() if line.startswith("-m sid.report")]
+        assert [("--beside=" in line) for line in reports] == [True, False][-trainings:]
+    failing = 'case "$*" in *--network=assets*) echo no such teacher >&2; exit 3 ;; esac'
+    stand_in.write_text(f"#!/bin/sh\n{failing}\n")
+    command = ["bash", str(tmp_path / "run_sid.sh"), "demo-text"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stdout.strip().endswith("no such teacher")
     wrong = subprocess.run(["bash", str(ROOT / "run_sid.sh"), "cifar"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "afhq64-v2" in wrong.stderr

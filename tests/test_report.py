@@ -8,15 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_distillation
+from click.testing import CliRunner
+from tiny import tiny_distillation, tiny_teacher
 
 from edm import zoo
 from edm.integrity import examine
 from edm.published import FILES
+from edm.sampler import generate_all
 from edm.snapshot_metrics import read_metrics
 from edm.training_report import TeacherReport
 from edm.zoo import network_hash
+from sid.config import DistillationConfig
 from sid.inputs import published_reference
+from sid.report import __main__ as report
+from sid.report import pictures
 from sid.report.progress import Report
 from sid.report.summary import summarise
 from sid.teacher_distance import Distance
@@ -47,6 +52,50 @@ class Net(torch.nn.Module):
 
     def forward(self, x, sigma, class_labels=None):
         return self.gain * x
+
+
+def distilled(folder, teacher, gain, sha256="a", **steps):
+    """A run folder with a generator that multiplies its teacher's images."""
+    folder.mkdir()
+    options = {**DistillationConfig().options(), "edm_model": str(teacher), "transfer": None}
+    (folder / "training_options.json").write_text(json.dumps(options))
+    net = zoo.load_denoiser(teacher)
+    for parameter in net.parameters():
+        parameter.data *= gain
+    zoo.save_network(
+        net, folder / "network-snapshot-000001.safetensors", init_sigma=2.5, teacher_sha256=sha256, **steps
+    )
+    return folder
+
+
+def test_two_generators_of_a_teacher_are_compared(tmp_path, monkeypatch):
+    """The picture has the teacher at 35 evaluations and at as many as the first generator, and both generators."""
+    zoo.save_network(tiny_teacher(), teacher := tmp_path / "teacher.safetensors")
+    one = distilled(tmp_path / "one", teacher, 0.9)
+    four = distilled(tmp_path / "four", teacher, 0.8, step_levels=[2.5, 1.5, 0.7, 0.3], steps_noise="ddim")
+    drawn = {}
+    monkeypatch.setattr(pictures, "save_titled_grids", lambda bands, path, *_: drawn.update(bands))
+    result = CliRunner().invoke(report.main, [str(one), f"--beside={four}"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "teacher at 35 evaluations, at 1, generator at 1, another at 4)" in result.output.replace("\n", " ")
+    assert list(drawn) == [
+        "Teacher, 35 evaluations per image",
+        "Teacher, 1 evaluation per image",
+        "Generator distilled from it, 1 evaluation per image",
+        "Another generator, 4 evaluations per image",
+    ]
+    images = list(drawn.values())
+    net = zoo.load_denoiser(four / "network-snapshot-000001.safetensors")
+    assert torch.equal(images[3], generate_all(net, range(len(images[3]))))
+    assert not any(torch.equal(images[3], other) for other in images[:3])
+
+
+def test_a_generator_of_another_teacher_is_not_compared(tmp_path):
+    zoo.save_network(tiny_teacher(), teacher := tmp_path / "teacher.safetensors")
+    one, other = distilled(tmp_path / "one", teacher, 0.9), distilled(tmp_path / "other", teacher, 0.9, "b")
+    result = CliRunner().invoke(report.main, [str(one), f"--beside={other}"])
+    assert result.exit_code == 2
+    assert result.output == f"Error: --beside={other}: its generator has another teacher; name a run of the same one\n"
 
 
 def snapshots(folder, evaluator, gains, kind=Report):

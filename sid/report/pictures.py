@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from edm.sampler import generate_all
 from training.conditions import Prompts, conditions_of
 from training.denoiser import DenoiserModule
 from training.moments import start_of
-from training.steps import Steps
+from training.steps import ONE_STEP, Steps
 
 from ..monitor.clusters import shares
 from ..teacher_distance import SHOWN_IMAGES, Distance
@@ -53,25 +54,31 @@ def save_prompted(images: torch.Tensor, samples: torch.Tensor | None, prompts: l
         file.write(json.dumps({"prompts": prompts}).encode())
 
 
-def compare(teacher: torch.nn.Module, generator: DenoiserModule, path: Path, name: str = "Teacher") -> None:
-    """Saves three bands of the same seeds: teacher at 35 evaluations, teacher at one, generator at one.
+def compare(teacher: torch.nn.Module, generators: Sequence[DenoiserModule], path: Path, name: str = "Teacher") -> None:
+    """Saves bands of the same seeds: teacher at 35 evaluations, teacher at as few as the first generator, generators.
 
-    generator: records its steps. name: of the teacher, in the titles. Images of prompts have them below.
+    generators: record their steps. name: of the teacher, in the titles. Images of prompts have them below.
     Errors: OSError when `path` can't be written.
     """
+    generator, *others = generators
     num, columns, captions = COMPARISON_COLUMNS * COMPARISON_ROWS, COMPARISON_COLUMNS, prompts_of(generator)
     if captions:
         num = columns = CAPTIONED
-    steps = Steps.of(generator)
-    assert steps is not None
-    evaluations = "1 evaluation" if len(steps) == 1 else f"{len(steps)} evaluations"
+    steps = Steps.of(generator) or ONE_STEP
+    evaluations = _evaluations(steps)
     as_generator = {"sampler": "few-step", "generator_steps": steps, "moments": start_of(generator)}
     bands = {
         f"{name}, {TEACHER_EVALUATIONS} evaluations per image": sample(teacher, num, steps=TEACHER_STEPS),
         f"{name}, {evaluations} per image": sample(teacher, num, **as_generator),
         f"Generator distilled from it, {evaluations} per image": sample(generator, num),
     }
+    for other in others:
+        bands[f"Another generator, {_evaluations(Steps.of(other) or ONE_STEP)} per image"] = sample(other, num)
     save_titled_grids(bands, path, columns, captions)
+
+
+def _evaluations(steps: Steps) -> str:
+    return "1 evaluation" if len(steps) == 1 else f"{len(steps)} evaluations"
 
 
 def save_nearest(images: torch.Tensor, samples: torch.Tensor, path: Path) -> None:
