@@ -44,18 +44,19 @@ def has_only(options, *kinds):
     return all(name.startswith(kinds) for name in options["metrics"].split(",") if name)
 
 
+OF_PROMPTS = ("clip", "ground", "name")  # kinds of metrics that compare images with their prompts alone
 CALC_CHECKS = (Idle(("data",), "with --ref, which holds its statistics", lambda options: options["ref"] is not None),)
 EVAL_CHECKS = (
     *generate.CHECKS,
     Idle(
         ("ref", "data", "detector"),
-        "for CLIP scores and grounds alone",
-        lambda options: has_only(options, "clip", "ground"),
+        "for CLIP scores, grounds and names alone",
+        lambda options: has_only(options, *OF_PROMPTS),
     ),
     Idle(
         ("data",),
         "without kid or pr in --metrics, or fid without --ref",
-        lambda options: has_only(options, "is", "clip", "ground", *([] if options["ref"] is None else ["fid"])),
+        lambda options: has_only(options, "is", *OF_PROMPTS, *([] if options["ref"] is None else ["fid"])),
     ),
 )
 
@@ -126,7 +127,8 @@ def evaluate_network(
 
     The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr. CLIP
     scores say how well the images of a text-to-image network match their --prompts, and ground1k whether
-    they have the colour in "on a blue ground". If the number of images isn't a multiple of the number of
+    they have the colour in "on a blue ground", and name1k how often --clip finds the picture in "a red apple on a blue
+    ground, left" among all. If the number of images isn't a multiple of the number of
     prompts, the prompts are shuffled.
     """
     with running(device, json_file) as device:
@@ -138,8 +140,8 @@ def evaluate_network(
         from edm.metrics.sources import NetworkSource
 
         names = [name for name in metrics.split(",") if name]
-        for option, value in (("--clip", clip), ("--table", table)):
-            if value is not None and all(parse_metric(name).kind != "clip" for name in names):
+        for option, value, kinds in (("--clip", clip, ("clip", "name")), ("--table", table, ("clip",))):
+            if value is not None and all(parse_metric(name).kind not in kinds for name in names):
                 raise dnnlib.UserError(f"{option}: --metrics={metrics} has no CLIP score; add one, such as clip1k")
         text_alignment.check_table(table)
         encoder = ClipEncoder(clip, device) if clip is not None else None

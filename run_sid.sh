@@ -83,7 +83,7 @@ if [ "$recipe" = demo-text ]; then
 fi
 if [ "$recipe" = demo-text ]; then
     assets=$(dirname "$teacher")
-    match="fid.py eval --prompts=$assets/held-out.txt --clip=$assets/clip --metrics=clip99,ground99"
+    match="fid.py eval --prompts=$assets/held-out.txt --clip=$assets/clip --metrics=clip99,name99,ground99"
     # The teacher takes as long as all that is printed before it, so it is measured meanwhile.
     theirs=$(mktemp)
     "$PYTHON" $match --network="$teacher" --steps=13 --guidance=2 >"$theirs" 2>&1 &
@@ -94,8 +94,8 @@ one=${runs%% *} more=${runs#"$one"}
 "$PYTHON" -m sid.report "$one" ${more:+--beside="${more# }"}
 for run in $more; do "$PYTHON" -m sid.report "$run"; done
 if [ "$recipe" = demo-text ]; then
-    printf "\nPrompts that were never trained on: how often a small CLIP ranks an image's own prompt first (top1), and how\n"
-    printf 'often the ground has the colour of the prompt (ground)\n'
+    printf "\nPrompts that were never trained on: how often a small CLIP ranks an image's own prompt first (top1), how often\n"
+    printf 'it ranks the name of the own picture first (name), and how often the ground has the right colour (ground)\n'
     for run in $runs; do
         printf '\nThe generator in %s:\n' "$run"
         "$PYTHON" $match --network="$run" | sed '/^{/d'

@@ -21,7 +21,7 @@ from edm.metrics.evaluate import Evaluator
 from edm.metrics.records import describe
 from edm.metrics.sources import TensorSource
 from edm.metrics.text_alignment import align, distinct
-from edm.small_teachers.captions import GROUNDS
+from edm.small_teachers.captions import DEMO_PICTURES, GROUNDS
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
@@ -208,6 +208,42 @@ def test_the_ground_that_a_prompt_asks_for():
         evaluator(Captioned([0] * 8, ["dogs"] * 8))
     with pytest.raises(UserError, match="these images have none"):
         evaluator(TensorSource([images]))
+
+
+# --- the name of the picture
+
+
+class NameReader:
+    """Sees, in the first pixel, the number of a picture; reads the names of three pictures, and nothing else."""
+
+    name, sha256, device, embedding_dim = "reader", "f" * 64, CPU, 3
+    names = ("pear", "banana", "robot")
+
+    def embed_images(self, images):
+        return torch.eye(3)[images[:, 0, 0, 0].long()]
+
+    def embed_texts(self, texts):
+        known = torch.tensor([[float(text.startswith(f"a {name} on")) for name in self.names] for text in texts])
+        return torch.where(known.any(1, keepdim=True), known, -1.0)
+
+
+def test_the_name_of_a_picture_is_ranked_among_all_names():
+    """Among the demo's names and that of a picture of one's own; others of the same ground and place don't matter."""
+    prompts = ["a pear on a red ground, left", "a banana on an orange ground, right", "a robot on a red ground, left"]
+    numbers = [0, 1, 2, 0, 0]
+    pixels = torch.tensor([0, 1, 2, 0, 1], dtype=torch.uint8)  # the last image is a banana, not a pear
+
+    class Pictures(TensorSource):
+        def prompts(self, num):
+            return prompts, numbers[:num]
+
+    source = Pictures([pixels[:, None, None, None].expand(5, 3, 8, 8)])
+    records = Evaluator(["name5", "name4"], encoder=NameReader(), batch=2)(source)
+    assert records[0]["values"] == {"name": 4 / 5, "mean_rank": (4 + 2.5) / 5}  # the robot is no more a banana
+    assert records[1]["values"] == {"name": 1, "mean_rank": 1}
+    assert records[0]["ranked_among"] == len(DEMO_PICTURES) + 1
+    with pytest.raises(UserError, match=r"'dogs' isn't like 'a red apple on a blue ground, left'"):
+        Evaluator(["name2"], encoder=NameReader())(Captioned([0, 0], ["dogs"] * 2))
 
 
 # --- the command

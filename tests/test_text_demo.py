@@ -1,8 +1,11 @@
 """The embedded text-to-image teacher and what measures its generators."""
 
+import numpy as np
 import pytest
+import torch
 
-from edm.metrics import ground_colour
+from edm.metrics import ground_colour, picture_name
+from edm.metrics.clip import ClipEncoder
 from edm.sampler import generate_all
 from edm.small_teachers import captions, pictures
 from edm.text_encoders import read_prompts
@@ -22,6 +25,20 @@ PROMPTS = {name: read_prompts(TEXT_DEMO / f"{name}.txt") for name in ("prompts",
 def test_the_prompts_are_those_of_the_font():
     source = captions.CaptionedEmoji(0, captions.DEMO_PICTURES)
     assert {name: source.captions(name == "held-out") for name in PROMPTS} == PROMPTS
+
+
+@pytest.mark.skipif(not pictures.EMOJI_FONT.is_file(), reason="needs fonts-noto-color-emoji")
+def test_the_evaluator_names_real_pictures_on_new_grounds():
+    source = captions.CaptionedEmoji(0, captions.DEMO_PICTURES)
+    asked = picture_name.parsed(PROMPTS["held-out"])
+    drawn = [source.picture(source.names.index(name), ground, place) for name, ground, place in asked]
+    encoder = ClipEncoder(TEXT_DEMO / "clip")
+    found = picture_name.NamedImages(encoder, PROMPTS["held-out"])
+    found.append(torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2), 0)
+    assert (found.ranks(len(drawn), encoder) == 1).all()
+    exchanged = picture_name.NamedImages(encoder, PROMPTS["held-out"][::-1])
+    exchanged.values = found.values
+    assert (exchanged.ranks(len(drawn), encoder) == 1).double().mean() < 0.2
 
 
 def test_the_teacher_paints_the_colour_that_a_new_prompt_asks_for():

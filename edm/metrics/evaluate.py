@@ -22,6 +22,7 @@ from .inception_score import InceptionMetric
 from .kid import KernelMetric
 from .measure import DEFAULT_BATCH, FEATURES, Collection, Rows, measure
 from .metric import DETECTOR, ENCODER, REAL, REFERENCE, Metric, TextImageEncoder, Tools
+from .picture_name import NameMetric
 from .precision_recall import PrecisionRecallMetric
 from .reference import Reference, load_reference
 from .sources import ImageSource, open_data
@@ -29,7 +30,9 @@ from .text_alignment import ClipMetric
 
 KINDS: dict[str, type[Metric]] = {
     kind.kind: kind
-    for kind in (FrechetMetric, InceptionMetric, KernelMetric, PrecisionRecallMetric, ClipMetric, GroundMetric)
+    for kind in (
+        *(FrechetMetric, InceptionMetric, KernelMetric, PrecisionRecallMetric, ClipMetric, GroundMetric, NameMetric),
+    )
 }
 NAME_PATTERN = re.compile(
     r"(?P<kind>[a-z]+)(?P<num>\d{1,9})(?:(?P<kilo>k)(?P<k>\d{1,9})?)?(?P<full>_full)?",
