@@ -1,5 +1,6 @@
 """--init_sigma=auto: the energy distance, the measured start, and the distance from the teacher in records."""
 
+import itertools
 import json
 import math
 
@@ -71,11 +72,11 @@ def test_the_start_is_the_usual_level_unless_another_is_clearly_closer(monkeypat
     assert list(measured.values())[1:] == sorted(list(measured.values())[1:])
     record = choose_start(teacher, distance)[1]
     assert record == {f"{level:g}": round(distance, 4) for level, distance in measured.items()}
-    far, close = measured | {2.5: 0.31, 10.0: 0.1}, measured | {2.5: 0.29, 10.0: 0.1}
-    for given, expected in ((far, 10.0), (close, 2.5)):  # more and less than three times as far as the best
-        others = {sigma: 0.5 for sigma in given if sigma not in (2.5, 10.0)}
-        monkeypatch.setattr(start, "measure_starts", lambda *_, given=given, others=others: {**given, **others})
-        assert choose_start(teacher, distance)[0] == expected
+    white, moments = (None, 3.0), (distance.moments, 1.4)  # how many times as far as the best the usual level may be
+    for (kind, limit), share in itertools.product((white, moments), (0.99, 1.01)):
+        given = dict.fromkeys(measured, 0.5) | {2.5: 0.1 * limit * share, 10.0: 0.1}
+        monkeypatch.setattr(start, "measure_starts", lambda *_, given=given: given)
+        assert choose_start(teacher, distance, kind)[0] == (10.0 if share > 1 else 2.5)
     monkeypatch.undo()
     teacher.sigma_min, teacher.sigma_max = 3.0, 12.0
     assert list(measure_starts(teacher, distance)) == [4.0, 6.0, 10.0]
