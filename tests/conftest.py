@@ -77,3 +77,37 @@ def text_pipelines(tmp_path_factory):
     import tiny_pipelines
 
     return tiny_pipelines.save_all(tmp_path_factory.mktemp("pipelines"))
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """The folder of a tiny VAE of the diffusers library. Tests leave this and the next three as they are."""
+    import tiny_latents
+
+    return tiny_latents.save_vae(tmp_path_factory.mktemp("vae") / "toy")
+
+
+@pytest.fixture(scope="session")
+def latent_pipeline(tmp_path_factory):
+    """The folder of a tiny DiT of latents with its VAE."""
+    import tiny_latents
+
+    return tiny_latents.save_pipeline(tmp_path_factory.mktemp("pipelines") / "dit")
+
+
+@pytest.fixture(scope="session")
+def latent_images(tmp_path_factory):
+    """Images that `vae` can encode."""
+    import tiny_latents
+
+    return tiny_latents.save_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def encoded_images(tmp_path_factory, latent_images, vae):
+    """A data set of the latents of `latent_images`."""
+    from edm import dataset_tool
+
+    path = tmp_path_factory.mktemp("encoded") / "latents.safetensors"
+    dataset_tool.convert(latent_images, path, vae=str(vae))
+    return path
