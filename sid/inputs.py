@@ -43,7 +43,8 @@ class Inputs:
     teacher:   phi, a denoiser (`training.denoiser`) of any class
     start:     another denoiser whose weights theta starts from
     guide:     a weaker denoiser that guides the teacher (`Guidance.over_guide`)
-    dataset:   real images, for the discriminator of `config.gan` and for pictures
+    dataset:   real images, for the discriminator of `config.gan`
+    picture:   the first of them, uint8 [N, C, H, W], for pictures
     evaluator: computes the metrics
     moments:   of the noise that theta starts from, for --init-noise=moments
     hashes:    of the networks' weights, if they are known already
@@ -53,6 +54,7 @@ class Inputs:
     start: DenoiserModule | None = None
     guide: DenoiserModule | None = None
     dataset: ImageFolderDataset | LatentDataset | None = None
+    picture: torch.Tensor | None = None
     evaluator: Evaluator | None = None
     moments: Moments | None = None
     hashes: WeightHashes | None = None
@@ -84,11 +86,13 @@ def load_inputs(
     elif options["transfer"]:
         start = load_start(options["transfer"], teacher, options["classes"])
     guide = checked_guide(teacher, options, guide)
+    dataset = load_dataset(options["data"], teacher, config, options) if options["data"] else None
     return Inputs(
         hashes=WeightHashes.of(teacher, start, config, guide),
         teacher=teacher,
         start=start,
-        dataset=load_dataset(options["data"], teacher, config, options) if options["data"] else None,
+        dataset=dataset,
+        picture=None if dataset is None else first_images(dataset, teacher),
         evaluator=make_evaluator(metrics, reference, options, device) if metrics else None,
         guide=guide,
     )

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from edm.snapshot_metrics import MultiStepFid
 from torch_utils import checkpoint, distributed, run_folder
 from training.denoiser import DenoiserModule, only_sigma
 from training.moments import Moments
+from training.training_loop import Stretch
 
 from .calibration import choose_tmax
 from .config import MEASURED, DistillationConfig, resolve
@@ -17,6 +19,7 @@ from .inputs import Inputs, guided_teacher
 from .start import choose_start
 from .state import SavedState
 from .teacher_distance import TeacherDistance, teacher_samples
+from .teacher_fid import teacher_fid
 from .trials import Plan, has_begun, plan_trials
 
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
@@ -34,10 +37,11 @@ class RunPlan:
     saved       the state to go on from; None at the beginning of a run
     trials      the trials that are still to be run, if any
     distance    measures how far images are from the teacher's, on process 0; None if the run doesn't
-    starts      {noise level: distance from the teacher} of the starts that were measured now; None if none was to be
-    calibration what the highest noise level follows from (`sid.calibration`); None if it wasn't measured now
-    kept        what the run that goes on had recorded of both
+    measured    how options were chosen that were to be measured, for the record: `starts` (`sid.start`) and
+                `calibration` (`sid.calibration`); what the run that goes on had recorded stays
     moments     of the noise that the generator starts from, on every process; None: plain noise
+    goal        the teacher's FID, if it is known
+    total_kimg  length of the whole run, trials included
     dropped     images of the trials that don't go on, whether they are still to be run or not
     """
 
@@ -46,17 +50,20 @@ class RunPlan:
     saved: SavedState | None
     trials: Plan | None
     distance: TeacherDistance | None
-    starts: dict[str, float] | None
-    calibration: dict[str, Any] | None
-    kept: dict[str, Any]
+    measured: dict[str, Any]
     moments: Moments | None
+    goal: MultiStepFid | None
+    total_kimg: float
     dropped: int
 
     def summary(self) -> dict[str, Any]:
         """What the plan adds to the record of the run."""
-        measured = {"starts": self.starts, "calibration": self.calibration}
-        now = {name: value for name, value in measured.items() if value is not None}
-        return {**self.config.options(), **self.kept, **now}
+        goal = {} if self.goal is None else {"teacher_fid": dataclasses.asdict(self.goal)}
+        return {**goal, **self.config.options(), **self.measured}
+
+    def after_trials(self) -> Stretch:
+        """The stretch of the run that comes after its trials; the whole run where there are none."""
+        return Stretch(before_img=self.dropped, total_img=int(self.config.total_kimg * 1000) + self.dropped)
 
 
 def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any], device: torch.device) -> RunPlan:
@@ -68,26 +75,26 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
     place, file = find_place(options, describe(inputs.teacher, config, with_trials))
     saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
     distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
-    starts, calibration, trials, dropped, kept = None, None, None, 0, {}
-    if saved is not None:
-        names = [name for option, name in RECORDS.items() if getattr(config, option) is None]
-        kept = {name: value for name in names for value in run_folder.recorded(saved.path.parent, name)}
+    asked, measured, trials, dropped = config, {}, None, 0
     moments = distance and distance.moments if saved is None and config.init_noise == "moments" else None
-    if config.init_sigma is None:
-        level, starts = settle("init_sigma", lambda: choose_start(inputs.teacher, distance, moments), saved)
-        config = dataclasses.replace(config, init_sigma=level)
-    if config.init_noise == "moments":
-        moments = start_moments(moments, config, saved)
-    if config.tmax is None:
-        tmax, calibration = settle("tmax", lambda: choose_tmax(distance and distance.calibration), saved)
-        config = dataclasses.replace(config, tmax=tmax)
+    choices = {
+        "init_sigma": lambda: choose_start(inputs.teacher, distance, moments),
+        "tmax": lambda: choose_tmax(distance and distance.calibration),
+    }
+    for option in MEASURED:
+        if getattr(config, option) is None:
+            value, record = settle(option, choices[option], saved)
+            config = dataclasses.replace(config, **{option: value})
+            measured |= record
+    start = start_moments(moments, config, saved) if config.init_noise == "moments" else None
     if with_trials:
         trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
         config = trials.fitting(saved and saved.options, options["given"])
         dropped = trials.dropped_images
         if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
             trials = None
-    return RunPlan(config, place, saved, trials, distance, starts, calibration, kept, moments, dropped)
+    goal = teacher_fid(inputs, asked, options["edm_model"], options["measure_teacher"], device)
+    return RunPlan(config, place, saved, trials, distance, measured, start, goal, asked.total_kimg, dropped)
 
 
 def start_moments(measured: Moments | None, config: DistillationConfig, saved: SavedState | None) -> Moments:
@@ -163,13 +170,15 @@ def saved_value(saved: SavedState | None, name: str) -> float | None:
 
 
 def settle(
-    name: str, choose: Callable[[], tuple[float, dict[str, Any] | None]], saved: SavedState | None
-) -> tuple[float, dict[str, Any] | None]:
-    """(the value of an option that is to be measured, what was measured now).
+    option: str, choose: Callable[[], tuple[float, dict[str, Any] | None]], saved: SavedState | None
+) -> tuple[float, dict[str, Any]]:
+    """(the value of an option that is to be measured, {name in RECORDS: what was measured}, empty if nothing was).
 
-    choose: returns both; it is called on process 0. saved: the state to go on from, whose value stays.
+    choose: returns the value and what was measured; it is called on process 0. saved: the state to go on from, whose
+    value stays.
     """
-    value = saved_value(saved, name)
-    if value is not None:
-        return value, None
-    return distributed.from_process_0(choose() if distributed.rank() == 0 else None)
+    value, name = saved_value(saved, option), RECORDS[option]
+    if saved is not None and value is not None:
+        return value, dict(zip((name,), run_folder.recorded(saved.path.parent, name)))
+    value, record = distributed.from_process_0(choose() if distributed.rank() == 0 else None)
+    return value, {} if record is None else {name: record}

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch_utils.untrusted import edm_pickle
 from torch_utils.updates import DivergenceError
 from torch_utils.watchdog import SPARE_SEC, watching
 from training.denoiser import DenoiserModule, check_denoiser
+from training.training_loop import WHOLE_RUN, Stretch
 
 from . import __version__, lora
 from .config import DistillationConfig
@@ -33,7 +35,6 @@ from .inputs import (
     Inputs,
     choose_metrics,
     choose_snapshots,
-    first_images,
     load_inputs,
     prompts_hash,
     published_reference,
@@ -46,7 +47,6 @@ from .report.page import RunPage
 from .report.progress import Report, track
 from .returns import Returns
 from .state import SavedState
-from .teacher_fid import teacher_fid
 from .training_loop import training_loop
 from .trials import run_trials
 
@@ -147,34 +147,28 @@ def run(
         config = identify_inputs(config, inputs)
         plan = make_plan(inputs, config, options, device)
         inputs = dataclasses.replace(inputs, moments=plan.moments)
-        goal = teacher_fid(inputs, config, options["edm_model"], options["measure_teacher"], device)
-        if goal is not None:
-            summary["teacher_fid"] = dataclasses.asdict(goal)
-        summary |= plan.summary()
-        # Both may refuse their inputs, and then there is no folder yet.
-        picture = first_images(inputs.dataset, inputs.teacher) if inputs.dataset is not None else None
+        # It may refuse its inputs, and then there is no folder yet.
         first = inputs if plan.trials is None else with_own_networks(inputs)
         distillation = build(first, plan.config, device, plan.saved, options["override"])
-        summary["environment"] = {"this library": __version__, **environment(device)}
-        summary |= without_passwords({name: options.get(name) for name in COMMAND})
-        folder = run_folder.create(*plan.place, summary, plan.saved and plan.saved.path)
+        surroundings = {"environment": {"this library": __version__, **environment(device)}}
+        surroundings |= without_passwords({name: options.get(name) for name in COMMAND})
+        record = {**summary, **plan.summary(), **surroundings}
+        folder = run_folder.create(*plan.place, record, plan.saved and plan.saved.path)
         with folder as run_dir, RunPage(run_dir, distributed.rank() == 0) as page:
             if distributed.rank() == 0:
-                length = config.total_kimg
-                about = describe_run(plan, distillation, inputs, options, reference, run_dir, length, goal)
-                print(start_block(about), flush=True)
+                print(start_block(describe_run(plan, distillation, inputs, options, reference, run_dir)), flush=True)
                 keep_networks(run_dir, {TEACHER_FILE: teacher, GUIDE_FILE: guide})
             training_begins.set()
             page.write()
             if plan.trials is not None:
                 measure_start(distillation, inputs, run_dir)
                 del distillation  # each trial has its own
-                plan = after_trials(plan, inputs, page, picture, device, options)
+                plan = after_trials(plan, inputs, page, device, options)
                 if distributed.rank() == 0:
-                    run_folder.record_options(run_dir, summary | plan.summary())
+                    run_folder.record_options(run_dir, record | plan.summary())
                 distillation = build(inputs, plan.config, device, plan.saved, options["override"])
-            report = Report(run_dir, inputs.evaluator, picture, config.batch, plan.distance, page)
-            net = train(distillation, run_dir, report, trackers, plan.dropped)
+            report = Report(run_dir, inputs.evaluator, inputs.picture, config.batch, plan.distance, page)
+            net = train(distillation, run_dir, report, trackers, plan.after_trials())
             snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
             if teacher is None:  # else the caller gets the generator
                 checkpoint.check_saved(snapshot)
@@ -240,7 +234,6 @@ def after_trials(
     plan: RunPlan,
     inputs: Inputs,
     page: RunPage,
-    picture: torch.Tensor | None,
     device: torch.device,
     options: dict[str, Any],
 ) -> RunPlan:
@@ -252,7 +245,7 @@ def after_trials(
         return build(own, config, device, saved, options["override"])
 
     def report(folder: Path) -> Report:
-        return Report(folder, None, picture, plan.config.batch, plan.distance, page)
+        return Report(folder, None, inputs.picture, plan.config.batch, plan.distance, page)
 
     assert plan.trials is not None
     best = run_trials(plan.trials, page.run_dir, build_candidate, report)
@@ -262,11 +255,15 @@ def after_trials(
 
 
 def train(
-    distillation: Distillation, run_dir: Path, report: Report, trackers: list[str], dropped: int
+    distillation: Distillation,
+    run_dir: Path,
+    report: Report,
+    trackers: Sequence[str] = (),
+    stretch: Stretch = WHOLE_RUN,
 ) -> torch.nn.Module:
     """Trains to the end and returns the generator; goes back to earlier states as often as --returns allows.
 
-    trackers: names of those that show the run. dropped: images of the trials that don't go on.
+    trackers: names of those that show the run. stretch: of the run, which comes after its trials.
     Errors: as for `training_loop`.
     """
     config, returns = distillation.config, Returns(distillation, run_dir)
@@ -274,7 +271,6 @@ def train(
         while True:
             try:
                 with track(run_dir, trackers, distillation.state.nimg, config.batch) as tracking:
-                    shared = {"track": tracking.update, "returns": returns, "interruption": interruption}
-                    return training_loop(distillation, run_dir, report, dropped=dropped, before=dropped, **shared)
+                    return training_loop(distillation, run_dir, report, stretch, tracking.update, returns, interruption)
             except DivergenceError as error:
                 returns.go_back(error)

@@ -1,6 +1,5 @@
 """The distillation from its first iteration to its last: ticks, statistics, snapshots and states."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch_utils.interruption import Interruption
 from torch_utils.records import sound_records
 from torch_utils.updates import DivergenceError
 from training.denoiser import DenoiserModule
-from training.training_loop import Steps, advised, run_to_end
+from training.training_loop import WHOLE_RUN, Routine, Stretch, advised, run_to_end
 
 from . import __version__, lora
 from .citations import papers
@@ -33,10 +32,7 @@ def training_loop(
     distillation: Distillation,
     run_dir: Path,
     report: Report,
-    end: int | None = None,
-    resume_dir: Path | None = None,
-    dropped: int = 0,
-    before: int = 0,
+    stretch: Stretch = WHOLE_RUN,
     track: Callable[[], None] = lambda: None,
     returns: Returns | None = None,
     interruption: Interruption | None = None,
@@ -44,9 +40,7 @@ def training_loop(
     """Runs the distillation to its end and returns the one-step generator (the moving average of theta).
 
     run_dir: takes statistics, snapshots and states. report: makes pictures of the generator and measures it.
-    end: images after which to stop, by default the config's; schedules keep the config's length.
-    resume_dir: what --resume names to go on with this run, by default `run_dir`.
-    dropped: images of the run's trials that don't go on. before: those of its trials that come before this training.
+    stretch: of a run with trials; schedules keep the config's length wherever it ends.
     track: called when all of a tick, and of its snapshot, has been recorded.
     returns: judges every snapshot; None: snapshots aren't judged. interruption: as for `run_to_end`.
     Errors: DivergenceError when gradients stay non-finite, or `returns` finds that the run has left the teacher;
@@ -76,7 +70,10 @@ def training_loop(
 
     low, high = distillation.loss.sigma_schedule.quantile(torch.tensor([EDGE, 1 - EDGE])).tolist()
     levels = f"the generator's loss sees noise levels {low:.2g} to {high:.2g}"
-    steps = Steps(
+    routine = Routine(
+        progress=state,
+        networks=state.networks,
+        device=distillation.device,
         iteration=distillation.iteration,
         check=distillation.check,
         statistics=statistics,
@@ -87,20 +84,7 @@ def training_loop(
         kept_state=lambda: None if returns is None else returns.kept_state(),
     )
     with advised(run_dir, state, config.batch, "--lr and --glr", levels):
-        length = config if end is None else dataclasses.replace(config, total_kimg=end / 1000)
-        whole = int(config.total_kimg * 1000) + dropped
-        run_to_end(
-            steps,
-            state,
-            state.networks,
-            length,
-            distillation.device,
-            run_dir,
-            resume_dir,
-            total_img=whole,
-            before_img=before,
-            interruption=interruption,
-        )
+        run_to_end(routine, config, run_dir, stretch, interruption)
     return lora.merge(state.ema)
 
 

@@ -15,6 +15,7 @@ from dnnlib import UserError, write_atomically
 from torch_utils import checkpoint, distributed
 from torch_utils.records import is_figure, sound_records
 from torch_utils.updates import DivergenceError
+from training.training_loop import Stretch
 
 from .config import DistillationConfig
 from .distillation import Distillation
@@ -47,6 +48,11 @@ class Plan:
     def dropped_images(self) -> int:
         """The images of all trials but the one that goes on."""
         return (len(self.configs) - 1) * self.images
+
+    def stretch(self, number: int, run_dir: Path) -> Stretch:
+        """Which stretch of the run in `run_dir` a trial is, by its number from 0."""
+        whole = int(next(iter(self.configs.values())).total_kimg * 1000) + self.dropped_images
+        return Stretch(self.images, number * self.images, whole, run_dir)
 
     def fitting(self, options: dict[str, Any] | None, settled: Collection[str]) -> DistillationConfig:
         """The settings of the candidate that a state's options come from; the first one's if none fits."""
@@ -164,9 +170,8 @@ def _trial(
     distributed.barrier()
     distillation = build(config, checkpoint.newest_good_state(folder))
     record, images = {name: getattr(config, name) for name in RATES}, trials.images
-    places = {"resume_dir": folder.parent.parent, "dropped": trials.dropped_images, "before": number * images}
     try:
-        training_loop(distillation, folder, report(folder), images, **places)
+        training_loop(distillation, folder, report(folder), trials.stretch(number, folder.parent.parent))
     except DivergenceError as error:
         distributed.print0(f"It diverged: {error.message}")
         return {**record, "kimg": distillation.state.nimg / 1000, "distance": math.inf}

@@ -72,7 +72,7 @@ def trained(folder, **changes):
     folder.mkdir(exist_ok=True)
     state, options = checkpoint.newest_good_state(folder), {**SETTINGS, **changes}
     distillation = tiny_distillation(tiny_teacher(label_dim=0, augment_dim=0), state, **options)
-    train(distillation, folder, NoReport(), [], 0)
+    train(distillation, folder, NoReport())
     return weights(distillation)
 
 

@@ -166,7 +166,10 @@ def training_loop(
         contextlib.closing(_endless_batches(dataset, training)) as batches,
         advised(run_dir, training, training.config.batch, "--lr"),
     ):
-        steps = Steps(
+        routine = Routine(
+            progress=training,
+            networks=networks,
+            device=training.device,
             iteration=lambda: training.iteration(batches),
             check=training.check,
             statistics=training.statistics,
@@ -175,14 +178,17 @@ def training_loop(
             after_tick=lambda statistics: track(),
             shown={"Loss/loss": "loss"},
         )
-        run_to_end(steps, training, networks, training.config, training.device, run_dir)
+        run_to_end(routine, training.config, run_dir)
     return training.ema
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
-    """What a training does in `run_to_end`; every process calls each of them."""
+class Routine:
+    """What `run_to_end` trains, and what a training does there; every process calls each of the functions."""
 
+    progress: Any  # has the attributes `checkpoint.PROGRESS`
+    networks: dict[str, torch.nn.Module]  # what must stay finite, and equal on all processes
+    device: torch.device
     iteration: Callable[[], None]  # trains on one batch
     check: Callable[[], None]  # waits for the device; raises DivergenceError
     statistics: Callable[[], dict[str, dict[str, float]]]  # of the tick that ends, {name: {"mean": value}}
@@ -194,66 +200,78 @@ class Steps:
     kept_state: Callable[[], Path | None] = lambda: None  # a state that stays, however many are kept
 
 
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Which stretch of a run a training is, where a run consists of several, such as trials.
+
+    end_img     images of this training after which it ends; None: at the end of its config
+    before_img  images of the run that came before this training's own count
+    total_img   images of the whole run; None: those of this training
+    resume_dir  what --resume names to go on with the run; None: the training's folder
+    """
+
+    end_img: int | None = None
+    before_img: int = 0
+    total_img: int | None = None
+    resume_dir: Path | None = None
+
+
+WHOLE_RUN = Stretch()
+
+
 def run_to_end(
-    steps: Steps,
-    progress: Any,
-    networks: dict[str, torch.nn.Module],
+    routine: Routine,
     config: Any,
-    device: torch.device,
     run_dir: Path,
-    resume_dir: Path | None = None,
-    total_img: int | None = None,
-    before_img: int = 0,
+    stretch: Stretch = WHOLE_RUN,
     interruption: Interruption | None = None,
 ) -> None:
-    """Iterates until `config.total_kimg`, with ticks, training states and snapshots on the way.
+    """Iterates to the end of a stretch of a run, with ticks, training states and snapshots on the way.
 
-    progress: has the attributes `checkpoint.PROGRESS`. networks: what must stay finite, and equal on all processes.
-    config: as for `milestones`, with `keep_states` and `save_minutes`.
-    run_dir: takes statistics and states. resume_dir: what --resume names to go on with this run, by default the same.
-    total_img, before_img: of a run that consists of several trainings, all its images and those before this training
-    (`TickLog`).
-    interruption: an open one, if it is to last longer than this call.
+    config: as for `milestones`, with `total_kimg`, `keep_states` and `save_minutes`. run_dir: takes statistics and
+    states. interruption: an open one, if it is to last longer than this call.
     Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
+    progress, networks, device = routine.progress, routine.networks, routine.device
     states = checkpoint.StateFolder(run_dir, config.keep_states)
-    end_img, step_img = int(config.total_kimg * 1000), max(1000 * config.kimg_per_tick, config.batch)
+    end_img = int(config.total_kimg * 1000) if stretch.end_img is None else stretch.end_img
     counts = {"elapsed_sec": progress.elapsed_sec, "nimg": progress.nimg}
-    counts |= {"total_img": total_img, "before_img": before_img}
-    log = TickLog(run_dir, device, end_img, step_img, **counts, shown=steps.shown)
+    counts |= {"total_img": stretch.total_img, "before_img": stretch.before_img}
+    step_img = max(1000 * config.kimg_per_tick, config.batch)
+    log = TickLog(run_dir, device, end_img, step_img, **counts, shown=routine.shown)
     opened = Interruption(device, config.save_minutes) if interruption is None else contextlib.nullcontext(interruption)
     with contextlib.closing(log), opened as interruption:
         measured = None
         if progress.nimg == 0:
-            measured = steps.begin()
+            measured = routine.begin()
         elif progress.at_snapshot:  # the run had ended between this state and its snapshot
-            measured = steps.publish()
+            measured = routine.publish()
         if measured:
             log.show(progress.nimg, measured)
         log.begin_tick(progress.nimg)
         while progress.nimg < end_img:
-            steps.iteration()
+            routine.iteration()
             log.advance(progress.nimg)
-            tick, save = milestones(progress, config, interruption)
+            tick, save = milestones(progress, config, end_img, interruption)
             if tick or save:
-                steps.check()
+                routine.check()
                 check_finite(networks, progress.nimg)
                 check_equal_weights(networks, progress.nimg)
-            statistics = steps.statistics() if tick else {}
+            statistics = routine.statistics() if tick else {}
             if tick:
                 log.tick(progress.tick, progress.nimg, statistics)
             if save:
                 progress.elapsed_sec = log.elapsed_sec
-                saved = states.save(steps.contents(), config.batch, steps.kept_state())
+                saved = states.save(routine.contents(), config.batch, routine.kept_state())
                 interruption.saved()
             publishes = progress.at_snapshot and not interruption.stop
-            measured = steps.publish() if publishes else None
+            measured = routine.publish() if publishes else None
             if tick:
                 log.show(progress.nimg, measured)
-                steps.after_tick(statistics)
+                routine.after_tick(statistics)
             if interruption.stop:
                 log.close()
-                interruption.leave(resume_dir or run_dir, saved)
+                interruption.leave(stretch.resume_dir or run_dir, saved)
             if tick:
                 log.begin_tick(progress.nimg)
 
@@ -277,14 +295,15 @@ def advised(run_dir: Path, progress: Any, batch: int, rates: str, details: str =
         raise DivergenceError(error.reason, advice + (f" ({details})" if details else "")) from None
 
 
-def milestones(progress: Any, config: Any, interruption: Interruption) -> tuple[bool, bool]:
+def milestones(progress: Any, config: Any, end_img: int, interruption: Interruption) -> tuple[bool, bool]:
     """(whether a tick ends, whether a state is to be saved) after an iteration of any training.
 
     progress: has `nimg`, `tick` and `at_snapshot`; the latter two are brought up to date. config: of this training,
-    with `total_kimg`, `batch`, `kimg_per_tick`, `snapshot_ticks` and `state_ticks`. Every process must call it.
+    with `batch`, `kimg_per_tick`, `snapshot_ticks` and `state_ticks`. end_img: images after which it ends. Every
+    process must call it.
     """
     tick_img = config.kimg_per_tick * 1000
-    done = progress.nimg >= int(config.total_kimg * 1000)
+    done = progress.nimg >= end_img
     tick = done or int(progress.nimg / tick_img) != int((progress.nimg - config.batch) / tick_img)
     progress.tick += tick
     progress.at_snapshot = tick and (done or progress.tick % config.snapshot_ticks == 0)

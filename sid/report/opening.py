@@ -33,28 +33,26 @@ def describe_run(
     options: dict[str, Any],
     reference: str | None,
     run_dir: Path,
-    total_kimg: float,
-    goal: MultiStepFid | None,
 ) -> dict[str, str | None]:
     """{name: text} for `start_block`.
 
     distillation: ready for its next iteration. options: of sid_train.py that aren't part of the config, by name.
     reference: where the reference statistics come from, if there are any.
-    total_kimg: the length of the whole run, trials included. goal: the teacher's FID, if known.
     """
     config, device = distillation.config, distillation.device
+    measured = plan.measured if plan.saved is None else {}  # now, not by the run that goes on
     return {
         "Teacher": f"{path_text(options['edm_model'])} ({_teacher_text(inputs.teacher, inputs.guide is not None)})",
         "Data": _data_text(options, config, None if inputs.dataset is None else len(inputs.dataset)),
         "Method": _method_text(config, distillation.state.steps.levels, plan.trials is None),
-        "Start": _start_text(distillation.state.steps.levels[0], plan),
-        "Levels": levels_text(config.tmax, plan.calibration),
+        "Start": _start_text(distillation.state.steps.levels[0], measured.get("starts"), plan.moments is not None),
+        "Levels": levels_text(config.tmax, measured.get("calibration")),
         "Trials": plan.trials and _trials_text(plan.trials),
         "Device": _device_text(config, device),
         "Batch": batch_text(config.batch, distillation.batch_gpu),
         "Memory": _memory_text(distillation),
-        "Length": length_text(total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
-        "Metrics": _metrics_text(inputs, reference or options["data"], goal),
+        "Length": length_text(plan.total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
+        "Metrics": _metrics_text(inputs, reference or options["data"], plan.goal),
         "Run folder": str(run_dir),
         "Look at": f"{PAGE_FILE} there, in a browser; {_doctor()} {shlex.quote(path_text(run_dir))}",
     }
@@ -159,8 +157,9 @@ def _method_text(config: DistillationConfig, levels: Sequence[float] | None, wit
     return ", ".join(parts)
 
 
-def _start_text(level: float, plan: RunPlan) -> str | None:
-    kind, starts = "" if plan.moments is None else "noise with the moments of the teacher's samples: ", plan.starts
+def _start_text(level: float, starts: dict[str, float] | None, with_moments: bool) -> str | None:
+    """starts: {noise level: distance from the teacher} of the starts that were measured now."""
+    kind = "noise with the moments of the teacher's samples: " if with_moments else ""
     own = None if starts is None else starts.get(f"{level:g}")
     if starts is None or own is None:
         return kind.removesuffix(": ") or None
@@ -170,7 +169,7 @@ def _start_text(level: float, plan: RunPlan) -> str | None:
 
 
 def levels_text(tmax: float | None, calibration: dict[str, Any] | None) -> str | None:
-    """calibration: as in `RunPlan`."""
+    """calibration: what `sid.calibration` records."""
     if tmax is None or not calibration:
         return None
     is_hidden = tmax == tmax_of(calibration["hiding"])
