@@ -5,6 +5,9 @@ A folder holds either a pipeline (model_index.json, the model in unet/ or transf
 no code that a folder may hold is run.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def is_folder(path: str | Path) -> bool:
 
 def read(path: Path) -> tuple[WrappedDenoiser, dict[str, Any]]:
     """(denoiser, metadata) of a folder. Errors: UserError when it is damaged or not supported."""
-    try:
+    with _named(path):
         folder, scheduler, vae_folder = _parts(path)
         config = read_config(folder / CONFIG_FILE)
         metadata = config.pop("_metadata", {})
@@ -57,8 +60,6 @@ def read(path: Path) -> tuple[WrappedDenoiser, dict[str, Any]]:
         _check_vae(net, vae_folder)
         latents.check_channels(net, metadata)
         return network_files.checked(net, path), metadata
-    except UserError as error:
-        raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}") from None
 
 
 def shapes(path: Path) -> WrappedDenoiser:
@@ -66,7 +67,7 @@ def shapes(path: Path) -> WrappedDenoiser:
 
     Errors: UserError as `read`.
     """
-    try:
+    with _named(path):
         folder, scheduler, vae_folder = _parts(path)
         model = {name: value for name, value in read_config(folder / CONFIG_FILE).items() if name[0] != "_"}
         model["_class_name"] = read_config(folder / CONFIG_FILE).get("_class_name")
@@ -84,9 +85,18 @@ def shapes(path: Path) -> WrappedDenoiser:
             config = check_class(vae_folder / CONFIG_FILE, tuple(latents.VAES))
             record = {"source": str(vae_folder), "channels": config.get("latent_channels", net.img_channels)}
             latents.check_channels(net, {"vae": record})
+        return net
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the folder's name before a UserError raised while open, unless it begins with a place in the folder."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"{path}: {error.message.removeprefix(f'{path}: ')}") from None
-    return net
+        if error.message.startswith((f"{path}: ", f"{path}{os.sep}")):
+            raise
+        raise UserError(f"{path}: {error.message}") from None
 
 
 def _check_vae(net: WrappedDenoiser, vae_folder: Path | None) -> None:
@@ -150,20 +160,20 @@ def _parts(path: Path) -> tuple[Path, Path, Path | None]:
         vaes = named
         found = [name for name in ("unet", "transformer") if name in parts]
         if len(found) != 1:
-            raise UserError(f"{path}: {INDEX_FILE} names neither a unet nor a transformer, or names both")
+            raise UserError(f"{INDEX_FILE} names neither a unet nor a transformer, or names both")
         folder = path / found[0] if (path / found[0] / CONFIG_FILE).is_file() else path
         if not (folder / CONFIG_FILE).is_file():
-            raise UserError(f"{path}: {INDEX_FILE} names a {found[0]}, but there is no {found[0]}/{CONFIG_FILE}")
+            raise UserError(f"{INDEX_FILE} names a {found[0]}, but there is no {found[0]}/{CONFIG_FILE}")
     vae = next((vae for vae in vaes if (vae / CONFIG_FILE).is_file()), None)
     if vae is not None and vae not in named and vae.parent != path and _makes_images(folder, vae):
         vae = None
     if named and vae is None:
-        raise UserError(f"{path}: {INDEX_FILE} names a VAE, but there is no {named[0].name}/{CONFIG_FILE}")
+        raise UserError(f"{INDEX_FILE} names a VAE, but there is no {named[0].name}/{CONFIG_FILE}")
     places = [folder, folder / "scheduler", path / "scheduler", folder.resolve().parent / "scheduler"]
     for place in places:
         if (place / SCHEDULER_FILE).is_file():
             return folder, place / SCHEDULER_FILE, vae
     raise UserError(
-        f"{path}: has no {SCHEDULER_FILE}, which says how noise was added in training: put the file of the scheduler"
+        f"has no {SCHEDULER_FILE}, which says how noise was added in training: put the file of the scheduler"
         " that the model was trained with next to config.json"
     )

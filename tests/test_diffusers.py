@@ -233,6 +233,7 @@ def test_what_does_not_fit_is_one_line(wrong, teacher, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         zoo.load_denoiser(folder)
     assert str(error.value).startswith(str(folder))
+    assert not str(error.value).startswith(f"{folder}: {folder}")
     assert "\n" not in str(error.value)
     if "weights" not in wrong and wrong not in ("pickled", "too large", "another width"):  # needs no weights
         with pytest.raises(UserError, match=message) as error:
