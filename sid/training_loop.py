@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from edm import zoo
+from edm.latents import decoder_of
 from edm.sampler import NonFiniteImagesError
 from torch_utils import distributed
 from torch_utils.checkpoint import attempt, snapshot_path
@@ -54,6 +55,12 @@ def training_loop(
         {**config.options(), **state.rates(config)}, lambda: sound_records(run_dir / DISTANCES_FILE, "kimg", "value")
     )
 
+    decoder = decoder_of(distillation.teacher)
+
+    def iteration() -> None:
+        decoder.leave_device()  # where pictures and metrics have put its VAE
+        distillation.iteration()
+
     def statistics() -> dict[str, dict[str, float]]:
         found = {**collector.collect(), **worst_class(collector.collect_groups(PER_CLASS))}
         return found | {**health.measure(), **skipped_updates(state)}
@@ -74,7 +81,7 @@ def training_loop(
         progress=state,
         networks=state.networks,
         device=distillation.device,
-        iteration=distillation.iteration,
+        iteration=iteration,
         check=distillation.check,
         statistics=statistics,
         after_tick=after_tick,

@@ -23,6 +23,9 @@ class PixelDecoder:
         """uint8 images [N, C, H, W] as float32 samples in [-1, 1]."""
         return images.to(torch.float32) / 127.5 - 1
 
+    def leave_device(self) -> None:
+        """There is nothing that could be on one."""
+
 
 class LatentDecoder:
     """For networks that make the latents of a VAE, z = (raw - shift) scale, where the VAE itself knows raw latents.
@@ -53,6 +56,11 @@ class LatentDecoder:
         if not images.isfinite().all():
             raise UserError("the VAE makes NaN or infinity of these latents: they are far from any that it has seen")
         return PixelDecoder.to_images(images)
+
+    def leave_device(self) -> None:
+        """Moves the VAE to the CPU, from wherever it has decoded or encoded, to make room there for training."""
+        if next(self.vae.parameters()).device.type != "cpu":
+            self.vae.to("cpu")
 
     def from_images(self, images: torch.Tensor) -> torch.Tensor:
         """The latents of uint8 images [N, 1 or 3, H, W]: the means [N, C, h, w] of what the VAE may make of them."""
