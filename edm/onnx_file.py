@@ -22,10 +22,10 @@ from training.steps import Steps
 
 SIGMA_MIN, SIGMA_MAX, PROBED_LEVELS = 0.002, 80.0, 8
 MAX_BYTES = 2**31 - 2**24  # of weights: an ONNX file is one message, which holds 2 GiB
-MOST_OF_HALF = 65504.0  # the largest number in float16
-EXAMPLES, MOST = 2, 1 << 30  # images in the traced call, and in any later one
+LARGEST_HALF = 65504.0  # the largest number in float16
+EXAMPLES, MAX_IMAGES = 2, 1 << 30  # images in the traced call, and in any later one
 # From 64 images, the diffusers library's layers copy an activation, for PyTorch alone; the file has no such limit.
-MOST_OF_DIFFUSERS = 63
+MAX_IMAGES_OF_DIFFUSERS = 63
 
 
 class _Images(torch.nn.Module):
@@ -60,6 +60,8 @@ class _ImagesOfFreshNoise(_Images):
 
 
 class _Denoiser(torch.nn.Module):
+    """A denoiser of x [N, C, H, W] and sigma [N]."""
+
     inputs, output = ("x", "sigma"), "denoised"
 
     def __init__(self, net: torch.nn.Module):
@@ -99,7 +101,10 @@ def can_trace() -> bool:
 
 @torch.no_grad()
 def _check_finite(net: Any, steps: Steps | None, decoder: LatentDecoder | None) -> None:
-    """Raises UserError unless weights, answers and images are finite: the exported model can't check them."""
+    """Calls the network at the noise levels that matter, since the exported model checks nothing.
+
+    Errors: UserError when a weight, an answer or an image isn't finite.
+    """
     weight = first_non_finite(net)
     if weight is not None:
         raise UserError(f".onnx: {weight} holds NaN or infinity; take an earlier snapshot")
@@ -126,51 +131,23 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
 
     A generator, known by the init_sigma in header['metadata'], takes z, standard normal [N, C, H, W], to images, uint8
     [N, C, H, W]; with several steps of fresh noise it also takes noise, standard normal [N, steps - 1, C, H, W]. Any
-    other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both
-    take class_labels [N, label_dim], one-hot; with prompts, both take prompts [N, prompt_dim], as the text encoders
-    give them. The inputs are float32. A denoiser of latents takes and makes latents.
+    other denoiser takes x [N, C, H, W] and sigma [N] to denoised [N, C, H, W]. With classes, both take class_labels
+    [N, label_dim], one-hot; with prompts, both take prompts [N, prompt_dim], as the text encoders give them. The inputs
+    are float32. A denoiser of latents takes and makes latents.
     header: plain values that go with the model. decoder: of a generator of latents; its VAE becomes part of the model.
     Errors: UserError when packages are missing or too old, the network can't be traced, or its weights or answers
     aren't finite.
     """
-    parts = [net] if decoder is None else [net, decoder.vae]
-    size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
-    if size > MAX_BYTES:
-        raise UserError(
-            f".onnx: one file holds at most 2 GiB, and the weights have {size / 2**30:.2f}; save another way"
-        )
-    if not can_trace():
-        raise UserError(f".onnx needs PyTorch 2.6 or newer, and this is {torch.__version__}")
-    try:
-        import onnxscript  # noqa: F401  which torch.onnx needs, as it needs onnx
-    except ImportError:
-        raise UserError(".onnx needs packages that are missing: pip install onnx onnxscript") from None
+    _check_possible(net, decoder)
     steps = Steps.recorded(header["metadata"])
-    function, arguments = _function(net, steps, decoder)
-    names = list(function.inputs)
+    function, example = _function(net, steps, decoder)
+    inputs = dict(zip(function.inputs, example))
     condition = _condition(net)
     if condition is not None:
-        arguments.append(condition)
-        names.append(condition_name(net))
-    of_diffusers = any(type(part).__module__.startswith("diffusers.") for part in function.modules())
-    images = {0: torch.export.Dim("N", max=MOST_OF_DIFFUSERS if of_diffusers else MOST)}
-    # Its warnings concern packages that these networks don't use.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        inputs[condition_name(net)] = condition
     try:
         _check_finite(net, steps, decoder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                function.eval(),
-                tuple(arguments),
-                dynamo=True,
-                verbose=False,
-                input_names=names,
-                output_names=[function.output],
-                dynamic_shapes=(images,) * len(names),
-            )
-            assert program is not None  # with dynamo=True
-            model = program.model_proto
+        model = _traced(function.eval(), inputs)
     except UserError:
         raise
     except Exception as error:  # of the tracer, on what a network of any class does
@@ -186,6 +163,43 @@ def model_bytes(net: Any, header: dict[str, Any], decoder: LatentDecoder | None 
     _remove_traces(model.graph)
     model.metadata_props.add(key="network", value=json.dumps(header))
     return model.SerializeToString(deterministic=True)
+
+
+def _check_possible(net: Any, decoder: LatentDecoder | None) -> None:
+    """Errors: UserError when the weights are too large for one file, or packages are missing or too old."""
+    parts = [net] if decoder is None else [net, decoder.vae]
+    size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+    if size > MAX_BYTES:
+        raise UserError(
+            f".onnx: one file holds at most 2 GiB, and the weights have {size / 2**30:.2f}; save another way"
+        )
+    if not can_trace():
+        raise UserError(f".onnx needs PyTorch 2.6 or newer, and this is {torch.__version__}")
+    try:
+        import onnxscript  # noqa: F401  which torch.onnx needs, as it needs onnx
+    except ImportError:
+        raise UserError(".onnx needs packages that are missing: pip install onnx onnxscript") from None
+
+
+def _traced(function: _Images | _Denoiser, inputs: dict[str, torch.Tensor]) -> Any:
+    """The ONNX model of a function of any number of images. inputs: an example by name, in the function's order."""
+    of_diffusers = any(type(part).__module__.startswith("diffusers.") for part in function.modules())
+    images = {0: torch.export.Dim("N", max=MAX_IMAGES_OF_DIFFUSERS if of_diffusers else MAX_IMAGES)}
+    # Its warnings concern packages that these networks don't use.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            function,
+            tuple(inputs.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=[function.output],
+            dynamic_shapes=(images,) * len(inputs),
+        )
+    assert program is not None  # with dynamo=True
+    return program.model_proto
 
 
 def _remove_traces(graph: Any) -> None:
@@ -208,11 +222,12 @@ def halve(path: Path) -> None:
     model = onnx.load(path)
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or sum(size > 1 for size in tensor.dims) < 2:
+        is_layers = sum(size > 1 for size in tensor.dims) >= 2  # biases and gains are vectors
+        if tensor.data_type != onnx.TensorProto.FLOAT or not is_layers:
             continue
         name, values = tensor.name, numpy_helper.to_array(tensor)
-        if abs(values).max(initial=0) > MOST_OF_HALF:
-            raise UserError(f"--half: {name} holds a weight beyond {MOST_OF_HALF:g}; leave the option out")
+        if abs(values).max(initial=0) > LARGEST_HALF:
+            raise UserError(f"--half: {name} holds a weight beyond {LARGEST_HALF:g}; leave the option out")
         tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_half"))
         casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]  # what uses a weight comes after its cast

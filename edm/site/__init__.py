@@ -65,12 +65,8 @@ def write(
     description["runtime"] = _runtime_record(files, version)
     encoded = _encoded(net, texts, half) if texts else b""
     if texts:
-        description["prompts"] = {
-            "texts": [printable(text) for text in texts],
-            "dim": net.prompt_dim,
-            "bits": 16 if half else 32,
-            "bytes": len(encoded),
-        }
+        own = {"dim": net.prompt_dim, "bits": 16 if half else 32, "bytes": len(encoded)}
+        description["prompts"] = {"texts": [printable(text) for text in texts], **own}
     try:
         with network_files.new_folder(path) as folder:
             zoo.save_network(net, folder / MODEL_FILE, **net.metadata)
@@ -90,18 +86,19 @@ def write(
             (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="ascii")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: choose another place") from None
-    seen_by = f"to see the page: python -m http.server --directory {shlex.quote(str(path))}"
+    line = f"to see the page: python -m http.server --directory {shlex.quote(str(path))}"
     if texts:
-        seen_by += f"; its {len(texts)} prompts take {len(encoded) / 1e6:.3g} MB"
+        line += f"; its {len(texts)} prompts take {len(encoded) / 1e6:.3g} MB"
     if files:
-        return f"{seen_by}; it holds onnxruntime-web {version} and needs no other server"
-    return f"{seen_by}; it loads onnxruntime-web {version} from cdn.jsdelivr.net, unless --runtime=FOLDER is given"
+        return f"{line}; it holds onnxruntime-web {version} and needs no other server"
+    return f"{line}; it loads onnxruntime-web {version} from cdn.jsdelivr.net, unless --runtime=FOLDER is given"
 
 
 def describe(net: Any, source: str) -> dict[str, Any]:
     """What the page has to know about a generator, as plain values.
 
-    shape: of the noise, [C, H, W]. noise_steps: how many further noises the network takes for an image.
+    shape: of the noise, [C, H, W]. resolution: of the pictures, which a VAE may have decoded. noise_steps: how many
+    further noises the network takes for an image. classes: numbers of those that it has learnt.
     Errors: UserError when it isn't a generator of pictures.
     """
     steps = Steps.of(net)
@@ -127,7 +124,7 @@ def describe(net: Any, source: str) -> dict[str, Any]:
 
 
 def _class_names(source: str, count: int) -> list[str]:
-    """The names of `count` classes. Errors: UserError naming --class-names."""
+    """The names of `count` classes, one in each line of a file. Errors: UserError naming --class-names."""
     if not count:
         raise UserError(f"--class-names={source}: this network has no classes; leave the option out")
     try:
@@ -168,8 +165,8 @@ def _encoded(net: Any, texts: list[str], half: bool) -> bytes:
     Errors: UserError when the text encoders aren't available, or a number is too large for 16 bits.
     """
     rows = prompts_for(net, texts).all().numpy()
-    if half and np.abs(rows).max() > onnx_file.MOST_OF_HALF:
-        raise UserError(f"--half: an encoded prompt holds a number beyond {onnx_file.MOST_OF_HALF:g}; leave it out")
+    if half and np.abs(rows).max() > onnx_file.LARGEST_HALF:
+        raise UserError(f"--half: an encoded prompt holds a number beyond {onnx_file.LARGEST_HALF:g}; leave it out")
     return rows.astype("<f2" if half else "<f4").tobytes()
 
 

@@ -21,7 +21,9 @@ def measure_wrappers(
     """{prediction: (seconds of the network alone, seconds inside its wrapper) of each round}, medians over the calls.
 
     denoiser: EDM's, whose inner network is called as one that predicts each of PREDICTIONS.
-    calls:    of either in a round; None for as many as `seconds` allow.
+    images:   in a call.
+    seconds:  of a round, all predictions together, unless `calls` is given.
+    calls:    of either in a round; None: as many as `seconds` allow.
     """
     net: Any = denoiser.to(device).eval()
     label_dim, size = net.label_dim, net.img_resolution
@@ -47,12 +49,20 @@ def measure_wrappers(
 def _in_turn(
     pair: tuple[Callable[[], Any], Callable[[], Any]], seconds: float, calls: int | None, device: torch.device
 ) -> tuple[float, float]:
-    """The median seconds of two functions that are called in turn, each first as often as the other."""
+    """The median seconds of two functions that are called in turn, each first as often as the other.
+
+    seconds, calls: as for `measure_wrappers`, of this pair; at least one call of each.
+    """
     for function in pair:
         function()
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
-    while len(times[0]) < calls if calls is not None else time.perf_counter() < end or not times[0]:
+
+    def is_over() -> bool:
+        done = len(times[0])
+        return done >= calls if calls is not None else done > 0 and time.perf_counter() >= end
+
+    while not is_over():
         order = (0, 1) if len(times[0]) % 2 else (1, 0)
         for index in order:
             start = _now(device)
