@@ -249,12 +249,12 @@ def build(
 
 def _attach_start(net: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Attaches the moments of the noise that a generator starts from, if its file holds some."""
+    if not tensors:
+        return
     try:
-        start = moments.loaded(tensors, (net.img_channels, net.img_resolution, net.img_resolution))
+        moments.attach(net, moments.loaded(tensors, (net.img_channels, net.img_resolution, net.img_resolution)))
     except (AttributeError, ValueError):
         raise UserError(f"{path}: the moments of the noise that its generator starts from are damaged") from None
-    if start is not None:
-        moments.attach(net, start)
 
 
 def checked(net: M, path: Path) -> M:

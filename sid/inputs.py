@@ -21,7 +21,7 @@ from training.dataset import ImageFolderDataset
 from training.denoiser import DenoiserModule, noise_range, only_sigma
 from training.guidance import GuidedDenoiser, check_guide
 from training.latent_dataset import LatentDataset, open_dataset
-from training.moments import Moments, split_off
+from training.moments import Moments, split_off, start_of
 from training.networks_edm2 import Precond
 
 from .config import DistillationConfig
@@ -111,9 +111,19 @@ def checked_teacher(
     if teacher is None:
         teacher = zoo.load_denoiser(options["edm_model"], own_classes(options["classes"]))
         teacher.metadata.setdefault("name", title(options["edm_model"]))
+    check_is_no_generator(teacher, "--edm_model")
     check_architecture(teacher, options)
     check_noise_levels(teacher, config)
     return teacher
+
+
+def check_is_no_generator(net: DenoiserModule, option: str) -> None:
+    """Errors: UserError when `net` starts from noise with the moments of images, for then it denoises none."""
+    if start_of(net) is not None:
+        raise UserError(
+            f"{option}: names a generator, which starts from noise with the moments of images and can't teach another;"
+            " name the diffusion model that it was distilled from"
+        )
 
 
 def with_prompts(teacher: DenoiserModule, options: dict[str, Any], device: torch.device | str) -> DenoiserModule:
@@ -148,6 +158,7 @@ def checked_guide(
     if guide is None and options.get("guide"):
         guide = zoo.load_denoiser(options["guide"], own_classes(options["classes"]))
     if guide is not None:
+        check_is_no_generator(guide, "--guide")
         check_guide(guide, teacher)
     return guide
 

@@ -20,6 +20,7 @@ from training.denoiser import DenoiserModule
 from . import lora
 from .config import DistillationConfig
 from .guidance import Guidance
+from .teacher_distance import NUM_IMAGES
 
 GB = 1 << 30
 USABLE = 0.8  # share of the free memory; libraries and fragmentation take the rest
@@ -32,7 +33,7 @@ GAN_BATCH = 32  # SiDA's published batch per GPU for CIFAR-10 and ImageNet, whic
 class Estimate:
     """GB per process by purpose, without what the libraries take."""
 
-    weights: float  # theta, its average, psi and phi
+    weights: float  # theta, its average, psi and phi; with the moments of the noise that theta starts from
     gradients: float
     moments: float  # of the optimisers
     fake_score_activations: float  # what the fake score's phase keeps for its backward pass
@@ -95,6 +96,7 @@ def estimate(
                 _store_casts(net, dtype, part, device)
             phi += _kept_activations(net, part, device, input_gradient=True)
             stored += _bytes(net.parameters())
+    starts = 2 * moments_bytes(teacher) if config.init_noise == "moments" else 0  # of theta and its average
     kappa = config.guidance or Guidance()  # a guided network is called twice
     fake_score = train * (1 + (kappa.fake_score_step != 1) + config.gan)  # the discriminator sees real images too
     through = psi * (1 + (kappa.fake_score != 1)) * (config.passes_scores or config.share_noise)
@@ -105,12 +107,18 @@ def estimate(
     elif shared:
         fake_score += train
     return Estimate(
-        weights=(3 * trained + stored) / GB,
+        weights=(3 * trained + stored + starts) / GB,
         gradients=trained * (2 if shared else 1) / GB,
         moments=moments * (3 if config.g_beta1 else 1 if config.adam_state == "bf16" else 2) / GB,
         fake_score_activations=(fake_score + recomputed * (fake_score > 0)) / GB,
         generator_activations=(train + through + recomputed) / GB,
     )
+
+
+def moments_bytes(teacher: DenoiserModule) -> int:
+    """Of the noise of a generator's start (`training.moments`), with as many directions as there may be."""
+    size = teacher.img_channels * teacher.img_resolution**2
+    return 4 * (size + min(size, NUM_IMAGES - 1) * (size + 1))
 
 
 @contextlib.contextmanager

@@ -89,6 +89,16 @@ def updaters(
     )
 
 
+def check_shape(moments: Moments, teacher: DenoiserModule) -> None:
+    """Errors: UserError when they are of other images than the teacher's."""
+    shape = (teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+    if moments.mean.shape != shape:
+        raise UserError(
+            f"the noise of the generator's start has the moments of images {list(moments.mean.shape)}, and the"
+            f" teacher makes {list(shape)}: the training state is damaged; resume from another one"
+        )
+
+
 def generator_record(teacher: DenoiserModule, steps: Steps, hashes: "WeightHashes") -> dict[str, Any]:
     """The metadata of a generator: its steps, what it inherits from its teacher, and what it was made from."""
     known = getattr(teacher, "metadata", {})
@@ -133,6 +143,7 @@ class DistillationState:
         self.steps = generator_steps(teacher, config)
         assert (moments is not None) == (config.init_noise == "moments"), "they are a part of the inputs"
         if moments is not None:
+            check_shape(moments, teacher)
             attach(self.generator, moments.to(device))
         self.served = step_vectors.split(self.fake_score, len(self.steps)) if len(self.steps) > 1 else None
         for net in (self.generator, self.fake_score):

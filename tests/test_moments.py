@@ -14,20 +14,21 @@ from tiny import CPU, equal, save, tiny_config, tiny_distillation, tiny_teacher,
 
 import sid
 from dnnlib import UserError
-from edm import onnx_file, zoo
+from edm import network_files, onnx_file, zoo
 from edm.network_files import read_tensors
 from edm.sampler import generate_all
 from edm.zoo.__main__ import main as zoo_command
-from sid import OneStepGenerator, teacher_distance
+from sid import OneStepGenerator, memory, teacher_distance
 from sid.distillation import Distillation
-from sid.inputs import Inputs
+from sid.inputs import Inputs, checked_guide, checked_teacher
 from sid.prepare import prepare
+from sid.probe import gradients
 from sid.start import measure_starts
 from sid.teacher_distance import TeacherDistance
 from torch_utils import checkpoint
 from training.generator import Generator
 from training.moments import ATTRIBUTE, LEAST, Moments, attach, start_of
-from training.steps import Steps
+from training.steps import INIT_NOISES, Steps
 
 LEVEL = 0.7
 
@@ -69,6 +70,13 @@ def test_what_noise_hides_is_left_out(images):
     difference = moments(z, 1.0) - moments.for_noise(1.0)(z, 1.0)
     assert difference.flatten(1).std(dim=0).max() < (1 + LEAST) ** 0.5 - 1 + 0.02
     assert difference.std() > 0
+
+
+def test_what_is_left_out_takes_no_memory(images):
+    kept = Moments.of(images).for_noise(1.0)
+    assert 0 < len(kept.variances) < 16
+    for tensor in kept.buffers():  # a file holds the whole storage behind a view
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_fewer_images_than_pixels_and_equal_ones():
@@ -184,6 +192,20 @@ def test_damaged_files_are_refused(tmp_path, change):
     assert "\n" not in error.value.message
 
 
+class Shapeless(torch.nn.Module):
+    """A network that says nothing of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones([3]))
+
+
+def test_files_without_them_need_not_be_of_images(tmp_path):
+    zoo.save_network(Shapeless(), tmp_path / "net.safetensors")
+    net, _ = network_files.read(tmp_path / "net.safetensors", {"Shapeless": Shapeless})
+    assert start_of(net) is None
+
+
 def header_without_checksum(path):
     """So that what is wrong has to be noticed."""
     header, _ = read_tensors(path)
@@ -256,6 +278,39 @@ def test_a_resumed_run_keeps_its_kind_of_start(tmp_path, few_samples):
         sid.distil(teacher, white, tmp_path / "moments", device="cpu")
     with pytest.raises(UserError, match=r"starts from plain noise; give --init-noise=white"):
         sid.distil(teacher, config, tmp_path / "white", device="cpu")
+
+
+def test_a_probe_of_the_gradients_reads_such_a_run(tmp_path, few_samples):
+    teacher = tiny_teacher(label_dim=0, augment_dim=0)
+    made = sid.distil(teacher, tiny_config(**LENGTHS), tmp_path, device="cpu")
+    found = gradients.load(tmp_path, 2, CPU)
+    assert equal(start_of(found.state.generator).state_dict(), start_of(made.net).state_dict())
+
+
+def test_a_generator_that_starts_from_them_teaches_none():
+    generator = tiny_teacher()
+    attach(generator, tiny_moments())
+    with pytest.raises(UserError, match=r"^--edm_model: names a generator, .* name the diffusion model"):
+        checked_teacher(tiny_config(), {}, generator)
+    with pytest.raises(UserError, match=r"^--guide: names a generator, .* name the diffusion model"):
+        checked_guide(tiny_teacher(), {}, generator)
+
+
+def test_those_of_other_images_than_the_teachers_are_refused():
+    moments = Moments.of(torch.randn([5, 1, 4, 4]))
+    with pytest.raises(UserError, match=r"images \[1, 4, 4\], and the teacher makes \[1, 8, 8\]"):
+        prepare(Inputs(tiny_teacher(), moments=moments), tiny_config(augment=0, init_noise="moments"), CPU)
+
+
+def test_the_estimate_of_memory_counts_them():
+    options = {"augment": 0, "precision": "fp32", "compile": False, "channels_last": False}
+    plain, others = (
+        memory.estimate(tiny_teacher(), tiny_config(**options, init_noise=kind), 2) for kind in INIT_NOISES
+    )
+    every = Moments.of(torch.randn([256, 1, 8, 8], generator=torch.Generator().manual_seed(0)))
+    size = sum(tensor.nbytes for tensor in every.buffers()) / memory.GB
+    assert others.weights - plain.weights == pytest.approx(2 * size)
+    assert others.generator_activations == plain.generator_activations
 
 
 def test_a_teacher_of_one_noise_level_has_none():

@@ -34,18 +34,20 @@ class Moments(torch.nn.Module):
     @classmethod
     def of(cls, images: torch.Tensor) -> "Moments":
         """Those of images, float [N, C, H, W]: at most N - 1 directions, by falling variance."""
-        flat = images.flatten(1).double()
-        centred = flat - flat.mean(dim=0)
-        values, vectors = torch.linalg.eigh(centred @ centred.T / (len(flat) - 1))
+        centred = images.flatten(1).double()
+        mean = centred.mean(dim=0)
+        centred -= mean  # in place, since large images take much memory
+        values, vectors = torch.linalg.eigh(centred @ centred.T / (len(images) - 1))
         values, vectors = values.flip(0), vectors.flip(1)
         some = values > 1e-9 * values.sum()  # rounding leaves others near 0
-        directions = torch.nn.functional.normalize(vectors[:, some].T @ centred, dim=1)
-        return cls(flat.mean(dim=0).reshape(images.shape[1:]), directions, values[some])
+        directions = vectors[:, some].T @ centred
+        directions /= directions.norm(dim=1, keepdim=True)
+        return cls(mean.reshape(images.shape[1:]), directions, values[some])
 
     def for_noise(self, sigma: float) -> "Moments":
         """Without the directions that noise of this level hides."""
         kept = int((self.variances > LEAST * sigma**2).sum())
-        return type(self)(self.mean, self.directions[:kept], self.variances[:kept])
+        return type(self)(self.mean, self.directions[:kept].clone(), self.variances[:kept].clone())  # frees the others
 
     def forward(self, z: torch.Tensor, sigma: float) -> torch.Tensor:
         """Noise with the moments of images of noise level sigma. z: standard normal, float32 [N, C, H, W]."""
@@ -81,13 +83,8 @@ def split_off(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     return own, {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def loaded(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> Moments | None:
-    """Those that a file holds, for images of a shape [C, H, W]; None if it holds none.
-
-    Errors: ValueError when they are none.
-    """
-    if not tensors:
-        return None
+def loaded(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> Moments:
+    """Those that a file holds, for images of a shape [C, H, W]. Errors: ValueError when they are none."""
     if tensors.keys() != {"mean", "directions", "variances"}:
         raise ValueError("moments are a mean, directions and variances")
     mean, directions, variances = (tensors[name] for name in ("mean", "directions", "variances"))

@@ -71,7 +71,8 @@ def load(run_dir: Path, batch: int, device: "torch.device", classes: str | None 
     start = load_start(options["transfer"], teacher, classes) if options.get("transfer") else None
     guide = load_guide(run_dir, options, own_classes(classes))
     hashes = WeightHashes.of(teacher, start, config, guide)
-    return prepare(Inputs(teacher, start, guide, hashes=hashes), config, device, SavedState(state, hashes))
+    saved = SavedState(state, hashes)
+    return prepare(Inputs(teacher, start, guide, moments=saved.moments, hashes=hashes), config, device, saved)
 
 
 def gradients(
