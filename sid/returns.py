@@ -15,7 +15,7 @@ from torch_utils.records import sound_records
 from torch_utils.updates import DivergenceError
 
 from .distillation import Distillation
-from .monitor.closeness import has_lost
+from .monitor.closeness import counted, has_lost
 from .monitor.records import DISTANCES_FILE, RETURNS_FILE
 
 
@@ -23,7 +23,7 @@ class Returns:
     """The last good snapshot of a running distillation, and the way back to its state.
 
     A snapshot is good unless its distance from the teacher's samples is clearly above the lowest one so far. The
-    start counts as a snapshot; a distance that isn't measured says nothing against one. Every process has the same.
+    start counts as a far one; a distance that isn't measured says nothing against one. Every process has the same.
     """
 
     def __init__(self, distillation: Distillation, run_dir: Path):
@@ -58,7 +58,7 @@ class Returns:
             return
         if not is_saved:  # the start, or what a run in another folder went on from
             self._save()
-        state.good = {"nimg": state.nimg, "lowest": min(value, lowest)}
+        state.good = {"nimg": state.nimg, "lowest": min(counted(value, state.nimg / 1000), lowest)}
 
     def go_back(self, error: DivergenceError) -> None:
         """Puts the last good state back, with lower rates; every process must call it.

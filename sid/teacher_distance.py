@@ -16,8 +16,9 @@ from edm.metrics.energy import energy_distance, energy_distance_of_vectors
 from edm.sampler import check_finite, generate_all, sample
 from torch_utils import distributed
 from training.conditions import conditions_of
-from training.denoiser import DenoiserModule, known_sigma, sigma_data
+from training.denoiser import DenoiserModule, known_sigma, noise_range, sigma_data
 from training.moments import Moments
+from training.steps import INIT_SIGMA
 
 from .calibration import calibrate
 from .monitor.clusters import shares
@@ -129,6 +130,18 @@ class TeacherDistance:
     def of_pixels(self, net: Any, **options: Any) -> float:
         """The first part of the distance alone."""
         return energy_distance(self._images(net, **options), self.samples)
+
+    @functools.cached_property
+    def features_white(self) -> float | None:
+        """`features` of the teacher's own images of one evaluation, of plain noise of the usual level: a yardstick that
+        no generator's start changes. None if its blocks can't be read.
+        """
+        if self._feature_distance is None:
+            return None
+        low, high = noise_range(self._teacher)
+        with self._teacher_at_hand():
+            images = self._images(self._teacher, sampler="one-step", init_sigma=min(max(INIT_SIGMA, low), high))
+            return self._feature_distance(self._features(decoder_of(self._teacher).from_images(images)))
 
     def _sorted_into_clusters(self, distance: Distance, images: torch.Tensor) -> Distance:
         clusters, points = self._clusters, points_of(images)

@@ -21,6 +21,7 @@ from edm.zoo.__main__ import main as zoo_command
 from sid import OneStepGenerator, memory, teacher_distance
 from sid.distillation import Distillation
 from sid.inputs import Inputs, checked_guide, checked_teacher
+from sid.monitor.records import read_records
 from sid.prepare import prepare
 from sid.probe import gradients
 from sid.start import measure_starts
@@ -278,6 +279,18 @@ def test_a_resumed_run_keeps_its_kind_of_start(tmp_path, few_samples):
         sid.distil(teacher, white, tmp_path / "moments", device="cpu")
     with pytest.raises(UserError, match=r"starts from plain noise; give --init-noise=white"):
         sid.distil(teacher, config, tmp_path / "white", device="cpu")
+
+
+@pytest.mark.parametrize("kind", INIT_NOISES)
+def test_the_record_holds_the_features_of_plain_noise(tmp_path, few_samples, kind):
+    teacher = tiny_teacher(label_dim=0, augment_dim=0)
+    config = tiny_config(**{**LENGTHS, "init_noise": kind, "init_sigma": 1.0}, returns=1)
+    sid.distil(teacher, config, tmp_path, device="cpu")
+    start, *others = read_records(tmp_path / "teacher-distance.jsonl", "kimg", "value")
+    expected = TeacherDistance(teacher.eval())(teacher, sampler="one-step", init_sigma=2.5).features
+    assert start.get("features_white") == (pytest.approx(expected) if kind == "moments" else None)
+    assert others
+    assert all("features_white" not in record for record in others)
 
 
 def test_a_probe_of_the_gradients_reads_such_a_run(tmp_path, few_samples):

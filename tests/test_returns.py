@@ -239,6 +239,19 @@ def test_rates_that_a_resumed_run_gives_count_as_they_are(tmp_path):
         assert len(lines(tmp_path / "returns.jsonl")) == (factor < 1)
 
 
+def test_a_near_start_is_nothing_to_go_back_to(tmp_path, monkeypatch):
+    """Of noise with the moments of images: of the crops' generator, which ends at 0.013, or worse."""
+    distillation = tiny_distillation(returns=1)
+    returns = Returns(distillation, tmp_path)
+    for nimg, distance in ((0, 0.0101), (16, 0.0517), (32, 0.0130), (48, 0.0420)):
+        distillation.state.nimg = nimg
+        monkeypatch.setattr(Returns, "_look", lambda self, distance=distance: (distance, True))
+        returns.judge()
+    monkeypatch.setattr(Returns, "_look", lambda self: (0.0431, True))
+    with pytest.raises(DivergenceError, match=r"0\.0431 .* after 0\.013 at best"):
+        returns.judge()
+
+
 def test_the_published_recipes_and_the_demo_never_go_back():
     for name in (*recipes.PUBLISHED, "demo", "demo-text"):
         assert parse([f"--recipe={name}"])[0].returns == 0

@@ -17,7 +17,7 @@ from edm.metrics.energy import energy_distance
 from sid import doctor, start
 from sid.calibration import choose_tmax
 from sid.inputs import Inputs
-from sid.monitor.closeness import judge_distance
+from sid.monitor.closeness import FEATURES_WHITE, judge_distance
 from sid.plan import measure_teacher
 from sid.start import choose_start, measure_starts
 from sid.teacher_distance import NUM_IMAGES, TeacherDistance, teacher_samples
@@ -194,6 +194,11 @@ def test_a_run_with_a_measured_start_and_measured_noise_levels(tmp_path, monkeyp
         ([0.257, 0.049, 0.197], "away-from-teacher"),
         ([0.204, 0.07, 0.048], None),
         ([0.257, 0.142, 0.055, 0.024], None),
+        # from noise with the moments of images: crops, which end well, early and later; what such a run mustn't do
+        ([0.0220, 0.0517], "far-from-teacher"),
+        ([0.0220, 0.0517, 0.0441, 0.0255], None),
+        ([0.0101, 0.0402], "far-from-teacher"),
+        ([0.0101, 0.15], "away-from-teacher"),
     ],
 )
 def test_losing_the_teacher_is_found(values, found):
@@ -214,3 +219,30 @@ def test_features_tell_what_the_distance_no_longer_sees(features, found):
     finding = judge_distance([{"kimg": 0.0, "value": 0.378}, {"kimg": 2.0, "value": 0.023, "features": features}])
     assert (finding and finding.name) == found
     assert finding is None or "4.03 in its features" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("start", "white", "last", "found"),
+    [
+        # EDM2's network from noise with the moments of images: 10.5 at the start, and 82.4 from plain noise. A
+        # generator of its ended with 3.02 and 1.2 times the teacher's FID.
+        (10.5, 82.41, 3.02, None),
+        (10.5, None, 3.02, "far-from-teacher"),
+        (82.41, None, 3.02, None),
+        (10.5, 82.41, 6.7, "far-from-teacher"),
+        # letters in two steps: 3.8 times the teacher's FID at 3 kimg, 2.0 at the end
+        (2.34, None, 2.17, "far-from-teacher"),
+        (2.34, None, 1.10, None),
+        # the text demo, which starts at 8 times the FID that it ends with
+        (2.04, 20.0, 2.0, "far-from-teacher"),
+        (2.04, 20.0, 0.85, None),
+        (1.2, None, 1.25, None),
+        ("10", [82.41], 3.02, "far-from-teacher"),
+        (math.nan, math.nan, 2.0, None),
+    ],
+)
+def test_features_are_judged_by_those_of_plain_noise_and_of_the_start(start, white, last, found):
+    records = [{"kimg": 0.0, "value": 0.02, "features": start}, {"kimg": 2.0, "value": 0.002, "features": last}]
+    records[0] |= {} if white is None else {FEATURES_WHITE: white}
+    finding = judge_distance(records)
+    assert (finding and finding.name) == found

@@ -17,7 +17,10 @@ NOTICED = 0.03  # of the distance: less is the noise of 256 images
 FAR = 0.1  # no good generator of the bench was so far; those that failed were, most starts are (docs/ablations.md)
 LEFT = 1 / 3  # of the start's distance: failed runs kept more, runs on a good way less (docs/method.md)
 FAR_FEATURES = 3.0  # likewise of `features`; a generator may have less and still twice the teacher's FID
-LEFT_FEATURES = 0.08  # of the start's; a good generator may have more than FAR_FEATURES where the start has far more
+# Of the teacher's one evaluation of plain noise: where that has far more, so may a good generator.
+LEFT_FEATURES, FEATURES_WHITE = 0.08, "features_white"
+LEFT_ABOVE = 1 / 2  # of what the start's features have above 1; good generators keep 0.26 at most (docs/method.md)
+DISTINCT = 1.5  # the start's features, or more; others are too close to 1 for that
 TICK_DISTANCE, TICKS = "Health/teacher_distance", 5  # each of 16 images or more
 GOOD = 2.0  # a generator's FID over its teacher's
 OTHER_SETTINGS = "try --recipe=auto, or lower --lr and --glr if the run has that recipe already"
@@ -29,6 +32,15 @@ def has_lost(value: float, lowest: float) -> bool:
     return value > max(LOST * lowest, lowest + NOTICED)
 
 
+def counted(value: float, kimg: float) -> float:
+    """A snapshot's distance as later ones are compared with it, which for the start is FAR at least.
+
+    The start of noise with the moments of images may be nearer, though its images aren't like the teacher's, and good
+    runs go away from there at first.
+    """
+    return max(value, FAR) if kimg == 0 else value
+
+
 def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
     """A finding when the snapshots went away from the teacher or are still far from it.
 
@@ -37,26 +49,41 @@ def judge_distance(records: Sequence[dict[str, Any]]) -> Finding | None:
     if len(records) < 2:
         return None
     start, last = records[0]["value"], records[-1]["value"]
-    best = min(records, key=lambda record: record["value"])
-    if has_lost(last, best["value"]):
+    best = min(records, key=lambda record: counted(record["value"], record["kimg"]))
+    if has_lost(last, counted(best["value"], best["kimg"])):
         where, remedy = _closer_before(best, best is records[0])
         text = f"its images are farther from the teacher's samples than {where}: distance {last:.3g} instead of"
         return Finding("away-from-teacher", f"{text} {best['value']:.3g} (start: {start:.3g}); {remedy}")
     from_start = records[0]["kimg"] == 0
     left = last / start if from_start and start > 0 else 0.0
-    features = records[-1].get("features")
-    of_start = records[0].get("features") if from_start else None
-    far_features = max(FAR_FEATURES, LEFT_FEATURES * of_start if is_figure(of_start) else 0.0)
     if last > FAR or (last > NOTICED and left > LEFT):
         usual = f"good generators have less than {FAR:g} and than a third of the start's"
         measured = f"distance {last:.3g} (start: {start:.3g}), where {usual}"
-    elif is_figure(features) and features > far_features:
-        usual = f"other samples have 1 and good generators less than {far_features:.3g}"
-        measured = f"{features:.3g} in its features, where {usual}"
     else:
+        measured = _far_features(records[-1].get("features"), records[0] if from_start else {})
+    if measured is None:
         return None
     text = f"its images are still far from the teacher's samples: {measured}; {FALLING}"
     return Finding("far-from-teacher", text, certain=False)  # it may be on its way
+
+
+def _far_features(features: Any, start: dict[str, Any]) -> str | None:
+    """What shows that a generator's features are far from the teacher's; None if nothing does.
+
+    start: the record of the run's start, empty if there is none.
+    """
+    if not is_figure(features):
+        return None
+    of_start = start.get("features")
+    of_white = start.get(FEATURES_WHITE, of_start)
+    far = max(FAR_FEATURES, LEFT_FEATURES * of_white if is_figure(of_white) else 0.0)
+    if features > far:
+        usual = f"other samples have 1 and good generators less than {far:.3g}"
+        return f"{features:.3g} in its features, where {usual}"
+    if is_figure(of_start) and of_start >= DISTINCT and features - 1 > LEFT_ABOVE * (of_start - 1):
+        usual = "other samples have 1 and good generators left more than half the way behind"
+        return f"{features:.3g} in its features (start: {of_start:.3g}), where {usual}"
+    return None
 
 
 def judge_ticks(records: Sequence[dict[str, float]]) -> Finding | None:

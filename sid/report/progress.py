@@ -21,7 +21,9 @@ from torch_utils.checkpoint import BEST_FILE, BEST_LINK, attempt, snapshot_path
 from torch_utils.records import measured_value, sound_records
 from torch_utils.tracking import GENERATED, Tracking
 from torch_utils.training_stats import append_line
+from training.moments import start_of
 
+from ..monitor.closeness import FEATURES_WHITE
 from ..monitor.clusters import lost_share
 from ..monitor.records import DISTANCES_FILE
 from ..teacher_distance import Distance, TeacherDistance
@@ -143,6 +145,8 @@ class Report:
             return {}  # resumed at this snapshot
         found = distance(ema)
         line = {"kimg": nimg / 1e3, **_figures(found), "network_sha256": sha256}
+        if nimg == 0 and start_of(ema) is not None and distance.features_white is not None:
+            line[FEATURES_WHITE] = distance.features_white
         append_line(path, json.dumps(line))
         if found.clusters is not None:
             picture = self._run_dir / CLUSTERS_PICTURE
