@@ -1,5 +1,6 @@
 """The start of a generator, chosen by measuring the teacher: `--init_sigma=auto`."""
 
+import copy
 import math
 
 from training.denoiser import DenoiserModule, noise_range, only_sigma
@@ -20,11 +21,12 @@ def measure_starts(
 ) -> dict[float, float]:
     """{noise level: energy distance of the teacher's one-step images from its own samples}, lowest level first.
 
-    moments: of the noise that the generator starts from; None: plain noise.
+    moments: of the noise that the generator starts from, on any device; None: plain noise.
     """
     low, high = noise_range(teacher)
+    there = moments and copy.deepcopy(moments).to(next(teacher.parameters()).device)
     return {
-        level: distance.of_pixels(teacher, sampler="one-step", init_sigma=level, moments=moments)
+        level: distance.of_pixels(teacher, sampler="one-step", init_sigma=level, moments=there)
         for level in CANDIDATES
         if low <= level <= high
     }

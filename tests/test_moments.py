@@ -112,6 +112,19 @@ def test_the_teachers_one_evaluation_is_closer_from_there():
     assert closer[1.0] < white[1.0] / 100
 
 
+def test_the_start_is_measured_on_the_teachers_device():
+    found, moments = [], tiny_moments()
+
+    class Elsewhere:
+        def of_pixels(self, _teacher, *, moments, **_options):
+            found.append(moments.mean.device.type)
+            return 1.0
+
+    measure_starts(Blobs().to("meta"), Elsewhere(), moments)
+    assert {*found} == {"meta"}
+    assert moments.mean.device == CPU  # for the other processes
+
+
 @pytest.mark.parametrize("steps", [Steps((2.5,)), Steps((2.5, 0.5), "fresh")])
 @pytest.mark.parametrize("name", ["net.safetensors", "net"])
 def test_they_travel_with_the_weights(tmp_path, steps, name):
