@@ -80,6 +80,14 @@ def test_what_is_left_out_takes_no_memory(images):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+def test_autocast_leaves_the_noise_as_it_is_where_a_device_has_one(images):
+    moments, z = Moments.of(images), torch.randn([2, 1, 4, 4])
+    expected = moments(z, LEVEL)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(moments(z, LEVEL), expected)
+    assert moments.to("meta")(z.to("meta"), LEVEL).shape == z.shape  # which has none, as MPS in PyTorch 2.4
+
+
 def test_fewer_images_than_pixels_and_equal_ones():
     few = Moments.of(torch.randn([3, 2, 4, 4], generator=torch.Generator().manual_seed(0)))
     assert few.directions.shape == (2, 32)

@@ -54,6 +54,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Computes as usual inside an autocast, where the device has one; MPS has none before PyTorch 2.5."""
+    has_autocast = torch.amp.autocast_mode.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
 def compute_in(dtype: torch.dtype, networks: Iterable[torch.nn.Module]) -> torch.dtype:
     """Makes denoisers of one class work in `dtype`; returns the dtype of the autocast that they are to be called under.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from torch_utils.precision import without_autocast
 
 ATTRIBUTE = "start_moments"  # of a generator that starts from such noise; its name in a network's file
 LEAST = 0.1  # of the noise's variance; directions in which images vary less are left out
@@ -51,7 +52,7 @@ class Moments(torch.nn.Module):
 
     def forward(self, z: torch.Tensor, sigma: float) -> torch.Tensor:
         """Noise with the moments of images of noise level sigma. z: standard normal, float32 [N, C, H, W]."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             widths = (self.variances + sigma**2).sqrt() - sigma
             along = z.flatten(1) @ self.directions.T
             return self.mean + sigma * z + ((widths * along) @ self.directions).view_as(z)
