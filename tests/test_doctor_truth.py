@@ -5,7 +5,8 @@ says `healthy` and `converged` only where something measured the images and noth
 where it can't know.
 
 tests/data/doctor holds real runs, cut to what the doctor reads: eleven on two teachers (digits, FID 7.1; the demo's,
-FID 9.5), and one of --recipe=auto on each of seven others (NAME-auto), with the distance in the teacher's features.
+FID 9.5), and one of --recipe=auto on each of seven others (NAME-auto), with the distance in the teacher's features; on
+two of them also from noise with the moments of images (NAME-moments).
 """
 
 import json
