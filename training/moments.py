@@ -35,7 +35,7 @@ class Moments(torch.nn.Module):
     @classmethod
     def of(cls, images: torch.Tensor) -> "Moments":
         """Those of images, float [N, C, H, W]: at most N - 1 directions, by falling variance."""
-        centred = images.flatten(1).double()
+        centred = images.flatten(1).to(torch.float64, copy=True)
         mean = centred.mean(dim=0)
         centred -= mean  # in place, since large images take much memory
         values, vectors = torch.linalg.eigh(centred @ centred.T / (len(images) - 1))
