@@ -32,7 +32,7 @@ CANDIDATES = {
     "adam": {"equal-rates": {"lr": 4e-4, "glr": 4e-4}, "slow-generator": {"lr": 4e-4, "glr": 1e-4}},
     "muon": {"equal-rates": {"lr": 0.02, "glr": 0.02}, "slow-generator": {"lr": 0.02, "glr": 0.005}},
 }
-CLEARLY = 1.5  # how many times a distance must be smaller to count as such
+CLEARLY = 2.0  # how many times a distance must be smaller to count as such
 NOISE = {"features": 0.2, "distance": 0.005}  # and by how much: differences of 256 images from as many others
 REFERENCE_FAN_IN = 440.0  # of the demo's teacher; narrower networks take the same rates
 
