@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from torch_utils.computed import compute_parameters
+from torch_utils.precision import without_autocast
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -53,7 +54,7 @@ class LowRank(torch.nn.Module):
 
     def forward(self) -> torch.Tensor:
         base = self.base
-        with torch.autocast(base.device.type, enabled=False):  # half precision would lose small updates
+        with without_autocast(base.device):  # half precision would lose small updates
             return base.float() + (self.scale * self.b @ self.a).view_as(base)  # in the memory layout of the base
 
 

@@ -160,7 +160,8 @@ def measure_teacher(
             return None
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
         calibrates = chooses_tmax and config.tmax is None and config.has_karras_levels
-        return TeacherDistance(teacher, samples=samples, keep=changes, calibrates=calibrates)
+        finds = {"calibrates": calibrates, "finds_moments": has_moments}
+        return TeacherDistance(teacher, samples=samples, keep=changes, **finds)
 
 
 def saved_value(saved: SavedState | None, name: str) -> float | None:

@@ -92,7 +92,7 @@ class TeacherDistance:
     samples: what `teacher_samples` made; None calls it, as a group of several processes can't.
     keep: whether to keep a copy, on the CPU, of a teacher whose weights change later.
     calibrates: whether to measure up to which noise level to train; `calibration` is None otherwise.
-    `moments` are those of the samples, with all directions.
+    finds_moments: whether to find those of the samples, with all directions; `moments` is None otherwise.
     """
 
     def __init__(
@@ -101,13 +101,14 @@ class TeacherDistance:
         samples: tuple[torch.Tensor, torch.Tensor] | None = None,
         keep: bool = False,
         calibrates: bool = False,
+        finds_moments: bool = False,
     ):
         made, self.samples = samples or teacher_samples(teacher)
         self._device = next(teacher.parameters()).device
         self._moves = keep and self._device.type != "cpu"
         self._teacher = copy.deepcopy(teacher) if keep else teacher
         with self._teacher_at_hand():
-            self.moments = Moments.of(made)
+            self.moments = Moments.of(made) if finds_moments else None
             self.calibration = calibrate(self._teacher, made, range(NUM_IMAGES)) if calibrates else None
             clean = decoder_of(self._teacher).from_images(self.samples)
             self._corrections = self._correct(clean)

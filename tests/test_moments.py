@@ -113,7 +113,7 @@ class Blobs(torch.nn.Module):
 
 
 def test_the_teachers_one_evaluation_is_closer_from_there():
-    distance = TeacherDistance(Blobs())
+    distance = TeacherDistance(Blobs(), finds_moments=True)
     white = measure_starts(Blobs(), distance)
     closer = measure_starts(Blobs(), distance, distance.moments)
     assert closer[2.5] < white[2.5] / 2

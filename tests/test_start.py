@@ -62,7 +62,7 @@ def test_the_energy_distance_sees_what_changes():
 
 def test_the_start_is_the_usual_level_unless_another_is_clearly_closer(monkeypatch):
     teacher = TwoImages()
-    distance = TeacherDistance(teacher)
+    distance = TeacherDistance(teacher, finds_moments=True)
     samples = distance.samples
     assert samples.shape == (NUM_IMAGES, 1, 8, 8)
     assert set(samples.flatten(1).float().mean(dim=1).round().tolist()) == {25.0, 230.0}  # the two images themselves

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from torch_utils.precision import without_autocast
 
 DECODED_AT_ONCE = 8  # images that a VAE encodes or decodes at once; its activations are large
 
@@ -51,7 +52,7 @@ class LatentDecoder:
         Errors: UserError when the VAE makes NaN or infinity of finite latents.
         """
         self.vae.to(x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             images = torch.cat([self.decode(part) for part in x.to(torch.float32).split(DECODED_AT_ONCE)])
         if not images.isfinite().all():
             raise UserError("the VAE makes NaN or infinity of these latents: they are far from any that it has seen")
@@ -70,7 +71,7 @@ class LatentDecoder:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Means and standard deviations of the latents of uint8 images, float32 [N, 2, C, h, w] on the same device."""
         vae, parts = self.vae.to(images.device), []
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             for part in PixelDecoder.from_images(images).split(DECODED_AT_ONCE):
                 encoded = vae.encode(part)
                 if hasattr(encoded, "latent_dist"):
