@@ -3,19 +3,17 @@
 import click
 
 from dnnlib import LongCommand
-from sid.options import CHECKS, SECTIONS, build_config, given_options
+from sid.options import CHECKS, SECTIONS, options_of
 
 
 @click.command(cls=LongCommand, sections=SECTIONS, checks=CHECKS, context_settings={"show_default": True})
 @click.pass_context
-def main(context, **options):
+def main(context, **_options):
     """Distil a pretrained diffusion model into a generator that needs one evaluation, without any data.
 
     The defaults are the published CIFAR-10 recipe; --recipe takes others. Several processes: torchrun.
     """
-    config = build_config(options)
-    options["given"] = given_options(context)
-    options |= {"recipe": context.meta.get("recipe"), "arguments": context.meta["arguments"]}  # for the record
+    config, options = options_of(context)
     from sid.run import run  # torch loads here, not for --help
 
     run(options, config)

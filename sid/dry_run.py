@@ -15,23 +15,24 @@ from . import memory
 from .config import DistillationConfig, resolve
 from .inputs import checked_guide, checked_teacher, load_start
 from .report.opening import describe_plan
+from .run_options import RunOptions
 
 GPUS = (24, 80)  # sizes of memory in GB, for which --dry-run tells what fits
 
 
-def dry_run(options: dict[str, Any], config: DistillationConfig, summary: dict[str, Any], device: torch.device) -> str:
+def dry_run(options: RunOptions, config: DistillationConfig, summary: dict[str, Any], device: torch.device) -> str:
     """What --dry-run prints, after checks of the networks that the options name, where they are on this machine.
 
     summary: what the run would record; gets the memory that it needs (`memory_estimate`).
     """
     teacher = None
-    if zoo.is_here(options["edm_model"]):
-        teacher = checked_teacher(config, options, zoo.load_shapes(options["edm_model"]))
-        if options["transfer"] and zoo.is_here(options["transfer"]):
-            load_start(options["transfer"], teacher, options["classes"])
-        guide = checked_guide(teacher, options) if options["guide"] and zoo.is_here(options["guide"]) else None
+    if zoo.is_here(options.edm_model):
+        teacher = checked_teacher(config, options, zoo.load_shapes(options.edm_model))
+        if options.transfer and zoo.is_here(options.transfer):
+            load_start(options.transfer, teacher, options.classes)
+        guide = checked_guide(teacher, options) if options.guide and zoo.is_here(options.guide) else None
         summary["memory_GB"] = memory_estimate(teacher, config, device, guide)
-    if options["dry_run"] == AS_JSON:
+    if options.dry_run == AS_JSON:
         return json.dumps(summary, indent=2)
     return start_block(describe_plan(options, config, device, summary, teacher))
 

@@ -27,6 +27,7 @@ from training.networks_edm2 import Precond
 from .config import DistillationConfig
 from .guidance import Guidance
 from .report.pictures import GRID_COLUMNS, GRID_ROWS
+from .run_options import RunOptions
 from .schedules import LogNormal, Single
 from .state import WeightHashes
 
@@ -65,7 +66,7 @@ class Inputs:
 
 
 def load_inputs(
-    options: dict[str, Any],
+    options: RunOptions,
     config: DistillationConfig,
     metrics: list[str],
     reference: str | None,
@@ -76,17 +77,18 @@ def load_inputs(
 ) -> Inputs:
     """Loads everything.
 
-    options: the options of sid_train.py, by name.
     teacher, start, guide: networks to use instead of loading --edm_model, --transfer and --guide.
     Errors: UserError naming the option that doesn't fit.
     """
-    teacher = with_prompts(checked_teacher(config, options, teacher), options, device)
+    teacher = with_prompts(checked_teacher(config, options, teacher), options.prompts, device)
     if start is not None:
         start = fitting_start(start, "start", teacher)
-    elif options["transfer"]:
-        start = load_start(options["transfer"], teacher, options["classes"])
+    elif options.transfer:
+        start = load_start(options.transfer, teacher, options.classes)
     guide = checked_guide(teacher, options, guide)
-    dataset = load_dataset(options["data"], teacher, config, options) if options["data"] else None
+    dataset = None
+    if options.data:
+        dataset = load_dataset(options.data, teacher, config, options.xflip, options.cache)
     return Inputs(
         hashes=WeightHashes.of(teacher, start, config, guide),
         teacher=teacher,
@@ -98,19 +100,20 @@ def load_inputs(
     )
 
 
-def choose_snapshots(options: dict[str, Any]) -> dict[str, Any]:
+def choose_snapshots(options: RunOptions) -> RunOptions:
     """The options, with a snapshot in place of each run folder; chosen once, since a better one may appear later."""
-    named = [name for name in NETWORKS if options.get(name)]
-    return options | {name: distributed.from_process_0(zoo.network_file(options[name])) for name in named}
+    named = {name: source for name in NETWORKS if (source := getattr(options, name))}
+    chosen = {name: distributed.from_process_0(zoo.network_file(source)) for name, source in named.items()}
+    return dataclasses.replace(options, **chosen)
 
 
 def checked_teacher(
-    config: DistillationConfig, options: dict[str, Any], teacher: DenoiserModule | None = None
+    config: DistillationConfig, options: RunOptions, teacher: DenoiserModule | None = None
 ) -> DenoiserModule:
     """`teacher`, or the network of --edm_model. Errors: UserError when other options don't fit it."""
     if teacher is None:
-        teacher = zoo.load_denoiser(options["edm_model"], own_classes(options["classes"]))
-        teacher.metadata.setdefault("name", title(options["edm_model"]))
+        teacher = zoo.load_denoiser(options.edm_model, own_classes(options.classes))
+        teacher.metadata.setdefault("name", title(options.edm_model))
     check_is_no_generator(teacher, "--edm_model")
     check_architecture(teacher, options)
     check_noise_levels(teacher, config)
@@ -126,13 +129,13 @@ def check_is_no_generator(net: DenoiserModule, option: str) -> None:
         )
 
 
-def with_prompts(teacher: DenoiserModule, options: dict[str, Any], device: torch.device | str) -> DenoiserModule:
-    """The teacher, with the prompts of --prompts if it makes images of prompts.
+def with_prompts(teacher: DenoiserModule, source: str | None, device: torch.device | str) -> DenoiserModule:
+    """The teacher, with the prompts of --prompts, a file named `source`, if it makes images of prompts.
 
     Errors: UserError when it does and there are none, or it doesn't and there are some.
     """
-    if options.get("prompts"):
-        teacher.prompts = prompts_for(teacher, read_prompts(options["prompts"]), device)
+    if source:
+        teacher.prompts = prompts_for(teacher, read_prompts(source), device)
     elif getattr(teacher, "prompt_dim", 0):
         raise UserError("--edm_model: the teacher makes images of prompts; name some with --prompts=FILE, one per line")
     return teacher
@@ -144,31 +147,35 @@ def prompts_hash(teacher: DenoiserModule) -> str | None:
     return None if prompts is None else hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()[:16]
 
 
-def load_teacher(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule:
-    """The teacher of a run: the one in its folder, where `sid.distil` keeps it, otherwise the recorded --edm_model."""
-    is_kept = options.get("nosubdir") and options["edm_model"] == str(Path(options["outdir"]) / TEACHER_FILE)
-    teacher = zoo.load_denoiser(run_dir / TEACHER_FILE if is_kept else options["edm_model"], classes)
-    return with_prompts(teacher, options, "cpu")
+def load_teacher(run_dir: Path, record: Mapping[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule:
+    """The teacher of a run: the one in its folder, where `sid.distil` keeps it, otherwise the recorded --edm_model.
+
+    record: of the run's options.
+    """
+    source = record["edm_model"]
+    is_kept = record.get("nosubdir") and source == str(Path(record["outdir"]) / TEACHER_FILE)
+    teacher = zoo.load_denoiser(run_dir / TEACHER_FILE if is_kept else source, classes)
+    return with_prompts(teacher, record.get("prompts"), "cpu")
 
 
 def checked_guide(
-    teacher: DenoiserModule, options: dict[str, Any], guide: DenoiserModule | None = None
+    teacher: DenoiserModule, options: RunOptions, guide: DenoiserModule | None = None
 ) -> DenoiserModule | None:
     """`guide`, or the network of --guide; None if there is none. Errors: UserError when it doesn't fit the teacher."""
-    if guide is None and options.get("guide"):
-        guide = zoo.load_denoiser(options["guide"], own_classes(options["classes"]))
+    if guide is None and options.guide:
+        guide = zoo.load_denoiser(options.guide, own_classes(options.classes))
     if guide is not None:
         check_is_no_generator(guide, "--guide")
         check_guide(guide, teacher)
     return guide
 
 
-def load_guide(run_dir: Path, options: dict[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule | None:
+def load_guide(run_dir: Path, record: Mapping[str, Any], classes: Mapping[str, Callable]) -> DenoiserModule | None:
     """The weaker network that guides a run's teacher, looked for as in `load_teacher`; None if there is none."""
-    source = options.get("guide")
+    source = record.get("guide")
     if not source:
         return None
-    is_kept = options.get("nosubdir") and source == str(Path(options["outdir"]) / GUIDE_FILE)
+    is_kept = record.get("nosubdir") and source == str(Path(record["outdir"]) / GUIDE_FILE)
     return zoo.load_denoiser(run_dir / GUIDE_FILE if is_kept else source, classes)
 
 
@@ -184,15 +191,16 @@ def guided_teacher(teacher: Any, guide: Any, guidance: Guidance | None) -> Any:
     return teacher if guidance.teacher == 1 else GuidedDenoiser(teacher, None, guidance.teacher)
 
 
-def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None:
+def check_architecture(teacher: DenoiserModule, options: RunOptions) -> None:
     """Errors: UserError when an option contradicts the teacher's architecture."""
     is_edm = any(base.__name__.endswith("Precond") for base in type(teacher).__mro__)
     init = getattr(teacher, "init_kwargs", None) if is_edm else None
     found: dict[str, Any] = {"cond": bool(teacher.label_dim)}
     for name in () if is_edm else ("arch", "precond", "cbase", "cres"):
-        if options[name] is not None:
+        given = getattr(options, name)
+        if given is not None:
             raise UserError(
-                f"--{name}={_text(options[name])}: describes networks of EDM, and the teacher is a"
+                f"--{name}={_text(given)}: describes networks of EDM, and the teacher is a"
                 f" {type(teacher).__name__}; leave the option out"
             )
     if init is not None:
@@ -204,7 +212,7 @@ def check_architecture(teacher: DenoiserModule, options: dict[str, Any]) -> None
         found["cbase"] = init.get("model_channels")
         found["cres"] = list(init["channel_mult"]) if "channel_mult" in init else None
     for name, value in found.items():
-        given = options[name]
+        given = getattr(options, name)
         if given is not None and value is not None and given != value:
             raise UserError(f"--{name}={_text(given)}: the teacher has {_text(value)}; leave the option out")
 
@@ -254,15 +262,16 @@ def fitting_start(start: DenoiserModule, name: str, teacher: DenoiserModule) -> 
 
 
 def load_dataset(
-    path: str, teacher: DenoiserModule, config: DistillationConfig, options: dict[str, Any]
+    path: str, teacher: DenoiserModule, config: DistillationConfig, xflip: bool = False, cache: bool = True
 ) -> ImageFolderDataset | LatentDataset:
     """Real images for the picture and metrics, and for --gan, which needs what the teacher makes: images with class
     labels, or latents.
 
+    xflip, cache: with config.gan, whether the mirror images are added, and whether images stay in memory.
     Errors: UserError when they don't fit the teacher.
     """
     use_labels = config.gan and bool(teacher.label_dim)
-    dataset = open_dataset(path, use_labels, options["xflip"], config.gan and options["cache"])
+    dataset = open_dataset(path, use_labels, xflip, config.gan and cache)
     if config.gan:
         latents.check_same_vae(teacher, dataset.metadata.get("vae"), path)
         channels, resolution = teacher.img_channels, teacher.img_resolution
@@ -320,19 +329,17 @@ def choose_metrics(
     return chosen
 
 
-def make_evaluator(
-    metrics: list[str], reference: str | None, options: dict[str, Any], device: torch.device
-) -> Evaluator:
+def make_evaluator(metrics: list[str], reference: str | None, options: RunOptions, device: torch.device) -> Evaluator:
     """An evaluator of `metrics`. Errors: UserError when the reference or the detector isn't available."""
-    needed = options["data_stat"] or any(m.startswith("fid") for m in metrics)
+    needed = options.data_stat or any(m.startswith("fid") for m in metrics)
     # A given reference names its detector. Without one, the evaluator makes a reference from --data.
     loaded = load_reference(reference) if reference and needed else None
     return Evaluator(
         metrics,
         loaded,
-        options["detector"],
-        options["data"],
-        batch=options["metrics_batch"],
+        options.detector,
+        options.data,
+        batch=options.metrics_batch,
         device=device,
         progress=True,
     )

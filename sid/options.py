@@ -1,4 +1,4 @@
-"""The options of sid_train.py, by section of its --help, and the config built from them.
+"""The options of sid_train.py, by section of its --help; builds the config and the run's other options from them.
 
 It doesn't import torch, so that command lines are checked at once.
 """
@@ -18,8 +18,9 @@ from . import recipes
 from .config import ADAM_STATES, DROP_LABELS, FAKE_SCORE_WEIGHTINGS, LORA_BASES, OPTIMIZERS, DistillationConfig
 from .guidance import parse_guidance
 from .objectives import OBJECTIVES, WEIGHTINGS
+from .run_options import RunOptions
 
-D = DistillationConfig  # its class attributes are the defaults
+D, R = DistillationConfig, RunOptions  # their class attributes are the defaults
 
 
 class Measured(FiniteRange):
@@ -44,10 +45,10 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             is_eager=True,
             expose_value=False,
         ),
-        option("--edm_model", "Teacher: short name, path, URL or run folder", str, "edm-cifar10-32x32-uncond-vp"),
+        option("--edm_model", "Teacher: short name, path, URL or run folder", str, R.edm_model),
         option("--classes", own_classes.HELP, metavar="MODULE:CLASS"),
         option("--prompts", "Prompts for a text-to-image teacher: a text file, one per line, or .jsonl"),
-        option("--outdir", "Folder for run folders", str, "training-runs"),
+        option("--outdir", "Folder for run folders", str, R.outdir),
         option("--data", "Real images, used only for a picture, metrics and --gan"),
         option("--data_stat", "Reference statistics (.npz) for FID  [default: the published teacher's]"),
         option("--detector", "Detector for metrics  [default: the one that --data_stat was made with]"),
@@ -178,7 +179,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             "--trials",
             "Share of --duration for short trials of settings, of which the best goes on; 0: none",
             FiniteRange(0, 0.5),
-            0.0,
+            R.trials,
         ),
         option(
             "--returns",
@@ -208,8 +209,8 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--gan-start", "With --gan, kimg before its adversarial loss begins", NOT_NEGATIVE, D.gan_start_kimg),
         option("--lsd", "Scale of the discriminator's loss", POSITIVE, D.lsd),
         option("--lsg_gan", "Scale of the generator's adversarial loss", POSITIVE, D.lsg_gan),
-        option("--xflip", "With --gan, add the mirror images of --data", bool, False),
-        option("--cache", "Keep the images for --gan in memory", bool, True),
+        option("--xflip", "With --gan, add the mirror images of --data", bool, R.xflip),
+        option("--cache", "Keep the images for --gan in memory", bool, R.cache),
     ],
     "Speed and memory (docs/performance.md)": [
         option("--batch-gpu", "Images per process and round  [default: the most that fits]", COUNT),
@@ -247,8 +248,8 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             LORA_BASES,
             D.lora_base,
         ),
-        option("--bench", "cuDNN benchmarking", bool, True),
-        option("--metrics-batch", "Images per step of the metrics", COUNT, 64),
+        option("--bench", "cuDNN benchmarking", bool, R.bench),
+        option("--metrics-batch", "Images per step of the metrics", COUNT, R.metrics_batch),
     ],
     "Run": [
         option("--tick", "Kimg between reports", POSITIVE, D.kimg_per_tick),
@@ -260,7 +261,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
             "--timeout",
             "End the run after this many minutes without progress",
             FiniteRange(0, 1e5, min_open=True),
-            30.0,
+            R.timeout,
         ),
         option("--log", "Show curves and pictures elsewhere, too: tensorboard, wandb or both, comma-separated"),
         option("--seed", "Seed of all random draws", WholeRange(0), D.seed),
@@ -275,7 +276,7 @@ SECTIONS: dict[str, list[click.Parameter]] = {
         option("--precond", "The teacher's preconditioning", ["vp", "ve", "edm"]),
         option("--cbase", "The teacher's channels at full resolution", COUNT),
         option("--cres", "The teacher's channel multiplier per resolution", IntList()),
-        option("--workers", "Accepted for EDM's command lines, without effect", WholeRange(0), 1),
+        option("--workers", "Accepted for EDM's command lines, without effect", WholeRange(0), R.workers),
     ],
 }
 
@@ -312,24 +313,33 @@ CHECKS = (
 )
 
 
-def parse(arguments: Sequence[str]) -> tuple[DistillationConfig, dict[str, Any]]:
-    """(config, the other options by name) of a command line of sid_train.py.
+def parse(arguments: Sequence[str]) -> tuple[DistillationConfig, RunOptions]:
+    """The config and the run's options of a command line of sid_train.py.
 
     Errors: click.ClickException when sid_train.py would refuse it.
     """
     command = Command(name="sid_train.py", sections=SECTIONS, checks=CHECKS)
-    context = command.make_context("sid_train.py", list(arguments))
-    options, given = context.params, given_options(context)
-    return build_config(options), {**options, "given": given}
+    return options_of(command.make_context("sid_train.py", list(arguments)))
 
 
-def other_options(values: dict[str, Any]) -> dict[str, Any]:
-    """All options but those of the training, by name: `values`, and for the others, or where it is None, the default.
+def options_of(context: click.Context) -> tuple[DistillationConfig, RunOptions]:
+    """As `parse`, of a command line that click has parsed. Errors: UserError when options contradict each other."""
+    values = dict(context.params)
+    config = _take_config(values)
+    given = tuple(name for name in context.params if is_given(context, name))
+    return config, RunOptions(
+        **values, given=given, recipe=context.meta.get("recipe"), arguments=context.meta["arguments"]
+    )
 
+
+def run_options(values: dict[str, Any], given: Sequence[str] = ()) -> RunOptions:
+    """The options of a run that is started from Python.
+
+    values: by name; None stands for the default. given: names of the options that the caller has given.
     Errors: UserError when sid_train.py would refuse a value.
     """
     types = {option.name: option.type for options in SECTIONS.values() for option in options}
-    found = parse([])[1]
+    found = {}
     for name, value in values.items():
         if value is None:
             continue
@@ -337,16 +347,11 @@ def other_options(values: dict[str, Any]) -> dict[str, Any]:
             found[name] = types[name].convert(value, None, None)
         except click.UsageError as error:
             raise UserError(f"{name}={value}: {error.message}") from None
-    return found
+    return RunOptions(**found, given=tuple(given))
 
 
-def given_options(context: click.Context) -> list[str]:
-    """The names of the options that the command line gives, as opposed to defaults and those of a recipe."""
-    return [name for name in context.params if is_given(context, name)]
-
-
-def build_config(options: dict[str, Any]) -> DistillationConfig:
-    """Moves the settings of the training out of `options` into a DistillationConfig."""
+def _take_config(options: dict[str, Any]) -> DistillationConfig:
+    """Moves the settings of the training from `options` into a DistillationConfig."""
     same = {field.name for field in dataclasses.fields(DistillationConfig)} & options.keys()
     return DistillationConfig(
         total_kimg=options.pop("duration") * 1000,

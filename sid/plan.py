@@ -16,6 +16,7 @@ from training.training_loop import Stretch
 from .calibration import choose_tmax
 from .config import MEASURED, DistillationConfig, resolve
 from .inputs import Inputs, guided_teacher
+from .run_options import RunOptions
 from .start import choose_start
 from .state import SavedState
 from .teacher_distance import TeacherDistance, teacher_samples
@@ -66,12 +67,12 @@ class RunPlan:
         return Stretch(before_img=self.dropped, total_img=int(self.config.total_kimg * 1000) + self.dropped)
 
 
-def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any], device: torch.device) -> RunPlan:
+def make_plan(inputs: Inputs, config: DistillationConfig, options: RunOptions, device: torch.device) -> RunPlan:
     """Finds the state to go on from, measures the teacher, and chooses the start and the trials.
 
     config: what the user asked for. Errors: UserError when an option doesn't fit the teacher or the state.
     """
-    with_trials = options["trials"] > 0
+    with_trials = options.trials > 0
     place, file = find_place(options, describe(inputs.teacher, config, with_trials))
     saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
     distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
@@ -88,12 +89,12 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: dict[str, Any
             measured |= record
     start = start_moments(moments, config, saved) if config.init_noise == "moments" else None
     if with_trials:
-        trials = plan_trials(config, options["trials"], options["given"], inputs.teacher)
-        config = trials.fitting(saved and saved.options, options["given"])
+        trials = plan_trials(config, options.trials, options.given, inputs.teacher)
+        config = trials.fitting(saved and saved.options, options.given)
         dropped = trials.dropped_images
         if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
             trials = None
-    goal = teacher_fid(inputs, asked, options["edm_model"], options["measure_teacher"], device)
+    goal = teacher_fid(inputs, asked, options.edm_model, options.measure_teacher, device)
     return RunPlan(config, place, saved, trials, distance, measured, start, goal, asked.total_kimg, dropped)
 
 
@@ -111,13 +112,13 @@ def start_moments(measured: Moments | None, config: DistillationConfig, saved: S
     return saved.moments
 
 
-def find_place(options: dict[str, Any], description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
+def find_place(options: RunOptions, description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:
     """(outdir, description, nosubdir) of the run folder and the state to go on from, None at the beginning of a run.
 
     A run that ended during its trials goes on in its folder, without a state of its own.
     """
-    place = (options["outdir"], options["desc"] or description, options["nosubdir"])
-    former = run_folder.find_run(options["resume"], *place, has_begun if options["trials"] else lambda folder: False)
+    place = (options.outdir, options.desc or description, options.nosubdir)
+    former = run_folder.find_run(options.resume, *place, has_begun if options.trials else lambda folder: False)
     if former is None:
         return place, None
     return place if former.state is not None else (str(former.folder), "", True), former.state

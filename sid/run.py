@@ -39,18 +39,17 @@ from .inputs import (
     prompts_hash,
     published_reference,
 )
-from .options import other_options
+from .options import run_options
 from .plan import RunPlan, make_plan
 from .prepare import build
 from .report.opening import describe_run
 from .report.page import RunPage
 from .report.progress import Report, track
 from .returns import Returns
+from .run_options import RunOptions
 from .state import SavedState
 from .training_loop import training_loop
 from .trials import run_trials
-
-COMMAND = ("recipe", "arguments")  # of the options: how sid_train.py was called, which the run's folder records
 
 
 def distil(
@@ -89,7 +88,7 @@ def distil(
     check_denoiser(teacher, "teacher")
     if guide is not None:
         check_denoiser(guide, "guide")
-    options: dict[str, Any] = {
+    options = {
         "outdir": os.fspath(out),
         "nosubdir": True,
         "edm_model": str(Path(out) / TEACHER_FILE),
@@ -108,13 +107,13 @@ def distil(
     if guide is not None:
         options["guide"] = str(Path(out) / GUIDE_FILE)
     settled = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    generator = run({**other_options(options), "given": settled}, config, teacher, start, guide)
+    generator = run(run_options(options, settled), config, teacher, start, guide)
     assert generator is not None  # only --dry-run makes none
     return generator
 
 
 def run(
-    options: dict[str, Any],
+    options: RunOptions,
     config: DistillationConfig,
     teacher: torch.nn.Module | None = None,
     start: torch.nn.Module | None = None,
@@ -122,25 +121,24 @@ def run(
 ) -> OneStepGenerator | None:
     """Runs a distillation from its options to its end; None after --dry-run.
 
-    options: the options of sid_train.py that aren't part of the config, by name.
     teacher, start, guide: networks to use instead of loading --edm_model, --transfer and --guide; they aren't changed.
     Errors: UserError naming the option.
     """
     check_required(options, config)
-    reference = options["data_stat"] or (published_reference(options["edm_model"]) if teacher is None else None)
-    metrics = choose_metrics(options["metrics"], reference, options["data"], options["detector"])
-    device = distributed.init(options["device"], timeout_sec=60 * options["timeout"] + SPARE_SEC)
-    with watching(60 * options["timeout"]) as training_begins:
+    reference = options.data_stat or (published_reference(options.edm_model) if teacher is None else None)
+    metrics = choose_metrics(options.metrics, reference, options.data, options.detector)
+    device = distributed.init(options.device, timeout_sec=60 * options.timeout + SPARE_SEC)
+    with watching(60 * options.timeout) as training_begins:
         batches.split_batch(config.batch, config.batch_gpu, distributed.world_size())
-        trackers = trackers_of(options["log"])
+        trackers = trackers_of(options.log)
         if teacher is None:
             options = choose_snapshots(options)
         summary = summarise(options, config, reference, metrics)
-        if options["dry_run"]:
+        if options.dry_run:
             distributed.print0(dry_run(options, config, summary, device))
             return None
 
-        torch.backends.cudnn.benchmark = options["bench"]
+        torch.backends.cudnn.benchmark = options.bench
         copies = [None if net is None else edm_pickle.frozen_copy(net).float() for net in (teacher, start, guide)]
         networks = cast(list[DenoiserModule | None], copies)
         inputs = load_inputs(options, config, metrics, reference, device, *networks)
@@ -149,9 +147,9 @@ def run(
         inputs = dataclasses.replace(inputs, moments=plan.moments)
         # It may refuse its inputs, and then there is no folder yet.
         first = inputs if plan.trials is None else with_own_networks(inputs)
-        distillation = build(first, plan.config, device, plan.saved, options["override"])
+        distillation = build(first, plan.config, device, plan.saved, options.override)
         surroundings = {"environment": {"this library": __version__, **environment(device)}}
-        surroundings |= without_passwords({name: options.get(name) for name in COMMAND})
+        surroundings |= without_passwords({"recipe": options.recipe, "arguments": options.arguments})
         record = {**summary, **plan.summary(), **surroundings}
         folder = run_folder.create(*plan.place, record, plan.saved and plan.saved.path)
         with folder as run_dir, RunPage(run_dir, distributed.rank() == 0) as page:
@@ -166,7 +164,7 @@ def run(
                 plan = after_trials(plan, inputs, page, device, options)
                 if distributed.rank() == 0:
                     run_folder.record_options(run_dir, record | plan.summary())
-                distillation = build(inputs, plan.config, device, plan.saved, options["override"])
+                distillation = build(inputs, plan.config, device, plan.saved, options.override)
             report = Report(run_dir, inputs.evaluator, inputs.picture, config.batch, plan.distance, page)
             net = train(distillation, run_dir, report, trackers, plan.after_trials())
             snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
@@ -178,24 +176,23 @@ def run(
     return OneStepGenerator(net)
 
 
-def check_required(options: dict[str, Any], config: DistillationConfig) -> None:
+def check_required(options: RunOptions, config: DistillationConfig) -> None:
     """Errors: UserError when an option is missing that others need, or doesn't fit them."""
-    if not options["edm_model"]:
+    if not options.edm_model:
         raise UserError("--recipe=auto: name the teacher with --edm_model, such as the run folder of edm.train")
-    if config.gan and not options["data"]:
+    if config.gan and not options.data:
         raise UserError("--gan learns from real images; name them with --data")
-    check_weight(config.guidance, bool(options["guide"]))
+    check_weight(config.guidance, bool(options.guide))
 
 
 def summarise(
-    options: dict[str, Any],
+    options: RunOptions,
     config: DistillationConfig,
     reference: str | None,
     metrics: list[str],
 ) -> dict[str, Any]:
     """The options of the run, as plain values without passwords."""
-    asked = {name: value for name, value in options.items() if name not in ("given", *COMMAND)}
-    summary = {**config.options(), **asked, "data_stat": reference, "metrics": metrics}
+    summary = {**config.options(), **options.record(), "data_stat": reference, "metrics": metrics}
     summary["processes"] = distributed.world_size()
     return without_passwords(json.loads(json.dumps(summary)))
 
@@ -235,14 +232,14 @@ def after_trials(
     inputs: Inputs,
     page: RunPage,
     device: torch.device,
-    options: dict[str, Any],
+    options: RunOptions,
 ) -> RunPlan:
     """Runs the trials and returns how the run goes on from the best of them. page: of the run, shows them."""
 
     def build_candidate(config: DistillationConfig, state: checkpoint.StateFile | None) -> Distillation:
         own = with_own_networks(inputs)
         saved = state and SavedState(state, own.weight_hashes(config))
-        return build(own, config, device, saved, options["override"])
+        return build(own, config, device, saved, options.override)
 
     def report(folder: Path) -> Report:
         return Report(folder, None, inputs.picture, plan.config.batch, plan.distance, page)
@@ -250,7 +247,7 @@ def after_trials(
     assert plan.trials is not None
     best = run_trials(plan.trials, page.run_dir, build_candidate, report)
     saved = SavedState(best, inputs.weight_hashes(plan.config))
-    config = plan.trials.fitting(saved.options, options["given"])
+    config = plan.trials.fitting(saved.options, options.given)
     return dataclasses.replace(plan, config=config, saved=saved, trials=None)
 
 

@@ -1,5 +1,7 @@
 """DiT and SiT against the diffusers library's transformer with the same weights, and their published files."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import CPU, tiny_config, tiny_teacher
@@ -12,6 +14,7 @@ from edm.sampler import generate_all
 from sid.guidance import Guidance, check_guidance
 from sid.inputs import Inputs, check_architecture
 from sid.prepare import prepare
+from sid.run_options import RunOptions
 from training.dit import DiTDenoiser, Transformer
 from training.parameterisations import DiscreteTimes, ddpm_sigmas
 
@@ -184,7 +187,7 @@ def test_the_names_are_the_published_ones(weights):
 
 @pytest.mark.parametrize("option", ["arch", "precond", "cbase", "cres"])
 def test_options_of_edms_networks_are_refused(option):
-    options = {"cond": None, "arch": None, "precond": None, "cbase": None, "cres": None, option: "ddpmpp"}
+    options = dataclasses.replace(RunOptions(), **{option: "ddpmpp"})
     with pytest.raises(
         UserError, match=f"--{option}=ddpmpp: describes networks of EDM, and the teacher is a DiTDenoiser"
     ):

@@ -11,7 +11,7 @@ import click
 import markdown
 import pytest
 
-from sid.options import build_config
+from sid.options import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*/*.md")]
@@ -66,7 +66,7 @@ def parse(words: list[str]) -> None:
     arguments = [NUMBERS.get(word, word) for word in arguments if word not in OMITTED]
     context = command.make_context(program, arguments)
     if module == "sid_train":
-        build_config(dict(context.params))
+        options_of(context)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

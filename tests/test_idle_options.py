@@ -12,6 +12,7 @@ from sid.config import DistillationConfig
 from sid.inputs import choose_metrics
 from sid.options import parse
 from sid.report import __main__ as report
+from sid.run_options import RunOptions
 
 DISTIL = (sid_train.main, [])
 TRAIN = (train.main, ["--outdir=runs", "--data=images"])
@@ -98,3 +99,7 @@ def test_a_detector_needs_metrics():
         choose_metrics(None, None, "images", "detector.safetensors")
     assert choose_metrics(None, "ref.npz", None, "detector.safetensors") == ["fid50k_full"]
     assert choose_metrics("none", None, None, "detector.safetensors") == []
+
+
+def test_every_option_of_a_run_has_its_default_in_python_too():
+    assert parse([])[1] == RunOptions(arguments=[])

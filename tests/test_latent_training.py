@@ -114,13 +114,12 @@ def test_training_on_latents(encoded_images, tmp_path):
     result = CliRunner().invoke(edm_train.main, [f"--data={encoded_images}", *options])
     assert "latents can't be augmented; use --augment=0" in result.output
     teacher = zoo.load_network(tmp_path / "run")
-    config, given = tiny_config(gan=True, augment=0), {"xflip": False, "cache": False}
-    assert len(load_dataset(str(encoded_images), teacher, config, given)) == 12
+    config = tiny_config(gan=True, augment=0)
+    assert len(load_dataset(str(encoded_images), teacher, config, cache=False)) == 12
 
 
 def test_sida_learns_from_latents_of_the_teachers_vae(encoded_images, latent_images, latent_pipeline, tmp_path):
     teacher = zoo.load_denoiser(latent_pipeline)
-    given = {"xflip": False, "cache": False}
     for path, gan, words in (
         (
             latent_images,
@@ -131,4 +130,4 @@ def test_sida_learns_from_latents_of_the_teachers_vae(encoded_images, latent_ima
         (encoded_images, False, "only --gan learns from latents"),
     ):
         with pytest.raises(UserError, match=words):
-            load_dataset(str(path), teacher, tiny_config(gan=gan, augment=0), given)
+            load_dataset(str(path), teacher, tiny_config(gan=gan, augment=0), cache=False)

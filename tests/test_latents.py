@@ -94,9 +94,7 @@ def test_a_data_set_with_the_scale_of_edm2(latent_images, tmp_path):
     raw = torch.as_tensor(load_file(path)["latents"])
     mean, std = (torch.tensor(v).reshape(4, 1, 1) for v in ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))
     torch.testing.assert_close(torch.from_numpy(dataset[3][0][0]), (raw[3, 0] - mean) / std / 2)
-    assert (
-        len(load_dataset(str(path), teacher, tiny_config(gan=True, augment=0), {"xflip": False, "cache": False})) == 12
-    )
+    assert len(load_dataset(str(path), teacher, tiny_config(gan=True, augment=0), cache=False)) == 12
 
 
 @pytest.mark.parametrize(

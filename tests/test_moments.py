@@ -24,6 +24,7 @@ from sid.inputs import Inputs, checked_guide, checked_teacher
 from sid.monitor.records import read_records
 from sid.prepare import prepare
 from sid.probe import gradients
+from sid.run_options import RunOptions
 from sid.start import measure_starts
 from sid.teacher_distance import TeacherDistance
 from torch_utils import checkpoint
@@ -325,9 +326,9 @@ def test_a_generator_that_starts_from_them_teaches_none():
     generator = tiny_teacher()
     attach(generator, tiny_moments())
     with pytest.raises(UserError, match=r"^--edm_model: names a generator, .* name the diffusion model"):
-        checked_teacher(tiny_config(), {}, generator)
+        checked_teacher(tiny_config(), RunOptions(), generator)
     with pytest.raises(UserError, match=r"^--guide: names a generator, .* name the diffusion model"):
-        checked_guide(tiny_teacher(), {}, generator)
+        checked_guide(tiny_teacher(), RunOptions(), generator)
 
 
 def test_those_of_other_images_than_the_teachers_are_refused():

@@ -221,15 +221,15 @@ def test_long_runs_have_small_pages(tmp_path, monkeypatch):
 
 def test_the_command_continues_the_run_and_the_options_differ_from_the_recipe(tmp_path):
     arguments = ["--recipe=demo", "--alpha", "1", "--resume", "old", "--desc=it's"]
-    config, others = parse(arguments)
-    recorded = {**config.options(), **others, "recipe": "demo", "arguments": arguments, "processes": 2}
+    config, options = parse(arguments)
+    recorded = {**config.options(), **options.record(), "recipe": "demo", "arguments": arguments, "processes": 2}
     record = run_record.read_run(make_run(tmp_path / "a run", ticks=3, **recorded), is_running=False)
     assert record.state == "stopped"
     words = shlex.split(commands.continuing(record)[1])
     assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "sid_train"]
     again, now = parse(words[5:])
     assert again == config
-    assert (now["resume"], now["desc"]) == (f"{tmp_path}/a run", "it's")
+    assert (now.resume, now.desc) == (f"{tmp_path}/a run", "it's")
     rows = {name: values for name, *values in commands.changed_options(record.options)}
     assert rows["--alpha"] == ["1", "1.2", "1.2"]
     assert rows["--lr"] == ["0.0004", "1e-05", "0.0004"]
@@ -238,7 +238,7 @@ def test_the_command_continues_the_run_and_the_options_differ_from_the_recipe(tm
     longer = run_record.read_run(make_run(tmp_path / "a run", ticks=20, **recorded))
     assert longer.state == "finished"
     again, now = parse(shlex.split(commands.continuing(longer)[1])[5:])
-    assert (again.total_kimg, now["override"]) == (40, True)  # its learning rate decays over the length
+    assert (again.total_kimg, now.override) == (40, True)  # its learning rate decays over the length
 
 
 def test_the_header_has_the_last_distances_and_the_time(tmp_path):

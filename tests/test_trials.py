@@ -51,8 +51,8 @@ def unbroken(tmp_path_factory):
 def test_lengths_and_settings_of_the_trials():
     teacher = tiny_teacher()
     config, options = parse(["--recipe=auto", "--duration=0.02", "--alpha=1.1"])
-    plan = plan_trials(config, options["trials"], options["given"], teacher)
-    assert options["trials"] == 0.2
+    plan = plan_trials(config, options.trials, options.given, teacher)
+    assert options.trials == 0.2
     assert plan.images == 1984  # a tenth of 20 kimg, in batches of 32
     assert {c.total_kimg for c in plan.configs.values()} == {20 - 1.984}  # one trial is lost, the other goes on
     assert plan.images * len(plan.configs) <= 0.2 * 20_000
@@ -72,7 +72,7 @@ def test_in_half_precision(tmp_path):
 def test_what_the_command_line_gives_is_not_varied():
     teacher = tiny_teacher()
     config, options = parse(["--recipe=auto", "--glr=3e-4"])
-    plan = plan_trials(config, options["trials"], options["given"], teacher)
+    plan = plan_trials(config, options.trials, options.given, teacher)
     assert [(c.lr, c.glr) for c in plan.configs.values()] == [(0.02, 3e-4)]  # both would be the same
     with pytest.raises(UserError, match="--trials"):
         plan_trials(tiny_config(total_kimg=0.008), SHARE, [], teacher)
@@ -290,10 +290,10 @@ def test_a_begun_run_is_found_again(tmp_path):
     folder = tmp_path / "00000-sid-8x8-uncond-auto-batch8"
     (folder / "trials").mkdir(parents=True)
     for resume in ("auto", str(folder)):
-        options = {**parse([f"--outdir={tmp_path}", f"--resume={resume}", f"--trials={SHARE}"])[1]}
+        options = parse([f"--outdir={tmp_path}", f"--resume={resume}", f"--trials={SHARE}"])[1]
         place, state = sid.plan.find_place(options, sid.plan.describe(teacher, config, True))
         assert place == (str(folder), "", True)
         assert state is None
-    options["outdir"] = str(tmp_path / "elsewhere")
+    options = dataclasses.replace(options, outdir=str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match=f"has no training state yet.* give --outdir={tmp_path}"):
         sid.plan.find_place(options, "x")

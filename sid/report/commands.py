@@ -40,8 +40,8 @@ save_grid(images, "grid.png")"""
 @functools.lru_cache
 def defaults(recipe: str | None = None) -> dict[str, Any]:
     """The options of sid_train.py by the names that a run records, without or with a recipe."""
-    config, others = parse([] if recipe is None else [f"--recipe={recipe}"])
-    return {**config.options(), **{name: value for name, value in others.items() if name != "given"}}
+    config, options = parse([] if recipe is None else [f"--recipe={recipe}"])
+    return {**config.options(), **options.record()}
 
 
 def recipe_of(options: dict[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from ..config import DistillationConfig, resolve
 from ..distillation import Distillation
 from ..inputs import Inputs
 from ..plan import RunPlan
+from ..run_options import RunOptions
 from ..schedules import Karras
 from ..trials import Plan, plan_trials
 from .commands import changed_options
@@ -30,19 +31,19 @@ def describe_run(
     plan: RunPlan,
     distillation: Distillation,
     inputs: Inputs,
-    options: dict[str, Any],
+    options: RunOptions,
     reference: str | None,
     run_dir: Path,
 ) -> dict[str, str | None]:
     """{name: text} for `start_block`.
 
-    distillation: ready for its next iteration. options: of sid_train.py that aren't part of the config, by name.
+    distillation: ready for its next iteration.
     reference: where the reference statistics come from, if there are any.
     """
     config, device = distillation.config, distillation.device
     measured = plan.measured if plan.saved is None else {}  # now, not by the run that goes on
     return {
-        "Teacher": f"{path_text(options['edm_model'])} ({_teacher_text(inputs.teacher, inputs.guide is not None)})",
+        "Teacher": f"{path_text(options.edm_model)} ({_teacher_text(inputs.teacher, inputs.guide is not None)})",
         "Data": _data_text(options, config, None if inputs.dataset is None else len(inputs.dataset)),
         "Method": _method_text(config, distillation.state.steps.levels, plan.trials is None),
         "Start": _start_text(distillation.state.steps.levels[0], measured.get("starts"), plan.moments is not None),
@@ -52,14 +53,14 @@ def describe_run(
         "Batch": batch_text(config.batch, distillation.batch_gpu),
         "Memory": _memory_text(distillation),
         "Length": length_text(plan.total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
-        "Metrics": _metrics_text(inputs, reference or options["data"], plan.goal),
+        "Metrics": _metrics_text(inputs, reference or options.data, plan.goal),
         "Run folder": str(run_dir),
         "Look at": f"{PAGE_FILE} there, in a browser; {_doctor()} {shlex.quote(path_text(run_dir))}",
     }
 
 
 def describe_plan(
-    options: dict[str, Any],
+    options: RunOptions,
     config: DistillationConfig,
     device: torch.device,
     summary: dict[str, Any],
@@ -67,33 +68,33 @@ def describe_plan(
 ) -> dict[str, str | None]:
     """{name: text} for `start_block` of a run that isn't started: --dry-run.
 
-    options: as for `describe_run`. summary: what the run would record, with the memory that it needs if that is known.
+    summary: what the run would record, with the memory that it needs if that is known.
     teacher: None if it isn't on this machine.
     """
-    place, estimate = path_text(options["edm_model"]), summary.get("memory_GB", {})
+    place, estimate = path_text(options.edm_model), summary.get("memory_GB", {})
     batch_gpu, trials = config.batch_gpu, None
-    if teacher is not None and options["trials"]:
-        trials = plan_trials(config, options["trials"], options["given"], teacher)
+    if teacher is not None and options.trials:
+        trials = plan_trials(config, options.trials, options.given, teacher)
     if teacher is not None:
-        place += f" ({_teacher_text(teacher, bool(options['guide']))})"
+        place += f" ({_teacher_text(teacher, bool(options.guide))})"
         config, batch_gpu = resolve(config, teacher, device), estimate["batch_gpu"]
     else:
         place += " (not on this machine, so its size and memory aren't known yet)"
     batch_gpu = batch_gpu or batches.split_batch(config.batch, None, distributed.world_size())[0]
     levels = None if config.init_sigma is None else [config.init_sigma]
     changed = [(name, value) for name, value, *_ in changed_options(summary) if name not in TOLD and value != "none"]
-    reference = summary["data_stat"] or options["data"]
+    reference = summary["data_stat"] or options.data
     return {
         "Teacher": place,
         "Data": _data_text(options, config),
-        "Method": _method_text(config, levels, not options["trials"]),
+        "Method": _method_text(config, levels, not options.trials),
         "Trials": trials and _trials_text(trials),
         "Device": _device_text(config, device),
         "Batch": batch_text(config.batch, batch_gpu),
         "Memory": _estimate_text(estimate) if estimate else None,
         "Length": length_text(config.total_kimg, config.batch, config.kimg_per_tick, config.snapshot_ticks),
         "Metrics": metrics_text(summary["metrics"], reference) if summary["metrics"] else None,
-        "Run folder": options["outdir"] if options["nosubdir"] else f"a new one in {options['outdir']}",
+        "Run folder": options.outdir if options.nosubdir else f"a new one in {options.outdir}",
         "Options": " ".join(f"{name}={value}" for name, value in changed) or "the defaults",
         "Dry run": "nothing was started; --dry-run=json shows all options",
     }
@@ -129,13 +130,13 @@ def _teacher_text(teacher: Any, guided: bool) -> str:
     return f"{network_text(teacher)}, {size} {kind}{classes}{', guided by a weaker network' * guided}"
 
 
-def _data_text(options: dict[str, Any], config: DistillationConfig, count: int | None = None) -> str:
+def _data_text(options: RunOptions, config: DistillationConfig, count: int | None = None) -> str:
     """count: how many images there are, if that is known."""
-    if not options["data"]:
+    if not options.data:
         return "none (data-free)"
     use = "for the adversarial loss, a picture and metrics" if config.gan else "for a picture and metrics only"
     images = "" if count is None else f"{count} images, "
-    return f"{path_text(options['data'])}, {images}{use}"
+    return f"{path_text(options.data)}, {images}{use}"
 
 
 def _method_text(config: DistillationConfig, levels: Sequence[float] | None, with_rates: bool) -> str:

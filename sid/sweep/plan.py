@@ -237,7 +237,8 @@ def _arguments(options: dict[str, Any]) -> Iterator[str]:
 def recorded_options(arguments: tuple[str, ...]) -> dict[str, Any]:
     """What training_options.json will say about a command line of sid_train.py, without values known only at run time.
 
+    `given`, which it won't, holds the names of the options on the command line.
     Errors: click.ClickException when sid_train.py would refuse it.
     """
     config, options = parse(arguments)
-    return without_passwords(json.loads(json.dumps({**config.options(), **options})))
+    return without_passwords(json.loads(json.dumps({**config.options(), **options.record(), "given": options.given})))
