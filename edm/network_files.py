@@ -252,7 +252,7 @@ def _attach_start(net: Any, tensors: dict[str, torch.Tensor], path: Path) -> Non
     if not tensors:
         return
     try:
-        moments.attach(net, moments.loaded(tensors, (net.img_channels, net.img_resolution, net.img_resolution)))
+        moments.attach(net, moments.loaded(tensors, net))
     except (AttributeError, ValueError):
         raise UserError(f"{path}: the moments of the noise that its generator starts from are damaged") from None
 

@@ -87,7 +87,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: RunOptions, d
             value, record = settle(option, choices[option], saved)
             config = dataclasses.replace(config, **{option: value})
             measured |= record
-    start = start_moments(moments, config, saved) if config.init_noise == "moments" else None
+    start = start_moments(moments, inputs.teacher, config, saved) if config.init_noise == "moments" else None
     if with_trials:
         trials = plan_trials(config, options.trials, options.given, inputs.teacher)
         config = trials.fitting(saved and saved.options, options.given)
@@ -98,18 +98,21 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: RunOptions, d
     return RunPlan(config, place, saved, trials, distance, measured, start, goal, asked.total_kimg, dropped)
 
 
-def start_moments(measured: Moments | None, config: DistillationConfig, saved: SavedState | None) -> Moments:
+def start_moments(
+    measured: Moments | None, teacher: DenoiserModule, config: DistillationConfig, saved: SavedState | None
+) -> Moments:
     """The moments of the noise that the generator starts from, for every process, without what noise hides.
 
     measured: of the teacher's samples, on process 0. saved: the state to go on from, whose moments stay.
-    Errors: UserError when the state has none.
+    Errors: UserError when the state has none, or damaged ones.
     """
     assert config.init_sigma is not None
     if saved is None:
         return distributed.from_process_0(measured and measured.for_noise(config.init_sigma))
-    if saved.moments is None:
+    moments = saved.start_moments(teacher)
+    if moments is None:
         raise UserError(f"--resume={saved.path}: its generator starts from plain noise; give --init-noise=white")
-    return saved.moments
+    return moments
 
 
 def find_place(options: RunOptions, description: str) -> tuple[tuple[str, str, bool], checkpoint.StateFile | None]:

@@ -89,16 +89,6 @@ def updaters(
     )
 
 
-def check_shape(moments: Moments, teacher: DenoiserModule) -> None:
-    """Errors: UserError when they are of other images than the teacher's."""
-    shape = (teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
-    if moments.mean.shape != shape:
-        raise UserError(
-            f"the noise of the generator's start has the moments of images {list(moments.mean.shape)}, and the"
-            f" teacher makes {list(shape)}: the training state is damaged; resume from another one"
-        )
-
-
 def generator_record(teacher: DenoiserModule, steps: Steps, hashes: "WeightHashes") -> dict[str, Any]:
     """The metadata of a generator: its steps, what it inherits from its teacher, and what it was made from."""
     known = getattr(teacher, "metadata", {})
@@ -143,7 +133,6 @@ class DistillationState:
         self.steps = generator_steps(teacher, config)
         assert (moments is not None) == (config.init_noise == "moments"), "they are a part of the inputs"
         if moments is not None:
-            check_shape(moments, teacher)
             attach(self.generator, moments.to(device))
         self.served = step_vectors.split(self.fake_score, len(self.steps)) if len(self.steps) > 1 else None
         for net in (self.generator, self.fake_score):
@@ -238,7 +227,20 @@ class SavedState:
         self.file, self.path, self.hashes = file, file.path, hashes
         self.options: dict[str, Any] = state["options"]
         self.surroundings: dict[str, Any] = state["surroundings"]
-        self.moments = _moments(state["generator"], file.path)
+
+    def start_moments(self, teacher: DenoiserModule) -> Moments | None:
+        """The moments of the noise that the saved generator starts from; None if it starts from plain noise.
+
+        Errors: UserError when they aren't moments of images such as the teacher's.
+        """
+        try:
+            _, tensors = split_off(self.file.read()["generator"])
+            return loaded(tensors, teacher) if tensors else None
+        except (AttributeError, ValueError):
+            raise UserError(
+                f"--resume={self.path}: the moments of the noise that its generator starts from are damaged; resume"
+                " from another state"
+            ) from None
 
 
 def _check_contents(state: dict[str, Any], hashes: WeightHashes, path: Path) -> None:
@@ -259,15 +261,6 @@ def _check_contents(state: dict[str, Any], hashes: WeightHashes, path: Path) -> 
         raise UserError(
             f"--resume={path}: its generator started from other weights; give the --transfer it was started with"
         )
-
-
-def _moments(generator: dict[str, torch.Tensor], path: Path) -> Moments | None:
-    """Those of the noise that a saved generator starts from."""
-    _, tensors = split_off(generator)
-    try:
-        return loaded(tensors, tuple(tensors["mean"].shape)) if tensors else None
-    except (AttributeError, LookupError, ValueError):
-        raise UserError(f"--resume={path}: the moments of the noise of its start are damaged") from None
 
 
 def _are_returns(returns: Any, good: Any) -> bool:

@@ -26,6 +26,7 @@ from sid.prepare import prepare
 from sid.probe import gradients
 from sid.run_options import RunOptions
 from sid.start import measure_starts
+from sid.state import SavedState
 from sid.teacher_distance import TeacherDistance
 from torch_utils import checkpoint
 from training.generator import Generator
@@ -331,10 +332,31 @@ def test_a_generator_that_starts_from_them_teaches_none():
         checked_guide(tiny_teacher(), RunOptions(), generator)
 
 
-def test_those_of_other_images_than_the_teachers_are_refused():
-    moments = Moments.of(torch.randn([5, 1, 4, 4]))
-    with pytest.raises(UserError, match=r"images \[1, 4, 4\], and the teacher makes \[1, 8, 8\]"):
-        prepare(Inputs(tiny_teacher(), moments=moments), tiny_config(augment=0, init_noise="moments"), CPU)
+def saved_with(folder, **changes):
+    """A saved state whose moments are changed; None takes one of their tensors out."""
+    inputs, options = with_moments()
+    path = save(prepare(inputs, tiny_config(**options), CPU), folder)
+    state = checkpoint.load_state(path)
+    names = {f"{ATTRIBUTE}.{name}": value for name, value in changes.items()}
+    state["generator"] = {n: v for n, v in {**state["generator"], **names}.items() if v is not None}
+    checkpoint.save_state(path, state)
+    return SavedState(checkpoint.StateFile(path), inputs.weight_hashes(tiny_config(**options)))
+
+
+def test_a_state_gives_back_its_moments(tmp_path):
+    found = saved_with(tmp_path).start_moments(tiny_teacher())
+    assert found is not None
+    assert equal(found.state_dict(), tiny_moments().state_dict())
+    absent = dict.fromkeys(("mean", "directions", "variances"))
+    assert saved_with(tmp_path, **absent).start_moments(tiny_teacher()) is None
+
+
+@pytest.mark.parametrize(
+    "changes", [Moments.of(torch.randn([5, 1, 4, 4])).state_dict(), {"mean": None}, {"variances": torch.zeros([3])}]
+)
+def test_damaged_moments_of_a_state_and_those_of_other_images_are_refused(tmp_path, changes):
+    with pytest.raises(UserError, match=r"^--resume=.* damaged; resume from another state$"):
+        saved_with(tmp_path, **changes).start_moments(tiny_teacher())
 
 
 def test_the_estimate_of_memory_counts_them():

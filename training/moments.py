@@ -84,8 +84,13 @@ def split_off(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     return own, {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def loaded(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> Moments:
-    """Those that a file holds, for images of a shape [C, H, W]. Errors: ValueError when they are none."""
+def loaded(tensors: Mapping[str, torch.Tensor], net: Any) -> Moments:
+    """The moments that a file holds, for a generator whose images are those of the denoiser `net`.
+
+    tensors: by their names in `Moments`.
+    Errors: ValueError when they aren't moments of such images.
+    """
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
     if tensors.keys() != {"mean", "directions", "variances"}:
         raise ValueError("moments are a mean, directions and variances")
     mean, directions, variances = (tensors[name] for name in ("mean", "directions", "variances"))

@@ -72,7 +72,8 @@ def load(run_dir: Path, batch: int, device: "torch.device", classes: str | None 
     guide = load_guide(run_dir, options, own_classes(classes))
     hashes = WeightHashes.of(teacher, start, config, guide)
     saved = SavedState(state, hashes)
-    return prepare(Inputs(teacher, start, guide, moments=saved.moments, hashes=hashes), config, device, saved)
+    moments = saved.start_moments(teacher)
+    return prepare(Inputs(teacher, start, guide, moments=moments, hashes=hashes), config, device, saved)
 
 
 def gradients(
