@@ -20,7 +20,7 @@ THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 MAX_NAME = 150  # characters of one name; most systems take 255, and locks and records have longer names
 MAX_PLACE = 600  # characters of all names together
 DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com\d|lpt\d)(?![^. ])")  # of Windows, with any suffix
-OWN_FOLDERS = ("references",)  # what else this project keeps in the cache
+OWN_FOLDERS = ("prompts", "references", "teacher-fid", "teacher-samples")  # what else this project keeps in the cache
 
 
 def is_url(source: Any) -> TypeGuard[str]:

@@ -64,6 +64,24 @@ class Inputs:
         """The hashes of the networks' weights, which take a while for large networks if they aren't known yet."""
         return self.hashes or WeightHashes.of(self.teacher, self.start, config, self.guide)
 
+    def identity(self, config: DistillationConfig) -> list[Any]:
+        """Plain values on which the teacher's images depend, guided or not, beside the code of its classes."""
+        hashes, guidance = self.weight_hashes(config), config.guidance
+        return [
+            hashes.teacher,
+            described(self.teacher),
+            hashes.guide,
+            None if self.guide is None else described(self.guide),
+            None if guidance is None else [guidance.over_guide, guidance.teacher],
+            prompts_hash(self.teacher),
+        ]
+
+
+def described(net: DenoiserModule) -> str:
+    """What a network's images depend on beside its weights: its class, arguments and noise levels, and its classes."""
+    arguments = [getattr(net, name, None) for name in ("init_args", "init_kwargs")]
+    return repr((type(net).__qualname__, arguments, noise_range(net), learnt_classes(net)))
+
 
 def load_inputs(
     options: RunOptions,

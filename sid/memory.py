@@ -16,11 +16,12 @@ from torch_utils import muon, precision
 from torch_utils.live_memory import LiveMemory
 from training.conditions import blank_condition, conditions_of
 from training.denoiser import DenoiserModule
+from training.moments import most_directions
 
 from . import lora
 from .config import DistillationConfig
 from .guidance import Guidance
-from .teacher_distance import NUM_IMAGES
+from .teacher_samples import NUM_IMAGES
 
 GB = 1 << 30
 USABLE = 0.8  # share of the free memory; libraries and fragmentation take the rest
@@ -118,7 +119,7 @@ def estimate(
 def moments_bytes(teacher: DenoiserModule) -> int:
     """Of the noise of a generator's start (`training.moments`), with as many directions as there may be."""
     size = teacher.img_channels * teacher.img_resolution**2
-    return 4 * (size + min(size, NUM_IMAGES - 1) * (size + 1))
+    return 4 * (size + min(size, NUM_IMAGES - 1, most_directions(size)) * (size + 1))
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from .inputs import Inputs, guided_teacher
 from .run_options import RunOptions
 from .start import choose_start
 from .state import SavedState
-from .teacher_distance import TeacherDistance, teacher_samples
+from .teacher_distance import TeacherDistance
 from .teacher_fid import teacher_fid
+from .teacher_samples import teacher_samples
 from .trials import Plan, has_begun, plan_trials
 
 # Runs of at least this length measure the distance from the teacher's samples at every snapshot. Making the samples
@@ -158,7 +159,7 @@ def measure_teacher(
     if not (with_trials or config.returns or has_moments or measured or config.total_kimg >= WORTH_SAMPLES_KIMG):
         return None
     teacher = guided_teacher(teacher, inputs.guide, config.guidance).to(device).eval()
-    samples = teacher_samples(teacher)
+    samples = teacher_samples(teacher, inputs.identity(config))
     with distributed.shared_errors():
         if distributed.rank() != 0:
             return None

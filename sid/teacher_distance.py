@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from dnnlib.progress import ProgressBar
 from edm.latents import decoder_of
 from edm.metrics.energy import energy_distance, energy_distance_of_vectors
-from edm.sampler import check_finite, generate_all, sample
-from torch_utils import distributed
+from edm.sampler import generate_all
 from training.conditions import conditions_of
 from training.denoiser import DenoiserModule, known_sigma, noise_range, sigma_data
 from training.moments import Moments
@@ -24,14 +22,12 @@ from .calibration import calibrate
 from .monitor.clusters import shares
 from .teacher_clusters import ClusterCounts, SampleClusters, points_of
 from .teacher_features import BlockFeatures, FeatureDistance
+from .teacher_samples import BATCH, Samples, teacher_samples
 
-NUM_IMAGES = 256
-STEPS = 10  # of Heun's sampler, for the teacher's own samples
 FIRST_SEED = 1 << 20  # of one-step images: other noise than the teacher's samples have
 DETAIL_LEVEL = 0.1  # noise level of the corrections, in units of the data's standard deviation
 FEATURE_LEVEL = 0.2  # of the features, likewise
 LEAST_VISIBLE = 2 / 255  # corrections of less than an 8-bit step per pixel are rounding
-BATCH = 64
 SHOWN_CLUSTERS, SHOWN_IMAGES = 3, 16  # examples of what the images lack most, and as many of the teacher's
 
 
@@ -57,29 +53,8 @@ class Distance:
         return self.pixels + self.detail
 
 
-def teacher_samples(teacher: DenoiserModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """NUM_IMAGES samples of a teacher: float32 [N, C, H, W] as it makes them and uint8 images, on the CPU.
-
-    Every process must call it; each makes a share, and all get the same samples. They take long.
-    Errors: NonFiniteImagesError, on all processes.
-    """
-    made, decoder = {}, decoder_of(teacher)
-    parts = [range(NUM_IMAGES)[start : start + BATCH] for start in range(0, NUM_IMAGES, BATCH)]
-    share = parts[distributed.rank() :: distributed.world_size()]
-    bar = ProgressBar(sum(map(len, share)), desc="samples of the teacher", hidden=distributed.rank() != 0)
-    with distributed.shared_errors(), torch.no_grad(), bar:
-        for seeds in share:
-            part = sample(teacher, seeds, sampler="heun", num_steps=STEPS)
-            check_finite(part, seeds)
-            made[seeds.start] = part.to("cpu", torch.float32), decoder.to_images(part).cpu()
-            bar.update(len(part))
-    every = {start: both for found in distributed.from_every_process(made) for start, both in found.items()}
-    latents, images = zip(*(every[part.start] for part in parts))
-    return torch.cat(latents), torch.cat(images)
-
-
 class TeacherDistance:
-    """Measures networks against NUM_IMAGES samples of the teacher.
+    """Measures networks against samples of the teacher.
 
     The distance is the sum of two energy distances. That of pixels at three scales sees brightness, colours and layout.
     That of the teacher's corrections D(x + sigma n; sigma) - x, at a low sigma, sees fine detail: it is what told the
@@ -98,7 +73,7 @@ class TeacherDistance:
     def __init__(
         self,
         teacher: DenoiserModule,
-        samples: tuple[torch.Tensor, torch.Tensor] | None = None,
+        samples: Samples | None = None,
         keep: bool = False,
         calibrates: bool = False,
         finds_moments: bool = False,
@@ -109,7 +84,7 @@ class TeacherDistance:
         self._teacher = copy.deepcopy(teacher) if keep else teacher
         with self._teacher_at_hand():
             self.moments = Moments.of(made) if finds_moments else None
-            self.calibration = calibrate(self._teacher, made, range(NUM_IMAGES)) if calibrates else None
+            self.calibration = calibrate(self._teacher, made, range(len(made))) if calibrates else None
             clean = decoder_of(self._teacher).from_images(self.samples)
             self._corrections = self._correct(clean)
             self._blocks = self._find_blocks(clean[:2])

@@ -24,7 +24,7 @@ from training.denoiser import only_sigma
 from training.guidance import GuidedDenoiser
 
 from .config import DistillationConfig
-from .inputs import Inputs, guided_teacher, prompts_hash
+from .inputs import Inputs, guided_teacher
 
 SHARE = 0.5  # evaluations per image of the run that are worth it; the run itself takes about ten
 
@@ -91,18 +91,9 @@ def _evaluations(net: Any) -> int:
 
 def _key(inputs: Inputs, config: DistillationConfig, evaluator: Evaluator) -> str:
     """What the figure depends on, as a hash."""
-    hashes, guidance = inputs.weight_hashes(config), config.guidance
     assert evaluator.reference is not None
-    values = [
-        evaluator.metrics[0].name,
-        evaluator.detector.sha256,
-        evaluator.reference.sha256,
-        METRICS_STEPS,
-        hashes.teacher,
-        hashes.guide,
-        None if guidance is None else [guidance.over_guide, guidance.teacher],
-        prompts_hash(inputs.teacher),
-    ]
+    measured = [evaluator.metrics[0].name, evaluator.detector.sha256, evaluator.reference.sha256, METRICS_STEPS]
+    values = [*measured, *inputs.identity(config)]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 

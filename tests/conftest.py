@@ -3,7 +3,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import forked
@@ -16,6 +18,13 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
 IN_FORKS = ["pytest", "torch._dynamo", "edm.metrics.evaluate", "sid.prepare"]  # what most of them need
 multiprocessing.set_forkserver_preload(IN_FORKS)
+
+
+def pytest_configure(config):
+    """What goes into the user's cache goes into a folder of this session, also in the processes that tests start."""
+    folder = tempfile.mkdtemp()
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["DNNLIB_CACHE_DIR"] = folder
 
 
 def pytest_addoption(parser):
@@ -65,7 +74,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory):
-    """A folder of the module's own takes what would go into the user's cache."""
+    """A folder of the module's own takes what would go into the cache, for tests that tell what is there already."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DNNLIB_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield

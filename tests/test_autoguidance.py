@@ -224,7 +224,7 @@ def test_a_weight_without_a_guide_and_the_other_way_round():
 def test_a_run_keeps_its_guide_and_measures_the_guided_teacher(tmp_path, monkeypatch):
     """From Python: the folder holds the guide, resumes with it, and its record names it."""
     run = tmp_path / "run"
-    monkeypatch.setattr("sid.teacher_distance.NUM_IMAGES", 4)
+    monkeypatch.setattr("sid.teacher_samples.NUM_IMAGES", 4)
     seen = []
     monkeypatch.setattr(
         "sid.plan.TeacherDistance", lambda net, **options: seen.append(net) or TeacherDistance(net, **options)

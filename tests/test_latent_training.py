@@ -82,7 +82,7 @@ def test_an_onnx_file_decodes(latent_pipeline, tmp_path):
 
 
 def test_the_distance_from_the_teacher_is_of_images(latent_pipeline, monkeypatch):
-    monkeypatch.setattr("sid.teacher_distance.NUM_IMAGES", 4)
+    monkeypatch.setattr("sid.teacher_samples.NUM_IMAGES", 4)
     teacher = zoo.load_denoiser(latent_pipeline)
     distance = TeacherDistance(teacher)
     assert distance.samples.shape == (4, 1, 16, 16)

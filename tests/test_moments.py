@@ -18,7 +18,7 @@ from edm import network_files, onnx_file, zoo
 from edm.network_files import read_tensors
 from edm.sampler import generate_all
 from edm.zoo.__main__ import main as zoo_command
-from sid import OneStepGenerator, memory, teacher_distance
+from sid import OneStepGenerator, memory
 from sid.distillation import Distillation
 from sid.inputs import Inputs, checked_guide, checked_teacher
 from sid.monitor.records import read_records
@@ -73,6 +73,15 @@ def test_what_noise_hides_is_left_out(images):
     difference = moments(z, 1.0) - moments.for_noise(1.0)(z, 1.0)
     assert difference.flatten(1).std(dim=0).max() < (1 + LEAST) ** 0.5 - 1 + 0.02
     assert difference.std() > 0
+
+
+def test_large_images_have_fewer_directions(images, monkeypatch):
+    monkeypatch.setattr("training.moments.MAX_VALUES", 3 * 64 + 63)
+    assert memory.moments_bytes(Blobs()) == 4 * (64 + 3 * (64 + 1))
+    monkeypatch.setattr("training.moments.MAX_VALUES", 3 * 16 + 15)
+    moments = Moments.of(images)
+    kept = moments.for_noise(LEVEL)
+    assert kept.variances.equal(moments.variances[:3])  # those along which they vary most
 
 
 def test_what_is_left_out_takes_no_memory(images):
@@ -262,8 +271,8 @@ def test_training_starts_from_them_and_resumes_exactly(tmp_path, changes):
 
 @pytest.fixture
 def few_samples(monkeypatch):
-    monkeypatch.setattr(teacher_distance, "NUM_IMAGES", 16)
-    monkeypatch.setattr(teacher_distance, "STEPS", 2)
+    monkeypatch.setattr("sid.teacher_samples.NUM_IMAGES", 16)
+    monkeypatch.setattr("sid.teacher_samples.STEPS", 2)
 
 
 LENGTHS = {"augment": 0, "total_kimg": 0.048, "kimg_per_tick": 0.016, "init_noise": "moments"}

@@ -13,7 +13,7 @@ from tiny import NoReport, equal, on_two_processes, save, tiny_config, tiny_dist
 
 import sid
 from edm import zoo
-from sid import doctor, recipes, teacher_distance
+from sid import doctor, recipes
 from sid.distillation import Distillation
 from sid.monitor.records import read_options, read_returns, returns_text
 from sid.options import parse
@@ -54,8 +54,8 @@ def diverges(self):
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
-    monkeypatch.setattr(teacher_distance, "NUM_IMAGES", 16)
-    monkeypatch.setattr(teacher_distance, "STEPS", 2)
+    monkeypatch.setattr("sid.teacher_samples.NUM_IMAGES", 16)
+    monkeypatch.setattr("sid.teacher_samples.STEPS", 2)
 
 
 @pytest.fixture(params=slow_ones(["lost", "diverged"], "diverged"))

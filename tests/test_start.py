@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import CPU, equal, on_two_processes, tiny_config, tiny_teacher
+from tiny import CPU, tiny_config, tiny_teacher
 
 import sid
 from dnnlib import UserError
@@ -20,8 +20,9 @@ from sid.inputs import Inputs
 from sid.monitor.closeness import FEATURES_WHITE, judge_distance
 from sid.plan import measure_teacher
 from sid.start import choose_start, measure_starts
-from sid.teacher_distance import NUM_IMAGES, TeacherDistance, teacher_samples
-from torch_utils import checkpoint, distributed
+from sid.teacher_distance import TeacherDistance
+from sid.teacher_samples import NUM_IMAGES
+from torch_utils import checkpoint
 from training.denoiser import only_sigma
 
 PIXELS = 64
@@ -92,34 +93,6 @@ def test_a_teacher_of_one_noise_level_starts_there_and_has_no_samples():
     assert measure_teacher(Inputs(teacher), config, False, CPU, True) is None
     with pytest.raises(UserError, match=r"^--trials: the teacher knows one noise level only"):
         measure_teacher(Inputs(teacher), config, True, CPU, True)
-
-
-def samples_of_a_teacher():
-    return list(teacher_samples(tiny_teacher().eval()))
-
-
-def test_two_processes_make_the_samples_of_one(tmp_path):
-    first, second = on_two_processes(samples_of_a_teacher, tmp_path)
-    alone = samples_of_a_teacher()
-    assert alone[0].shape == alone[1].shape == (NUM_IMAGES, 1, 8, 8)
-    assert equal(dict(enumerate(first)), dict(enumerate(alone)))
-    assert equal(dict(enumerate(second)), dict(enumerate(alone)))
-
-
-def test_samples_that_are_not_finite_end_all_processes(tmp_path):
-    said = on_two_processes(error_of_samples, tmp_path)
-    assert said[0] == said[1]
-    assert "holds NaN or infinity" in said[0]
-
-
-def error_of_samples():
-    """Of a teacher that makes none on the second process."""
-    teacher = tiny_teacher().eval()
-    if distributed.rank() == 1:
-        next(teacher.parameters()).data.fill_(math.nan)
-    with pytest.raises(UserError) as error:
-        teacher_samples(teacher)
-    return str(error.value.message)
 
 
 def test_the_distance_covers_the_whole_and_the_detail():

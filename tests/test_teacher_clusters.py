@@ -15,7 +15,8 @@ from sid.config import DistillationConfig
 from sid.monitor.clusters import CHANCE, chance_of_fewer, judge_clusters, lost_share, shares
 from sid.monitor.diagnosis import diagnose
 from sid.teacher_clusters import SampleClusters, points_of, squares, without_own
-from sid.teacher_distance import NUM_IMAGES, SHOWN_CLUSTERS, SHOWN_IMAGES, TeacherDistance
+from sid.teacher_distance import SHOWN_CLUSTERS, SHOWN_IMAGES, TeacherDistance
+from sid.teacher_samples import NUM_IMAGES
 
 
 def mixture(number, seed, modes=10, size=16, apart=3.0):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import tiny_teacher
 
-from sid.teacher_distance import NUM_IMAGES, TeacherDistance
+from sid.teacher_distance import TeacherDistance
 from sid.teacher_features import MAX_FEATURES, BlockFeatures, FeatureDistance
+from sid.teacher_samples import NUM_IMAGES
 from training.dit import DiTDenoiser
 
 

@@ -18,7 +18,7 @@ from edm.metrics.sources import NetworkSource, TensorSource
 from edm.published import FILES
 from edm.snapshot_metrics import MultiStepFid, read_metrics
 from edm.zoo import save_network
-from sid import distil, teacher_distance
+from sid import distil
 from sid import teacher_fid as room
 from sid.inputs import Inputs
 from sid.teacher_fid import teacher_fid
@@ -69,6 +69,8 @@ def test_it_is_that_of_35_evaluations_and_kept(inputs, monkeypatch):
     assert find(inputs, True) == find(inputs, False) == MultiStepFid(record["value"], 35)
     other = dataclasses.replace(inputs, teacher=tiny_teacher(label_dim=0).eval())
     assert find(other, False) is None
+    inputs.teacher.metadata = {"classes": "1"}  # the same weights make other images
+    assert find(inputs, False) is None
 
 
 def test_damage_in_the_cache_is_measured_again(inputs, monkeypatch):
@@ -152,8 +154,8 @@ def test_a_run_says_and_records_it(reference, tmp_path, capsys):
 
 
 def test_the_start_is_measured_once_with_trials_too(reference, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(teacher_distance, "NUM_IMAGES", 16)
-    monkeypatch.setattr(teacher_distance, "STEPS", 2)
+    monkeypatch.setattr("sid.teacher_samples.NUM_IMAGES", 16)
+    monkeypatch.setattr("sid.teacher_samples.STEPS", 2)
     lengths = {"augment": 0, "lr": 1e-5, "glr": 1e-5, "total_kimg": 0.08, "kimg_per_tick": 0.016}
     measured = {"metrics": f"fid{NUM}", "data_stat": str(reference), "device": "cpu"}
     for trials in (0.0, 0.5):

@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_teacher
 import sid.plan
 from dnnlib import UserError
 from edm import zoo
-from sid import teacher_distance, trials
+from sid import trials
 from sid.distillation import Distillation
 from sid.options import parse
 from sid.trials import RATES, REFERENCE_FAN_IN, plan_trials, rate_scale
@@ -37,8 +37,8 @@ def run(folder, teacher=None, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def few_samples():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_distance, "NUM_IMAGES", 16)
-        patch.setattr(teacher_distance, "STEPS", 2)
+        patch.setattr("sid.teacher_samples.NUM_IMAGES", 16)
+        patch.setattr("sid.teacher_samples.STEPS", 2)
         yield
 
 

@@ -14,6 +14,7 @@ from torch_utils.precision import without_autocast
 
 ATTRIBUTE = "start_moments"  # of a generator that starts from such noise; its name in a network's file
 LEAST = 0.1  # of the noise's variance; directions in which images vary less are left out
+MAX_VALUES = 1 << 25  # of all directions together, 128 MiB in every snapshot; large images have fewer directions
 
 
 class Moments(torch.nn.Module):
@@ -46,8 +47,8 @@ class Moments(torch.nn.Module):
         return cls(mean.reshape(images.shape[1:]), directions, values[some])
 
     def for_noise(self, sigma: float) -> "Moments":
-        """Without the directions that noise of this level hides."""
-        kept = int((self.variances > LEAST * sigma**2).sum())
+        """Without the directions that noise of this level hides, and the least of too many large ones."""
+        kept = min(int((self.variances > LEAST * sigma**2).sum()), most_directions(self.mean.numel()))
         return type(self)(self.mean, self.directions[:kept].clone(), self.variances[:kept].clone())  # frees the others
 
     def forward(self, z: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -56,6 +57,11 @@ class Moments(torch.nn.Module):
             widths = (self.variances + sigma**2).sqrt() - sigma
             along = z.flatten(1) @ self.directions.T
             return self.mean + sigma * z + ((widths * along) @ self.directions).view_as(z)
+
+
+def most_directions(size: int) -> int:
+    """How many directions a generator of images of so many values keeps at most."""
+    return MAX_VALUES // size
 
 
 def start_of(net: Any) -> Moments | None:
