@@ -126,16 +126,16 @@ def evaluate_network(
     """Metrics of a network's images, made and scored in one pass without files in between.
 
     The images are those of `python -m edm.generate` with the same seeds and options; --data serves kid and pr. CLIP
-    scores say how well the images of a text-to-image network match their --prompts, and ground1k whether
-    they have the colour in "on a blue ground", and name1k how often --clip finds the picture in "a red apple on a blue
-    ground, left" among all. If the number of images isn't a multiple of the number of
+    scores say how well the images of a text-to-image network match their --prompts. For prompts that captions.json
+    next to them describes, such as "a red apple on a blue ground, left", ground1k says whether they have the colour,
+    and name1k how often --clip finds the picture among all. If the number of images isn't a multiple of the number of
     prompts, the prompts are shuffled.
     """
     with running(device, json_file) as device:
         from edm import zoo
         from edm.metrics import text_alignment
         from edm.metrics.clip import ClipEncoder
-        from edm.metrics.evaluate import Evaluator, parse_metric
+        from edm.metrics.evaluate import Evaluator, captions_for, parse_metric
         from edm.metrics.records import summarise
         from edm.metrics.sources import NetworkSource
 
@@ -146,6 +146,7 @@ def evaluate_network(
         text_alignment.check_table(table)
         encoder = ClipEncoder(clip, device) if clip is not None else None
         options = {"reference": ref, "detector": detector, "data": data, "batch": batch, "progress": True}
+        options["captions"] = captions_for(names, sampling["prompts"])
         net = zoo.load_denoiser(network, own_classes(classes))
         evaluator = Evaluator(names, device=device, encoder=encoder, **options)
         given = {name: value for name, value in sampling.items() if value is not None}

@@ -23,7 +23,8 @@ from diffusers.training_utils import EMAModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from edm.small_teachers.captions import DEMO_PICTURES, CaptionedEmoji
+from edm.metrics.caption_template import CAPTIONS_FILE
+from edm.small_teachers.captions import DEMO_PICTURES, CaptionedEmoji, template
 from edm.small_teachers.pictures import write_data
 from torch_utils.muon import Muon
 
@@ -143,6 +144,7 @@ def main() -> None:
 
     (out / "prompts.txt").write_text("\n".join(source.captions(held_out=False)) + "\n", encoding="utf-8")
     (out / "held-out.txt").write_text("\n".join(source.captions(held_out=True)) + "\n", encoding="utf-8")
+    (out / CAPTIONS_FILE).write_text(json.dumps(template(source.names).record(), indent=1) + "\n", encoding="utf-8")
     print(f"{len(source.names)} pictures, {len(source.captions(held_out=False))} captions", flush=True)
     write_data(source.all(), out / "pictures.zip")
     tokenizer = make_tokenizer(source.captions(held_out=False), out / "tokenizer")

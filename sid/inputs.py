@@ -11,7 +11,7 @@ import torch
 from dnnlib import UserError
 from edm import latents, published, zoo
 from edm.hub import title
-from edm.metrics.evaluate import Evaluator
+from edm.metrics.evaluate import Evaluator, captions_for
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
 from edm.text_encoders import prompts_for, read_prompts
@@ -358,6 +358,7 @@ def make_evaluator(metrics: list[str], reference: str | None, options: RunOption
         options.detector,
         options.data,
         batch=options.metrics_batch,
+        captions=captions_for(metrics, options.prompts),
         device=device,
         progress=True,
     )

@@ -16,17 +16,28 @@ import fid
 from dnnlib import UserError
 from edm import zoo
 from edm.metrics import ground_colour, text_alignment
+from edm.metrics.caption_template import CaptionTemplate
 from edm.metrics.clip import ClipEncoder
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.records import describe
 from edm.metrics.sources import TensorSource
 from edm.metrics.text_alignment import align, distinct
-from edm.small_teachers.captions import DEMO_PICTURES, GROUNDS
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 import tiny_pipelines  # noqa: E402
 
+CAPTIONS = CaptionTemplate(
+    "{name} before {ground} wall",
+    ["a pear", "a banana"],
+    {
+        "a red": (200, 40, 40),
+        "a blue": (50, 90, 200),
+        "an orange": (240, 150, 40),
+        "a white": (245,) * 3,
+        "no": (0,) * 3,
+    },
+)
 TEXTS = ["a red apple", "dogs", "a cat in a hat", "a red apple", "a cat in a hat on a mat by a wall"]
 
 
@@ -186,26 +197,32 @@ def test_the_table(tmp_path):
 
 def test_the_ground_that_a_prompt_asks_for():
     """Grounds with noise and a picture in front, right or exchanged; the library isn't asked."""
-    names = list(GROUNDS)
+    names = list(CAPTIONS.grounds)
     images = torch.full([len(names), 3, 12, 12], 255)
-    images[:, :, [0, 1, -2, -1]] = torch.tensor(list(GROUNDS.values()))[:, :, None, None]
+    images[:, :, [0, 1, -2, -1]] = torch.tensor(list(CAPTIONS.grounds.values()))[:, :, None, None]
     images = (images + torch.randint(-20, 21, images.shape)).clamp(0, 255).to(torch.uint8)
     images[:, :, :2, 3:5] = 0  # a minority
-    prompts = [f"an apple on a {name} ground, left" for name in names]
-    assert ground_colour.share_right(ground_colour.colours(images), prompts) == 1
-    assert ground_colour.share_right(ground_colour.colours(images.roll(1, dims=0)), prompts) == 0
+    prompts = [f"an apple before {name} wall" for name in names]
+    assert ground_colour.share_right(ground_colour.colours(images), prompts, CAPTIONS) == 1
+    assert ground_colour.share_right(ground_colour.colours(images.roll(1, dims=0)), prompts, CAPTIONS) == 0
 
     class Grounds(TensorSource):
         def prompts(self, num):
             return prompts, [*range(num - 2), 0, 0]
 
-    evaluator = Evaluator(["ground8", "ground6"], batch=3)
+    evaluator = Evaluator(["ground5", "ground3"], batch=3, captions=CAPTIONS)
     records = evaluator(Grounds([images]))
-    assert [record["values"] for record in records] == [{"ground": 6 / 8}, {"ground": 1}]
+    assert [record["values"] for record in records] == [{"ground": 3 / 5}, {"ground": 1}]
     assert "detector" not in records[0]
-    assert describe(records[0]) == "ground8: ground 0.75; 8 images"
-    with pytest.raises(UserError, match=r"'dogs' names no ground; .* red, orange"):
+    assert describe(records[0]) == "ground5: ground 0.6; 5 images"
+    with pytest.raises(UserError, match=r"'dogs' isn't like '{name} before {ground} wall'"):
         evaluator(Captioned([0] * 8, ["dogs"] * 8))
+    with pytest.raises(UserError, match=r"'dogs before a pink wall' asks for no ground that .* lists: a red, a blue"):
+        evaluator(Captioned([0] * 8, ["dogs before a pink wall"] * 8))
+    with pytest.raises(UserError, match=r"captions\.json lists no grounds"):
+        Evaluator(["ground5"], captions=CaptionTemplate("{name}"))(Grounds([images]))
+    with pytest.raises(UserError, match=r"^--metrics=ground5 .*: give --prompts=FILE, with captions\.json next to it"):
+        Evaluator(["ground5"])
     with pytest.raises(UserError, match="these images have none"):
         evaluator(TensorSource([images]))
 
@@ -223,13 +240,13 @@ class NameReader:
         return torch.eye(3)[images[:, 0, 0, 0].long()]
 
     def embed_texts(self, texts):
-        known = torch.tensor([[float(text.startswith(f"a {name} on")) for name in self.names] for text in texts])
+        known = torch.tensor([[float(text.startswith(f"a {name} before")) for name in self.names] for text in texts])
         return torch.where(known.any(1, keepdim=True), known, -1.0)
 
 
 def test_the_name_of_a_picture_is_ranked_among_all_names():
-    """Among the demo's names and that of a picture of one's own; others of the same ground and place don't matter."""
-    prompts = ["a pear on a red ground, left", "a banana on an orange ground, right", "a robot on a red ground, left"]
+    """Among those of the template and of the prompts; others before the same wall don't matter."""
+    prompts = ["a pear before a red wall", "a banana before an orange wall", "a robot before a red wall"]
     numbers = [0, 1, 2, 0, 0]
     pixels = torch.tensor([0, 1, 2, 0, 1], dtype=torch.uint8)  # the last image is a banana, not a pear
 
@@ -238,12 +255,14 @@ def test_the_name_of_a_picture_is_ranked_among_all_names():
             return prompts, numbers[:num]
 
     source = Pictures([pixels[:, None, None, None].expand(5, 3, 8, 8)])
-    records = Evaluator(["name5", "name4"], encoder=NameReader(), batch=2)(source)
+    records = Evaluator(["name5", "name4"], encoder=NameReader(), batch=2, captions=CAPTIONS)(source)
     assert records[0]["values"] == {"name": 4 / 5, "mean_rank": (4 + 2.5) / 5}  # the robot is no more a banana
     assert records[1]["values"] == {"name": 1, "mean_rank": 1}
-    assert records[0]["ranked_among"] == len(DEMO_PICTURES) + 1
-    with pytest.raises(UserError, match=r"'dogs' isn't like 'a red apple on a blue ground, left'"):
-        Evaluator(["name2"], encoder=NameReader())(Captioned([0, 0], ["dogs"] * 2))
+    assert records[0]["ranked_among"] == len(CAPTIONS.names) + 1
+    with pytest.raises(UserError, match=r"'dogs' isn't like '{name} before {ground} wall'"):
+        Evaluator(["name2"], encoder=NameReader(), captions=CAPTIONS)(Captioned([0, 0], ["dogs"] * 2))
+    with pytest.raises(UserError, match=r"captions\.json lists no names"):
+        Evaluator(["name2"], encoder=NameReader(), captions=CaptionTemplate("{name}"))(source)
 
 
 # --- the command

@@ -18,6 +18,7 @@ import fid
 from dnnlib import UserError
 from edm import generate, lora_files, text_encoders, zoo
 from edm.metrics import ground_colour
+from edm.metrics.caption_template import template_beside
 from edm.metrics.clip import ClipEncoder
 from edm.sampler import generate_all
 from edm.small_teachers import captions, pictures
@@ -285,7 +286,8 @@ def test_the_captioned_pictures():
     grounds = [next(name for name in captions.GROUNDS if f" {name} ground" in text) for text in texts]
     colours = [captions.GROUNDS[ground] for ground in grounds]
     assert torch.equal(corners, torch.tensor(colours, dtype=torch.float32))
-    assert ground_colour.share_right(ground_colour.colours(((drawn + 1) * 127.5).round().to(torch.uint8)), texts) == 1
+    found = ground_colour.colours(((drawn + 1) * 127.5).round().to(torch.uint8))
+    assert ground_colour.share_right(found, texts, captions.template(source.names)) == 1
     shown = (drawn - drawn[:, :, :1, :1]).abs().sum(dim=1) > 0.3
     centres = (shown.sum(dim=1) * torch.arange(32)).sum(dim=1) / shown.sum(dim=(1, 2))
     means = [centres[[text.endswith(place) for text in texts]].mean() for place in captions.PLACES]
@@ -308,6 +310,9 @@ def test_a_text_to_image_teacher_of_our_own(tmp_path, monkeypatch):
         assert bytes(tmp_path) not in file.read_bytes(), file
     net = teacher_of(tmp_path / "teacher", text_encoders.read_prompts(tmp_path / "teacher/prompts.txt")[:2])
     assert (net.prediction, net.img_resolution, net.prompt_dim) == ("v", 16, 20 * 128)
+    template = template_beside(tmp_path / "teacher/prompts.txt")
+    assert sorted(template.names) == ["a hot dog", "a red apple"]
+    assert template.parts(net.prompts.texts[0]).keys() == {"name", "ground", "place"}
     assert generate_all(net, [0], steps=1, sampler="one-step", init_sigma=2.5).shape == (1, 3, 32, 32)
 
 

@@ -14,6 +14,7 @@ import torch
 import dnnlib
 from torch_utils import distributed
 
+from .caption_template import CaptionTemplate, template_beside
 from .data_reference import data_reference
 from .detector import DEFAULT_DETECTOR, Detector, load_detector
 from .fid import FrechetMetric
@@ -21,7 +22,7 @@ from .ground_colour import GroundMetric
 from .inception_score import InceptionMetric
 from .kid import KernelMetric
 from .measure import DEFAULT_BATCH, FEATURES, Collection, Rows, measure
-from .metric import DETECTOR, ENCODER, REAL, REFERENCE, Metric, TextImageEncoder, Tools
+from .metric import CAPTIONS, DETECTOR, ENCODER, REAL, REFERENCE, Metric, TextImageEncoder, Tools
 from .picture_name import NameMetric
 from .precision_recall import PrecisionRecallMetric
 from .reference import Reference, load_reference
@@ -45,6 +46,7 @@ LACKING = {  # what to say where an evaluator isn't given what a metric needs
         "compares images with their prompts: run fid.py eval with --clip=MODEL, a folder or a name on the Hugging Face"
         " Hub"
     ),
+    CAPTIONS: "looks for a part of the prompts in the images: give --prompts=FILE, with captions.json next to it",
 }
 
 
@@ -66,6 +68,15 @@ def parse_metric(name: str) -> Metric:
     return metric
 
 
+def captions_for(metrics: Sequence[str], prompts: str | None) -> CaptionTemplate | None:
+    """How the prompts of a file are built, if one of the metrics needs that and there are prompts.
+
+    Errors: UserError when captions.json next to the file doesn't say it.
+    """
+    needed = any(CAPTIONS in parse_metric(name).needs for name in metrics)
+    return template_beside(prompts) if needed and prompts else None
+
+
 def fid_name(num: int) -> str:
     """`fid50k` for 50000, `fid1234` for 1234."""
     return f"fid{num // 1000}k" if num and num % 1000 == 0 else f"fid{num}"
@@ -77,7 +88,8 @@ class Evaluator:
     metrics: names as `parse_metric` reads them.
     reference: for fid: a Reference, or its path, URL or name; without, that of `data`, kept in the cache folder.
     detector: a Detector, or its path, URL or name; by default the one that made the reference.
-    encoder: for clip, which compares the images with their prompts; --clip in the command line.
+    encoder: for clip and name, which compare the images with their prompts; --clip in the command line.
+    captions: for ground and name: how the prompts are built.
     data: real images for kid and pr, and for fid without `reference`: the path of a folder, zip or `.npz` with arr_0;
         for kid and pr also an ImageSource.
     batch: images per process and step; the last digits of features depend on it, on nothing else.
@@ -94,13 +106,14 @@ class Evaluator:
         device: torch.device | str = "cpu",
         progress: bool = False,
         encoder: TextImageEncoder | None = None,
+        captions: CaptionTemplate | None = None,
     ):
         self.metrics = [parse_metric(name) for name in metrics]
         if not self.metrics:
             raise dnnlib.UserError("--metrics is empty; give names like fid50k,is50k")
         data_path = None if isinstance(data, ImageSource) else data
         given = {DETECTOR: True, REFERENCE: reference is not None or data_path is not None}
-        given |= {REAL: data is not None, ENCODER: encoder is not None}
+        given |= {REAL: data is not None, ENCODER: encoder is not None, CAPTIONS: captions is not None}
         for metric in self.metrics:
             for need in metric.needs:
                 if not given[need]:
@@ -108,7 +121,7 @@ class Evaluator:
         needed = {need for metric in self.metrics for need in metric.needs}
         self._batch, self._progress = batch, progress
         loaded = reference if isinstance(reference, Reference | None) else load_reference(reference)
-        self._tools = Tools(reference=loaded, encoder=encoder)
+        self._tools = Tools(reference=loaded, encoder=encoder, captions=captions)
         if DETECTOR in needed:
             self._tools.detector = find_detector(detector, loaded, device)
         if REFERENCE in needed and loaded is None:

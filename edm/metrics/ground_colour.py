@@ -1,24 +1,21 @@
 """Whether images have the ground that their prompts ask for: "a red apple on a blue ground, left".
 
-The ground of an image is the median colour of its two top and two bottom rows of pixels, which the captioned pictures
-of `edm.small_teachers.captions` leave free. It is right if no other ground of those pictures is nearer to it than the
-one that the prompt names.
+The ground of an image is the median colour of its two top and two bottom rows of pixels, for pictures that leave those
+free. It is right if the colour of no other ground that prompts may ask for (`edm.metrics.caption_template`) is nearer.
 """
 
-import re
 from collections.abc import Sequence
 
 import torch
 
 import dnnlib
-from edm.small_teachers.captions import GROUNDS
 
+from .caption_template import CAPTIONS_FILE, CaptionTemplate
 from .measure import IMAGES, Collection, Rows
-from .metric import Metric, Tools
+from .metric import CAPTIONS, Metric, Tools
 from .sources import ImageSource
 
 FREE_ROWS = 2  # at the top, and at the bottom
-NAMED = re.compile(rf"\b({'|'.join(GROUNDS)}) ground\b")
 
 
 def colours(images: torch.Tensor) -> torch.Tensor:
@@ -27,32 +24,36 @@ def colours(images: torch.Tensor) -> torch.Tensor:
     return rows.float().flatten(2).median(dim=2).values.expand(-1, 3)
 
 
-def named(prompts: Sequence[str]) -> list[int]:
-    """Which of GROUNDS each prompt names. Errors: UserError naming the first that names none."""
-    found = [NAMED.search(prompt) for prompt in prompts]
-    if None in found:
-        prompt = prompts[found.index(None)]
-        raise dnnlib.UserError(
-            f"--metrics: {prompt[:80]!r} names no ground; this metric is for prompts such as 'a red apple on a"
-            f" blue ground', with {', '.join(GROUNDS)}"
-        )
-    return [list(GROUNDS).index(match[1]) for match in found if match]
+def asked_grounds(prompts: Sequence[str], captions: CaptionTemplate) -> list[int]:
+    """Which of `captions.grounds` each prompt asks for.
+
+    Errors: UserError when there are none, or naming the first prompt that asks for none of them.
+    """
+    if not captions.grounds:
+        raise dnnlib.UserError(f"--metrics: {CAPTIONS_FILE} lists no grounds; add them, or leave that metric out")
+    numbers, found = {text: number for number, text in enumerate(captions.grounds)}, []
+    for prompt in prompts:
+        ground = captions.parts(prompt)["ground"]
+        if ground not in numbers:
+            raise dnnlib.UserError(
+                f"--metrics: {prompt[:80]!r} asks for no ground that {CAPTIONS_FILE} lists: {', '.join(numbers)[:200]}"
+            )
+        found.append(numbers[ground])
+    return found
 
 
-def share_right(found: torch.Tensor, prompts: Sequence[str]) -> float:
+def share_right(found: torch.Tensor, prompts: Sequence[str], captions: CaptionTemplate) -> float:
     """The share of the images that have the ground of their prompt. found: their colours, [N, 3]."""
-    nearest = torch.cdist(found, torch.tensor(list(GROUNDS.values()), dtype=torch.float32)).argmin(dim=1)
-    return (nearest == torch.tensor(named(prompts))).double().mean().item()
+    grounds = torch.tensor(list(captions.grounds.values()), dtype=torch.float32)
+    nearest = torch.cdist(found, grounds).argmin(dim=1)
+    return (nearest == torch.tensor(asked_grounds(prompts, captions))).double().mean().item()
 
 
 class Grounds(Rows):
-    """The colours of the grounds of images, and their prompts.
+    """The colours of the grounds of images, and their prompts. Errors: UserError as for `asked_grounds`."""
 
-    Errors: UserError naming the first prompt that names no ground.
-    """
-
-    def __init__(self, prompts: Sequence[str]):
-        named(prompts)
+    def __init__(self, prompts: Sequence[str], captions: CaptionTemplate):
+        asked_grounds(prompts, captions)
         super().__init__(len(prompts), 3, colours)
         self.prompts = prompts
 
@@ -60,7 +61,7 @@ class Grounds(Rows):
 class GroundMetric(Metric):
     """The share of images whose ground is right."""
 
-    kind, needs = "ground", ()
+    kind, needs = "ground", (CAPTIONS,)
 
     @property
     def least(self) -> int:
@@ -71,8 +72,10 @@ class GroundMetric(Metric):
         return self.kind
 
     def collect(self, source: ImageSource, tools: Tools) -> Collection:
+        assert tools.captions is not None
         texts, own = self.prompts_of(source)
-        return Collection(self.num, IMAGES, Grounds([texts[number] for number in own]))
+        return Collection(self.num, IMAGES, Grounds([texts[number] for number in own], tools.captions))
 
     def values(self, found: Grounds, tools: Tools) -> dict[str, float]:
-        return {"ground": share_right(found.values[: self.num], found.prompts[: self.num])}
+        assert tools.captions is not None
+        return {"ground": share_right(found.values[: self.num], found.prompts[: self.num], tools.captions)}

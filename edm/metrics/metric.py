@@ -9,12 +9,14 @@ import torch
 
 import dnnlib
 
+from .caption_template import CaptionTemplate
 from .detector import Detector
 from .measure import Collection
 from .reference import Reference
 from .sources import ImageSource
 
-DETECTOR, REFERENCE, REAL, ENCODER = "detector", "reference", "real", "encoder"  # of `Tools`
+# Of `Tools`.
+DETECTOR, REFERENCE, REAL, ENCODER, CAPTIONS = "detector", "reference", "real", "encoder", "captions"
 
 
 class TextImageEncoder(Protocol):
@@ -45,12 +47,14 @@ class Tools:
     reference: statistics of real images' features
     real:      the features of real images, float32 [N, D] on the CPU
     encoder:   embeds images and prompts in one space
+    captions:  how the prompts are built
     """
 
     detector: Detector | None = None
     reference: Reference | None = None
     real: torch.Tensor | None = None
     encoder: TextImageEncoder | None = None
+    captions: CaptionTemplate | None = None
 
 
 class Metric(ABC):

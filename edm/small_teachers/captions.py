@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from edm.metrics.caption_template import CaptionTemplate
+
 from .pictures import EMOJI_CANVAS, EMOJI_FONT, EMOJI_SIZE, Picture, check_source
 
 FOOD_AND_ANIMALS = ((0x1F32D, 0x1F380), (0x1F400, 0x1F43D))
@@ -23,6 +25,7 @@ GROUNDS = {
     "black": (20, 20, 24),
 }
 PLACES = ("left", "middle", "right")
+TEMPLATE = "{name} on {ground} ground, {place}"
 # The pictures of the embedded text-to-image teacher, which is too small to learn all of them.
 DEMO_PICTURES = (
     *("hot dog", "cactus", "tulip", "sunflower", "maple leaf", "four leaf clover", "mushroom", "tomato"),
@@ -102,7 +105,13 @@ class CaptionedEmoji:
 
 
 def caption(name: str, ground: str, place: str) -> str:
-    return f"{_with_article(name)} on {_with_article(ground)} ground, {place}"
+    return TEMPLATE.format(name=_with_article(name), ground=_with_article(ground), place=place)
+
+
+def template(names: Sequence[str]) -> CaptionTemplate:
+    """How the captions of pictures with these names are built, for the metrics that look for parts of them."""
+    grounds = {_with_article(ground): colour for ground, colour in GROUNDS.items()}
+    return CaptionTemplate(TEMPLATE, [_with_article(name) for name in names], grounds)
 
 
 def _with_article(name: str) -> str:
