@@ -28,6 +28,7 @@ LEAST_BETA = 2.0**-23  # the least noise in float32: sigma 3e-4
 MOST_STEPS = 1000  # that a text-to-image pipeline may be asked for
 LEVELS = 1_000_001  # noise levels between 0 and the first, of which a consistency model's scheduler takes any
 RHO = 7.0  # their spacing
+MAX_DIFFERENCE = 1e-3  # of a scheduler's noise level from the generator's, relative to it
 
 
 def diffusion_steps(net: WrappedDenoiser, steps: Steps, model: Any) -> tuple[Any, str]:
@@ -42,7 +43,7 @@ def diffusion_steps(net: WrappedDenoiser, steps: Steps, model: Any) -> tuple[Any
         block = math.ceil((last + 1) / len(steps))
         called = [block * k - 1 for k in range(len(steps), 0, -1)]
         set_times(model, times, called)
-        return euler_scheduler(net, called, steps.levels), f"num_inference_steps={len(steps)}"
+        return euler_scheduler(net, called, steps.levels, "--to=diffusers"), f"num_inference_steps={len(steps)}"
     if steps.noise == "fresh" and net.prediction == "v":
         scheduler, call = _consistency_scheduler(steps.levels)
         scheduler.set_timesteps(timesteps=call)
@@ -50,24 +51,32 @@ def diffusion_steps(net: WrappedDenoiser, steps: Steps, model: Any) -> tuple[Any
         for parameter in model.conv_out.parameters():
             parameter.data.neg_()
         return scheduler, f"timesteps={call}"
-    of = " for a network that doesn't predict v" if steps.noise == "fresh" else ""
+    reason = " for a network that doesn't predict v" if steps.noise == "fresh" else ""
     raise UserError(
         f"--to=diffusers: the library has no scheduler for a generator of {len(steps)} steps with"
-        f" --steps-noise={steps.noise}{of}; distil with --steps-noise=ddim, or {ADVICE}"
+        f" --steps-noise={steps.noise}{reason}; distil with --steps-noise=ddim, or {ADVICE}"
     )
 
 
-def euler_scheduler(net: WrappedDenoiser, times: list[int], levels: tuple[float, ...]) -> Any:
+def euler_scheduler(net: WrappedDenoiser, times: list[int], levels: tuple[float, ...], option: str) -> Any:
     """An Euler scheduler that calls the model at `times` in len(times) steps, at these noise levels; both fall.
 
     Between two times, it has the noise level of the lower one, and hardly any below the last: asked for more steps, it
     changes images only at `times`, where it comes to them.
+
+    option: named in messages.
+    Errors: UserError when the scheduler, which computes in float32, has other noise levels than these.
     """
     signals = {0: 1 - LEAST_BETA} | {t: 1 / (1 + s**2) for t, s in zip(reversed(times), reversed(levels))}
     betas, product = [0.0] * (times[0] + 1), torch.ones(())
     for t, signal in signals.items():
         betas[t] = 1 - signal / product.double().item()
         product *= 1 - torch.tensor(betas[t])  # in float32, as the scheduler
+        if not abs(product.item() / signal - 1) < 2 * MAX_DIFFERENCE:
+            raise UserError(
+                f"{option}: the library's scheduler can't start at noise level {levels[0]:g}, in float32; distil from a"
+                f" lower --init_sigma, or {ADVICE}"
+            )
     return library().EulerDiscreteScheduler(
         trained_betas=betas,
         num_train_timesteps=len(betas),

@@ -90,7 +90,7 @@ def _diffusion_scheduler(net: TextDenoiser, steps: Steps) -> tuple[Any, str]:
             f" distil with --init_sigma={start:.8g}"
         )
     arguments = "num_inference_steps=1" if len(steps) == 1 else f"timesteps={whole}"
-    return euler_scheduler(net, whole, steps.levels), f'prompt="...", {arguments}, guidance_scale=1'
+    return euler_scheduler(net, whole, steps.levels, "--to=lora"), f'prompt="...", {arguments}, guidance_scale=1'
 
 
 def _flow_scheduler(net: TextDenoiser, steps: Steps) -> tuple[Any, str]:

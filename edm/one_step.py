@@ -10,6 +10,7 @@ from training.parameterisations import DiscreteTimes, WrappedDenoiser
 
 NAMED = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # how every scheduler of a diffusion names them
 ADVICE = "save it as .safetensors"
+LEAST_DIFFERENCE = 1e-4  # of embedded times that are told apart: their smallest singular value to the largest
 
 
 class OneStep:
@@ -29,6 +30,7 @@ class OneStep:
 
 
 def refuse_whole_times(net: WrappedDenoiser) -> None:
+    """Errors: UserError when a network takes whole times only, between which pipelines call it."""
     if isinstance(net.times, DiscreteTimes) and net.times.nearest:
         raise UserError(f"--to=diffusers: the pipelines call a model at times that aren't whole; {ADVICE}")
 
@@ -42,7 +44,7 @@ def set_times(model: Any, times: Sequence[float], called: Sequence[float], featu
     times, called:    as many; those of `called` differ from each other.
     features_of_time: e of the times that it should answer for, if it isn't the model's own.
 
-    Errors: UserError when e(t) has too few numbers to tell the times apart.
+    Errors: UserError when e(t) has too few numbers to tell the times of `called` apart.
     """
     if hasattr(model, "time_embedding"):
         embeddings = [(model.time_proj, model.time_embedding.linear_1)]
@@ -57,7 +59,7 @@ def set_times(model: Any, times: Sequence[float], called: Sequence[float], featu
         at = features(torch.tensor(called, dtype=torch.float32)).double()  # [n, number of features]
         wanted = (features_of_time or features)(torch.tensor(times, dtype=torch.float32)).double()
         mean, others = (wanted - at).mean(dim=0), at - at.mean(dim=0)
-        if torch.linalg.matrix_rank(others) < len(called) - 1:
+        if torch.linalg.matrix_rank(others, rtol=LEAST_DIFFERENCE) < len(called) - 1:
             raise UserError(f"--to=diffusers: its embedding of time is too small for {len(called)} steps; {ADVICE}")
         change = torch.linalg.pinv(others) @ (wanted - at - mean)  # [features, features]: others @ change = the rest
         weight = first.weight.data.double()

@@ -158,6 +158,16 @@ def test_what_the_library_cannot_make(tmp_path, kind):
     assert not (tmp_path / "folder").exists()
 
 
+@pytest.mark.parametrize(("changes", "level"), [({}, 800.0), ({}, 15e3), ({"num_train_timesteps": 4000}, 5e8)])
+def test_a_start_that_float32_cannot_hold_is_refused(tmp_path, changes, level):
+    scheduler = {**ZERO_SNR_V, "rescale_betas_zero_snr": not changes, **changes}
+    net = as_generator(denoiser({}, scheduler), 2, shift=0.01, init_sigma=level)
+    with pytest.raises(
+        UserError, match=r"^--to=diffusers: .* can't start at noise level .*; distil from a lower --init"
+    ):
+        diffusers_pipelines.write(net, tmp_path / "folder")
+
+
 # --- the times
 
 
@@ -180,7 +190,8 @@ def test_one_time_needs_a_bias_only():
     assert torch.equal(layer.weight, before)
 
 
-def test_a_small_embedding_cannot_tell_many_times_apart(tmp_path):
-    net = as_generator(denoiser({"block_out_channels": [4, 4]}), 8)
+@pytest.mark.parametrize("width", [4, 8])  # with 8, the times differ by no more than rounding
+def test_a_small_embedding_cannot_tell_many_times_apart(tmp_path, width):
+    net = as_generator(denoiser({"block_out_channels": [width, width]}), 8)
     with pytest.raises(UserError, match="its embedding of time is too small for 8 steps"):
         diffusers_pipelines.write(net, tmp_path / "folder")
