@@ -268,6 +268,8 @@ def test_references_of_data_are_measured_once(tmp_path, detector, monkeypatch):
     made = Evaluator(data=folder, **options).reference
     np.testing.assert_allclose(made.sigma, np.cov(detector.features(images).double().numpy().T), atol=1e-6)
     assert made.record["num_images"] == 20
+    made.path.write_bytes(made.path.read_bytes()[:-100])
+    assert np.array_equal(Evaluator(data=folder, **options).reference.mu, made.mu)
     measured = []
     monkeypatch.setattr(data_reference, "make_reference", lambda _source, file, *_: measured.append(file))
     for same in (folder, tmp_path / "real.zip"):  # by content: a zip of the same images is the same data set

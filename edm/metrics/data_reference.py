@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import dnnlib
 from dnnlib.download import cache_folder, hash_file
@@ -20,7 +21,8 @@ def data_reference(
 ) -> Reference:
     """Reference statistics of the images of a folder, zip or `.npz` with arr_0; every process must call it.
 
-    What was measured before with the same detector comes from the cache folder, wherever the same images lie now.
+    What was measured before with the same detector comes from the cache folder, wherever the same images lie now. A
+    damaged file there is made again.
     Errors: UserError when there are no two usable images, or the cache folder can't be written.
     """
     path = data_path(path)
@@ -34,9 +36,19 @@ def data_reference(
             raise dnnlib.UserError(
                 f"{file.parent} can't be made ({error.strerror}); let DNNLIB_CACHE_DIR name another folder"
             ) from None
-    if not distributed.from_process_0(file is not None and file.is_file()):
-        make_reference(source, file, detector, batch, progress)
-    return distributed.from_process_0(load_reference(file) if file is not None else None)
+    found = distributed.from_process_0(None if file is None else _kept(file))
+    if found is not None:
+        return found
+    make_reference(source, file, detector, batch, progress)
+    return distributed.from_process_0(None if file is None else load_reference(file))
+
+
+def _kept(file: Path) -> Reference | None:
+    """The statistics in a file of the cache folder; None if there are none, or the file is damaged."""
+    try:
+        return load_reference(file) if file.is_file() else None
+    except dnnlib.UserError:
+        return None
 
 
 def make_reference(
