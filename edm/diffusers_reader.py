@@ -43,13 +43,8 @@ def read(path: Path) -> tuple[WrappedDenoiser, dict[str, Any]]:
     """(denoiser, metadata) of a folder. Errors: UserError when it is damaged or not supported."""
     with _named(path):
         folder, scheduler, vae_folder = _parts(path)
-        config = read_config(folder / CONFIG_FILE)
-        metadata = config.pop("_metadata", {})
-        model = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+        model, metadata = _model(folder, path)
         is_text = _is_text(model)
-        metadata = network_files.checked_metadata(metadata or {"kind": "teacher", **licence(path)}, path)
-        if metadata.get(PIPELINE_ONLY):
-            raise UserError("is for the library's own pipeline; load the snapshot that it was made of")
         settings = _settings(path, model, scheduler, vae_folder)
         state = {f"net.{name}": tensor for name, tensor in weights(folder).items()}
         if is_text:
@@ -69,8 +64,7 @@ def shapes(path: Path) -> WrappedDenoiser:
     """
     with _named(path):
         folder, scheduler, vae_folder = _parts(path)
-        model = {name: value for name, value in read_config(folder / CONFIG_FILE).items() if name[0] != "_"}
-        model["_class_name"] = read_config(folder / CONFIG_FILE).get("_class_name")
+        model, _ = _model(folder, path)
         cls = TextDenoiser if _is_text(model) else DiffusersDenoiser
         settings = _settings(path, model, scheduler, vae_folder)
         with shapes_only():
@@ -97,6 +91,19 @@ def _named(path: Path) -> Iterator[None]:
         if error.message.startswith((f"{path}: ", f"{path}{os.sep}")):
             raise
         raise UserError(f"{path}: {error.message}") from None
+
+
+def _model(folder: Path, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the configuration of a model, its metadata) in its own folder. path: of the pipeline, if it is in one.
+
+    Errors: UserError when they are damaged, or the model is called rightly by its pipeline alone.
+    """
+    config = read_config(folder / CONFIG_FILE)
+    recorded = config.pop("_metadata", {}) or {"kind": "teacher", **licence(path)}
+    metadata = network_files.checked_metadata(recorded, path)
+    if metadata.get(PIPELINE_ONLY):
+        raise UserError("is for the library's own pipeline; load the snapshot that it was made of")
+    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, metadata
 
 
 def _check_vae(net: WrappedDenoiser, vae_folder: Path | None) -> None:

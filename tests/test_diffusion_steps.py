@@ -67,8 +67,9 @@ def test_images(tmp_path, scheduler, steps, noise, shift):
     expected = our_images(net, labels)
     assert_close(found, expected, 1e-4)
     assert (our_images(net, labels, Steps((2.5,))) - expected).abs().max() > 0.01  # of one step
-    with pytest.raises(UserError, match="is for the library's own pipeline; load the snapshot"):
-        zoo.load_denoiser(tmp_path / "pipeline")
+    for load in (zoo.load_denoiser, zoo.load_shapes):
+        with pytest.raises(UserError, match="is for the library's own pipeline; load the snapshot"):
+            load(tmp_path / "pipeline")
 
 
 def test_images_of_latents(tmp_path):
