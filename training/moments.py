@@ -13,6 +13,7 @@ from dnnlib import UserError
 from torch_utils.precision import without_autocast
 
 ATTRIBUTE = "start_moments"  # of a generator that starts from such noise; its name in a network's file
+ROUNDING = 1e-9  # of the sum of all variances: smaller ones are rounding errors
 LEAST = 0.1  # of the noise's variance; directions in which images vary less are left out
 MAX_VALUES = 1 << 25  # of all directions together, 128 MiB in every snapshot; large images have fewer directions
 
@@ -35,24 +36,27 @@ class Moments(torch.nn.Module):
 
     @classmethod
     def of(cls, images: torch.Tensor) -> "Moments":
-        """Those of images, float [N, C, H, W]: at most N - 1 directions, by falling variance."""
+        """The moments of images, float [N, C, H, W] with N > 1: at most N - 1 directions, by falling variance."""
         centred = images.flatten(1).to(torch.float64, copy=True)
         mean = centred.mean(dim=0)
         centred -= mean  # in place, since large images take much memory
         values, vectors = torch.linalg.eigh(centred @ centred.T / (len(images) - 1))
         values, vectors = values.flip(0), vectors.flip(1)
-        some = values > 1e-9 * values.sum()  # rounding leaves others near 0
-        directions = vectors[:, some].T @ centred
+        kept = values > ROUNDING * values.sum()
+        directions = vectors[:, kept].T @ centred
         directions /= directions.norm(dim=1, keepdim=True)
-        return cls(mean.reshape(images.shape[1:]), directions, values[some])
+        return cls(mean.reshape(images.shape[1:]), directions, values[kept])
 
     def for_noise(self, sigma: float) -> "Moments":
-        """Without the directions that noise of this level hides, and the least of too many large ones."""
+        """The same without the directions that noise of this level hides, and with `most_directions` at most.
+
+        The directions that stay are those of the largest variances.
+        """
         kept = min(int((self.variances > LEAST * sigma**2).sum()), most_directions(self.mean.numel()))
         return type(self)(self.mean, self.directions[:kept].clone(), self.variances[:kept].clone())  # frees the others
 
     def forward(self, z: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Noise with the moments of images of noise level sigma. z: standard normal, float32 [N, C, H, W]."""
+        """Noise with the moments of images of noise level sigma, float32 [N, C, H, W]. z: standard normal, likewise."""
         with without_autocast(z.device):
             widths = (self.variances + sigma**2).sqrt() - sigma
             along = z.flatten(1) @ self.directions.T
@@ -70,7 +74,10 @@ def start_of(net: Any) -> Moments | None:
 
 
 def refuse(net: Any, where: str, who: str) -> None:
-    """Errors: UserError when `net` starts from such noise, which others can't make. where: named first. who: they."""
+    """Errors: UserError when `net` is a generator that starts from such noise, for programs that can't make it.
+
+    where: how the message begins, such as an option. who: the programs and their verb, "the library's pipelines know".
+    """
     if start_of(net) is not None:
         raise UserError(
             f"{where}: {who} plain noise only, and this generator starts from noise with the moments of images: save it"
