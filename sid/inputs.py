@@ -262,6 +262,19 @@ def check_noise_levels(teacher: DenoiserModule, config: DistillationConfig) -> N
         raise UserError(f"the teacher of --edm_model knows one noise level only; give {' '.join(wrong)}")
 
 
+def makes_samples(teacher: DenoiserModule, needed_by: Mapping[str, str]) -> bool:
+    """Whether a teacher makes samples. One that knows one noise level only makes none.
+
+    needed_by: {an option that needs samples, for the message: what to give in its place}.
+    Errors: UserError naming the first of these options, when there are some and the teacher makes no samples.
+    """
+    if only_sigma(teacher) is None:
+        return True
+    for option, advice in needed_by.items():
+        raise UserError(f"{option}: the teacher knows one noise level only, so it makes no samples; give {advice}")
+    return False
+
+
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 

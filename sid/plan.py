@@ -9,13 +9,13 @@ import torch
 from dnnlib import UserError
 from edm.snapshot_metrics import MultiStepFid
 from torch_utils import checkpoint, distributed, run_folder
-from training.denoiser import DenoiserModule, only_sigma
+from training.denoiser import DenoiserModule
 from training.moments import Moments
 from training.training_loop import Stretch
 
 from .calibration import choose_tmax
 from .config import MEASURED, DistillationConfig, resolve
-from .inputs import Inputs, guided_teacher
+from .inputs import Inputs, guided_teacher, makes_samples
 from .run_options import RunOptions
 from .start import choose_start
 from .state import SavedState
@@ -78,7 +78,8 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: RunOptions, d
     saved = None if file is None else SavedState(file, inputs.weight_hashes(config))
     distance = measure_teacher(inputs, config, with_trials, device, saved_value(saved, "tmax") is None)
     asked, measured, trials, dropped = config, {}, None, 0
-    moments = distance and distance.moments if saved is None and config.init_noise == "moments" else None
+    has_moments = config.init_noise == "moments"
+    moments = None if distance is None or saved is not None or not has_moments else distance.moments
     choices = {
         "init_sigma": lambda: choose_start(inputs.teacher, distance, moments),
         "tmax": lambda: choose_tmax(distance and distance.calibration),
@@ -88,7 +89,7 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: RunOptions, d
             value, record = settle(option, choices[option], saved)
             config = dataclasses.replace(config, **{option: value})
             measured |= record
-    start = start_moments(moments, inputs.teacher, config, saved) if config.init_noise == "moments" else None
+    start = start_moments(moments, inputs.teacher, config, saved) if has_moments else None
     if with_trials:
         trials = plan_trials(config, options.trials, options.given, inputs.teacher)
         config = trials.fitting(saved and saved.options, options.given)
@@ -148,12 +149,10 @@ def measure_teacher(
     """
     teacher: Any = inputs.teacher
     has_moments = config.init_noise == "moments"
-    if only_sigma(teacher) is not None:
-        reason = "the teacher knows one noise level only, so it makes no samples; give"
-        if with_trials:
-            raise UserError(f"--trials: {reason} --trials=0")
-        if has_moments:
-            raise UserError(f"--init-noise=moments: {reason} --init-noise=white")
+    needed_by = {"--trials": "--trials=0"} if with_trials else {}
+    if has_moments:
+        needed_by["--init-noise=moments"] = "--init-noise=white"
+    if not makes_samples(teacher, needed_by):
         return None
     measured = None in [getattr(config, name) for name in MEASURED]
     if not (with_trials or config.returns or has_moments or measured or config.total_kimg >= WORTH_SAMPLES_KIMG):
@@ -185,6 +184,7 @@ def settle(
     """
     value, name = saved_value(saved, option), RECORDS[option]
     if saved is not None and value is not None:
-        return value, dict(zip((name,), run_folder.recorded(saved.path.parent, name)))
+        found = run_folder.recorded(saved.path.parent, name)
+        return value, {name: found[0]} if found else {}
     value, record = distributed.from_process_0(choose() if distributed.rank() == 0 else None)
     return value, {} if record is None else {name: record}

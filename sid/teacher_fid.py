@@ -20,11 +20,10 @@ from edm.published import FILES, reference_of
 from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
 from torch_utils import distributed
 from torch_utils.records import is_figure
-from training.denoiser import only_sigma
 from training.guidance import GuidedDenoiser
 
 from .config import DistillationConfig
-from .inputs import Inputs, guided_teacher
+from .inputs import Inputs, guided_teacher, makes_samples
 
 SHARE = 0.5  # evaluations per image of the run that are worth it; the run itself takes about ten
 
@@ -41,7 +40,8 @@ def teacher_fid(
     source: the teacher's file. wanted: whether to measure it; None: if that takes at most SHARE evaluations per image
         of the run.
     Returns None if it isn't known and wasn't measured, or the run measures no FID.
-    Errors: UserError when it's wanted and the run measures no FID, or the images fit no metric.
+    Errors: UserError when it's wanted and the run measures no FID or the teacher makes no samples, or the images fit no
+    metric.
     """
     metric = None if inputs.evaluator is None else first_fid(inputs.evaluator)
     if inputs.evaluator is None or metric is None:
@@ -49,7 +49,7 @@ def teacher_fid(
             raise UserError("--measure-teacher: the run measures no FID; give --metrics=fid50k, for instance")
         return None
     teacher = guided_teacher(inputs.teacher, inputs.guide, config.guidance)
-    if only_sigma(teacher) is not None:  # it can't be sampled in several steps
+    if not makes_samples(inputs.teacher, {"--measure-teacher": "--measure-teacher=0"} if wanted else {}):
         return None
     evaluator = inputs.evaluator.only(metric)
     file = cache_folder() / "teacher-fid" / f"{_key(inputs, config, evaluator)}.json"

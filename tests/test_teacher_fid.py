@@ -134,7 +134,9 @@ def test_nothing_to_measure(inputs):
     with pytest.raises(UserError, match=r"^--measure-teacher: the run measures no FID; give --metrics=fid50k"):
         find(without, True)
     inputs.teacher.metadata = {"sigma": 0.37}  # a teacher of one noise level can't be sampled
-    assert find(inputs, True) is find(inputs, True, guidance="long=3") is None
+    assert find(inputs) is find(inputs, False, guidance="long=3") is None
+    with pytest.raises(UserError, match=r"^--measure-teacher: the teacher knows one noise level only, .*-teacher=0$"):
+        find(inputs, True, guidance="long=3")
 
 
 def test_a_run_says_and_records_it(reference, tmp_path, capsys):
