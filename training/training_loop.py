@@ -5,7 +5,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -182,11 +182,32 @@ def training_loop(
     return training.ema
 
 
+class Progress(Protocol):
+    """Where a training is; a state records these attributes (`checkpoint.PROGRESS`)."""
+
+    nimg: int  # images that it has learnt from
+    tick: int  # how many ticks have ended
+    elapsed_sec: float  # up to its last state
+    at_snapshot: bool  # whether the last iteration ends with a snapshot
+
+
+class LoopConfig(Protocol):
+    """What a training's config says about its length, and about ticks, states and snapshots: see `TrainingConfig`."""
+
+    total_kimg: float
+    batch: int
+    kimg_per_tick: float
+    snapshot_ticks: int
+    state_ticks: int
+    save_minutes: float
+    keep_states: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Routine:
     """What `run_to_end` trains, and what a training does there; every process calls each of the functions."""
 
-    progress: Any  # has the attributes `checkpoint.PROGRESS`
+    progress: Progress
     networks: dict[str, torch.nn.Module]  # what must stay finite, and equal on all processes
     device: torch.device
     iteration: Callable[[], None]  # trains on one batch
@@ -221,15 +242,14 @@ WHOLE_RUN = Stretch()
 
 def run_to_end(
     routine: Routine,
-    config: Any,
+    config: LoopConfig,
     run_dir: Path,
     stretch: Stretch = WHOLE_RUN,
     interruption: Interruption | None = None,
 ) -> None:
     """Iterates to the end of a stretch of a run, with ticks, training states and snapshots on the way.
 
-    config: as for `milestones`, with `total_kimg`, `keep_states` and `save_minutes`. run_dir: takes statistics and
-    states. interruption: an open one, if it is to last longer than this call.
+    run_dir: takes statistics and states. interruption: an open one, if it is to last longer than this call.
     Errors: DivergenceError when weights aren't finite; SystemExit (EXIT_CODE) when a signal asked to stop.
     """
     progress, networks, device = routine.progress, routine.networks, routine.device
@@ -277,11 +297,10 @@ def run_to_end(
 
 
 @contextlib.contextmanager
-def advised(run_dir: Path, progress: Any, batch: int, rates: str, details: str = "") -> Iterator[None]:
+def advised(run_dir: Path, progress: Progress, batch: int, rates: str, details: str = "") -> Iterator[None]:
     """Adds to a DivergenceError raised while open what to do next.
 
-    progress: has `nimg`. batch: images per iteration. rates: the options of the learning rates. details: about the
-    run, added in brackets.
+    batch: images per iteration. rates: the options of the learning rates. details: about the run, added in brackets.
     """
     try:
         yield
@@ -295,11 +314,10 @@ def advised(run_dir: Path, progress: Any, batch: int, rates: str, details: str =
         raise DivergenceError(error.reason, advice + (f" ({details})" if details else "")) from None
 
 
-def milestones(progress: Any, config: Any, end_img: int, interruption: Interruption) -> tuple[bool, bool]:
+def milestones(progress: Progress, config: LoopConfig, end_img: int, interruption: Interruption) -> tuple[bool, bool]:
     """(whether a tick ends, whether a state is to be saved) after an iteration of any training.
 
-    progress: has `nimg`, `tick` and `at_snapshot`; the latter two are brought up to date. config: of this training,
-    with `batch`, `kimg_per_tick`, `snapshot_ticks` and `state_ticks`. end_img: images after which it ends. Every
+    progress: its `tick` and `at_snapshot` are brought up to date. end_img: images after which the training ends. Every
     process must call it.
     """
     tick_img = config.kimg_per_tick * 1000
