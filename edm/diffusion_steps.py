@@ -1,15 +1,15 @@
 """The steps of a generator that was distilled from a diffusion, as schedulers of the diffusers library make them.
 
-Its schedulers work on x = x0 + s n, as generators do, at the noise levels s of the steps. They make the next step's x,
-at level r, of this one's, where D is the clean image by the network's answer F:
+The library's schedulers work on x = x0 + s n, as generators do, at the noise levels s of the steps. From the x of one
+step they make that of the next, at level r. D is the clean image by the network's answer F, and n fresh noise:
 
     scheduler                       D                                                 next x
     EulerDiscreteScheduler          as here, of a prediction of the noise, v or x0    D + r (x - D) / s   ddim
     CMStochasticIterativeScheduler  x / (1 + s^2) + s F / sqrt(1 + s^2), so F is -v   D + r n             fresh
 
-The schedulers that draw fresh noise for a prediction of the noise (LCM, TCD) have x / sqrt(1 + s^2) start as n, not as
-s n / sqrt(1 + s^2). All call a model at times of their own choice, which the model is made to take for those of the
-levels (`set_times`).
+The library's other schedulers with fresh noise (LCM, TCD) start at x / sqrt(1 + s^2) = n instead of
+s n / sqrt(1 + s^2), so they don't fit. All schedulers call the model at times of their own choice; `set_times` changes
+the model so that it takes these for the times of the levels.
 """
 
 import math
@@ -26,15 +26,16 @@ from .one_step import ADVICE, NAMED, OneStep, set_times
 
 LEAST_BETA = 2.0**-23  # the least noise in float32: sigma 3e-4
 MOST_STEPS = 1000  # that a text-to-image pipeline may be asked for
-LEVELS = 1_000_001  # noise levels between 0 and the first, of which a consistency model's scheduler takes any
+LEVELS = 1_000_001  # of a consistency model's scheduler, from 0 to that of the first step; a step has the nearest one
 RHO = 7.0  # their spacing
 MAX_DIFFERENCE = 1e-3  # of a scheduler's noise level from the generator's, relative to it
 
 
 def diffusion_steps(net: WrappedDenoiser, steps: Steps, model: Any) -> tuple[Any, str]:
-    """(scheduler, how many steps or which times a pipeline is called with) of a generator.
+    """(scheduler, the argument with which its pipeline is called: the number of steps, or their times) of a generator.
 
-    net: the generator, of a diffusion. model: a copy of the library's model in it, which is changed for the scheduler.
+    net: the generator, of a diffusion. model: a copy of the library's model in it, whose weights are changed to fit the
+         scheduler.
     Errors: UserError when the library has no such scheduler.
     """
     times = [OneStep(net, level).t for level in steps.levels]
@@ -87,7 +88,7 @@ def euler_scheduler(net: WrappedDenoiser, times: list[int], levels: tuple[float,
 
 
 def _consistency_scheduler(levels: tuple[float, ...]) -> tuple[Any, list[int]]:
-    """A scheduler of consistency models and the `timesteps` at which it has these noise levels."""
+    """A scheduler of consistency models, and the `timesteps` at which it has these noise levels to within 1e-4."""
     scheduler = library().CMStochasticIterativeScheduler(
         num_train_timesteps=LEVELS, sigma_min=0.0, sigma_max=levels[0], sigma_data=1.0, rho=RHO, clip_denoised=False
     )

@@ -56,11 +56,14 @@ class Alignment:
         return found
 
     def _standard_error(self) -> float:
-        """The standard error of the mean score over the prompts, since images of one prompt resemble each other."""
-        units = self.numbers.unique(return_inverse=True)[1]
-        units = units if units.max() > 0 else torch.arange(len(units))
-        count = int(units.max()) + 1
-        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, units, self.scores - self.scores.mean())
+        """The standard error of the mean score over the prompts, since images of one prompt resemble each other.
+
+        With a single prompt it is the error over the images, and 0 for a single image.
+        """
+        groups = self.numbers.unique(return_inverse=True)[1]
+        groups = groups if groups.max() > 0 else torch.arange(len(groups))
+        count = int(groups.max()) + 1
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, self.scores - self.scores.mean())
         return (sums.square().sum() * count / max(count - 1, 1)).sqrt().item() / len(self.scores)
 
 
@@ -82,6 +85,7 @@ def align(images: torch.Tensor, texts: torch.Tensor, prompts: Sequence[str], num
 
 
 def _directions(embeddings: torch.Tensor) -> torch.Tensor:
+    """Embeddings [N, D] with length 1. Errors: UserError as for `align`."""
     norms = embeddings.norm(dim=1, keepdim=True)
     if not (norms.isfinite() & (norms > 0)).all():
         raise UserError("--clip: some images or prompts are embedded as zeros, NaN or infinity; use another model")
@@ -176,8 +180,8 @@ def alignments_of(metrics: Iterable[Metric]) -> list[Alignment]:
 def table(alignments: Sequence[Alignment]) -> list[dict[str, Any]]:
     """One row per prompt that has images, those first that the images match least.
 
-    Several alignments, of the same prompts, count as one. The columns are the number of images, the means of their CLIP
-    scores and ranks, the share with rank 1, and the prompt that most of them match best.
+    Several alignments of the same prompts count as one. The columns are the prompt, the number of its images, the means
+    of their CLIP scores and ranks, the share with rank 1, and the prompt that most of them match best.
     """
     prompts = alignments[0].prompts
     joined = {
