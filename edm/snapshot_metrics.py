@@ -78,24 +78,34 @@ class SnapshotMetrics:
         return [name for name in names if sha256 not in known[name]]
 
 
-def recorded_fid(net: Any, source: str | os.PathLike, metric: str, detector_sha256: str | None) -> MultiStepFid | None:
+def recorded_fid(
+    net: Any, source: str | os.PathLike, metric: str, detector_sha256: str | None, reference_sha256: str | None
+) -> MultiStepFid | None:
     """A teacher's FID as its file or the run that trained it recorded it; None if neither did, by this measure.
 
-    net: the loaded network. source: its file. metric: such as fid5k. detector_sha256: of the detector to compare by.
+    net: the loaded network. source: its file. metric: such as fid5k. detector_sha256, reference_sha256: of the files of
+    the detector and of the reference statistics to compare with; None for the latter: they aren't known.
     """
     found = getattr(net, "metadata", {}).get("fid")
-    if isinstance(found, dict) and (found.get("metric"), found.get("detector_sha256")) == (metric, detector_sha256):
+    files = (detector_sha256, reference_sha256)
+    if isinstance(found, dict) and found.get("metric") == metric and _compares_with(found, *files):
         values = {int(name.removeprefix(EVALUATIONS)): value for name, value in found.items() if _is_count(name)}
         several = {count: value for count, value in values.items() if count > 1 and is_figure(value)}
         if several:
             return MultiStepFid(several[max(several)], max(several))
     records = read_metrics(Path(source).parent, metric) if Path(source).is_file() else []
-    wanted = {"network_sha256": network_hash(net), "detector_sha256": detector_sha256} if records else {}
+    sha256 = network_hash(net) if records else None
     for record in reversed(records):
-        steps = record.get("steps")
-        if all(record.get(name) == value for name, value in wanted.items()) and isinstance(steps, int) and steps > 1:
+        steps, is_own = record.get("steps"), record.get("network_sha256") == sha256
+        if is_own and _compares_with(record, *files) and isinstance(steps, int) and steps > 1:
             return MultiStepFid(measured_value(record), 2 * steps - 1)
     return None
+
+
+def _compares_with(record: dict[str, Any], detector_sha256: str | None, reference_sha256: str | None) -> bool:
+    """Whether a record of FID is by this detector, and against these reference statistics as far as both are known."""
+    references = {record.get("reference_sha256"), reference_sha256} - {None}
+    return record.get("detector_sha256") == detector_sha256 and len(references) < 2
 
 
 def fid_record(net: Any, run_dir: str | os.PathLike, metric: str) -> dict[str, Any] | None:

@@ -56,9 +56,9 @@ def teacher_fid(
     found = None
     if distributed.rank() == 0:
         if teacher is inputs.teacher:
-            found = _published_fid(source, evaluator) or recorded_fid(
-                teacher, source, metric, evaluator.detector.sha256
-            )
+            assert evaluator.reference is not None
+            measure = (metric, evaluator.detector.sha256, evaluator.reference.sha256)
+            found = _published_fid(source, evaluator) or recorded_fid(teacher, source, *measure)
         found = found or _read(file)
     found = distributed.from_process_0(found)
     evaluations = _evaluations(teacher) * (2 * METRICS_STEPS - 1)

@@ -218,12 +218,15 @@ LINE = {"kimg": 9.0, "value": 15.2, "steps": 18, "detector_sha256": "d"}  # of t
         (None, None, []),
         (None, LINE, [("teacher", 35, 15.2)]),
         (None, LINE | {"detector_sha256": "another"}, []),
+        (None, LINE | {"reference_sha256": "another"}, []),
+        (OWN_FID | {"reference_sha256": "another"}, None, []),
         (None, LINE | {"network_sha256": "another"}, []),
         (None, LINE | {"steps": None}, []),
     ],
 )
 def test_the_summary_takes_the_teachers_fid_from_its_file_or_training(tmp_path, recorded, line, row):
     records = [{"kimg": kimg, "value": value, "detector_sha256": "d"} for kimg, value in ((0, 300.0), (5, 30.0))]
+    records[0]["reference_sha256"] = "r"
     (tmp_path / "metric-fid5k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     training = tmp_path / "teacher"
     training.mkdir()

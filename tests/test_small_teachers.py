@@ -89,8 +89,9 @@ def test_it_makes_a_teacher_and_continues(gradient_teacher, tmp_path):
     made = json.loads((folder / "teacher.json").read_text())
     assert made["parameters"] == sum(parameter.numel() for parameter in net.parameters())
     assert (made["images"], made["kimg"], made["fid"]["num_images"], made["fid"]["steps"]) == (40, 0.128, 20, 18)
-    detector = load_reference(folder / "reference.npz").record["detector_sha256"]
-    known = recorded_fid(net, folder / "teacher.safetensors", "fid20", detector)
+    reference = load_reference(folder / "reference.npz")
+    files = (reference.record["detector_sha256"], reference.sha256)
+    known = recorded_fid(net, folder / "teacher.safetensors", "fid20", *files)
     assert known == MultiStepFid(made["fid"]["value"], 35)
     row = f"| gradients | 40 | 1x8x8 | 2 | {made['parameters']} | 0 |"
     assert row in result.output

@@ -105,6 +105,11 @@ def test_a_guided_teacher_has_another(inputs, tmp_path):
     inputs.teacher.metadata = {"fid": {"metric": f"fid{NUM}", "detector_sha256": detector, "evaluations_79": 7.0}}
     assert find(inputs, True) == MultiStepFid(7.0, 79)
     assert find(inputs, True, guidance="long=3") == guided
+    # Nor is it known against other statistics.
+    recorded = inputs.teacher.metadata["fid"]
+    for sha256, expected in ((inputs.evaluator.reference.sha256, MultiStepFid(7.0, 79)), ("0" * 64, plain)):
+        recorded["reference_sha256"] = sha256
+        assert find(inputs, True) == expected
 
 
 @pytest.mark.parametrize(

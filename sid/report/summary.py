@@ -31,7 +31,8 @@ def summarise(
     steps = options.get("steps", 1)
     goal = _goal(options)
     if goal is None and not guided:
-        goal = recorded_fid(teacher, options["edm_model"], metric, records[0].get("detector_sha256"))
+        detector, reference = (records[0].get(f"{name}_sha256") for name in ("detector", "reference"))
+        goal = recorded_fid(teacher, options["edm_model"], metric, detector, reference)
     if goal is not None:
         rows.append(("guided teacher" if guided else "teacher", goal.evaluations, goal.value))
     if records[0]["kimg"] == 0:
