@@ -3,20 +3,19 @@
 import dataclasses
 from typing import Any
 
-# How the run was asked for, rather than what for.
-ASKED_BY = ("given", "recipe", "arguments")
+COMMAND = ("given", "recipe", "arguments")  # fields that describe the command, not what it asks for
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """The options of sid_train.py that aren't part of a `DistillationConfig`, under the same names.
 
-    Where its files are, what measures it, how it goes on, where it runs. The types are those of parsed values; None
-    stands for an option that isn't given. `sid.options` explains each of them and checks its value.
+    They say where files are, what is measured, how the run is resumed and where it computes. The types are those of
+    parsed values; None stands for an option that isn't given. `sid.options` explains each option and checks its value.
 
     given:     names of the options that the user has given, as opposed to defaults and those of a recipe
-    recipe:    of the command line, None without one
-    arguments: the words of the command line; None for a run started from Python
+    recipe:    the name that --recipe gives; None without one
+    arguments: the words of the command line; None for a run that is started from Python
     """
 
     edm_model: str = "edm-cifar10-32x32-uncond-vp"
@@ -54,5 +53,5 @@ class RunOptions:
     arguments: list[str] | None = None
 
     def record(self) -> dict[str, Any]:
-        """The options as plain values, for the record of the run, which says apart how it was asked for."""
-        return {name: value for name, value in vars(self).items() if name not in ASKED_BY}
+        """The options as plain values for the run's record, without the fields that describe the command."""
+        return {name: value for name, value in vars(self).items() if name not in COMMAND}
