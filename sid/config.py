@@ -33,6 +33,7 @@ COMMAND_LINE = {
     "prompts_sha256": ("prompts (contents)", 1),
 }
 MEASURED = ("init_sigma", "tmax")  # `auto` on the command line, None here: measured on the teacher when a run begins
+DROPPED = "dropped_kimg"  # in a run's record: of the trials that don't go on, by which `total_kimg` is less than asked
 OPTIMIZERS = ("adam", "muon")
 ADAM_STATES = ("fp32", "bf16")
 LORA_BASES = ("full", "half")
@@ -212,7 +213,9 @@ class DistillationConfig:
     def _check_share_noise(self) -> None:
         """Both losses must be able to use the same output of the fake score."""
         if self.gan:
-            raise UserError("--share-noise: --gan shows the fake score real images, too; use --share-images=1")
+            raise UserError(
+                "--share-noise=1: --gan shows the fake score real images, too; use --share-noise=0 --share-images=1"
+            )
         if self.guidance is not None and self.guidance.fake_score_step != self.guidance.fake_score:
             raise UserError(
                 f"--share-noise: --guidance={self.guidance} guides the fake score differently in the two losses, which"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ import torch
 from dnnlib import UserError
 from edm.snapshot_metrics import MultiStepFid
 from torch_utils import checkpoint, distributed, run_folder
+from torch_utils.records import is_figure
 from training.denoiser import DenoiserModule
 from training.moments import Moments
 from training.training_loop import Stretch
 
 from .calibration import choose_tmax
-from .config import MEASURED, DistillationConfig, resolve
+from .config import DROPPED, MEASURED, DistillationConfig, resolve
 from .inputs import Inputs, guided_teacher, makes_samples
 from .run_options import RunOptions
 from .start import choose_start
@@ -44,7 +46,7 @@ class RunPlan:
     moments     of the noise that the generator starts from, on every process; None: plain noise
     goal        the teacher's FID, if it is known
     total_kimg  length of the whole run, trials included
-    dropped     images of the trials that don't go on, whether they are still to be run or not
+    dropped     images of the trials that don't go on, whether they are still to be run or not; recorded as DROPPED
     """
 
     config: DistillationConfig
@@ -61,7 +63,8 @@ class RunPlan:
     def summary(self) -> dict[str, Any]:
         """What the plan adds to the record of the run."""
         goal = {} if self.goal is None else {"teacher_fid": dataclasses.asdict(self.goal)}
-        return {**goal, **self.config.options(), **self.measured}
+        dropped = {DROPPED: self.dropped / 1000} if self.dropped else {}
+        return {**goal, **self.config.options(), **self.measured, **dropped}
 
     def after_trials(self) -> Stretch:
         """The stretch of the run that comes after its trials; the whole run where there are none."""
@@ -90,10 +93,14 @@ def make_plan(inputs: Inputs, config: DistillationConfig, options: RunOptions, d
             config = dataclasses.replace(config, **{option: value})
             measured |= record
     start = start_moments(moments, inputs.teacher, config, saved) if has_moments else None
-    if with_trials:
+    if with_trials and not (saved is not None and had_no_trials(saved)):
         trials = plan_trials(config, options.trials, options.given, inputs.teacher)
-        config = trials.fitting(saved and saved.options, options.given)
-        dropped = trials.dropped_images
+        config, dropped = trials.fitting(saved and saved.options, options.given), trials.dropped_images
+        if saved is None:
+            refuse_other_lengths(place, asked.total_kimg, options.trials)
+        else:
+            dropped = former_dropped(saved, dropped)
+            config = dataclasses.replace(config, total_kimg=asked.total_kimg - dropped / 1000)
         if len(trials.configs) == 1 or saved is not None:  # nothing to choose, or chosen already
             trials = None
     goal = teacher_fid(inputs, asked, options.edm_model, options.measure_teacher, device)
@@ -129,6 +136,44 @@ def find_place(options: RunOptions, description: str) -> tuple[tuple[str, str, b
     return place if former.state is not None else (str(former.folder), "", True), former.state
 
 
+def had_no_trials(saved: SavedState) -> bool:
+    """Whether the run that goes on was begun without trials, so that there are none to choose from now."""
+    return distributed.from_process_0(run_folder.recorded(saved.path.parent, "trials")) == (0,)
+
+
+def former_dropped(saved: SavedState, planned: int) -> int:
+    """The images of the trials that the run dropped which goes on.
+
+    planned: as many as trials of this command line drop, which stands for what older runs didn't record.
+    """
+    found = distributed.from_process_0(run_folder.recorded(saved.path.parent, DROPPED))
+    return round(1000 * found[0]) if found and is_figure(found[0]) else planned
+
+
+def refuse_other_lengths(place: tuple[str, str, bool], total_kimg: float, share: float) -> None:
+    """Errors: UserError when trials that go on, in the folder that `place` names, were begun with other lengths.
+
+    total_kimg: of the whole run, trials included. share: of it, for the trials.
+    """
+
+    def problem() -> str | None:
+        folder = Path(place[0])
+        own, dropped, former = (run_folder.recorded(folder, name) for name in ("total_kimg", DROPPED, "trials"))
+        if not (place[2] and has_begun(folder) and all(map(is_figure, [*own, *dropped, *former])) and own and dropped):
+            return None
+        whole = own[0] + dropped[0]
+        if (round(1000 * whole), *former) == (round(1000 * total_kimg), share):
+            return None
+        return (
+            f"--duration={total_kimg / 1000:g} --trials={share:g}: the trials in {folder} were begun with"
+            f" --duration={whole / 1000:g} --trials={former[0]:g}; give those, or another --outdir"
+        )
+
+    with distributed.shared_errors():
+        if distributed.rank() == 0 and (text := problem()):
+            raise UserError(text)
+
+
 def describe(teacher: DenoiserModule, config: DistillationConfig, with_trials: bool = False) -> str:
     """The run folder's description when --desc isn't given. with_trials: alpha and rates aren't chosen yet."""
     cond = "cond" if teacher.label_dim else "text" if getattr(teacher, "prompt_dim", 0) else "uncond"
@@ -145,7 +190,7 @@ def measure_teacher(
 
     A guided teacher makes guided samples. chooses_tmax: whether --tmax=auto has no value from a saved state.
 
-    Errors: UserError when trials or the start need it and the teacher makes no samples.
+    Errors: UserError when trials or the start need it and the teacher makes no samples, or all of them are the same.
     """
     teacher: Any = inputs.teacher
     has_moments = config.init_noise == "moments"
@@ -162,10 +207,20 @@ def measure_teacher(
     with distributed.shared_errors():
         if distributed.rank() != 0:
             return None
+        refuse_equal_images(samples[1])
         changes = resolve(config, teacher, device).precision in ("bf16", "fp16")
         calibrates = chooses_tmax and config.tmax is None and config.has_karras_levels
         finds = {"calibrates": calibrates, "finds_moments": has_moments}
         return TeacherDistance(teacher, samples=samples, keep=changes, **finds)
+
+
+def refuse_equal_images(images: torch.Tensor) -> None:
+    """Errors: UserError when a teacher's samples, uint8 [N, C, H, W], look the same, whatever its seeds."""
+    if int((images.amax(0) - images.amin(0)).max()) <= 1:
+        raise UserError(
+            f"--edm_model: all {len(images)} samples of the teacher are one and the same image, from which no generator"
+            " can learn anything; look at them with edm.generate, and give a snapshot that makes others"
+        )
 
 
 def saved_value(saved: SavedState | None, name: str) -> float | None:

@@ -21,16 +21,22 @@ from .state import DistillationState, SavedState
 
 
 def build(
-    inputs: Inputs, config: DistillationConfig, device: torch.device, saved: SavedState | None, override: bool
+    inputs: Inputs,
+    config: DistillationConfig,
+    device: torch.device,
+    saved: SavedState | None,
+    override: bool,
+    dropped: int = 0,
 ) -> Distillation:
     """The distillation of a run, new or resumed: as `prepare`, with its options compared to those of the state.
 
     saved: the state that it goes on from. override: whether options of the method may differ from the state's.
+    dropped: images of trials, which the command line's length has on top of the config's.
 
     Errors: UserError when the options don't fit the teacher, the processes or the run that saved the state.
     """
     config = resolve(config, inputs.teacher, device)
-    rules = resume_rules(config, override)
+    rules = resume_rules(config, override, dropped)
     former: dict[str, Any] = {} if saved is None else saved_options(saved.options, inputs.teacher, device)
     if saved is not None:
         asked = config.options()
@@ -44,15 +50,15 @@ def build(
     return distillation
 
 
-def resume_rules(config: DistillationConfig, override: bool = False) -> run_folder.ResumeRules:
-    """What a resumed distillation may change."""
+def resume_rules(config: DistillationConfig, override: bool = False, dropped: int = 0) -> run_folder.ResumeRules:
+    """What a resumed distillation may change. dropped: as of `build`."""
     free = FREE_ON_RESUME
     if config.lr_decay == "none":  # without a decay the end changes nothing before it
         free = free | {"total_kimg"}
     rounding = ROUNDING
     if config.gan:  # its loss is a mean over --batch-gpu
         rounding = rounding - {"batch_gpu"}
-    return run_folder.ResumeRules(free, rounding, override, COMMAND_LINE)
+    return run_folder.ResumeRules(free, rounding, override, COMMAND_LINE, {"total_kimg": dropped / 1000})
 
 
 def prepare(

@@ -147,7 +147,7 @@ def run(
         inputs = dataclasses.replace(inputs, moments=plan.moments)
         # It may refuse its inputs, and then there is no folder yet.
         first = inputs if plan.trials is None else with_own_networks(inputs)
-        distillation = build(first, plan.config, device, plan.saved, options.override)
+        distillation = build(first, plan.config, device, plan.saved, options.override, plan.dropped)
         surroundings = {"environment": {"this library": __version__, **environment(device)}}
         surroundings |= without_passwords({"recipe": options.recipe, "arguments": options.arguments})
         record = {**summary, **plan.summary(), **surroundings}
@@ -164,7 +164,7 @@ def run(
                 plan = after_trials(plan, inputs, page, device, options)
                 if distributed.rank() == 0:
                     run_folder.record_options(run_dir, record | plan.summary())
-                distillation = build(inputs, plan.config, device, plan.saved, options.override)
+                distillation = build(inputs, plan.config, device, plan.saved, options.override, plan.dropped)
             report = Report(run_dir, inputs.evaluator, inputs.picture, config.batch, plan.distance, page)
             net = train(distillation, run_dir, report, trackers, plan.after_trials())
             snapshot = checkpoint.snapshot_path(run_dir, distillation.state.nimg, config.batch)
@@ -182,6 +182,13 @@ def check_required(options: RunOptions, config: DistillationConfig) -> None:
         raise UserError("--recipe=auto: name the teacher with --edm_model, such as the run folder of edm.train")
     if config.gan and not options.data:
         raise UserError("--gan learns from real images; name them with --data")
+    late = (("--gan-freeze", config.gan_freeze_kimg, "the generator"), ("--gan-start", config.gan_start_kimg, "--gan"))
+    for option, kimg, who in late if config.gan else ():
+        if kimg >= config.total_kimg:
+            raise UserError(
+                f"{option}={kimg:g}: {who} would do nothing in all the {config.total_kimg:g} kimg of the run; give less"
+                " than that, or a longer --duration"
+            )
     check_weight(config.guidance, bool(options.guide))
 
 
@@ -239,7 +246,7 @@ def after_trials(
     def build_candidate(config: DistillationConfig, state: checkpoint.StateFile | None) -> Distillation:
         own = with_own_networks(inputs)
         saved = state and SavedState(state, own.weight_hashes(config))
-        return build(own, config, device, saved, options.override)
+        return build(own, config, device, saved, options.override, plan.dropped)
 
     def report(folder: Path) -> Report:
         return Report(folder, None, inputs.picture, plan.config.batch, plan.distance, page)

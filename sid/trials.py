@@ -67,7 +67,7 @@ def plan_trials(config: DistillationConfig, share: float, settled: Collection[st
 
     config: what the user asked for; its length includes the trials. settled: names of options that the user has
     given, which no candidate changes.
-    Errors: UserError when the run is too short.
+    Errors: UserError when the run is too short, or the generator isn't trained in trials of that length.
     """
     scale = rate_scale(teacher) if config.optimizer == "adam" else 1.0
     known = CANDIDATES[config.optimizer]
@@ -76,6 +76,11 @@ def plan_trials(config: DistillationConfig, share: float, settled: Collection[st
     candidates = {n: dataclasses.replace(config, **settings[n]) for n in known if n in different.values()}
     iterations = max(1, int(share * config.total_kimg * 1000 / (config.batch * len(candidates))))
     images = iterations * config.batch
+    if config.gan and images <= 1000 * config.gan_freeze_kimg:
+        raise UserError(
+            f"--gan-freeze={config.gan_freeze_kimg:g}: the generator would learn nothing in its trials of"
+            f" {images / 1000:g} kimg; give less than that, or --trials=0"
+        )
     own_kimg = config.total_kimg - (len(candidates) - 1) * images / 1000  # of the run that goes on
     if own_kimg * 1000 <= images:
         raise UserError(

@@ -241,6 +241,12 @@ def test_the_command_continues_the_run_and_the_options_differ_from_the_recipe(tm
     assert (again.total_kimg, now.override) == (40, True)  # its learning rate decays over the length
 
 
+def test_the_length_is_the_command_lines_with_the_trials_that_were_dropped():
+    found = {**parse(["--recipe=auto", "--duration=0.012"])[0].options(), "total_kimg": 10.816, "dropped_kimg": 1.184}
+    rows = {name: values for name, *values in commands.changed_options({**found, "recipe": "auto"})}
+    assert rows["--duration"] == ["0.012", "500", "0.02"]
+
+
 def test_the_header_has_the_last_distances_and_the_time(tmp_path):
     run = make_run(tmp_path / "run")
     write_lines(run / "stats.jsonl", [{"Progress/kimg": 30.0, "Timing/total_sec": 3661.0}])

@@ -283,6 +283,46 @@ def test_other_options_than_those_of_the_begun_trials_are_refused(tmp_path, monk
         run(tmp_path, batch=16)
 
 
+@pytest.mark.parametrize(("share", "changes"), [(0.4, {}), (SHARE, {"total_kimg": 0.1})])
+def test_begun_trials_keep_their_lengths(tmp_path, monkeypatch, share, changes):
+    def stopping(*arguments, **options):
+        raise SystemExit(EXIT_CODE)
+
+    monkeypatch.setattr(trials, "training_loop", stopping)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    monkeypatch.undo()
+    config = tiny_config(**{**SAME, **changes})
+    begun = "begun with --duration=8e-05 --trials=0.5"
+    with pytest.raises(UserError, match=f"^--duration={config.total_kimg / 1000:g} --trials={share}: .*{begun}; give"):
+        sid.distil(tiny_teacher(label_dim=0, augment_dim=0), config, tmp_path, device="cpu", trials=share)
+
+
+def test_a_run_that_has_had_its_trials_counts_them(tmp_path, capsys):
+    """The other one took 16 of 80 images, and the command line's lengths include them."""
+    ended = run(tmp_path, lr_decay="linear")
+    longer = tiny_config(**{**SAME, "lr_decay": "linear", "total_kimg": 0.16})
+    teacher = tiny_teacher(label_dim=0, augment_dim=0)
+    with pytest.raises(UserError, match=r"^--duration=0.00016: .* has --duration=8e-05; give that, or --override"):
+        sid.distil(teacher, longer, tmp_path, device="cpu", trials=SHARE)
+    other_share = sid.distil(teacher, tiny_config(**SAME, lr_decay="linear"), tmp_path, device="cpu", trials=0.3)
+    assert zoo.network_hash(other_share.net) == ended[0]
+    sid.distil(teacher, longer, tmp_path, device="cpu", trials=SHARE, override=True)
+    assert "--duration=0.00016 from here on, instead of --duration=8e-05" in capsys.readouterr().out
+    for _ in range(2):  # once more, now at the end
+        options = json.loads((tmp_path / "training_options.json").read_text())
+        assert (options["total_kimg"], options["dropped_kimg"]) == pytest.approx((0.144, 0.016))
+        assert checkpoint.states(tmp_path)[0].name == "training-state-000000.144.pt"
+        sid.distil(teacher, longer, tmp_path, device="cpu", trials=SHARE)
+
+
+def test_a_run_without_trials_goes_on_without_any(tmp_path):
+    teacher, config = tiny_teacher(label_dim=0, augment_dim=0), tiny_config(**SAME, lr_decay="linear")
+    ended = sid.distil(teacher, config, tmp_path, device="cpu")
+    again = sid.distil(teacher, config, tmp_path, device="cpu", trials=SHARE)
+    assert zoo.network_hash(again.net) == zoo.network_hash(ended.net)
+
+
 def test_a_begun_run_is_found_again(tmp_path):
     """Without --nosubdir, too: by --resume=auto or the folder's name."""
     teacher = tiny_teacher(label_dim=0, augment_dim=0)

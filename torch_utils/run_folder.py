@@ -29,12 +29,14 @@ class ResumeRules:
     override        whether every other option may change as well
     command_line    {name: (its option on the command line, how many units one of the option's units is)}; other
                     options have the same name there
+    added           {name: how much more, in our units, the command line's value of an option is}
     """
 
     free: Collection[str] = ()
     rounding: Collection[str] = ()
     override: bool = False
     command_line: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def text(self, name: str, value: Any) -> str:
         """An option as it would be typed."""
@@ -44,7 +46,7 @@ class ResumeRules:
         if isinstance(value, list | tuple):
             value = ",".join(map(str, value))
         elif isinstance(value, float):
-            value = f"{value / unit:g}"
+            value = f"{(value + self.added.get(name, 0)) / unit:g}"
         return f"--{option}={value}"
 
 

@@ -13,7 +13,7 @@ from dnnlib import UserError, format_number
 from dnnlib.errors import printable
 from torch_utils.records import is_figure
 
-from ..config import COMMAND_LINE, MEASURED
+from ..config import COMMAND_LINE, DROPPED, MEASURED
 from ..options import SECTIONS, parse
 from ..recipes import RECIPES
 from .run_record import RunRecord
@@ -54,6 +54,9 @@ def changed_options(options: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (option, its value, the default, the recipe's value if the run has one) where the run's value differs."""
     usual, recipe = defaults(), recipe_of(options)
     others = [usual] if recipe is None else [usual, defaults(recipe)]
+    own, dropped = options.get("total_kimg"), options.get(DROPPED)
+    if is_figure(own) and is_figure(dropped):
+        options = {**options, "total_kimg": own + dropped}
     rows = []
     for name in usual:
         if name in PLACES or name not in options:
