@@ -124,7 +124,7 @@ def train(
         check_resume(resume, net, options, config, asked, device)
         summary["lr_rampup_kimg"] = config.lr_rampup_kimg
     summary |= {"parameters": sum(p.numel() for p in net.parameters()), "environment": environment(device)}
-    evaluator = training_report.make_evaluator(options, device)
+    evaluator = training_report.make_evaluator(options, net, device)
     training = Training(config, net, loss_fn, pipe, device, asked, resume)
     with run_folder.create(*place, summary, resume and resume.path) as run_dir:
         sources = (options["data"], options["data_stat"])

@@ -7,8 +7,9 @@ import torch
 
 from dnnlib import UserError, format_figure, kimg_name
 from edm.images import save_grid
-from edm.latents import decoder_of
+from edm.latents import decoder_of, image_shape
 from edm.metrics.evaluate import Evaluator
+from edm.metrics.reference import load_reference
 from edm.next_steps import METRICS_STEPS, report
 from edm.sampler import generate_all
 from edm.snapshot_metrics import SnapshotMetrics, metrics_text
@@ -70,10 +71,10 @@ class TeacherReport:
         save_grid(images, path, PICTURE_COLUMNS)
 
 
-def make_evaluator(options: dict[str, Any], device: torch.device) -> Evaluator | None:
+def make_evaluator(options: dict[str, Any], net: Any, device: torch.device) -> Evaluator | None:
     """The evaluator that --metrics, --data_stat and --detector ask for; None when none of them is given.
 
-    Errors: UserError when one of them can't be used.
+    net: whose images it is to measure. Errors: UserError when one of the options can't be used, or not for these.
     """
     given = options["data_stat"] is not None or options["detector"] is not None
     names = options["metrics"] if options["metrics"] is not None else "fid5k" if given else "none"
@@ -82,8 +83,10 @@ def make_evaluator(options: dict[str, Any], device: torch.device) -> Evaluator |
             raise UserError("--metrics=none means nothing with --data_stat or --detector; leave one of them out")
         return None
     metrics = [name for name in names.split(",") if name]
-    where = (options["data_stat"], options["detector"], options["data"])
-    return Evaluator(metrics, *where, device=device, progress=True)
+    reference = options["data_stat"] and load_reference(options["data_stat"], "--data_stat")
+    evaluator = Evaluator(metrics, reference, options["detector"], options["data"], device=device, progress=True)
+    evaluator.check_images(*image_shape(net))
+    return evaluator
 
 
 def describe_start(

@@ -23,6 +23,7 @@ from training.guidance import GuidedDenoiser, check_guide
 from training.latent_dataset import LatentDataset, open_dataset
 from training.moments import Moments, split_off, start_of
 from training.networks_edm2 import Precond
+from training.steps import Steps
 
 from .config import DistillationConfig
 from .guidance import Guidance
@@ -113,7 +114,7 @@ def load_inputs(
         start=start,
         dataset=dataset,
         picture=None if dataset is None else first_images(dataset, teacher),
-        evaluator=make_evaluator(metrics, reference, options, device) if metrics else None,
+        evaluator=make_evaluator(metrics, reference, options, teacher, device) if metrics else None,
         guide=guide,
     )
 
@@ -139,11 +140,11 @@ def checked_teacher(
 
 
 def check_is_no_generator(net: DenoiserModule, option: str) -> None:
-    """Errors: UserError when `net` starts from noise with the moments of images, for then it denoises none."""
-    if start_of(net) is not None:
+    """Errors: UserError when `net` is a generator, which has learnt to make images of noise, and to denoise none."""
+    if start_of(net) is not None or Steps.of(net) is not None:
         raise UserError(
-            f"{option}: names a generator, which starts from noise with the moments of images and can't teach another;"
-            " name the diffusion model that it was distilled from"
+            f"{option}: names a generator, which can't teach another; name the diffusion model that it was distilled"
+            " from"
         )
 
 
@@ -360,12 +361,16 @@ def choose_metrics(
     return chosen
 
 
-def make_evaluator(metrics: list[str], reference: str | None, options: RunOptions, device: torch.device) -> Evaluator:
-    """An evaluator of `metrics`. Errors: UserError when the reference or the detector isn't available."""
+def make_evaluator(
+    metrics: list[str], reference: str | None, options: RunOptions, teacher: DenoiserModule, device: torch.device
+) -> Evaluator:
+    """An evaluator of `metrics`. Errors: UserError when the reference or the detector isn't available, or isn't of
+    such images as the teacher makes.
+    """
     needed = options.data_stat or any(m.startswith("fid") for m in metrics)
     # A given reference names its detector. Without one, the evaluator makes a reference from --data.
-    loaded = load_reference(reference) if reference and needed else None
-    return Evaluator(
+    loaded = load_reference(reference, "--data_stat") if reference and needed else None
+    evaluator = Evaluator(
         metrics,
         loaded,
         options.detector,
@@ -375,3 +380,5 @@ def make_evaluator(metrics: list[str], reference: str | None, options: RunOption
         device=device,
         progress=True,
     )
+    evaluator.check_images(*latents.image_shape(teacher))
+    return evaluator

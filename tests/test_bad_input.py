@@ -21,6 +21,7 @@ from training.networks import EDMPrecond
 DATA = Path(__file__).parent / "data"
 NETWORK = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 DETECTOR = {"img_resolution": 8, "img_channels": 1, "num_classes": 3, "width": 4}
+LARGE = {**DETECTOR, "img_resolution": 16}
 TINY_RUN = ["--batch=4", "--batch-gpu=2", "--tick=0.004", "--device=cpu"]
 
 
@@ -45,7 +46,7 @@ def made(tmp_path_factory):
         "wide": {"model_channels": 16},
         "classes": {"label_dim": 3},
     }.items():
-        zoo.save_network(EDMPrecond(8, 1, **{**NETWORK, **options}), folder / f"{name}.safetensors", init_sigma=2.5)
+        zoo.save_network(EDMPrecond(8, 1, **{**NETWORK, **options}), folder / f"{name}.safetensors")
     write_images(folder / "images", [(8, 8)] * 4)
     write_images(folder / "colour", [(8, 8)] * 2, "RGB")
     write_images(folder / "large", [(16, 16)] * 2)
@@ -67,6 +68,10 @@ def made(tmp_path_factory):
     save_detector(SmallClassifier(**DETECTOR), folder / "detector.safetensors", DETECTOR)
     np.savez(folder / "ref.npz", mu=np.zeros(5), sigma=np.eye(5))
     options = [f"--data={folder}/images", f"--dest={folder}/good.npz", f"--detector={folder}/detector.safetensors"]
+    done = run(fid.main, "ref", *options, "--device=cpu")
+    assert done.exit_code == 0, done.output
+    save_detector(SmallClassifier(**LARGE), folder / "large.safetensors", LARGE)
+    options = [f"--data={folder}/large", f"--dest={folder}/large.npz", f"--detector={folder}/large.safetensors"]
     done = run(fid.main, "ref", *options, "--device=cpu")
     assert done.exit_code == 0, done.output
     options = [*TINY_RUN, "--duration=0.000008", "--nosubdir"]
@@ -173,6 +178,7 @@ BOTH_TRAININGS = [
     (["--transfer=missing"], "missing"),
     (["--transfer=unknown.pkl"], "ODDPrecond"),
 ]
+GAN_NOW = ["--gan", "--gan-freeze=0", "--gan-start=0"]
 DISTILLATION = [
     *(([f"--data={name}"], expected) for name, expected in FOLDERS),
     (["--data=large"], "--data=large"),
@@ -219,14 +225,20 @@ DISTILLATION = [
     (["--resume=distilled", "--g_beta1=0.9"], "--g_beta1=0.9: the run in distilled"),
     (["--resume=distilled", "--spike-guard=10"], "has no --spike-guard; leave it out"),
     (["--gan"], "--data"),
-    (["--gan", "--data=large"], "--data=large"),
-    (["--gan", "--data=damaged"], "--data=damaged"),
-    (["--gan", "--data=images", "--edm_model=classes.safetensors"], "--data=images has no labels"),
+    ([*GAN_NOW, "--data=large"], "--data=large"),
+    ([*GAN_NOW, "--data=damaged"], "--data=damaged"),
+    ([*GAN_NOW, "--data=images", "--edm_model=classes.safetensors"], "--data=images has no labels"),
     (["--gan", "--data=images", "--chunk=1"], "--chunk"),
     (["--gan", "--data=images", "--score-gradient=off"], "--score-gradient=on"),
     (["--gan", "--data=images", "--objective=dmd"], "dmd"),
     (["--gan", "--data=images", "--gan-start=-1"], "--gan-start"),
-    (["--share-noise=1", "--gan", "--data=images"], "--share-images=1"),
+    (["--share-noise=1", "--gan", "--data=images"], "--share-noise=0 --share-images=1"),
+    (["--gan", "--data=images", "--duration=0.1"], "--gan-freeze=100: the generator would do nothing"),
+    (["--gan", "--data=images", "--duration=0.15"], "--gan-start=200: --gan would do nothing"),
+    (
+        ["--gan", "--data=images", "--duration=0.3", "--trials=0.2"],
+        "--gan-freeze=100: the generator would learn nothing",
+    ),
     (["--share-noise=1", "--augment=0.1"], "--augment=0"),
     (["--share-noise=1", "--tmax=0"], "--tmax=800"),
     (["--share-noise=1", "--guidance=short=0.5"], "long=K or long-short=K"),
@@ -234,7 +246,7 @@ DISTILLATION = [
     (["--gan", "--data=images", "--gan-freeze=-1"], "--gan-freeze"),
     (["--gan", "--data=images", "--lsd=0"], "--lsd"),
     (["--gan", "--data=images", "--lsg_gan=inf"], "--lsg_gan"),
-    (["--gan", "--data=images", "--resume=distilled"], "--gan=True: the run in distilled"),
+    ([*GAN_NOW, "--data=images", "--resume=distilled"], "--gan=True: the run in distilled"),
     (["--guidance=long=2"], "--guidance=long=2: the teacher has neither classes"),
     (["--edm_model=classes.safetensors", "--guidance=strong"], "--guidance=strong"),
     (["--edm_model=classes.safetensors", "--guidance=long=1"], "--guidance=long=1"),
@@ -250,12 +262,15 @@ DISTILLATION = [
     (["--data_stat=missing.npz"], "missing.npz"),
     (["--data_stat=garbage.npz"], "garbage.npz"),
     (["--data_stat=ref.npz", "--detector=missing.pt"], "missing.pt"),
-    (["--data_stat=ref.npz", "--detector=detector.safetensors"], "features"),
+    (["--data_stat=ref.npz", "--detector=detector.safetensors"], "--data_stat=ref.npz holds 5 features"),
+    (["--data_stat=large.npz", "--metrics=fid9"], "--data_stat=large.npz is of 16x16 images"),
 ]
 TEACHER_TRAINING = [
     *(([f"--data={name}"], expected) for name, expected in FOLDERS),
     (["--data=mixed"], "--data=mixed"),
     (["--data=damaged"], "--data=damaged"),
+    (["--data_stat=large.npz"], "--data_stat=large.npz is of 16x16 images"),
+    (["--detector=large.safetensors"], "--detector=large.safetensors measures 16x16 images"),
     (["--sigma=0"], "--sigma"),
     (["--cond=1"], "--cond=0"),
     (["--cres=1,1,1,1,1"], "--cres=1,1,1,1,1"),

@@ -31,7 +31,7 @@ from sid.teacher_distance import TeacherDistance
 from torch_utils import checkpoint
 from training.generator import Generator
 from training.moments import ATTRIBUTE, LEAST, Moments, attach, start_of
-from training.steps import INIT_NOISES, Steps
+from training.steps import INIT_NOISES, ONE_STEP, Steps
 
 LEVEL = 0.7
 
@@ -332,9 +332,13 @@ def test_a_probe_of_the_gradients_reads_such_a_run(tmp_path, few_samples):
     assert equal(start_of(found.state.generator).state_dict(), start_of(made.net).state_dict())
 
 
-def test_a_generator_that_starts_from_them_teaches_none():
+@pytest.mark.parametrize("noise", ["white", "moments"])
+def test_a_generator_teaches_none(noise):
     generator = tiny_teacher()
-    attach(generator, tiny_moments())
+    if noise == "moments":
+        attach(generator, tiny_moments())
+    else:
+        generator.metadata = ONE_STEP.record()
     with pytest.raises(UserError, match=r"^--edm_model: names a generator, .* name the diffusion model"):
         checked_teacher(tiny_config(), RunOptions(), generator)
     with pytest.raises(UserError, match=r"^--guide: names a generator, .* name the diffusion model"):

@@ -146,11 +146,18 @@ class Evaluator:
         """The reference statistics, if any metric takes some."""
         return self._tools.reference
 
+    def check_images(self, channels: int, resolution: int) -> None:
+        """Errors: UserError when images of this shape are not what the reference and the detector were made for."""
+        if self._tools.reference is not None:
+            self._tools.reference.check_images(channels, resolution)
+        if self._tools.detector is not None:
+            self._tools.detector.check(channels, resolution)
+
     def __call__(self, source: ImageSource) -> list[dict]:
         """A JSON-serialisable record for each metric, in order; every process must call it and gets them all."""
         tools = self._tools
-        if tools.reference is not None and source.channels is not None and source.resolution is not None:
-            tools.reference.check_images(source.channels, source.resolution)
+        if source.channels is not None and source.resolution is not None:
+            self.check_images(source.channels, source.resolution)
         largest = {metric.shares: metric for metric in sorted(self.metrics, key=lambda metric: metric.num)}
         # Each may refuse the source, and then no images are made.
         collections = {shares: metric.collect(source, tools) for shares, metric in largest.items()}

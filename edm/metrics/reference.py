@@ -30,6 +30,7 @@ PICKLED_METRIC = "fid"  # in EDM2's files
 ROUNDING = 1e-4  # of the largest variance: how far a covariance may be from symmetric; files may be in float32
 RECORD_TYPES = {"detector": str, "detector_sha256": str, "detector_file": str, "source": str}
 RECORD_TYPES |= {"num_images": int, "channels": int, "resolution": int}
+OPTION = "--ref"  # of fid.py; sid_train.py and edm.train have EDM's name, --data_stat
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Reference:
 
     path, sha256: the file they came from. record: how they were made; empty for EDM's own files. Its keys:
     detector, detector_sha256, detector_file (in the reference's folder), num_images, source, channels, resolution.
-    has_checksum: whether the file has one, which was verified.
+    has_checksum: whether the file has one, which was verified. option: of the command line, that names the file.
     """
 
     mu: np.ndarray
@@ -47,18 +48,20 @@ class Reference:
     sha256: str
     record: dict = field(default_factory=dict)
     has_checksum: bool = False
+    option: str = OPTION
 
     def check(self, detector: Detector) -> None:
         """Raises UserError if these statistics aren't of this detector's features."""
         recorded = self.record.get("detector_sha256", detector.sha256)
         if recorded != detector.sha256:
             raise dnnlib.UserError(
-                f"--ref={self.path} was made with the detector {self.record.get('detector')} (sha256 {recorded[:12]}…),"
-                f" not with {detector.path} ({detector.sha256[:12]}…); give that one by --detector or make a new --ref"
+                f"{self.option}={self.path} was made with the detector {self.record.get('detector')} (sha256"
+                f" {recorded[:12]}…), not with {detector.path} ({detector.sha256[:12]}…); give that one by --detector"
+                f" or make a new {self.option}"
             )
         if len(self.mu) != detector.feature_dim:
             raise dnnlib.UserError(
-                f"--ref={self.path} holds {len(self.mu)} features, --detector={detector.path} gives"
+                f"{self.option}={self.path} holds {len(self.mu)} features, --detector={detector.path} gives"
                 f" {detector.feature_dim}; give the detector that made the reference"
             )
 
@@ -67,7 +70,7 @@ class Reference:
         own = [self.record.get("channels", channels), self.record.get("resolution", resolution)]
         if own != [channels, resolution]:
             raise dnnlib.UserError(
-                f"--ref={self.path} is of {own[1]}x{own[1]} images with {own[0]} channel(s), these are"
+                f"{self.option}={self.path} is of {own[1]}x{own[1]} images with {own[0]} channel(s), these are"
                 f" {resolution}x{resolution} with {channels}; bring them to one size with edm.dataset_tool"
             )
 
@@ -86,15 +89,17 @@ class Reference:
             if override or not self.record:
                 raise
             raise dnnlib.UserError(
-                f"--ref={self.path} was made with the detector {name}, which can't be taken from {beside};"
+                f"{self.option}={self.path} was made with the detector {name}, which can't be taken from {beside};"
                 f" give it by --detector ({error.message})"
             ) from error
         self.check(detector)
         return detector
 
 
-def load_reference(source: str | os.PathLike) -> Reference:
+def load_reference(source: str | os.PathLike, option: str = OPTION) -> Reference:
     """Reads reference statistics from a file, a URL, or a name known to `edm.zoo`.
+
+    option: of the command line, that names them.
 
     Errors: UserError when they can't be found or read.
     """
@@ -110,15 +115,15 @@ def load_reference(source: str | os.PathLike) -> Reference:
         record = _checked_record(parse_json(str(content["record"]), MAX_RECORD_VALUES)) if "record" in content else {}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise dnnlib.UserError(
-            f"--ref={source} is not an .npz with mu and sigma, nor EDM2's .pkl ({persistence.one_line(error)}); make"
+            f"{option}={source} is not an .npz with mu and sigma, nor EDM2's .pkl ({persistence.one_line(error)}); make"
             " one by `fid.py ref`"
         ) from None
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not _is_covariance(sigma):
         raise dnnlib.UserError(
-            f"--ref={source}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance of finite numbers;"
-            " fetch the file again, or make one by `fid.py ref`"
+            f"{option}={source}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance of finite"
+            " numbers; fetch the file again, or make one by `fid.py ref`"
         )
-    return Reference(mu, sigma, path, hash_file(path), record, has_checksum)
+    return Reference(mu, sigma, path, hash_file(path), record, has_checksum, option)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
