@@ -1,4 +1,4 @@
-"""PNG files and grids of uint8 images [N, C, H, W], C 1 or 3."""
+"""PNG files and grids of uint8 images [N, C, H, W], C 1 to 4; grids show images of more channels by their mean."""
 
 import contextlib
 import functools
@@ -20,6 +20,7 @@ import torch
 from dnnlib import UserError, write_atomically
 from torch_utils import distributed
 
+MOST_CHANNELS = 4  # of a PNG
 GRID_PIXELS = 512  # width to which grids of small images are enlarged
 TITLE_PIXELS = 24  # height of a title's line
 CAPTIONED_PIXELS = 1024  # width of grids with captions
@@ -28,7 +29,9 @@ ENCODED_AHEAD = 256  # images that are encoded or waiting to be written, at most
 
 
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
-    """One uint8 image [C, H, W]."""
+    """One uint8 image [C, H, W]. Errors: UserError when it has more channels than a PNG."""
+    if len(image) > MOST_CHANNELS:
+        raise UserError(f"images of {len(image)} channels fit into no PNG, which has at most {MOST_CHANNELS}")
     array = image.permute(1, 2, 0).cpu().numpy()
     return PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
@@ -81,6 +84,8 @@ def save_titled_grids(
 
 
 def _visible_grid(images: torch.Tensor, columns: int | None, width: int = GRID_PIXELS) -> PIL.Image.Image:
+    if images.shape[1] > MOST_CHANNELS:
+        images = images.float().mean(1, keepdim=True).round().to(torch.uint8)
     grid = to_pil(make_grid(images, columns))
     zoom = max(1, width // grid.width)
     return grid.resize((zoom * grid.width, zoom * grid.height), PIL.Image.Resampling.NEAREST)

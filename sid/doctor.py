@@ -18,6 +18,8 @@ from .monitor.records import (
     returns_text,
 )
 
+PAGE = "index.html"  # `report.page.PAGE_FILE`, which takes long to import
+
 
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True))
@@ -25,6 +27,10 @@ def main(run: str) -> None:
     """Say what is wrong with the distillation in the folder RUN, if anything, and which option would help."""
     run_dir = Path(run)
     options, stats = read_options(run_dir), run_dir / STATS_FILE
+    if not stats.exists() and (run_dir / "trials").is_dir():
+        raise UserError(
+            f"{run}: its trials aren't over yet, and it has no figures before; its page, {PAGE}, shows them"
+        )
     records = read_records(stats, "Progress/kimg")
     for number, record in enumerate(records, start=1):
         wrong = [name for name, value in record.items() if not is_figure(value)]

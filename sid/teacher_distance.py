@@ -36,7 +36,8 @@ class Distance:
     """How far images are from the teacher's samples.
 
     pixels: energy distance of the images. detail: that of the teacher's corrections. Each near 0 for its samples.
-    features: Fréchet distance in the teacher's own features, near 1 for its samples; None if its blocks can't be read.
+    features: Fréchet distance in the teacher's own features, near 1 for its samples; None if its blocks can't be read
+    or answer the same to all of them.
     clusters: images in each cluster of the teacher's samples.
     examples: {cluster: uint8 [2, N, C, H, W]} for those that the images lack most surely: the teacher's samples and the
     images that are nearest to its centre.
@@ -88,7 +89,7 @@ class TeacherDistance:
             clean = decoder_of(self._teacher).from_images(self.samples)
             self._corrections = self._correct(clean)
             self._blocks = self._find_blocks(clean[:2])
-            self._feature_distance = self._blocks and FeatureDistance(self._features(clean))
+            self._feature_distance = self._find_feature_distance(clean)
         self._clusters = SampleClusters(points_of(self.samples))
 
     def __call__(self, net: Any, **options: Any) -> Distance:
@@ -149,6 +150,14 @@ class TeacherDistance:
     def _find_blocks(self, clean: torch.Tensor) -> BlockFeatures | None:
         try:
             return BlockFeatures(self._teacher, next(self._noisy(clean, FEATURE_LEVEL)))
+        except LookupError:
+            return None
+
+    def _find_feature_distance(self, clean: torch.Tensor) -> FeatureDistance | None:
+        if self._blocks is None:
+            return None
+        try:
+            return FeatureDistance(self._features(clean))
         except LookupError:
             return None
 

@@ -12,6 +12,7 @@ from edm.metrics.frechet import frechet_distance
 MAX_FEATURES = 128  # a random projection keeps so many; the covariance of 256 images knows no more
 LEAST_DEVIATION = 0.01  # of a feature over the median one's: what hardly varies would count without limit
 SPLITS = 8  # of the teacher's samples into halves, whose distance is the yardstick
+ROUNDING = 1e-6  # of a feature over its mean: what varies less doesn't vary
 
 
 class BlockFeatures:
@@ -51,11 +52,13 @@ class FeatureDistance:
     It is about 1 for other samples of the teacher, however few there are, and larger for everything else. The yardstick
     is the distance of halves of the samples, which is inversely proportional to their number.
 
-    samples: features of the teacher's samples, float32 [N, D].
+    samples: features of the teacher's samples, float32 [N, D]. Errors: LookupError when none of them varies.
     """
 
     def __init__(self, samples: torch.Tensor):
         deviations = samples.std(0)
+        if bool((deviations <= ROUNDING * samples.abs().mean(0)).all()):
+            raise LookupError("no feature differs from sample to sample")
         self._scale = deviations.clamp(min=LEAST_DEVIATION * deviations.median().item() + 1e-12)
         generator = torch.Generator().manual_seed(0)
         size = samples.shape[1]

@@ -19,6 +19,7 @@ from sid.monitor.diagnosis import Watch, diagnose
 from sid.monitor.measure import Health
 from sid.monitor.records import read_fid
 from sid.prepare import prepare
+from sid.report.page import PAGE_FILE
 from sid.training_loop import training_loop
 from torch_utils import distributed, spike_guard
 from training.decoder import PixelDecoder
@@ -458,3 +459,12 @@ def test_a_folder_that_is_no_run(tmp_path, damage):
     assert isinstance(result.exception, SystemExit)
     assert result.output.count("\n") == 1
     assert str(tmp_path) in result.output
+
+
+def test_a_run_amid_its_trials(tmp_path):
+    (tmp_path / "training_options.json").write_text(json.dumps(DistillationConfig().options()))
+    (tmp_path / "trials" / "equal-rates").mkdir(parents=True)
+    result = CliRunner().invoke(doctor.main, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"Error: {tmp_path}: its trials aren't over yet")
+    assert doctor.PAGE == PAGE_FILE

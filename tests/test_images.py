@@ -98,3 +98,14 @@ def test_captions_stand_below_their_columns(tmp_path):
     lines = [column.any(axis=1).astype(int) for column in dark]
     assert [int((np.diff(line) == 1).sum()) for line in lines[:2]] == [1, 2]
     assert not any(column[:, -2:].any() for column in dark)  # none runs into the next column
+
+
+def test_images_of_more_channels_than_a_png_has(tmp_path):
+    images = torch.tensor([10, 20, 30, 40, 50], dtype=torch.uint8).reshape(1, 5, 1, 1).expand(2, 5, 8, 8)
+    save_grid(images, tmp_path / "grid.png")
+    assert np.unique(np.asarray(PIL.Image.open(tmp_path / "grid.png"))).tolist() == [30]  # their mean
+    with (
+        pytest.raises(UserError, match=r"^images of 5 channels fit into no PNG"),
+        image_writer(tmp_path / "n") as write,
+    ):
+        write(images[0], 0)

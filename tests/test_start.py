@@ -18,12 +18,15 @@ from sid import doctor, start
 from sid.calibration import choose_tmax
 from sid.inputs import Inputs
 from sid.monitor.closeness import FEATURES_WHITE, judge_distance
+from sid.monitor.records import DISTANCES_FILE
 from sid.plan import measure_teacher
+from sid.report.progress import Report
 from sid.start import choose_start, measure_starts
 from sid.teacher_distance import TeacherDistance
 from sid.teacher_samples import NUM_IMAGES
 from torch_utils import checkpoint
 from training.denoiser import only_sigma
+from training.steps import ONE_STEP
 
 PIXELS = 64
 
@@ -93,6 +96,28 @@ def test_a_teacher_of_one_noise_level_starts_there_and_has_no_samples():
     assert measure_teacher(Inputs(teacher), config, False, CPU, True) is None
     with pytest.raises(UserError, match=r"^--trials: the teacher knows one noise level only"):
         measure_teacher(Inputs(teacher), config, True, CPU, True)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0.0, 0.5), (1.0, 3.0)])  # one colour, and all of them white
+def test_a_teacher_of_one_image_is_refused(scale, offset):
+    class Flat(TwoImages):
+        def forward(self, x, sigma, class_labels=None, augment_labels=None):
+            return scale * super().forward(x, sigma) + offset
+
+    config = tiny_config(augment=0, init_sigma=None)
+    with pytest.raises(UserError, match=r"^--edm_model: all 256 samples of the teacher are one and the same image"):
+        measure_teacher(Inputs(Flat()), config, True, CPU, True)
+    assert measure_teacher(Inputs(TwoImages()), config, True, CPU, True) is not None
+
+
+def test_a_generator_that_stands_still_is_measured_at_every_snapshot(tmp_path):
+    teacher = TwoImages()
+    teacher.metadata = ONE_STEP.record()
+    report = Report(tmp_path, distance=TeacherDistance(teacher))
+    for nimg in (0, 8, 8, 16):  # once more where a run goes on
+        report.snapshot(teacher, nimg)
+    records = [json.loads(line) for line in (tmp_path / DISTANCES_FILE).read_text().splitlines()]
+    assert [record["kimg"] for record in records] == [0, 0.008, 0.016]
 
 
 def test_the_distance_covers_the_whole_and_the_detail():

@@ -101,6 +101,15 @@ def test_a_network_without_blocks_has_none():
     assert TeacherDistance(Plain())(Plain(), sampler="one-step").features is None
 
 
+def test_a_network_that_answers_the_same_to_everything_has_none():
+    teacher = tiny_teacher()
+    for parameter in teacher.parameters():
+        parameter.data.zero_()  # its answers are those of its skip connection alone
+    with pytest.raises(LookupError):
+        FeatureDistance(torch.full([256, 20], 0.3) * (1 + 1e-7 * gaussian(256, 20, 0)))
+    assert TeacherDistance(teacher)(teacher, sampler="one-step").features is None
+
+
 def test_the_distance_of_a_teachers_other_samples_is_about_one():
     teacher = tiny_teacher()
     distance = TeacherDistance(teacher)

@@ -141,7 +141,8 @@ class Report:
         """
         path = self._run_dir / DISTANCES_FILE
         sha256 = network_hash(ema)
-        if any(record.get("network_sha256") == sha256 for record in sound_records(path, "kimg", "value")):
+        known = [record for record in sound_records(path, "kimg", "value") if round(1000 * record["kimg"]) == nimg]
+        if any(record.get("network_sha256") == sha256 for record in known):
             return {}  # resumed at this snapshot
         found = distance(ema)
         line = {"kimg": nimg / 1e3, **_figures(found), "network_sha256": sha256}
