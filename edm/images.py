@@ -31,7 +31,7 @@ ENCODED_AHEAD = 256  # images that are encoded or waiting to be written, at most
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
     """One uint8 image [C, H, W]. Errors: UserError when it has more channels than a PNG."""
     if len(image) > MOST_CHANNELS:
-        raise UserError(f"images of {len(image)} channels fit into no PNG, which has at most {MOST_CHANNELS}")
+        raise UserError(f"images of {len(image)} channels fit into no PNG; --grid shows their mean")
     array = image.permute(1, 2, 0).cpu().numpy()
     return PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 

@@ -17,7 +17,7 @@ from sid.inputs import Inputs
 from sid.monitor.closeness import judge_ticks
 from sid.monitor.diagnosis import Watch, diagnose
 from sid.monitor.measure import Health
-from sid.monitor.records import read_fid
+from sid.monitor.records import MeasuredFid, read_fid
 from sid.prepare import prepare
 from sid.report.page import PAGE_FILE
 from sid.training_loop import training_loop
@@ -350,6 +350,21 @@ def test_a_good_generator_has_at_most_twice_the_teachers_fid(tmp_path, last, tea
     assert found == "healthy" or "its fid2k of 28.8 is 3.7 times the teacher's 7.8" in finding.text
     expected = f"fid2k: {last} at 9 kimg, the best so far"
     assert str(read_fid(tmp_path)) == expected.replace(".0", "") + ("" if teacher is None else "; the teacher has 7.8")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "last", "found"),
+    [(155.5, 163.1, "healthy"), (None, 163.1, "away-from-teacher"), (155.5, 240.0, "away-from-teacher")],
+)
+def test_a_start_below_the_teachers_fid_is_no_yardstick(teacher, last, found):
+    """Of patches in three classes of 300, 40 and 12: the reference has them as they are, a teacher each as often."""
+    values = [(0.0, 85.8), (1.0, 164.5), (9.0, last)]
+    fid = MeasuredFid("fid1k", [{"kimg": kimg, "value": value} for kimg, value in values], teacher)
+    distances = [{"kimg": 0.0, "value": 0.309}, {"kimg": 9.0, "value": 0.012}]
+    records = ticks(15, divergence=lambda i: 0.1)
+    finding = diagnose(records, DistillationConfig().options(), distances, fid)[0]
+    assert finding.name == found
+    assert ("--measure-teacher=1 tells" in finding.text) == (teacher is None)
 
 
 def test_a_running_distillation_warns_once_when_it_leaves_the_teacher():

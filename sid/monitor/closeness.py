@@ -109,11 +109,19 @@ def judge_fid(fid: MeasuredFid | None) -> Finding | None:
         ratio = f"{fid.last / fid.teacher:.1f} times the teacher's {fid.teacher:.4g}"
         text = f"its {fid.name} of {fid.last:.4g} is {ratio}, where good generators have less than {GOOD:g} times"
         return Finding("far-from-teacher", f"{text}; {FALLING}", certain=False)
-    best = min(fid.records, key=measured_value)
-    lowest, is_start = measured_value(best), best is fid.records[0] and best["kimg"] == 0
-    if len(fid.records) < 2 or not (fid.last > LOST * lowest or is_start):
+    records = fid.records
+    # A start below the teacher's FID: the reference is of other images, such as with classes in other proportions.
+    if fid.teacher is not None and records[0]["kimg"] == 0 and measured_value(records[0]) < fid.teacher:
+        records = records[1:]
+    best = min(records, key=measured_value, default=None)
+    if best is None or len(fid.records) < 2:
+        return None
+    lowest, is_start = measured_value(best), best["kimg"] == 0
+    if not (fid.last > LOST * lowest or is_start):
         return None
     where, remedy = _closer_before(best, is_start)
+    if is_start and fid.teacher is None:
+        remedy = f"--measure-teacher=1 tells whether the teacher's is as high; otherwise {remedy}"
     text = f"its {fid.name} of {fid.last:.4g} is higher than that of {where}, {lowest:.4g}; {remedy}"
     return Finding("away-from-teacher", text, certain=False)
 
