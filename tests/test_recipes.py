@@ -171,6 +171,7 @@ def test_the_shell_script_passes_them_on(tmp_path):
         made = [line for line in done.stdout.splitlines() if "sid_train.py" in line]
         assert len(made) == trainings
         assert all(options[0] in line for line in made)
+        assert [("--guidance=long-short=1.5" in line) for line in made] == [False, True][:trainings]
         scored = [line for line in done.stdout.splitlines() if line.startswith("fid.py eval")]
         assert len(scored) == trainings + 1
         assert scored[-1].endswith("--network=assets/emoji-32/teacher --steps=13 --guidance=2")
