@@ -11,6 +11,7 @@ import torch
 from dnnlib import UserError
 from edm import latents, published, zoo
 from edm.hub import title
+from edm.measured_fid import identity
 from edm.metrics.evaluate import Evaluator, captions_for
 from edm.metrics.reference import load_reference
 from edm.own_classes import own_classes
@@ -68,20 +69,13 @@ class Inputs:
     def identity(self, config: DistillationConfig) -> list[Any]:
         """Plain values on which the teacher's images depend, guided or not, beside the code of its classes."""
         hashes, guidance = self.weight_hashes(config), config.guidance
-        return [
-            hashes.teacher,
-            described(self.teacher),
-            hashes.guide,
-            None if self.guide is None else described(self.guide),
-            None if guidance is None else [guidance.over_guide, guidance.teacher],
-            prompts_hash(self.teacher),
-        ]
-
-
-def described(net: DenoiserModule) -> str:
-    """What a network's images depend on beside its weights: its class, arguments and noise levels, and its classes."""
-    arguments = [getattr(net, name, None) for name in ("init_args", "init_kwargs")]
-    return repr((type(net).__qualname__, arguments, noise_range(net), learnt_classes(net)))
+        found = identity(self.teacher, hashes.teacher)
+        if self.guide is not None and hashes.guide is not None:
+            found += identity(self.guide, hashes.guide)
+        if guided_teacher(self.teacher, self.guide, guidance) is not self.teacher and guidance is not None:
+            found.append([guidance.over_guide, guidance.teacher])
+        prompts = prompts_hash(self.teacher)
+        return found if prompts is None else [*found, prompts]
 
 
 def load_inputs(

@@ -1,17 +1,12 @@
 """The teacher's own FID, with which that of its generator is compared."""
 
-import contextlib
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError
-from dnnlib.download import cache_folder
-from dnnlib.files import write_atomically
-from edm import zoo
+from edm import measured_fid, zoo
 from edm.metrics.detector import DEFAULT_DETECTOR
 from edm.metrics.evaluate import Evaluator
 from edm.metrics.sources import NetworkSource
@@ -19,7 +14,6 @@ from edm.next_steps import METRICS_STEPS
 from edm.published import FILES, reference_of
 from edm.snapshot_metrics import MultiStepFid, first_fid, recorded_fid
 from torch_utils import distributed
-from torch_utils.records import is_figure
 from training.guidance import GuidedDenoiser
 
 from .config import DistillationConfig
@@ -33,9 +27,9 @@ def teacher_fid(
 ) -> MultiStepFid | None:
     """The teacher's FID by the run's first FID metric; every process must call it.
 
-    As its owners published it, or its file, the run that trained it, or an earlier run that measured it recorded it;
-    otherwise it is measured now, with 35 evaluations per image, and kept in the cache folder. A guided teacher's is
-    that of its guided images.
+    As its owners published it, or its file, the run that trained it, or an earlier run or `fid.py eval` that measured
+    it recorded it; otherwise it is measured now, with 35 evaluations per image, and kept in the cache folder. A guided
+    teacher's is that of its guided images.
 
     source: the teacher's file. wanted: whether to measure it; None: if that takes at most SHARE evaluations per image
         of the run.
@@ -52,14 +46,13 @@ def teacher_fid(
     if not makes_samples(inputs.teacher, {"--measure-teacher": "--measure-teacher=0"} if wanted else {}):
         return None
     evaluator = inputs.evaluator.only(metric)
-    file = cache_folder() / "teacher-fid" / f"{_key(inputs, config, evaluator)}.json"
-    found = None
+    images, found = inputs.identity(config), None
     if distributed.rank() == 0:
         if teacher is inputs.teacher:
             assert evaluator.reference is not None
             measure = (metric, evaluator.detector.sha256, evaluator.reference.sha256)
             found = _published_fid(source, evaluator) or recorded_fid(teacher, source, *measure)
-        found = found or _read(file)
+        found = found or measured_fid.find(images, evaluator)
     found = distributed.from_process_0(found)
     evaluations = _evaluations(teacher) * (2 * METRICS_STEPS - 1)
     worth_it = evaluations * evaluator.metrics[0].num <= SHARE * 1000 * config.total_kimg
@@ -68,7 +61,7 @@ def teacher_fid(
     distributed.print0(f"Measuring the teacher's {metric} with {evaluations} evaluations per image", flush=True)
     (record,) = evaluator(NetworkSource(teacher.to(device).eval(), steps=METRICS_STEPS))
     if distributed.rank() == 0:
-        _write(file, {"value": record["value"], "evaluations": evaluations})
+        measured_fid.keep(images, evaluator, record["value"], evaluations)
     return MultiStepFid(record["value"], evaluations)
 
 
@@ -87,27 +80,3 @@ def _evaluations(net: Any) -> int:
     if not isinstance(net, GuidedDenoiser):
         return 1
     return _evaluations(net.net) + _evaluations(net.net if net.guide is None else net.guide)
-
-
-def _key(inputs: Inputs, config: DistillationConfig, evaluator: Evaluator) -> str:
-    """What the figure depends on, as a hash."""
-    assert evaluator.reference is not None
-    measured = [evaluator.metrics[0].name, evaluator.detector.sha256, evaluator.reference.sha256, METRICS_STEPS]
-    values = [*measured, *inputs.identity(config)]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _read(file: Path) -> MultiStepFid | None:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        value, evaluations = record["value"], record["evaluations"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not measured yet, or damaged
-    return MultiStepFid(value, evaluations) if is_figure(value) and isinstance(evaluations, int) else None
-
-
-def _write(file: Path, record: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError, UserError):  # it is measured again, then
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(file) as stream:
-            stream.write(json.dumps(record).encode())

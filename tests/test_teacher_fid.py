@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import fid
 import sid_train
 from dnnlib import UserError
 from dnnlib.download import cache_folder
@@ -17,7 +19,7 @@ from edm.metrics.small_classifier import SmallClassifier
 from edm.metrics.sources import NetworkSource, TensorSource
 from edm.published import FILES
 from edm.snapshot_metrics import MultiStepFid, read_metrics
-from edm.zoo import save_network
+from edm.zoo import load_denoiser, save_network
 from sid import distil
 from sid import teacher_fid as room
 from sid.inputs import Inputs
@@ -158,6 +160,31 @@ def test_a_run_says_and_records_it(reference, tmp_path, capsys):
     assert f"the teacher: {recorded['value']:.4g} with 35 evaluations" in output
     sid_train.main([*options, f"--outdir={tmp_path / 'other'}", *short, "--seed=3"], standalone_mode=False)
     assert json.loads((tmp_path / "other" / "training_options.json").read_text())["teacher_fid"] == recorded
+
+
+@pytest.mark.parametrize(
+    ("options", "is_kept"),
+    [
+        (["--steps=18"], True),
+        (["--steps=17"], False),
+        (["--steps=18", "--seeds=1"], False),
+        (["--steps=18", "--trials=2"], False),
+        (["--steps=18", "--rho=5"], False),
+        (["--steps=18", "--class=1"], False),
+        (["--steps=18", "--guidance=2"], False),
+    ],
+)
+def test_what_fid_py_measured_of_a_teacher_counts(reference, tmp_path, options, is_kept):
+    teacher = tmp_path / "teacher.safetensors"
+    save_network(tiny_teacher(), teacher)
+    command = [f"--network={teacher}", f"--ref={reference}", f"--metrics=fid{NUM},is{NUM}", "--device=cpu"]
+    result = CliRunner().invoke(fid.main, ["eval", *command, *options])
+    assert result.exit_code == 0, result.output
+    value = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))["value"]
+    net = load_denoiser(teacher)
+    inputs = Inputs(net, evaluator=Evaluator([f"fid{NUM}"], reference))
+    assert find(inputs, False) == (MultiStepFid(value, 35) if is_kept else None)
+    assert find(inputs, False, guidance="long=3") is None
 
 
 def test_the_start_is_measured_once_with_trials_too(reference, tmp_path, monkeypatch, capsys):
