@@ -37,7 +37,9 @@ def teacher_samples(teacher: DenoiserModule, identity: list[Any] | None = None) 
     Errors: NonFiniteImagesError, on all processes.
     """
     file = None if identity is None else _file(identity)
-    found = distributed.from_process_0(_read(file, teacher) if file is not None and distributed.rank() == 0 else None)
+    with distributed.shared_errors():
+        kept = _read(file, teacher) if file is not None and distributed.rank() == 0 else None
+    found = distributed.from_process_0(kept)
     if found is not None:
         return found
     samples = _make(teacher)
